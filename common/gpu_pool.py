@@ -1,0 +1,167 @@
+"""Buffers on CPU or CUDA that outlive an environment, and a count of what was really allocated.
+
+    self.lease = pool.lease()                                     # an environment's own state, never shared
+    self.rho = self.lease.acquire((cells, lanes), np.float32, "cuda")
+    self.net = pool.static(("corridor", sha256), build_network)   # read-only, one for all environments
+    ...
+    self.lease.close()                                            # the next environment gets the buffers
+
+reset() writes into the buffers it has; a second build of the same size allocates nothing.
+"""
+
+import math
+import threading
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+
+
+def _freeze(obj):
+    # Device arrays cannot be made read-only; kernels take them as inputs by convention.
+    if isinstance(obj, np.ndarray):
+        if isinstance(obj.base, np.ndarray):
+            raise ValueError(f"static: array {obj.shape} is a view, writeable through its base: copy it")
+        obj.setflags(write=False)
+    elif isinstance(obj, dict):
+        for value in obj.values():
+            _freeze(value)
+    elif isinstance(obj, (list, tuple)):
+        for value in obj:
+            _freeze(value)
+    elif is_dataclass(obj):
+        for field in fields(obj):
+            _freeze(getattr(obj, field.name))
+
+
+class Pool:
+    """Free buffers by (shape, dtype, device). Thread-safe.
+
+    device: "cpu" (numpy array), "pinned" (the same, page-locked for fast copies where there is CUDA) or
+    "cuda" (numba device array on the current device). Queue work on device buffers on the default stream:
+    what still runs when a buffer is released is then over before its next owner's work begins.
+    """
+
+    def __init__(self):
+        self._lock = threading.RLock()
+        self._free = defaultdict(list)
+        self._used = {}  # id(array) -> (key, array); holding the array keeps its id unique
+        self._static = {}
+        self._counts = dict.fromkeys(("allocations", "acquires", "bytes", "bytes_in_use", "static_builds"), 0)
+
+    @staticmethod
+    def _key(shape, dtype, device):
+        shape = (shape,) if np.ndim(shape) == 0 else tuple(shape)
+        key = tuple(int(n) for n in shape), np.dtype(dtype)
+        if device == "cuda":
+            from numba import cuda
+
+            cuda.current_context()  # makes one where there is none yet
+            return *key, f"cuda:{cuda.gpus.current.id}"
+        if device not in ("cpu", "pinned"):
+            raise ValueError(f"device must be cpu, pinned or cuda, got {device!r}")
+        return *key, device
+
+    @staticmethod
+    def _allocate(shape, dtype, device):
+        if device == "cpu":
+            return np.empty(shape, dtype)
+        from numba import cuda
+
+        if device == "pinned":
+            return cuda.pinned_array(shape, dtype) if cuda.is_available() else np.empty(shape, dtype)
+        return cuda.device_array(shape, dtype)
+
+    def acquire(self, shape, dtype, device: str = "cpu", zero: bool = True):
+        """A buffer that nobody else holds; with zero=False its content is whatever was there."""
+        with self._lock:
+            key = self._key(shape, dtype, device)
+            size = math.prod(key[0]) * key[1].itemsize
+            if self._free[key]:
+                array = self._free[key].pop()
+            else:
+                array = self._allocate(*key)
+                self._counts["allocations"] += 1
+                self._counts["bytes"] += size
+            if zero and device == "cuda":
+                array.copy_to_device(np.zeros(*key[:2]))  # an assignment would compile a kernel first
+            elif zero:
+                array.fill(0)
+            self._used[id(array)] = key, array
+            self._counts["acquires"] += 1
+            self._counts["bytes_in_use"] += size
+            return array
+
+    def release(self, array):
+        """Take a buffer back. ValueError for a view, a second release, and what is not from this pool."""
+        with self._lock:
+            if id(array) not in self._used:
+                kind = f"{type(array).__name__} of shape {getattr(array, 'shape', None)}"
+                raise ValueError(f"release: {kind} is not in use here: foreign, a view, or released before")
+            key, array = self._used.pop(id(array))
+            self._counts["bytes_in_use"] -= math.prod(key[0]) * key[1].itemsize
+            self._free[key].append(array)
+
+    @contextmanager
+    def borrow(self, shape, dtype, device: str = "cpu", zero: bool = True):
+        """acquire() for the length of a with block."""
+        array = self.acquire(shape, dtype, device, zero)
+        try:
+            yield array
+        finally:
+            self.release(array)
+
+    def lease(self) -> "Lease":
+        return Lease(self)
+
+    def static(self, key, build):
+        """What build() returned when `key` was asked for first, its numpy arrays (in dicts, tuples, lists and
+        dataclasses too) read-only. The key must name everything that build() depends on."""
+        with self._lock:
+            if key not in self._static:
+                value = build()
+                _freeze(value)
+                self._static[key] = value
+                self._counts["static_builds"] += 1
+            return self._static[key]
+
+    def stats(self) -> dict[str, int]:
+        """allocations really made, acquires, bytes held, in_use (buffers), bytes_in_use, static_builds."""
+        with self._lock:
+            return {**self._counts, "in_use": len(self._used)}
+
+    def trim(self):
+        """Give the memory of free buffers and of static data back; what is in use stays."""
+        with self._lock:
+            for key, arrays in self._free.items():
+                self._counts["bytes"] -= len(arrays) * math.prod(key[0]) * key[1].itemsize
+            self._free.clear()
+            self._static.clear()
+
+
+class Lease:
+    """Buffers that one owner acquired and gives back together: close() (twice is fine) or a with block."""
+
+    def __init__(self, pool: Pool):
+        self._pool, self._arrays, self.closed = pool, [], False
+
+    def acquire(self, shape, dtype, device: str = "cpu", zero: bool = True):
+        if self.closed:
+            raise ValueError("acquire: this lease is closed")
+        self._arrays.append(self._pool.acquire(shape, dtype, device, zero))
+        return self._arrays[-1]
+
+    def close(self):
+        self.closed = True
+        while self._arrays:
+            self._pool.release(self._arrays.pop())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+pool = Pool()  # the process's one
