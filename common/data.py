@@ -172,9 +172,11 @@ def _read_parquet(path, raw):
     try:
         # without pandas' metadata an index that was saved as `timestamp` is a column like any other
         table = pq.read_table(io.BytesIO(raw))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {_line(error)}") from None
-    _check_columns(path, table.column_names)
+        table.validate(full=True)
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {_line(error)[:200]}") from None
+    _check_columns(path, names)
     time = table["timestamp"]
     if pa.types.is_timestamp(time.type):
         if time.type.tz is None:
@@ -255,9 +257,12 @@ def _parse_times(path, texts):
             raise DataError(f"{at}: {text!r} has no time zone; write {zoned} if it is UTC")
         raise DataError(f"{at}: {text[:40]!r} is not a time; write 2024-01-31T09:00:00Z")
     parsed = pd.to_datetime(pd.Series(texts, dtype=object), format="ISO8601", utc=True, errors="coerce")
-    bad = np.flatnonzero(parsed.isna())
+    # numpy wraps years that do not fit 64 bits of nanoseconds around, in silence
+    bad = np.flatnonzero(parsed.isna() | (parsed.dt.year < 1678) | (parsed.dt.year > 2261))
     if len(bad):
-        raise DataError(f"{path}: row {bad[0]}, column 'timestamp': {texts[bad[0]]!r} does not exist")
+        raise DataError(
+            f"{path}: row {bad[0]}, column 'timestamp': {texts[bad[0]]!r} is no date in 1678 .. 2261"
+        )
     return parsed.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[ns]")
 
 

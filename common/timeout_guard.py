@@ -52,7 +52,7 @@ class TimeoutGuard:
     def __init__(self, timeout: float | None, signals: bool = True, from_process_start: bool | None = None):
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be > 0 seconds or None, got {timeout}")
-        now, age = time.monotonic_ns(), process_age()
+        age, now = process_age(), time.monotonic_ns()
         if from_process_start is None:
             script = hasattr(sys.modules["__main__"], "__file__")
             from_process_start = script and age < 60 and TimeoutGuard._first

@@ -1,4 +1,4 @@
-"""Download real bars with ccxt into the parquet that every script here reads.
+r"""Download real bars with ccxt into the parquet that every script here reads.
 
     python scripts/download_data.py --exchange binance --symbol BTC/USDT --timeframe 1h \
         --since 2020-01-01 --until 2025-01-01 --out data/BTCUSDT_1h.parquet
@@ -77,7 +77,9 @@ def parse_args(argv) -> Args:
             return tyro.cli(Args, prog="download_data.py", description=__doc__, args=argv)
     except SystemExit as stop:
         if stop.code:
-            fail(" ".join(re.sub("[╭╮╰╯│─]", " ", text.getvalue()).split()))
+            # tyro draws a box: its title repeats what is inside, the frame is no text
+            inside = [line for line in text.getvalue().splitlines() if not line.startswith("╭")]
+            fail(re.sub("[╰╯│─]", " ", " ".join(inside)))
         raise
 
 
@@ -152,6 +154,21 @@ def patiently(call, args: Args, what):
             time.sleep(wait)
         except ccxt.BaseError as error:
             fail(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+
+
+def fetch_page(exchange, args: Args, start, limit, known=None):
+    """Bars from `start` on, ccxt's rows of [ms, open, high, low, close, volume]; one of them must open at `known`."""
+    page = exchange.fetch_ohlcv(args.symbol, args.timeframe, start, limit)
+    try:
+        # ccxt takes the HTML of a gateway for a page without bars
+        page or json.loads(exchange.last_http_response)
+    except (TypeError, ValueError):
+        raise ccxt.NetworkError(
+            f"the answer is not JSON: {str(exchange.last_http_response)[:60]!r}"
+        ) from None
+    if known is not None and all(row[0] != known for row in page):
+        raise ccxt.NetworkError(f"the bar of {iso(known)}, which it gave before, is not in its answer")
+    return page
 
 
 def bar_end(start, timeframe) -> int:
@@ -271,7 +288,7 @@ def download(args: Args) -> dict:
     ahead = 0
     if exchange.has.get("fetchTime") is True:
         server = patiently(exchange.fetch_time, args, f"{args.exchange} time")
-        ahead = exchange.milliseconds() - server
+        ahead = 0 if server is None else exchange.milliseconds() - server
     now = exchange.milliseconds() - ahead
     if since >= now:
         fail(f"--since {args.since} lies in the future (the exchange's clock says {iso(now)})")
@@ -300,9 +317,12 @@ def download(args: Args) -> dict:
         while start < until and left_out is None:
             # before the request: what closes while the answer travels may not be in it yet
             now = exchange.milliseconds() - ahead
-            ask = functools.partial(exchange.fetch_ohlcv, args.symbol, args.timeframe, start, limit)
+            page = patiently(functools.partial(fetch_page, exchange, args, start, limit), args, name)
+            if not page and last >= since:
+                # a hole, or an answer gone wrong? one that shows the last bar again can be believed
+                page = patiently(functools.partial(fetch_page, exchange, args, last, limit, last), args, name)
             lines = []
-            for row in patiently(ask, args, name):
+            for row in page:
                 if len(row) != 6 or any(not isinstance(value, (int, float)) for value in row):
                     fail(f"{name}: the exchange sent the bar {row}, not six numbers")
                 if not last < row[0] < until:

@@ -4,9 +4,9 @@
     python scripts/report.py runs/NAME                  # writes runs/NAME/report.html
     python scripts/report.py runs/NAME --figures docs/  # and every plot as a PNG file
 
-It reads args.json, metrics.jsonl, summary.json and traces/*.parquet of that directory and nothing else, so a run
-that lost its report can make it again: the same files give the same bytes. What the files do not hold is listed at
-the end of the page, never guessed. Exit code 2 and one line on stderr if a file is missing or broken.
+It reads args.json, metrics.jsonl, summary.json and traces/*.parquet of that directory and nothing else, so a
+run that lost its report can make it again: the same files give the same bytes. What the files do not hold is
+listed at the end of the page, never guessed. A missing or broken file: one line on stderr, exit code 2.
 """
 
 import argparse
@@ -17,14 +17,15 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 
 # ------------------------------------------------------------------------------------------------- vocabulary
-POLICIES = ("agent", "critic_grid", "actor", "optimum", "buy_and_hold", "best_constant", "random_same_turnover",
-            "flat")
+POLICIES = ("agent", "critic_grid", "actor", "optimum", "buy_and_hold", "best_constant",
+            "random_same_turnover", "flat")
 # Okabe-Ito tones: told apart by colour-blind readers, dark enough on white
 COLORS = {
     "agent": "#0b62b5", "actor": "#c2591a", "critic_grid": "#c2591a", "optimum": "#138a5e",
@@ -96,7 +97,7 @@ HEALTHY = {
     "action_mean": "Moves around; glued to -1 or +1 means a constant policy.",
     "state_dependence": "Well above 0: at one fixed position the greedy action still moves with the market.",
     "saturation": "Below 1: not every action sits at the limit (bang-bang is right where costs are low).",
-    "attribution": "The market groups (technical, hmm) above 0: how far the action moves when they are shuffled.",
+    "attribution": "The market groups (technical, hmm) above 0: how far the action moves if shuffled.",
     "greedy_gap": "Finite and steady: greedy and sampled actions agree up to exploration.",
     "q_mean": "Of the order of reward / (1 - gamma); runaway growth is divergence.",
     "q_action_spread": "Well above alpha: 10 to 60 times alpha is usual, below 2 the actions are noise.",
@@ -118,6 +119,47 @@ ALARMS = {
     "clipped_rewards": "more than 5 % of rewards clipped",
     "greedy_over_sampled": "greedy actions hardly vary (< 0.1 of sampled)",
 }
+# one sentence under every plot that is not one metric's
+SENTENCES = {
+    "equity": "Healthy: the blue line climbs steadily above the baselines, most of the way to the "
+    "green optimum, and its drawdowns are shallower and shorter than those of buy and hold.",
+    "equity_real": "Healthy: the blue line climbs steadily above the baselines on both splits, and its "
+    "drawdowns are shallower and shorter than those of buy and hold.",
+    "positions": "Healthy: positions change with the market, are held for many bars and follow the "
+    "optimum where it is known; one flat block of colour is a constant policy, a comb is "
+    "churn.",
+    "band": "Blue is long, orange short, white flat. Healthy: the agent's stripe has the optimum's "
+    "rhythm (where known); one colour from end to end is a constant policy.",
+    "histogram": "Healthy: more than one position, alike on every split; a single spike is a constant "
+    "policy.",
+    "signal": "Healthy: a slope, of the other sign in the regime that flips the signal, close to the "
+    "dashed optimum; a flat line ignores the signal.",
+    "expected": "Healthy: one rising curve in every regime, short on the left and long on the right.",
+    "past": "Healthy: any clear slope or bend (up is trend following, down is reversal); a flat "
+    "line means that it does not react to this.",
+    "costs": "Healthy: costs eat a minor part of what is earned before them; if what is left falls "
+    "while the grey line climbs, it trades too much.",
+    "q_spread": "Healthy: the blue spread ends 10 to 60 times above alpha and far above alpha × "
+    "|entropy|; below them the policy is paid for being random and collapses.",
+    "reaction": "Healthy: state dependence (how far the greedy action moves with the market at "
+    "one fixed position) is well above 0, saturation is below 1, few units are dead.",
+    "alarms": "Healthy: red at most at the beginning (alpha starts high, exploration starts wide) and "
+    "grey at the end; the number is the share of log points at which the alarm was raised.",
+    "attribution": "Healthy: the market groups (technical, hmm) are well above 0; if only position counts, "
+    "the agent just stays where it is.",
+    "phases": "Healthy: learn is the longest bar; together they are the wall clock.",
+    "trace_q_spread": "Healthy: many times alpha at every bar; where it sinks, the agent sees little to "
+    "choose.",
+}
+LEADS = {
+    "table": "Same bars, same costs. Nobody trained on test and eval; the best checkpoint is "
+    "picked on eval, so test is the honest one.",
+    "score": " Score is the share of what the optimum earns.",
+    "learning": "The x axis is environment transitions everywhere.",
+}
+# first part of a metric's name -> title of its box, in reading order
+GROUPS = {"losses": "Losses", "policy": "Policy", "value": "Values", "env": "Environment", "charts": "Charts",
+          "eval": "More of the evaluations", "time": "Time", "": "Everything else that was logged"}
 TONES = {
     "finished": "good", "timeout": "good", "interrupted": "warn",
     "healthy": "good", "collapsed": "bad", "constant_is_right": "calm", "untrained": "warn",
@@ -190,7 +232,9 @@ summary{cursor:pointer;font-weight:600}details[open] summary{margin-bottom:8px}
 .note{background:var(--wash);border-radius:8px;padding:8px 12px;font-size:.9rem;margin-top:12px}
 @media(max-width:600px){main{padding:18px 14px 48px}h1{font-size:1.35rem}h2{margin-top:40px}
 .tile b{font-size:1.35rem}
-.tiles{grid-template-columns:1fr 1fr}table{font-size:.82rem}th,td{padding:5px 7px}}
+.tiles{grid-template-columns:1fr 1fr}.wide .scroll img{min-width:820px}
+.minis{grid-template-columns:repeat(auto-fill,minmax(min(100%,200px),1fr))}
+table{font-size:.82rem}th,td{padding:5px 7px}}
 @media print{nav{display:none}figure{break-inside:avoid}}
 """
 RC = {
@@ -202,7 +246,7 @@ RC = {
     "ytick.color": "#5a6675", "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0,
     "ytick.minor.size": 0, "legend.frameon": False, "legend.fontsize": 8, "legend.handlelength": 1.4,
     "legend.columnspacing": 1.2, "lines.linewidth": 1.2, "date.converter": "concise",
-    "path.simplify_threshold": 0.3,
+    "path.simplify_threshold": 0.3, "axes.formatter.useoffset": False,
 }
 
 
@@ -338,8 +382,19 @@ def show(x, kind: str = "plain") -> str:
     return text.replace("-", "−") if "e" not in text else text
 
 
+def within(value, *keys) -> dict:
+    """value[key][key]... if all of it are dicts, else an empty one: any part of a summary may be missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def words(name) -> str:
     return str(name).replace("_", " ")
+
+
+def heading(key: str) -> str:
+    return COLUMNS[key][0] if key in COLUMNS else words(key)
 
 
 def healthy(metric: str) -> str:
@@ -450,7 +505,7 @@ def canvas(width: float, height: float, rows: int = 1, left=0.62, right=0.12, to
 def step_axis(ax) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
@@ -555,7 +610,6 @@ def draw_band(trace: dict):
     ends = date2num(x[[0, -1]]) if x.dtype.kind == "M" else x[[0, -1]].astype(float)
     image = np.stack([thin(x, v, 1000)[1] for v in rows.values()])
     cmap = LinearSegmentedColormap.from_list("position", [SHORT, "#f7d9c9", "#ffffff", "#c8ddf2", LONG])
-    cmap.set_bad("#ffffff")
     fig, (ax,) = canvas(10.4, 0.55 + 0.3 * len(rows), left=1.5)
     limit = max(1.0, np.nanmax(np.abs(image), initial=0))
     ax.imshow(image, aspect="auto", cmap=cmap, vmin=-limit, vmax=limit, interpolation="nearest",
@@ -574,6 +628,8 @@ def draw_histogram(traces: dict):
     limit = max(1.0, *(np.nanmax(np.abs(t["position"]), initial=0) for t in traces.values()))
     # bins centred on tenths of the range, so that a grid of positions fills them evenly
     edges = limit * (np.arange(22) - 10.5) / 10
+    middle = (edges[1:] + edges[:-1]) / 2
+    middle = (edges[1:] + edges[:-1]) / 2
     first, *others = traces
     lines = {f"agent, {first}": (traces[first]["position"], {})}
     for split, color in zip(others, ("#4b5563", "#a3acb9", *CYCLE)):
@@ -661,13 +717,14 @@ def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
 
 def draw_curves(lines: dict, levels: dict, best_step, label: str):
     """One evaluated metric over global_step, a line a split; levels are horizontal references."""
-    fig, (ax,) = canvas(4.9, 3.0, top=0.36, bottom=0.42)
+    levels = {name: y for name, y in levels.items() if np.isfinite(y)}
+    entries = len(lines) + len(levels) + (best_step == best_step)
+    fig, (ax,) = canvas(4.9, 3.0, top=0.36 if entries <= 4 else 0.56, bottom=0.42)
     for i, (name, (x, y)) in enumerate(lines.items()):
         color = {"eval": LONG, "train": "#8a94a1", "test": "#138a5e"}.get(name, CYCLE[i % 8])
         curve(ax, x, y, color=color, label=name, lw=1.6 if name == "eval" else 1.1)
     for name, y in levels.items():
-        if np.isfinite(y):
-            ax.axhline(y, color=color_of(name), lw=1.0, ls="--", label=words(name))
+        ax.axhline(y, color=color_of(name), lw=1.0, ls="--", label=words(name))
     if best_step == best_step:
         ax.axvline(best_step, color=INK, lw=0.9, ls=":", label="best checkpoint")
     step_axis(ax)
@@ -743,7 +800,6 @@ def draw_bars(values: dict[str, float], texts: list[str], color: str, label: str
 
 def draw_mini(lines: dict, dates: bool = False):
     """A small plot of one metric (or of one metric by split)."""
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     fig, (ax,) = canvas(2.7, 1.45, left=0.5, right=0.08, top=0.08 if len(lines) < 2 else 0.24, bottom=0.2)
@@ -757,364 +813,393 @@ def draw_mini(lines: dict, dates: bool = False):
         if len(seen) and (np.abs(seen).max() >= 1e4 or 0 < np.abs(seen).max() < 1e-3):
             ax.yaxis.set_major_formatter(EngFormatter(sep=""))
     if dates:
-        locator = AutoDateLocator(minticks=2, maxticks=4)
-        ax.xaxis.set_major_locator(locator)
-        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
+        x = next(iter(lines.values()))[0][[0, -1]]
+        ax.set_xticks(x, np.datetime_as_string(x, "D"))
+        ax.get_xticklabels()[0].set_ha("left")
+        ax.get_xticklabels()[1].set_ha("right")
     else:
         step_axis(ax)
-        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     ax.tick_params(labelsize=7.5, pad=2)
     if len(lines) > 1:
         handles = ax.get_legend_handles_labels()
-        fig.legend(*handles, loc="upper left", ncol=4, fontsize=7.5, bbox_to_anchor=(0, 1.04))
+        fig.legend(*handles, loc="upper left", ncol=4, fontsize=7, handlelength=0.8, columnspacing=0.7,
+                   handletextpad=0.4, bbox_to_anchor=(0, 1.04))
     return fig
 
 
 # --------------------------------------------------------------------------------------------------- sections
 def add_header(page: Page, run: Run) -> None:
     """Title, status, verdict with reasons, command, and the numbers one asks for first."""
-    a, s, audit = run.args, run.summary, run.summary.get("audit") or {}
-    data = s.get("data") if isinstance(s.get("data"), dict) else {}
+    a, s = run.args, run.summary
+    audit, data, device = within(s, "audit"), within(s, "data"), s.get("device")
     what = a.get("data") or a.get("scenario") or data.get("spec") or ""
     title = f"{a.get('exp_name', 'run')} on {what}" if what else str(a.get("exp_name", "run"))
     page.add(f"<h1>{esc(title)}</h1>")
-    device = s.get("device") or ""
     if isinstance(device, dict):
-        device = ", ".join(dict.fromkeys(str(device[k]) for k in ("torch", "backend", "precision") if device.get(k)))
-    facts = [f"seed {a['seed']}" if "seed" in a else "", f"on {device}" if device else ""]
-    names = data.get("names") or []
-    facts += [f"bars of {', '.join(map(str, names))}" if isinstance(names, list) and names and names != [what] else ""]
-    facts += [f"input sha256 {str(data['sha256'])[:12]}" if data.get("sha256") else ""]
-    page.add(f'<p class="soft">{esc(" · ".join(f for f in facts if f))}</p>')
-    page.add('<div class="chips">')
+        found = (str(device[k]) for k in ("torch", "backend", "precision") if device.get(k))
+        device = ", ".join(dict.fromkeys(found))
+    names = data.get("names") if isinstance(data.get("names"), list) else []
+    facts = {
+        "seed": a.get("seed"),
+        "on": device or None,
+        "bars of": ", ".join(map(str, names)) if names and names != [what] else None,
+        "input sha256": str(data["sha256"])[:12] if data.get("sha256") else None,
+    }
+    facts = " · ".join(f"{k} {v}" for k, v in facts.items() if v is not None)
+    page.add(f'<p class="soft">{esc(facts)}</p><div class="chips">')
     for kind, value in (("status", s.get("status")), ("verdict", audit.get("verdict"))):
         value = "unknown" if value is None else str(value)
         meaning = f": {MEANING[value]}" if value in MEANING else ""
-        page.add(f'<span class="chip {TONES.get(value, "plain")}">{kind} <b>{esc(words(value))}</b>{esc(meaning)}</span>')
+        text = f"{kind} <b>{esc(words(value))}</b>{esc(meaning)}"
+        page.add(f'<span class="chip {TONES.get(value, "plain")}">{text}</span>')
     page.add("</div>")
     reasons = audit.get("reasons") or []
     reasons = reasons if isinstance(reasons, list) else [reasons]
     if reasons:
         page.add('<ul class="reasons">' + "".join(f"<li>{esc(r)}</li>" for r in reasons) + "</ul>")
     command = s.get("command") or a.get("command")
+    if isinstance(command, list):
+        command = shlex.join(map(str, command))
     if not command:
-        command = [w for k in FLAGS if a.get(k) is not None for w in (f"--{k.replace('_', '-')}", a[k])]
-    if command:
-        page.add(f"<pre>{esc(' '.join(map(str, command)) if isinstance(command, list) else command)}</pre>")
+        given = (f"--{k.replace('_', '-')} {shlex.quote(str(a[k]))}" for k in FLAGS if a.get(k) is not None)
+        command = " ".join(given)
+    page.add(f"<pre>{esc(command)}</pre>" if command else "")
+    tiles = [
+        f'<div class="tile{mark}"><span class="of">{esc(label)}</span><b>{esc(value)}</b>'
+        f"<span>{esc(small)}</span></div>"
+        for mark, label, value, small in headline(run)
+    ]
+    page.add(f'<div class="tiles">{"".join(tiles)}</div><!--nav-->')
+    if s.get("updates") == 0:
+        page.add('<p class="note">No gradient update was made: below is the agent as it was born.</p>')
 
-    tiles, scores = [], s.get("eval") or {}
-    split = next((k for k in ordered(scores) if isinstance(scores[k], dict)), None)
-    entry = scores[split] if split else {}
-    agent, base = entry.get("agent") or {}, entry.get("baselines") or {}
-    if number(agent.get("score")) == number(agent.get("score")):
-        tiles.append(("main", show(agent["score"], "score"), f"{split}: score", "share of what the optimum earns"))
-    for key in ("mean_expected_bps", "mean_reward_bps", "sharpe", "episode_return", "delay_veh_s", "turnover"):
-        if key not in agent or len(tiles) == 3:
+
+def headline(run: Run) -> list[tuple[str, str, str, str]]:
+    """(css class, label, value, small print) of the tiles: results on unseen bars, then what they took."""
+    a, s, tiles = run.args, run.summary, []
+    split = next((k for k in ordered(within(s, "eval")) if within(s, "eval", k)), "")
+    agent, base = within(s, "eval", split, "agent"), within(s, "eval", split, "baselines")
+    for key in ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "episode_return", "delay_veh_s"):
+        if np.isnan(number(agent.get(key))) or len(tiles) == 3:
             continue
-        rivals = [k for k in ("optimum", "best_constant", "buy_and_hold", *base) if key in (base.get(k) or {})]
-        rivals = list(dict.fromkeys(rivals))[:2]
-        kind = COLUMNS[key][1]
+        title, kind = COLUMNS[key]
+        rivals = [k for k in dict.fromkeys(("optimum", "best_constant", "buy_and_hold", *base))]
+        rivals = [k for k in rivals if key in within(base, k)][:2]
         beside = " · ".join(f"{words(k)} {show(base[k][key], kind)}" for k in rivals)
-        tiles.append(("" if tiles else "main", show(agent[key], kind), f"{split}: {COLUMNS[key][0].replace(', bp / bar', ' bp')}", beside))
-    step, updates = s.get("global_step"), s.get("updates")
-    tiles.append(("", show(updates, "int"), "gradient updates", f"{show(s.get('samples_per_transition'))} rows drawn a "
-                  "transition"))
-    tiles.append(("", show(step, "int"), "transitions", f"{show(s.get('sps'), 'int')} a second"))
-    tiles.append(("", f"{show(s.get('wall_seconds'), 'int')} s", "wall clock", f"limit {show(a.get('timeout'))} s"
-                  if a.get("timeout") else "no limit"))
-    page.add('<div class="tiles">' + "".join(
-        f'<div class="tile {c}"><span class="of">{esc(label)}</span><b>{esc(value)}</b><span>{esc(sub)}</span></div>'
-        for c, value, label, sub in tiles) + "</div>")
-    page.add("<!--nav-->")
-    if number(updates) == 0:
-        page.add('<p class="note">No gradient update was made: everything below is the agent as it was born.</p>')
+        beside = "share of what the optimum earns" if key == "score" else beside
+        label = f"{split}: {title.replace(', bp / bar', ' bp')}"
+        tiles.append(("" if tiles else " main", label, show(agent[key], kind), beside))
+    drawn, limit = show(s.get("samples_per_transition"), "score"), a.get("timeout")
+    limit = f"limit {show(limit)} s" if limit else "no limit"
+    whole = {k: show(s.get(k), "int") for k in ("updates", "global_step", "sps", "wall_seconds")}
+    tiles.append(("", "gradient updates", whole["updates"], f"{drawn} rows drawn a transition"))
+    tiles.append(("", "transitions", whole["global_step"], f"{whole['sps']} a second"))
+    tiles.append(("", "wall clock", f"{whole['wall_seconds']} s", limit))
+    return tiles
+
+
+def table_rows(result: dict) -> dict[str, dict]:
+    """{who: metrics} of one split, known names first; where the agent has a score, everyone gets one."""
+    rows = {k: v for k, v in result.items() if isinstance(v, dict) and k != "baselines"}
+    # the policy that acts is the agent: the same numbers twice would only be noise
+    rows = {k: v for k, v in rows.items() if k == "agent" or v != rows.get("agent")}
+    rows |= {k: v for k, v in within(result, "baselines").items() if isinstance(v, dict)}
+    rows = {k: rows[k] for k in [*POLICIES, *rows] if k in rows}
+    mean = {k: number(v.get("mean_expected_bps")) for k, v in rows.items()}
+    span = mean.get("optimum", np.nan) - mean.get("flat", np.nan)
+    if np.isfinite(number(within(rows, "agent").get("score"))) and span > 0:
+        rows = {k: {"score": (mean[k] - mean["flat"]) / span} | v for k, v in rows.items()}
+    return rows
 
 
 def add_table(page: Page, run: Run) -> None:
     """Everyone beside everyone, a block a split: same bars, same costs."""
-    scores = run.summary.get("eval")
-    scores = {k: v for k, v in (scores or {}).items() if isinstance(v, dict)} if isinstance(scores, dict) else {}
-    blocks = {}
-    for split in ordered(scores):
-        rows = {k: v for k, v in scores[split].items() if isinstance(v, dict) and k != "baselines"}
-        # the policy that acts is the agent: the same numbers twice would only be noise
-        rows = {k: v for k, v in rows.items() if k == "agent" or v != rows.get("agent")}
-        rows |= scores[split].get("baselines") or {}
-        blocks[split] = {k: rows[k] for k in [*POLICIES, *rows] if isinstance(rows.get(k), dict)}
-        # contract: (J - flat) / (optimum - flat) on the expected reward; null where there is nothing to share
-        if number((blocks[split].get("agent") or {}).get("score")) == number((blocks[split].get("agent") or {}).get("score")):
-            low, high = (number((blocks[split].get(k) or {}).get("mean_expected_bps")) for k in ("flat", "optimum"))
-            for name, row in blocks[split].items():
-                share = (number(row.get("mean_expected_bps")) - low) / (high - low) if high != low else np.nan
-                blocks[split][name] = {"score": float(share)} | row
-    keys = {k for rows in blocks.values() for r in rows.values() for k, v in r.items() if not isinstance(v, (dict, list, str))}
-    seen = dict.fromkeys(k for rows in blocks.values() for r in rows.values() for k in r if k in keys)
+    results = {k: within(run.summary, "eval", k) for k in ordered(within(run.summary, "eval"))}
+    blocks = {split: table_rows(result) for split, result in results.items()}
+    cells = [(k, v) for rows in blocks.values() for row in rows.values() for k, v in row.items()]
+    seen = dict.fromkeys(k for k, v in cells if not np.isnan(number(v)))
     keys = [k for k in COLUMNS if k in seen] + [k for k in seen if k not in COLUMNS]
     if not keys:
-        return page.lack("the table of scores", "summary.json has no eval.<split>.agent")
-    page.section("table", "Agent beside baselines", "Same bars, same costs. Test and eval were never trained on; the best "
-                 "checkpoint is picked on eval, so test is the honest one.")
-    head = "".join(f"<th>{esc(COLUMNS[k][0] if k in COLUMNS else words(k))}</th>" for k in keys)
+        page.lack("the table of scores", "summary.json has no eval.<split>.agent")
+        return
+    markets = any(k in seen for k in ("mean_reward_bps", "mean_expected_bps"))
+    lead = (LEADS["table"] if markets else "") + (LEADS["score"] if "score" in seen else "")
+    page.section("table", "Agent beside baselines", lead)
+    head = "".join(f"<th>{esc(heading(k))}</th>" for k in keys)
     page.add(f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>')
     for split, rows in blocks.items():
-        bars = scores[split].get("rows")
+        bars = results[split].get("rows")
         note = f"rows {bars[0]:,} to {bars[1] - 1:,}" if isinstance(bars, list) and len(bars) == 2 else ""
-        note += ", PARTIAL: the evaluation ran out of time" if scores[split].get("partial") else ""
-        page.add(f'<tr class="split"><th>{esc(split)}</th><th colspan="{len(keys)}"><span class="rows">{esc(note)}'
-                 "</span></th></tr>")
+        note += " · PARTIAL, the evaluation ran out of time" if results[split].get("partial") else ""
+        page.add(f'<tr class="split"><th>{esc(split)}</th>')
+        page.add(f'<th colspan="{len(keys)}"><span class="rows">{esc(note)}</span></th></tr>')
         for i, (name, row) in enumerate(rows.items()):
-            cells = "".join(f"<td>{esc(show(row.get(k), COLUMNS.get(k, ('', 'plain'))[1]))}</td>" for k in keys)
-            dot = f'<i class="dot" style="background:{color_of(name, i)}"></i>'
-            page.add(f'<tr{" class=agent" if name == "agent" else ""}><th>{dot}{esc(words(name))}</th>{cells}</tr>')
+            texts = (show(row.get(k), COLUMNS[k][1] if k in COLUMNS else "plain") for k in keys)
+            data = "".join(f"<td>{esc(text)}</td>" for text in texts)
+            who = f'<i class="dot" style="background:{color_of(name, i)}"></i>{esc(words(name))}'
+            page.add(f"<tr{' class=agent' if name == 'agent' else ''}><th>{who}</th>{data}</tr>")
     page.add("</tbody></table></div>")
 
 
 def add_traces(page: Page, run: Run) -> None:
-    """Equity, positions and behaviour of market traces; columns nobody knows as small plots."""
+    """Equity, positions and behaviour of market traces."""
     traces = {s: run.traces[s] for s in ordered(run.traces)}
-    if not traces:
-        for what in ("equity and drawdown", "positions under price", "action histogram", "action against signal"):
-            page.lack(what, "no traces/*.parquet with rows")
-        return
+    why = "no traces/*.parquet has the column {}" if traces else "no traces/*.parquet with rows"
     unseen = [s for s in traces if s != "train"] or list(traces)
     with_equity = [s for s in unseen if "equity" in traces[s]]
+    with_position = {s: t for s, t in traces.items() if "position" in t}
     if with_equity:
         page.section("equity", "Equity and drawdown")
         page.add('<div class="grid">')
         for s in with_equity:
-            known = "equity_optimum" in traces[s]
-            page.plot(f"equity_{s}", f"{s}: equity and drawdown", draw_equity(traces[s]),
-                      "Healthy: the blue line climbs steadily above the baselines, "
-                      + ("most of the way to the green optimum, " if known else "")
-                      + "and its drawdowns are shallower and shorter than those of buy and hold.",
-                      f"Equity on a log scale and drawdown on the {s} split for agent and baselines")
+            text = SENTENCES["equity" if "equity_optimum" in traces[s] else "equity_real"]
+            alt = f"Equity on a log scale and drawdown on the {s} split, agent beside baselines"
+            page.plot(f"equity_{s}", f"{s}: equity and drawdown", draw_equity(traces[s]), text, alt)
         page.add("</div>")
-    with_position = {s: traces[s] for s in traces if "position" in traces[s]}
-    if with_position:
-        s = next(iter(with_position))
-        trace = with_position[s]
-        page.section("positions", "What it holds, and when")
-        page.add('<div class="grid">')
-        fig, bars = draw_positions(trace)
-        page.plot("positions", f"{s}: positions under price, {bars} bars of typical turnover", fig,
-                  "Healthy: positions change with the market, are held for many bars, and follow the optimum where it is "
-                  "known; one flat block of colour is a constant policy, a comb is churn.",
-                  f"Price and agent position over {bars} bars of the {s} split", wide=True)
-        page.plot("band", f"{s}: positions over the whole split", draw_band(trace),
-                  "Blue is long, orange short, white flat. Healthy: the agent's stripe has the optimum's rhythm (where "
-                  "known); one colour from end to end is a constant.",
-                  f"Stripes of positions of every policy over the {s} split", wide=True)
-        page.plot("histogram", "How often it holds which position", draw_histogram(with_position),
-                  "Healthy: mass on both sides and near 0, alike on every split; a single spike is a constant policy.",
-                  "Histogram of positions by split")
-        add_responses(page, s, trace)
-        if fig := draw_costs(trace):
-            page.plot("costs", f"{s}: what trading costs", fig, "Healthy: costs eat a minor part of what is earned before "
-                      "them; if what is left falls while the grey line climbs, it trades too much.",
-                      f"Cumulative log return before costs, costs and net on the {s} split")
-        page.add("</div>")
-    for what, column, have in (("equity and drawdown", "equity", with_equity),
-                               ("positions, histogram and response", "position", with_position)):
-        if not have:
-            page.lack(what, f"no traces/*.parquet has the column {column}")
+    else:
+        page.lack("equity and drawdown", why.format("equity"))
+    if not with_position:
+        for what in ("positions under price", "action histogram", "action against signal"):
+            page.lack(what, why.format("position"))
+        return
+    s, trace = next(iter(with_position.items()))
+    page.section("positions", "What it holds, and when")
+    page.add('<div class="grid">')
+    fig, bars = draw_positions(trace)
+    title = f"{s}: positions under price, {bars} bars of typical turnover"
+    page.plot("positions", title, fig, SENTENCES["positions"], f"Price and position, {bars} bars", wide=True)
+    title, alt = f"{s}: positions over the whole split", f"Stripes of everyone's positions, {s} split"
+    page.plot("band", title, draw_band(trace), SENTENCES["band"], alt, wide=True)
+    title, alt = "How often it holds which position", "Histogram of positions by split"
+    page.plot("histogram", title, draw_histogram(with_position), SENTENCES["histogram"], alt)
+    add_responses(page, s, trace)
+    if fig := draw_costs(trace):
+        alt = f"Cumulative log return before costs, costs and what is left on the {s} split"
+        page.plot("costs", f"{s}: what trading costs", fig, SENTENCES["costs"], alt)
+    page.add("</div>")
 
 
 def add_responses(page: Page, split: str, trace: dict) -> None:
-    """Position against signal, conditional mean or past return: whichever the trace knows."""
-    varies = lambda k: k in trace and np.nanmax(trace[k], initial=-np.inf) > np.nanmin(trace[k], initial=np.inf)  # noqa: E731
+    """Position against signal and conditional mean where the trace knows them, else against past returns."""
+    known = {k: trace[k][np.isfinite(trace[k])] for k in ("signal", "expected") if k in trace}
+    varying = {k for k, v in known.items() if len(np.unique(v)) > 1}
     plots = []
-    if varies("signal"):
-        plots.append((trace["signal"], "signal", "Healthy: a rising line, falling in the regime that flips the sign, "
-                      "close to the dashed optimum; flat lines ignore the signal."))
-    if varies("expected"):
-        plots.append((1e4 * trace["expected"], "expected return of the next bar, bp", "Healthy: one rising curve, short "
-                      "on the left and long on the right, in every regime."))
-    for bars in (24, 168) if "close" in trace and not varies("signal") else ():
+    if "signal" in varying:
+        plots.append(("signal", "signal", trace["signal"]))
+    if "expected" in varying:
+        plots.append(("expected", "expected return of the next bar, bp", 1e4 * trace["expected"]))
+    for bars in (24, 168) if "close" in trace and "signal" not in varying else ():
         past = np.full(len(trace["close"]), np.nan)
         past[bars:] = 100 * (trace["close"][bars:] / trace["close"][:-bars] - 1)
-        plots.append((past, f"return over the past {bars} bars, %", "Healthy: any clear slope or bend (up is trend "
-                      "following, down is reversal); a flat line means it does not react to this."))
-    for x, label, healthy in plots:
-        if np.isfinite(x).any():
-            page.plot(f"against_{label}", f"{split}: position against {label}", draw_response(trace, x, label), healthy,
-                      f"Agent position against {label} on the {split} split")
+        plots.append(("past", f"return over the past {bars} bars, %", past))
+    plots = [(kind, label, x) for kind, label, x in plots if np.isfinite(x).any()]
+    for kind, label, x in plots:
+        title, alt = f"{split}: position against {label}", f"Position against {label} on the {split} split"
+        page.plot(f"against_{label}", title, draw_response(trace, x, label), SENTENCES[kind], alt)
     if not plots:
-        page.lack("action against signal", f"traces/{split}.parquet has none of signal, expected, close")
-
-
-def add_others(page: Page, run: Run, most: int = 24) -> None:
-    """Small plots of trace columns that have no plot of their own."""
-    traces = {s: run.traces[s] for s in ordered(run.traces)}
-    known = TRACE_COLUMNS - {"q_spread"}
-    plots = []
-    for split, trace in traces.items():
-        x = trace.get("timestamp")
-        for name, y in trace.items():
-            if name not in known and not name.startswith(("position_", "equity_")) and y.dtype.kind == "f":
-                plots.append((split, name, np.arange(len(y)) if x is None else x, y, x is not None))
-    if not plots:
-        return
-    page.section("traces", "Other columns of the traces")
-    page.add('<div class="minis">')
-    for split, name, x, y, dates in plots[:most]:
-        page.plot(f"trace_{split}_{name}", f"{split}: {words(name)}", draw_mini({name: (x, y)}, dates),
-                  HEALTHY.get("q_action_spread" if name == "q_spread" else name, "Drawn as the file has it."),
-                  f"Column {name} of the {split} trace")
-    page.add("</div>")
-    if len(plots) > most:
-        page.lack(f"{len(plots) - most} more trace columns", f"only the first {most} unknown columns are drawn")
+        page.lack("action against signal", f"traces/{split}.parquet has no signal, expected or close")
 
 
 def eval_curves(metrics: dict) -> dict[str, dict]:
-    """{metric: {line label: (x, y)}} of the keys eval/<split>/[who/]<metric>."""
+    """{metric: {line: (x, y)}} of the keys eval/<split>/[who/]<metric> and eval/<split>/<who>_<metric>."""
     out = {}
     for key, xy in metrics.items():
         parts = key.split("/")
         if parts[0] == "eval" and len(parts) >= 3:
             who = next((p for p in POLICIES if parts[-1].startswith(p + "_")), "")
             metric = parts[-1][len(who) + 1 :] if who else parts[-1]
-            who = " ".join(p for p in (*parts[2:-1], who) if p and p != "agent")
-            out.setdefault(metric, {})[f"{parts[1]} {words(who)}".strip()] = xy
+            who = " ".join(words(p) for p in (*parts[2:-1], who) if p and p != "agent")
+            out.setdefault(metric, {})[f"{parts[1]} {who}".strip()] = xy
     for metric, lines in out.items():
-        agent = [xy for name, xy in lines.items() if " " not in name]
-        same = lambda a, b: len(a) <= len(b) and np.array_equal(a, b[: len(a)], equal_nan=True)  # noqa: E731
-        out[metric] = {name: xy for name, xy in lines.items() if " " not in name
-                       or not any(same(xy[1], other[1]) for other in agent)}
+        agent = [y for name, (_, y) in lines.items() if " " not in name]
+        # the policy that acts is logged under its own name too
+        twin = lambda name, y: " " in name and any(starts(a, y) for a in agent)  # noqa: B023, E731
+        out[metric] = {name: xy for name, xy in lines.items() if not twin(name, xy[1])}
     return {k: out[k] for k in [*CURVES, *out] if k in out}
 
 
+def starts(a: np.ndarray, b: np.ndarray) -> bool:
+    return len(b) <= len(a) and np.array_equal(a[: len(b)], b, equal_nan=True)
+
+
 def add_learning(page: Page, run: Run) -> None:
-    """Evaluations over training, and the values that tell learning from noise."""
+    """Evaluations over training, then everything else that was logged, small."""
     curves = eval_curves(run.metrics)
     best = number(run.summary.get("best_step"))
-    page.section("learning", "Learning", "The x axis is always environment transitions.")
+    page.section("learning", "Learning", LEADS["learning"])
     page.add('<div class="grid">')
-    drawn = [k for k in curves if k in CURVES][:4] or list(curves)[:4]
-    base = ((run.summary.get("eval") or {}).get("eval") or {}).get("baselines") or {}
+    drawn = [k for k in curves if k in CURVES][:5] or list(curves)[:5]
     for k in drawn:
-        rivals = ("optimum", "best_constant") if k not in ("turnover",) else ("optimum",)
-        levels = {r: number((base.get(r) or {}).get(k)) for r in rivals}
+        base = within(run.summary, "eval", "eval", "baselines")
+        rivals = ("optimum",) if k == "turnover" else ("optimum", "best_constant")
+        levels = {r: number(within(base, r).get(k)) for r in rivals}
         levels = {"optimum": 1.0} if k == "score" else levels
-        page.plot(f"curve_{k}", f"{COLUMNS.get(k, (words(k),))[0]} over training", draw_curves(curves[k], levels, best,
-                  COLUMNS.get(k, (words(k),))[0]), healthy(k),
-                  f"{words(k)} of the evaluations over training")
+        fig = draw_curves(curves[k], levels, best, heading(k))
+        page.plot(f"curve_{k}", f"{heading(k)}: evaluations", fig, healthy(k), f"{words(k)} over training")
     if not curves:
         page.lack("learning curves", "metrics.jsonl has no eval/<split>/<metric>")
     if "value/q_action_spread" in run.metrics:
-        page.plot("q_spread", "What actions are worth, beside what randomness is paid", draw_spread(run.metrics),
-                  "Healthy: the blue spread ends 10 to 60 times above alpha and far above alpha × |entropy|; below them the "
-                  "policy is paid for being random and collapses.",
-                  "Spread of Q over actions beside alpha times entropy, log scale")
+        title = "What actions are worth, beside what randomness is paid"
+        alt = "Spread of Q over actions beside alpha times entropy, log scale"
+        page.plot("q_spread", title, draw_spread(run.metrics), SENTENCES["q_spread"], alt)
     else:
         page.lack("spread of Q beside alpha × entropy", "metrics.jsonl has no value/q_action_spread")
+    reaction = ("policy/state_dependence", "policy/saturation", "policy/dead_units")
+    lines = {words(k.split("/")[1]): run.metrics[k] for k in reaction if k in run.metrics}
+    if reaction[0] in run.metrics:
+        fig, alt = draw_curves(lines, {}, best, ""), "State dependence and saturation over training"
+        page.plot("reaction", "Does it react to the market?", fig, SENTENCES["reaction"], alt)
+    else:
+        page.lack("state dependence over training", f"metrics.jsonl has no {reaction[0]}")
     page.add("</div>")
-    rest = {f"eval_{k}": (f"eval: {words(k)}", k, v) for k, v in curves.items() if k not in drawn}
-    groups = (("losses", "Losses", True), ("policy", "Policy", True), ("value", "Values", True),
-              ("env", "Environment", False), ("charts", "Charts", False), ("time", "Time", False))
-    taken = {g for g, _, _ in groups} | {"eval", "alarm"}
-    for group, title, open_ in (*groups, ("", "Everything else that was logged", False)):
-        if group:
-            names = [k for k in run.metrics if k.split("/")[0] == group and "/" in k]
-        else:
-            names = [k for k in run.metrics if k.split("/")[0] not in taken or "/" not in k]
-        minis = {}
-        for k in names:
-            stem, _, part = k.partition("attribution_")
-            key = f"{stem}attribution" if part else k
-            minis.setdefault(key, (key.split("/", 1)[-1], key.split("/")[-1], {}))[2][part or k] = run.metrics[k]
-        minis |= rest if not group else {}
-        if not minis and group in ("losses", "policy", "value"):
-            page.lack(f"{title.lower()} over time", f"metrics.jsonl has no {group}/ key")
-        if not minis:
-            continue
-        page.add(f'<details{" open" if open_ else ""}><summary>{esc(title)}</summary><div class="minis">')
-        for k, (label, last, lines) in minis.items():
-            finite = any(np.isfinite(y).any() for _, y in lines.values())
-            text = HEALTHY.get(last, "See the script's page in docs." if last != "wall" else "A straight line.")
-            # pre-training has no transitions: its points are counted instead
-            if all(len(x) > 1 and x[0] == x[-1] for x, _ in lines.values()):
-                text += f" (All logged at transition {min(x[0] for x, _ in lines.values()):,}: x counts log points.)"
-                lines = {name: (np.arange(1, len(x) + 1), y) for name, (x, y) in lines.items()}
-            page.plot(f"metric_{k}", words(label), draw_mini(lines), text if finite else "No number was logged (all null).",
-                      f"{k} over training")
-        page.add("</div></details>")
+    groups = {}
+    for key in run.metrics:
+        group = key.split("/")[0] if "/" in key else ""
+        if group not in ("eval", "alarm"):
+            # one plot for all parts of the attribution
+            stem, _, part = key.partition("attribution_")
+            whole = f"{stem}attribution" if part else key
+            group = group if group in GROUPS else ""
+            groups.setdefault(group, {}).setdefault(whole, {})[part or key] = run.metrics[key]
+    if rest := {f"eval/{k}": lines for k, lines in curves.items() if k not in drawn}:
+        groups["eval"] = rest
+    for group, title in GROUPS.items():
+        if group in groups:
+            add_minis(page, title, groups[group], group in ("losses", "policy", "value"))
+        elif group in ("losses", "policy", "value"):
+            page.lack(f"{title.lower()} over training", f"metrics.jsonl has no {group}/ key")
+
+
+def add_minis(page: Page, title: str, plots: dict, unfolded: bool) -> None:
+    """Small plots in a box that folds; plots: {metric: {line: (x, y)}}."""
+    page.add(f'<details{" open" if unfolded else ""}><summary>{esc(title)}</summary><div class="minis">')
+    for key, lines in plots.items():
+        name = key.split("/")[-1]
+        text = HEALTHY.get(name, "A clear trend or none; no jumps.")
+        if not any(np.isfinite(y).any() for _, y in lines.values()):
+            text = "No number was logged (all null)."
+        # pre-training has no transitions: its points are counted instead
+        if all(len(x) > 1 and x[0] == x[-1] for x, _ in lines.values()):
+            text += " (No transitions yet: x counts log points.)"
+            lines = {k: (np.arange(1, len(x) + 1), y) for k, (x, y) in lines.items()}
+        title = words(key.split("/", 1)[-1])
+        page.plot(f"metric_{key}", title, draw_mini(lines), text, f"{key} over training")
+    page.add("</div></details>")
 
 
 def add_health(page: Page, run: Run) -> None:
-    """Alarms, attribution and the audit's numbers."""
+    """Alarms, attribution, time by phase and the audit's numbers."""
     alarms = {k.split("/", 1)[1]: v for k, v in run.metrics.items() if k.startswith("alarm/")}
-    audit = run.summary.get("audit") if isinstance(run.summary.get("audit"), dict) else {}
-    numbers = [(k, v) for k, v in flat_items(audit) if k.split(".")[0] not in ("verdict", "reasons", "attribution")]
-    attribution = audit.get("attribution")
-    attribution = {str(k): number(v) for k, v in attribution.items()} if isinstance(attribution, dict) else {}
+    audit = within(run.summary, "audit")
+    attribution = {str(k): number(v) for k, v in within(audit, "attribution").items()}
+    phases = {str(k): number(v) for k, v in within(run.summary, "phases").items()}
     page.section("health", "Health")
     page.add('<div class="grid">')
     if alarms:
-        page.plot("alarms", "Alarms over time", draw_alarms(alarms), "Healthy: red at most at the beginning (alpha starts high, "
-                  "exploration starts wide), grey at the end; the number is the share of log points with the alarm raised.",
-                  "Strip of alarms over training", wide=True)
+        title, alt = "Alarms over time", "Strip of alarms over training"
+        page.plot("alarms", title, draw_alarms(alarms), SENTENCES["alarms"], alt, wide=True)
     else:
         page.lack("alarms over time", "metrics.jsonl has no alarm/ key")
     if attribution:
-        page.plot("attribution", "What the greedy action listens to", draw_bars(
-                  attribution, [show(v, "small") for v in attribution.values()], LONG, "mean |change of action| when shuffled"),
-                  "Healthy: the market groups (technical, HMM) are well above 0; if only position counts, the agent "
-                  "just stays where it is.", "Bars of attribution by input group")
+        texts = [show(v, "small") for v in attribution.values()]
+        fig = draw_bars(attribution, texts, LONG, "mean |change of action| when shuffled")
+        title, alt = "What the greedy action listens to", "Bars of attribution by input group"
+        page.plot("attribution", title, fig, SENTENCES["attribution"], alt)
     else:
         page.lack("attribution", "summary.json has no audit.attribution")
-    phases = run.summary.get("phases")
-    phases = {str(k): number(v) for k, v in phases.items()} if isinstance(phases, dict) else {}
     if phases:
         total = np.nansum(list(phases.values())) or np.nan
         phases = dict(sorted(phases.items(), key=lambda kv: -np.nan_to_num(kv[1])))
-        text = [f"{show(round(v, 1))} s · {show(100 * v / total, 'int')} %" for v in phases.values()]
-        page.plot("phases", f"Where {show(total, 'int')} seconds went", draw_bars(phases, text, "#7d8fa3", "seconds"),
-                  "Healthy: learn is the longest bar, and the bars add up to the wall clock.",
-                  "Bars of seconds by phase")
+        texts = [f"{show(round(v, 1))} s · {show(100 * v / total, 'int')} %" for v in phases.values()]
+        fig = draw_bars(phases, texts, "#7d8fa3", "seconds")
+        title = f"Where {show(total, 'int')} seconds went"
+        page.plot("phases", title, fig, SENTENCES["phases"], "Bars of seconds by phase")
     else:
         page.lack("time by phase", "summary.json has no phases")
     page.add("</div>")
-    if numbers:
-        rows = "".join(f"<tr><th>{esc(words(k))}</th><td>{esc(v)}<br><span class=soft>{esc(HEALTHY.get(k, ''))}</span></td></tr>"
-                       for k, v in numbers)
-        page.add(f'<details><summary>The audit\'s numbers</summary><table class="kv">{rows}</table></details>')
+    shown = {k: v for k, v in audit.items() if k not in ("verdict", "reasons", "attribution")}
+    if shown:
+        add_pairs(page, "The audit's numbers", flat_items(shown), HEALTHY)
     else:
         page.lack("the audit's numbers", "summary.json has no audit")
+
+
+def add_pairs(page: Page, title: str, pairs: list[tuple[str, str]], hints: dict) -> None:
+    """A folded table of keys and values, with a hint under those that have one."""
+    page.add(f'<details><summary>{esc(title)}</summary><table class="kv">')
+    for k, v in pairs:
+        hint = f'<br><span class="soft">{esc(hints[k])}</span>' if k in hints else ""
+        page.add(f"<tr><th>{esc(k)}</th><td>{esc(v)}{hint}</td></tr>")
+    page.add("</table></details>")
+
+
+def add_others(page: Page, run: Run, most: int = 24) -> None:
+    """Small plots of trace columns that have no plot of their own."""
+    plots = []
+    for split in ordered(run.traces):
+        trace = run.traces[split]
+        x = trace.get("timestamp")
+        for name, y in trace.items():
+            known = name in TRACE_COLUMNS or name.startswith(("position_", "equity_"))
+            if not known and y.dtype.kind == "f":
+                plots.append((split, name, np.arange(len(y)) if x is None else x, y))
+    if not plots:
+        return
+    page.section("traces", "Other columns of the traces")
+    page.add('<div class="minis">')
+    for split, name, x, y in plots[:most]:
+        text = SENTENCES.get(f"trace_{name}", HEALTHY.get(name, "Drawn as the file has it."))
+        fig = draw_mini({name: (x, y)}, dates=x.dtype.kind == "M")
+        alt = f"Column {name} of the {split} trace"
+        page.plot(f"trace_{split}_{name}", f"{split}: {words(name)}", fig, text, alt)
+    page.add("</div>")
+    if len(plots) > most:
+        page.lack(f"{len(plots) - most} more trace columns", f"only the first {most} are drawn")
 
 
 def add_details(page: Page, run: Run) -> None:
     """What ran, on what; and what this page could not show."""
     page.section("details", "Details")
     rest = {k: v for k, v in run.summary.items() if k not in ("eval", "audit", "phases")}
-    for title, value in (("Flags (args.json)", run.args), ("Run (summary.json)", rest)):
-        rows = "".join(f"<tr><th>{esc(k)}</th><td>{esc(v)}</td></tr>" for k, v in flat_items(value) if k)
-        page.add(f'<details><summary>{title}</summary><table class="kv">{rows}</table></details>')
+    add_pairs(page, "Flags (args.json)", flat_items(run.args) if run.args else [], {})
+    add_pairs(page, "Run (summary.json)", flat_items(rest) if rest else [], {})
     for note in run.notes:
         page.add(f'<p class="note">{esc(note)}</p>')
     if page.lacks:
         rows = "".join(f"<li><b>{esc(what)}</b>: {esc(why)}</li>" for what, why in page.lacks)
-        page.add(f'<div class="note" id="missing">Not on this page, because the files do not hold it:<ul>{rows}</ul></div>')
+        lead = "Not on this page, because the files do not hold it:"
+        page.add(f'<div class="note" id="missing">{lead}<ul>{rows}</ul></div>')
 
 
 # ------------------------------------------------------------------------------------------------------- main
 def build(run: Run) -> tuple[str, dict]:
-    """The page as text and its figures by name. A function of `run` alone: no clock, no path, no random number."""
+    """The page as text and its figures by name; a function of `run` alone: no clock, no path, no chance."""
     import matplotlib
 
     page = Page()
     with matplotlib.rc_context(RC):
-        for add in (add_header, add_table, add_traces, add_learning, add_health, add_others, add_details):
-            add(page, run)
+        add_header(page, run)
+        add_table(page, run)
+        add_traces(page, run)
+        add_learning(page, run)
+        add_health(page, run)
+        add_others(page, run)
+        add_details(page, run)
     nav = "".join(f'<a href="#{a}">{esc(t)}</a>' for a, t in page.sections)
     body = "\n".join(page.parts).replace("<!--nav-->", f"<nav>{nav}</nav>", 1)
-    title = esc(f"{run.args.get('exp_name', 'run')} · {run.args.get('data') or run.args.get('scenario') or ''}".strip(" ·"))
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{CSS}</style></head>\n'
-            f"<body><main>\n{body}\n</main></body></html>\n"), page.figures
+    title = f"{run.args.get('exp_name', 'run')} · {run.args.get('data') or run.args.get('scenario') or ''}"
+    text = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f"<title>{esc(title.strip(' ·'))}</title>\n"
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<style>{CSS}</style></head>\n'
+        f"<body><main>\n{body}\n</main></body></html>\n"
+    )
+    return text, page.figures
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Write RUN_DIR/report.html and return its path; a missing or broken file prints one line and exits with 2."""
+    """Write RUN_DIR/report.html, return its path; a missing or broken file: a line on stderr, exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"report: {message}\n")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of one run")
@@ -1123,13 +1208,13 @@ def main(argv: list[str] | None = None) -> str:
     path = os.path.join(args.run_dir, "report.html")
     try:
         text, figures = build(load_run(args.run_dir))
-        # replaced in one go: a reader never meets half a page, and a full disk keeps the old one
-        with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-        os.replace(f"{path}.tmp", path)
     except ReportError as e:
         print(f"report: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    # replaced in one go: a reader never meets half a page, and a full disk keeps the old one
+    with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+    os.replace(f"{path}.tmp", path)
     if args.figures:
         os.makedirs(args.figures, exist_ok=True)
         for name, fig in figures.items():

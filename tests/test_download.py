@@ -1,4 +1,4 @@
-"""scripts/download_data.py against a real HTTP server that answers like Binance (and Bitstamp) on this machine."""
+"""scripts/download_data.py against a real HTTP server here that answers like Binance and like Bitstamp."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import ccxt
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -24,9 +25,9 @@ START = 1_704_067_200_000  # 2024-01-01T00:00Z
 
 
 def make_bars(n, start=START, holes=()):
-    """n hourly bars from `start`, {ms: (open, high, low, close, volume)}, less those with an index in `holes`."""
+    """n hourly bars {ms: (open, high, low, close, volume)} from `start`, less those indexed by `holes`."""
     rng = np.random.default_rng(7)
-    close = 40_000.0 * np.exp(np.cumsum(rng.normal(0, 0.005, n)))
+    close = (40_000.0 * np.exp(np.cumsum(rng.normal(0, 0.005, n)))).tolist()
     bars = {}
     for i in range(n):
         o, c = round(close[max(i - 1, 0)], 2), round(close[i], 2)
@@ -36,9 +37,10 @@ def make_bars(n, start=START, holes=()):
 
 
 class StandIn(ThreadingHTTPServer):
-    """Binance's and Bitstamp's public endpoints over `bars`; `now` is its clock, `asked` the start of each page.
+    """Binance's and Bitstamp's endpoints over `bars`; `now` is its clock, `asked` the start of each page.
 
-    trouble(n) may return a status for the n-th page request from 0, "cut" to drop the connection, "hang" to wait.
+    trouble(n), for the n-th page from 0: a status to answer with; "cut" drops the connection, "hang" waits,
+    "none" answers without bars, "html" with a page for people.
     """
 
     daemon_threads = True
@@ -58,10 +60,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def answer(self, body, status=200):
-        raw = json.dumps(body).encode()
+    def answer(self, body, status=200, kind="application/json"):
+        raw = json.dumps(body).encode() if kind == "application/json" else body.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
@@ -89,7 +91,9 @@ class Handler(BaseHTTPRequestHandler):
                 "trading": "Enabled",
                 "market_type": "SPOT",
             }
-            return self.answer([{**market, **more, "minimum_order_value": "10"}])
+            return self.answer(
+                [{**market, **more, "minimum_order_value": "10", "description": "Bitcoin / U.S. dollar"}]
+            )
         if url.path == "/api/v2/currencies/":
             return self.answer([])
         if url.path not in ("/api/v3/klines", "/api/v2/ohlc/btcusd/"):
@@ -105,8 +109,13 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if trouble == "cut":
             return self.connection.close()
+        if trouble == "none":
+            return self.answer([])
+        if trouble == "html":
+            return self.answer("<html>", kind="text/html")
         if trouble:
-            return self.answer({"code": -1003, "msg": "try later"}, trouble)
+            told = {451: (0, "Service unavailable from a restricted location")}.get(trouble, (-1003, "later"))
+            return self.answer(dict(zip(("code", "msg"), told, strict=True)), trouble)
         if binance:
             assert query["symbol"] == "BTCUSDT" and query["interval"] == "1h"
             rows = server.page(start, 2**60, int(query["limit"]))
@@ -139,7 +148,7 @@ def serve(monkeypatch):
         server.server_close()
 
 
-def flags(server, out, **more):
+def flags(server, out, /, **more):
     given = {"exchange": "binance", "symbol": "BTC/USDT", "timeframe": "1h", "since": "2024-01-01"}
     given |= {"out": out, "base_url": server.url, "rate_limit": 0, "retry_wait": 0, "limit": 100} | more
     return [str(x) for key, value in given.items() for x in ("--" + key.replace("_", "-"), value)]
@@ -191,7 +200,8 @@ def test_page_size_never_exceeds_what_the_exchange_gives(serve, tmp_path):
     bars = make_bars(1500)
     server, out = serve(bars), tmp_path / "a.parquet"
     download_data.main(flags(server, out, limit=9999))
-    assert_holds(out, bars) is None and server.asked == [START, START + 1000 * HOUR]
+    assert_holds(out, bars)
+    assert server.asked == [START, START + 1000 * HOUR]
 
 
 def test_another_exchange_without_a_clock_and_empty_pages(serve, tmp_path, capsys):
@@ -207,7 +217,7 @@ def test_another_exchange_without_a_clock_and_empty_pages(serve, tmp_path, capsy
 
 
 # ---------------------------------------------------------------------------------------------- trouble
-@pytest.mark.parametrize("trouble", [500, 429, "cut"])
+@pytest.mark.parametrize("trouble", [500, 429, "cut", "html"])
 def test_a_passing_network_error_is_retried(serve, tmp_path, capsys, trouble):
     bars = make_bars(250)
     server, out = serve(bars), tmp_path / "a.parquet"
@@ -216,6 +226,25 @@ def test_a_passing_network_error_is_retried(serve, tmp_path, capsys, trouble):
     assert_holds(out, bars)
     assert server.asked == [START] + [START + 100 * HOUR] * 3 + [START + 200 * HOUR]
     assert capsys.readouterr().err.count("; try ") == 2
+
+
+def test_an_answer_without_bars_must_be_believable(serve, tmp_path, capsys):
+    bars = make_bars(450)
+    server, out = serve(bars), tmp_path / "a.parquet"
+    # one page comes without its bars: the last bar is asked for again, and what follows it is there after all
+    server.trouble = lambda n: "none" if n == 2 else None
+    download_data.main(flags(server, out))
+    assert_holds(out, bars)
+    assert server.asked[2:5] == [START + i * HOUR for i in (200, 199, 299)]
+    out.unlink()
+    capsys.readouterr()
+    # every page from there on: it gives up, the hole does not become a file
+    server.trouble, server.asked[:] = lambda n: "none" if n >= 2 else None, []
+    with pytest.raises(SystemExit) as stop:
+        download_data.main(flags(server, out, retries=1))
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "the bar of 2024-01-09T07:00:00Z, which it gave before" in err[-1]
+    assert server.asked[2:] == [START + i * HOUR for i in (200, 199, 199)] and not out.exists()
 
 
 def test_a_lasting_network_error_ends_and_the_next_run_asks_for_the_rest_only(serve, tmp_path, capsys):
@@ -235,6 +264,13 @@ def test_a_lasting_network_error_ends_and_the_next_run_asks_for_the_rest_only(se
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_the_exchanges_own_rate_limit_holds():
+    exchange = download_data.make_exchange(download_data.Args(exchange="kraken", timeframe="1d"))
+    assert exchange.enableRateLimit is True and exchange.rateLimit == ccxt.kraken().rateLimit > 0
+    exchange = download_data.make_exchange(download_data.Args(rate_limit=250.0))
+    assert exchange.enableRateLimit is True and exchange.rateLimit == 250.0
+
+
 def test_a_refusal_by_country_is_not_retried(serve, tmp_path, capsys):
     server = serve(make_bars(50))
     server.trouble = lambda n: 451
@@ -248,7 +284,8 @@ def run_until_it_hangs(server, out, page):
     command = [sys.executable, str(ROOT / "scripts" / "download_data.py"), *flags(server, out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
     try:
-        assert server.hanging.wait(30), process.communicate(timeout=5)
+        while not server.hanging.wait(0.05):
+            assert process.poll() is None, process.communicate()
     except BaseException:
         process.kill()
         raise
@@ -329,7 +366,7 @@ def test_months_have_their_own_lengths():
     assert download_data.bar_end(ms[0], "4h") == ms[0] + 4 * HOUR
 
 
-# ---------------------------------------------------------------------------------------------- a finished file
+# ------------------------------------------------------------------------------------------ a finished file
 def test_a_finished_file_is_extended_and_left_alone(serve, tmp_path):
     bars = make_bars(400)
     server, out = serve(bars), tmp_path / "a.parquet"
@@ -390,12 +427,8 @@ def test_files_of_others_are_refused(serve, tmp_path, capsys):
     capsys.readouterr()
     assert "was not written by this script" in refused(capsys, flags(server, out))
     out.unlink()
-    for text in (
-        "no json\n1,2\n",
-        '{"after": -1}\n1704067200000,1,2\n',
-        '{"after": -1}\n2,1,1,1,1,1\n1,1,1,1,1,1\n',
-    ):
-        Path(f"{out}.partial").write_text(text)
+    for bad in ("no json\n1,2\n", '{"after": -1}\n1,1,2\n', '{"after": -1}\n2,1,1,1,1,1\n1,1,1,1,1,1\n'):
+        Path(f"{out}.partial").write_text(bad)
         assert "a.parquet.partial: damaged" in refused(capsys, flags(server, out))
 
 

@@ -260,7 +260,7 @@ def test_full_run_has_every_section_and_plot(full):
         "How often it holds which position",
         "test: position against signal",
         "test: position against expected return",
-        "score over training",
+        "score: evaluations",
         "What actions are worth",
         "qf loss",
         "state dependence",
@@ -274,7 +274,7 @@ def test_full_run_has_every_section_and_plot(full):
     for word in ("timeout", "healthy", "the position answers to the market", "PARTIAL"):
         assert (word in text) == (word != "PARTIAL")
     assert len(page) < 3_000_000
-    # a plot without a word on how a healthy one looks, or without words for those who cannot see it, is half a plot
+    # a plot without a word on how a healthy one looks, or for those who cannot see it, is half a plot
     assert len(figures_in(page)) == page.count("<img") == page.count("<figcaption>") == len(titles) >= 25
     assert all(alt for alt, _ in figures_in(page)) and "<figcaption></figcaption>" not in page
 
@@ -322,8 +322,9 @@ def test_page_needs_no_other_file(full):
 def test_same_files_give_the_same_bytes(full):
     run, page = full
     (run / "report.html").unlink()
-    code = f"import sys; sys.path.insert(0, {str(Path(report.__file__).parents[1])!r}); from scripts import report; report.main([{str(run)!r}])"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    code = f"from scripts import report; report.main([{str(run)!r}])"
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(report.__file__).parents[1])
     assert (run / "report.html").read_bytes() == page.encode()
     assert not list(run.glob("*.tmp"))
 
@@ -332,7 +333,8 @@ def test_drawing_leaves_the_callers_matplotlib_alone(full):
     import matplotlib
 
     assert matplotlib.rcParams["svg.fonttype"] == "path"
-    code = "import sys; from scripts import report; assert not {'matplotlib', 'pyarrow', 'pandas'} & set(sys.modules)"
+    late = "{'matplotlib', 'pyarrow', 'pandas'}"
+    code = f"import sys; from scripts import report; assert not {late} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[1])
 
 
@@ -470,7 +472,7 @@ def test_run_without_updates(tmp_path, points):
         audit={"verdict": "untrained", "reasons": ["no gradient update was made"]},
     )
     text = Balance(page_of(run)).text
-    assert "No gradient update was made: everything below is the agent as it was born." in text
+    assert "No gradient update was made: below is the agent as it was born." in text
     assert "untrained" in text and "summary.json has no audit.attribution" in text
     assert ("metrics.jsonl has no alarm/ key" in text) == (points == 0)
 
@@ -512,7 +514,7 @@ def test_real_bars_have_no_optimum(tmp_path):
 
 def test_text_from_files_is_escaped(tmp_path):
     run = make_run(tmp_path / "run", bars=40, points=2)
-    evil = '<script>alert("1")</script>&$x_'
+    evil = '<script>alert("1")</script>&$x_{$'
     edit(run / "args.json", exp_name=evil, data=evil, note=evil)
     summary = json.loads((run / "summary.json").read_text())
     summary["audit"] |= {"verdict": evil, "reasons": [evil], evil: 1.0, "attribution": {evil: 0.5}}

@@ -1,0 +1,42 @@
+# make run: train on the embedded market. make test: the test suite. Both set up .venv themselves, once.
+# Knobs: make run ARGS="--seed 3"; make venv PYTHON=python3.12 TORCH="torch==2.13.0 --index-url URL_OF_A_CUDA_BUILD"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help run test venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    train tqc_film_batch.py for 300 s on synthetic:regime (ARGS='--seed 3' appends flags)"
+	@echo "make test   run the tests that need neither a GPU nor long hours (ARGS='-k pool' appends flags)"
+	@echo "make venv   set up .venv only (PYTHON=$(PYTHON), TORCH=$(TORCH))"
+	@echo "make clean  remove .venv and caches; runs/ and data/ stay"
+
+run: .venv/.run
+	$(BIN)/python cleanrl_crypto/tqc_film_batch.py --ent-coef auto_0.5 --timeout 300 $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+venv: .venv/.run
+
+# a stamp is written last: a set-up that was interrupted starts again
+.venv/.run: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+		|| { echo "$(PYTHON) is older than 3.10: set PYTHON=, e.g. make venv PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH)
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+.venv/.test: requirements-test.txt .venv/.run
+	$(PIP) install -r requirements-test.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1818 @@
+"""TQC manual placeholder"""
+import difflib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+if not (ROOT / "common").is_dir():
+    sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {ROOT / 'common'}")
+
+import empyrical
+import gymnasium as gym
+import numba as nb
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+
+from common import markets
+from common.data import Bars, DataError, load_bars, split_rows
+from common.features import FeatureModel, fit_features
+from common.gpu_pool import pool
+from common.timeout_guard import CheckpointError, TimeoutGuard, find_last, load_checkpoint, rotate, save_atomic, write_json_atomic
+
+SPLITS = ("train", "eval", "test")
+BP = 1e-4  # one basis point
+RUIN = 1e-6  # growth of a bar at which equity counts as lost: the episode terminates
+HMM_COLUMNS = 5  # 4 filtered state posteriors and their entropy
+HORIZON = 1  # bars between a decision and the end of its reward
+SCHEMA = 1  # of the checkpoint
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # experiment
+    exp_name: str = Path(__file__).stem
+    """name of this experiment"""
+    seed: int = 1
+    """seed of everything but the synthetic market, whose seed stands in --data"""
+    torch_deterministic: bool = True
+    """deterministic torch kernels"""
+    cuda: bool = True
+    """use the GPU if a probe shows that it works"""
+    track: bool = False
+    """log to Weights and Biases too"""
+    wandb_project_name: str = "cleanrl_crypto"
+    """wandb project"""
+    wandb_entity: str | None = None
+    """wandb team or user"""
+    wandb_mode: str = "online"
+    """online, offline or disabled"""
+    run_dir: str | None = None
+    """folder of this run (default: runs/{env}__{exp_name}__{seed}__{unix time})"""
+    resume: str | None = None
+    """a checkpoint to continue from, or `auto`: the one in --run-dir if there is one"""
+    checkpoint_interval: float = 60.0
+    """**seconds** between checkpoints (last.pt and a rotated copy of the agent)"""
+    keep_checkpoints: int = 3
+    """rotated checkpoints kept beside last.pt and best.pt"""
+    eval_only: bool = False
+    """evaluate --checkpoint on --data and stop"""
+    checkpoint: str | None = None
+    """checkpoint for --eval-only"""
+
+    # data
+    data: str = "synthetic:regime"
+    """synthetic:{regime,signal,noise,drift}[?bars=N&seed=K&...] or files of bars, comma-separated, the first is traded"""
+    split: str = "0.70/0.15/0.15"
+    """train/eval/test as fractions of the rows, or the first days of eval and test: 2023-01-01/2024-01-01"""
+    fill_limit: int = 24
+    """**bars** for which another asset's last bar may stand in for a missing one"""
+    window: int = 64
+    """**bars** in an observation"""
+    hmm: bool = True
+    """give the agent the five HMM columns (--no-hmm: zeros, so that FiLM stays the identity)"""
+    film: bool = True
+    """let the HMM columns modulate the encoding through FiLM (--no-film: append them to the fusion layer's input)"""
+
+    # environment
+    num_envs: int = 1024
+    """lanes"""
+    episode_length: int = 128
+    """**bars** after which an episode is truncated"""
+    fee_bps: float = 4.0
+    """**bp** of equity per unit of |change of exposure|, to the exchange"""
+    slippage_bps: float = 1.0
+    """**bp** of equity per unit of |change of exposure|, to the market"""
+    funding_bps: float = 0.0
+    """**bp** a bar that a full short position pays"""
+    position_mode: str = "rebalance"
+    """rebalance: exposure stays at the target between decisions; drift: it moves with the price"""
+    turnover_penalty_bps: float = 5.0
+    """**bp** per unit of |change| that the reward loses beyond the costs at w_cost = 1"""
+    w_cost_curriculum: int = 0
+    """**transitions** over which the largest w_cost grows from 0 to 1"""
+    eval_w_cost: float = 0.0
+    """w_cost shown to the agent in evaluations, in [0, 1]"""
+    cost_randomization: float = 0.0
+    """each training episode's costs are multiplied by a draw from [1 - x, 1 + x], x in [0, 1]"""
+
+    # encoder
+    encoder: str | None = None
+    """encoder.pt of another run, in place of pre-training"""
+    d_model: int = 256
+    """channels of the encoder"""
+    n_heads: int = 4
+    """attention heads"""
+    n_layers: int = 2
+    """transformer layers"""
+    d_ff: int = 1024
+    """hidden units of the feed-forward blocks"""
+    mae_steps: int = 150
+    """masked pre-training steps on train rows (fewer when --timeout is short; it says so)"""
+    mae_batch_size: int = 64
+    """windows a pre-training step"""
+    mae_mask: float = 0.3
+    """share of the 64 steps that is masked"""
+    mae_learning_rate: float = 3e-3
+    """AdamW, one-cycle"""
+
+    # algorithm
+    total_timesteps: int = 49_152
+    """environment transitions (the sum over lanes)"""
+    learning_starts: int = 2_048
+    """transitions with uniform random actions before the first update"""
+    buffer_size: int = 2_000_000
+    """transitions kept (row indices and lane scalars: 25 bytes each)"""
+    batch_size: int = 256
+    """rows drawn for an update"""
+    segment: int = 8
+    """consecutive bars of a lane drawn together: they share the market forward of row and next row"""
+    counterfactuals: int = 3
+    """uniform random exposures trained on each drawn row beside the stored one (the market is exogenous)"""
+    updates_per_step: int = 10
+    """gradient updates a vector step"""
+    gamma: float = 0.95
+    """discount a bar"""
+    average: float = 0.99
+    """decay an update of the averaged weights that evaluation and checkpoints use (0: the last weights)"""
+    tau: float = 0.05
+    """speed of the target heads' moving average"""
+    policy: str = "critic_grid"
+    """who acts: critic_grid (greedy on a grid of positions; its targets are the grid's maximum) or actor (gSDE)"""
+    action_grid: int = 21
+    """positions on the grid of critic_grid, an odd number"""
+    n_critics: int = 2
+    """quantile critics"""
+    n_quantiles: int = 25
+    """quantiles a critic"""
+    top_quantiles_to_drop_per_net: int = 0
+    """truncation of the target; it punishes risk, not only overestimation: docs/tqc_film_batch.md"""
+    fusion_width: int = 512
+    """width of the fusion layer"""
+    hidden: int = 256
+    """width of the two hidden layers of every head"""
+    learning_rate: float = 3e-3
+    """of the heads (AdamW)"""
+    learning_rate_fusion: float = 5e-4
+    """of the fusion layer's 16384 market columns"""
+    learning_rate_film: float = 1e-2
+    """of FiLM"""
+    learning_rate_end: float = 0.02
+    """share of the learning rates that is left at --total-timesteps (cosine)"""
+    warmup_updates: int = 20
+    """updates over which the learning rates grow from 0"""
+    weight_decay: float = 1e-2
+    """AdamW, on the fusion layer's market columns"""
+    dropout: float = 0.1
+    """of embedding channels, while training"""
+    recency: float = 1.5
+    """**bars** in which the fixed gain on the embedding decays by e, going back from the last bar"""
+    max_grad_norm: float = 10.0
+    """gradient clipping"""
+    reward_scaling: bool = True
+    """divide rewards by the running standard deviation of the full position's reward (saved with the agent)"""
+    reward_clip: float = 10.0
+    """scaled rewards are clipped here; the share is logged"""
+    sde_sample_freq: int = 64
+    """vector steps for which a lane keeps its gSDE noise matrix"""
+    log_std_init: float = -3.0
+    """of the gSDE weights"""
+    ent_coef: str = "auto_0.5"
+    """entropy coefficient: a number, `auto`, or `auto_0.5` = learned from 0.5 on (Stable-Baselines3's meaning)"""
+    ent_coef_lr: float = 3e-2
+    """learning rate of log alpha: at 3e-4 the initial 0.5 is still .37 after 1000 updates"""
+    ent_coef_min: float = 0.0
+    """floor of the entropy coefficient"""
+    target_entropy: float = -1.0
+    """of the squashed Gaussian (its maximum is .684)"""
+
+    # evaluation and runtime
+    eval_interval: int = 4_096
+    """transitions between evaluations on the eval split"""
+    patience: int = 8
+    """evaluations without a better one after which training stops (0: never)"""
+    select: str = "auto"
+    """what best.pt is chosen by on the eval split: expected (synthetic markets know it), realised, or auto"""
+    timeout: float | None = None
+    """**seconds** since this process started after which it has exited, None = no limit"""
+    eval_timeout: float | None = None
+    """**seconds** for one evaluation: it stops at the rows it has reached and says so"""
+    backend: str = "auto"
+    """environment kernels: auto, cpu or cuda"""
+    torch_threads: int | None = None
+    """torch and numba threads (None: all cores)"""
+    precision: str = "auto"
+    """auto (bf16 where the hardware has it), bf16 or fp32"""
+    embedding_cache: str = "auto"
+    """auto: encode every row once and keep it, if it fits; off: encode every batch anew"""
+    compile: bool = False
+    """torch.compile the losses"""
+    cudagraphs: bool = False
+    """with --compile on a GPU: capture the losses in CUDA graphs"""
+    report: bool = True
+    """write report.html at the end"""
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be one of {', '.join(known)}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
+        if self.batch_size % self.segment:
+            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --segment {self.segment}")
+        if self.action_grid % 2 == 0:
+            raise ValueError(f"--action-grid {self.action_grid}: must be odd, so that flat is on the grid")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"--d-model {self.d_model} must be a multiple of --n-heads {self.n_heads}")
+        if self.top_quantiles_to_drop_per_net >= self.n_quantiles:
+            raise ValueError(f"--top-quantiles-to-drop-per-net {self.top_quantiles_to_drop_per_net} leaves none of "
+                             f"--n-quantiles {self.n_quantiles}")
+        if self.eval_only != (self.checkpoint is not None):
+            raise ValueError("--eval-only and --checkpoint PATH go together")
+        if self.cudagraphs and not self.compile:
+            raise ValueError("--cudagraphs needs --compile")
+        if self.resume == "auto" and self.run_dir is None:
+            raise ValueError("--resume auto needs --run-dir, the folder of the run to continue")
+        learned, alpha = parse_ent_coef(self.ent_coef)
+        if self.ent_coef_min > alpha:
+            raise ValueError(f"--ent-coef-min {self.ent_coef_min} is above the initial coefficient {alpha}")
+
+
+CHOICES = {
+    "wandb_mode": ("online", "offline", "disabled"), "position_mode": ("rebalance", "drift"),
+    "policy": ("critic_grid", "actor"), "select": ("auto", "expected", "realised"), "backend": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "bf16", "fp32"), "embedding_cache": ("auto", "off"),
+}
+RANGES = {
+    "num_envs": (1, 2**20), "episode_length": (1, 2**31), "window": (2, 4096), "fee_bps": (0, 1000), "slippage_bps": (0, 1000),
+    "funding_bps": (0, 1000), "turnover_penalty_bps": (0, 1000), "eval_w_cost": (0, 1), "cost_randomization": (0, 1),
+    "mae_mask": (0.01, 0.99), "total_timesteps": (0, 10**12), "batch_size": (1, 2**20), "segment": (1, 2**20), "average": (0, 0.99999), "counterfactuals": (0, 255),
+    "updates_per_step": (0, 1024), "gamma": (0, 0.9999), "tau": (1e-6, 1), "action_grid": (3, 1001), "n_critics": (1, 64),
+    "n_quantiles": (1, 1024), "top_quantiles_to_drop_per_net": (0, 1023), "learning_rate_end": (0, 1), "dropout": (0, 0.99),
+    "recency": (1e-3, 1e9), "sde_sample_freq": (1, 2**31), "mae_steps": (0, 10**7), "eval_interval": (1, 10**12),
+    "timeout": (1, 1e9), "eval_timeout": (0.1, 1e9), "learning_rate": (0, 1), "learning_rate_fusion": (0, 1),
+    "learning_rate_film": (0, 1), "ent_coef_lr": (0, 10), "target_entropy": (-100, 0.68), "keep_checkpoints": (0, 10**6),
+    "buffer_size": (1, 10**10), "patience": (0, 10**6), "torch_threads": (1, 4096), "checkpoint_interval": (0, 1e9),
+    "mae_batch_size": (1, 2**20), "n_layers": (1, 64), "fill_limit": (0, 10**6), "max_grad_norm": (1e-6, 1e9),
+}
+# flags that shape the agent or the data: a resumed run must agree on them
+SHAPING = (
+    "seed", "data", "split", "fill_limit", "window", "hmm", "film", "num_envs", "episode_length", "fee_bps", "slippage_bps",
+    "funding_bps", "position_mode", "turnover_penalty_bps", "cost_randomization", "d_model", "n_heads", "n_layers", "d_ff",
+    "policy", "action_grid", "n_critics", "n_quantiles", "top_quantiles_to_drop_per_net", "fusion_width", "hidden",
+    "recency", "reward_scaling", "reward_clip", "gamma", "buffer_size",
+)
+
+
+def parse_ent_coef(text: str) -> tuple[bool, float]:
+    """`auto`, `auto_0.5` or a number -> (is it learned, initial value), as Stable-Baselines3 reads it."""
+    learned = text.startswith("auto")
+    number = text.removeprefix("auto").removeprefix("_") if learned else text
+    try:
+        value = float(number) if number else 1.0
+    except ValueError:
+        value = -1.0
+    if not (0 < value < math.inf or (value == 0 and not learned)):
+        raise ValueError(f"--ent-coef {text}: must be a number >= 0, auto, or auto_VALUE with VALUE > 0")
+    return learned, value
+
+
+# --------------------------------------------------------------------------------------------------- kernels
+@nb.njit(cache=True)
+def uniform_nb(seed, lane, episode, draw):
+    """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
+    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(31))) + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@nb.njit(cache=True)
+def trade_nb(position, target, ret, cost, funding, drift):
+    """One decision and the bar it earns: ONE lane, all scalars, float64.
+
+    position, target: exposure before and after the trade, share of equity; ret: simple return of the next bar; cost:
+    fraction of equity per unit of |change|; funding: fraction a bar that a full short pays.
+    Rebalanced: equity *= (1 - cost |target - position|) (1 + target ret - funding). Drifting: the fee is paid on what
+    is really traded so that the exposure is `target` of what is left: fee = cost |d| / (1 + cost target sign(d)).
+    Returns (growth of equity, fee as a share of equity, exposure at the next decision).
+    """
+    change = target - position
+    fee = cost * abs(change)
+    if drift:
+        fee /= 1.0 + cost * target * (1.0 if change > 0.0 else -1.0)
+    growth = 1.0 + target * ret - funding * max(-target, 0.0)
+    if growth < RUIN:
+        growth = RUIN
+    after = target * (1.0 + ret) / growth if drift else target
+    return (1.0 - fee) * growth, fee, after
+
+
+@nb.njit(cache=True)
+def episode_nb(seed, lane, episode, start, stop, w_max, cost, cost_randomization):
+    """First row, w_cost (20 % at 0, 20 % at w_max, else uniform) and cost of a lane's episode, constant within it."""
+    row = start + np.int64(uniform_nb(seed, lane, episode, 0) * (stop - start))
+    u = uniform_nb(seed, lane, episode, 1)
+    w = w_max * min(max((u - 0.2) / 0.6, 0.0), 1.0)
+    spread = cost_randomization * (2.0 * uniform_nb(seed, lane, episode, 2) - 1.0)
+    return row, w, cost * (1.0 + spread)
+
+
+def lane_py(i, action, ret, start, stop, length, rules, seed, ints, floats, reward, flags, final_ints, final_floats):
+    """Step lane i in place; compiled for the CPU and, unchanged, as a CUDA device function.
+
+    rules: (6,) cost, funding, drift, penalty, w_max, cost_randomization. ints (3, N): row, clock, episode.
+    floats (6, N): position, w_cost, cost, equity, episode's reward, episode's turnover. flags (2, N): terminated,
+    truncated. final_*: the lane's state before the reset, whenever a flag is set.
+    """
+    row = ints[0, i]
+    position = floats[0, i]
+    target = min(max(action[i], -1.0), 1.0)
+    factor, fee, after = trade_nb(position, target, ret[row], floats[2, i], rules[1], rules[2] != 0.0)
+    change = abs(target - position)
+    value = math.log(factor) - floats[1, i] * rules[3] * change
+    reward[i] = value
+    ints[0, i] = row + 1
+    ints[1, i] += 1
+    floats[0, i] = after
+    floats[3, i] *= factor
+    floats[4, i] += value
+    floats[5, i] += change
+    flags[0, i] = factor <= RUIN
+    flags[1, i] = not flags[0, i] and (ints[1, i] >= length or row + 1 >= stop)
+    if flags[0, i] or flags[1, i]:
+        for k in range(3):
+            final_ints[k, i] = ints[k, i]
+        for k in range(6):
+            final_floats[k, i] = floats[k, i]
+        episode = ints[2, i] + 1
+        row, w, cost = episode_nb(seed, i, episode, start, stop, rules[4], rules[0], rules[5])
+        ints[0, i] = row
+        ints[1, i] = 0
+        ints[2, i] = episode
+        floats[0, i] = 0.0
+        floats[1, i] = w
+        floats[2, i] = cost
+        floats[3, i] = 1.0
+        floats[4, i] = 0.0
+        floats[5, i] = 0.0
+
+
+lane_nb = nb.njit(lane_py)
+
+
+@nb.njit(parallel=True, cache=True)
+def step_cpu(action, ret, start, stop, length, rules, seed, ints, floats, reward, flags, final_ints, final_floats):
+    for i in nb.prange(action.size):
+        lane_nb(i, action, ret, start, stop, length, rules, seed, ints, floats, reward, flags, final_ints, final_floats)
+
+
+def cuda_step():
+    """The same lane on the GPU: a kernel with step_cpu's arguments, one thread a lane."""
+    from numba import cuda
+
+    lane = cuda.jit(device=True)(lane_py)
+
+    @cuda.jit
+    def step_cuda(action, ret, start, stop, length, rules, seed, ints, floats, reward, flags, final_ints, final_floats):
+        i = cuda.grid(1)
+        if i < action.size:
+            lane(i, action, ret, start, stop, length, rules, seed, ints, floats, reward, flags, final_ints, final_floats)
+
+    return step_cuda
+
+
+@nb.njit(cache=True)
+def walk_nb(target, ret, expected, cost, funding, drift):
+    """Trade the exposures `target` (n,) along returns `ret` (n,), flat before the first.
+
+    Returns (reward, expected reward, |change|, held) (n,): log growth net of fees; target * expected - funding - fee,
+    the known conditional mean of the simple return in place of the realised one; and the exposures held.
+    """
+    n = target.size
+    reward, mean, change, held = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+    position = 0.0
+    for t in range(n):
+        factor, fee, after = trade_nb(position, target[t], ret[t], cost, funding, drift)
+        reward[t] = math.log(factor)
+        mean[t] = target[t] * expected[t] - funding * max(-target[t], 0.0) - fee
+        change[t] = abs(target[t] - position)
+        held[t] = target[t]
+        position = after
+    return reward, mean, change, held
+
+
+@nb.njit(cache=True)
+def greedy_walk_nb(value, grid, scale, penalty, ret, cost, funding, drift):
+    """Greedy exposures (n,) of an afterstate critic: value (n, A) of holding grid[j], before the cost of getting there.
+
+    argmax_j value[t, j] + scale (log(1 - fee) - penalty |grid[j] - position|); a tie keeps the nearest position.
+    """
+    n, m = value.shape
+    target = np.empty(n)
+    position = 0.0
+    for t in range(n):
+        best, best_q, best_change = 0, -np.inf, 0.0
+        for j in range(m):
+            _, fee, _ = trade_nb(position, grid[j], 0.0, cost, 0.0, drift)
+            change = abs(grid[j] - position)
+            q = value[t, j] + scale * (math.log(1.0 - fee) - penalty * change)
+            if q > best_q or (q == best_q and change < best_change):
+                best, best_q, best_change = j, q, change
+        target[t] = grid[best]
+        _, _, position = trade_nb(position, grid[best], ret[t], cost, funding, drift)
+    return target
+
+
+# ------------------------------------------------------------------------------------------------ environment
+@dataclass
+class Market:
+    """What lanes walk over: one static table. Decision rows are bar rows; row t earns bar t + 1."""
+
+    bars: Bars
+    features: FeatureModel
+    table: np.ndarray  # (T, n_tech + 5) float32: technical columns, then the HMM's
+    ret: np.ndarray  # (T,) float64 simple return of the next bar, 0 in the last row
+    expected: np.ndarray  # (T,) float64 its known conditional mean, NaN on real bars
+    rows: dict  # split -> (start, stop), half-open decision rows
+    window: int
+
+    @property
+    def n_tech(self) -> int:
+        return self.table.shape[1] - HMM_COLUMNS
+
+
+def load_market(data: str, split: str = "0.70/0.15/0.15", window: int = 64, fill_limit: int = 24, seed: int = 1,
+                hmm: bool = True) -> Market:
+    """Bars -> splits -> columns fitted on train rows. Raises DataError (one line)."""
+    bars = load_bars(data, fill_limit)
+    purge = window + HORIZON
+    train_stop = split_rows(bars.timestamp, split, purge)["train"][1]
+    try:
+        features = fit_features(bars, train_stop, seed)
+    except ValueError as e:
+        raise DataError(f"{data}: {e}") from e
+    rows = split_rows(bars.timestamp, split, purge, first=features.warmup + window - 1)
+    table = features.transform(bars)
+    if not hmm:
+        table[:, -HMM_COLUMNS:] = 0.0
+    ret = np.nan_to_num(bars.next_return)  # the last row has no next bar and is never a decision row
+    expected = bars.truth.expected if bars.truth else np.full(len(ret), np.nan)
+    return Market(bars, features, table, ret, expected, rows, window)
+
+
+class MarketVectorEnv(gym.vector.VectorEnv):
+    """Lanes that trade one market. Same-step autoreset; truncation at `episode_length` or at the end of the rows.
+
+    Observation: market (window, columns) float32, the bars up to the decision; position (1,), the exposure held; w_cost
+    (1,). Action (1,) in [-1, 1]: target exposure. Reward: log growth of equity net of fees, minus w_cost * penalty *
+    |change|. state: ints (3, N) row, clock, episode; floats (6, N) position, w_cost, cost, equity, reward, turnover.
+    step_lanes() is step() without observations.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+    builds = 0
+
+    def __init__(self, market: Market, rows: tuple[int, int], num_envs: int = 1, episode_length: int = 128,
+                 fee_bps: float = 4.0, slippage_bps: float = 1.0, funding_bps: float = 0.0, position_mode: str = "rebalance",
+                 turnover_penalty_bps: float = 5.0, cost_randomization: float = 0.0, seed: int = 1, backend: str = "cpu"):
+        MarketVectorEnv.builds += 1
+        self.market, self.num_envs, self.window = market, num_envs, market.window
+        self.start, self.stop, self.length = int(rows[0]), int(rows[1]), int(episode_length)
+        if not market.window - 1 <= self.start < self.stop < len(market.ret):
+            raise ValueError(f"rows {rows}: need {market.window - 1} <= start < stop < {len(market.ret)}")
+        box = gym.spaces.Box
+        self.single_observation_space = gym.spaces.Dict({
+            "market": box(-np.inf, np.inf, (self.window, market.table.shape[1]), np.float32),
+            "position": box(-np.inf, np.inf, (1,), np.float32), "w_cost": box(0.0, 1.0, (1,), np.float32)})
+        self.single_action_space = box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.backend, self.seed = backend, seed
+        # cost, funding, drift, penalty, w_max, cost_randomization
+        self.rules = np.array([(fee_bps + slippage_bps) * BP, funding_bps * BP, position_mode == "drift",
+                               turnover_penalty_bps * BP, 1.0, cost_randomization])
+        n, self.lease = num_envs, pool.lease()
+        take = lambda shape, dtype: self.lease.acquire(shape, dtype, backend)
+        self.ints, self.final_ints = take((3, n), np.int64), take((3, n), np.int64)
+        self.floats, self.final_floats = take((6, n), np.float64), take((6, n), np.float64)
+        self.action, self.reward, self.flags = take((n,), np.float64), take((n,), np.float64), take((2, n), np.bool_)
+        if backend == "cuda":
+            from numba import cuda
+
+            self.kernel = cuda_step()[(n + 127) // 128, 128]
+            self.ret = pool.static(("ret", market.bars.sha256), lambda: cuda.to_device(market.ret))
+        else:
+            self.kernel, self.ret = step_cpu, market.ret
+        self.offsets = np.arange(1 - self.window, 1)
+        self.final_rows = np.empty(0, np.int64)
+
+    def host(self, array) -> np.ndarray:
+        """A NumPy view of a state array (a copy on CUDA)."""
+        return array.copy_to_host() if self.backend == "cuda" else array
+
+    def to_state(self, array, values):
+        if self.backend == "cuda":
+            array.copy_to_device(np.ascontiguousarray(values))
+        else:
+            array[...] = values
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """All lanes to their first (seed given) or next episode; builds nothing."""
+        ints, floats = self.host(self.ints), self.host(self.floats)
+        if seed is not None or self.closed_episodes is None:
+            self.seed = self.seed if seed is None else int(seed)
+            ints[2] = 0
+        else:
+            ints[2] += 1
+        self.closed_episodes = 0
+        ints[1], floats[:] = 0, 0.0
+        floats[3] = 1.0
+        for i in range(self.num_envs):
+            ints[0, i], floats[1, i], floats[2, i] = episode_nb(
+                self.seed, i, ints[2, i], self.start, self.stop, self.rules[4], self.rules[0], self.rules[5])
+        self.to_state(self.ints, ints)
+        self.to_state(self.floats, floats)
+        return self.observe(ints[0], floats[0], floats[1]), {}
+
+    closed_episodes = None
+
+    def step_lanes(self, action):
+        """Step all lanes. action (N,) -> reward (N,) float64, terminated, truncated (N,) bool: views, overwritten."""
+        self.to_state(self.action, np.asarray(action, np.float64).reshape(self.num_envs))
+        self.kernel(self.action, self.ret, self.start, self.stop, self.length, self.rules, self.seed, self.ints,
+                    self.floats, self.reward, self.flags, self.final_ints, self.final_floats)
+        flags = self.host(self.flags)
+        return self.host(self.reward), flags[0], flags[1]
+
+    def step(self, actions):
+        actions = np.asarray(actions)
+        if not np.isfinite(actions).all():
+            raise ValueError(f"action of lane {int(np.flatnonzero(~np.isfinite(actions.reshape(-1)))[0])} is not finite")
+        reward, terminated, truncated = (x.copy() for x in self.step_lanes(actions))
+        ints, floats = self.host(self.ints), self.host(self.floats)
+        info, done = {}, terminated | truncated
+        if done.any():
+            lanes = np.flatnonzero(done)
+            last_ints, last = self.host(self.final_ints), self.host(self.final_floats)
+            final = self.observe(last_ints[0, lanes], last[0, lanes], last[1, lanes])
+            obs = np.full(self.num_envs, None, object)
+            for k, i in enumerate(lanes):
+                obs[i] = {name: values[k] for name, values in final.items()}
+            mine = {"r": last[4], "l": last_ints[1], "equity": last[3], "turnover": last[5]}
+            info = {"final_obs": obs, "_final_obs": done,
+                    "final_info": {"episode": {k: np.where(done, v, 0) for k, v in mine.items()}, "_episode": done},
+                    "_final_info": done}
+        return self.observe(ints[0], floats[0], floats[1]), reward, terminated, truncated, info
+
+    def observe(self, row, position, w_cost) -> dict:
+        return {"market": self.market.table[np.asarray(row)[:, None] + self.offsets],
+                "position": np.asarray(position, np.float32)[:, None], "w_cost": np.asarray(w_cost, np.float32)[:, None]}
+
+    def get_state(self) -> dict:
+        state = {name: self.host(getattr(self, name)) for name in ("ints", "floats")}
+        return {name: torch.from_numpy(array.copy()) for name, array in state.items()} | {"seed": self.seed}
+
+    def set_state(self, state: dict):
+        self.to_state(self.ints, state["ints"].numpy())
+        self.to_state(self.floats, state["floats"].numpy())
+        self.seed, self.closed_episodes = state["seed"], 0
+
+    def close_extras(self, **kwargs):
+        self.lease.close()
+
+
+def make_vec(num_envs: int = 1, data: str = "synthetic:regime", split_name: str = "train", **kwargs) -> MarketVectorEnv:
+    """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train", fee_bps=4, ...)."""
+    loading = {k: kwargs.pop(k) for k in ("split", "window", "fill_limit", "hmm") if k in kwargs}
+    market = load_market(data, **loading)
+    return MarketVectorEnv(market, market.rows[split_name], num_envs, **kwargs)
+
+
+class MarketEnv(gym.Env):
+    """One lane as an ordinary environment: gymnasium.make("cleanrl_crypto/Market-v0", data=...)."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, render_mode: None = None, **kwargs):
+        self.render_mode = render_mode
+        self.lane = make_vec(1, **kwargs)
+        self.observation_space, self.action_space = self.lane.single_observation_space, self.lane.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        obs, _ = self.lane.reset(seed=seed)
+        return {name: values[0] for name, values in obs.items()}, {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.lane.step(np.asarray(action)[None])
+        obs = info["final_obs"][0] if "final_obs" in info else {name: values[0] for name, values in obs.items()}
+        return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def close(self):
+        self.lane.close()
+
+
+gym.register("cleanrl_crypto/Market-v0", entry_point=MarketEnv, vector_entry_point=make_vec)
+
+
+# --------------------------------------------------------------------------------------------------- networks
+class Block(nn.Module):
+    """Pre-LN transformer layer."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ff: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.ff = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+
+    def forward(self, x):  # (B, T, d)
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+        return x + self.ff(self.norm2(x))
+
+
+class CryptoMAE(nn.Module):
+    """Masked autoencoder over a window of technical columns (He et al. 2022, on bars instead of patches).
+
+    context(x) is what the agent sees: the encoding, standardised channel by channel on train rows and weighed by a fixed
+    gain that decays into the past. mean, std and gain are buffers: frozen with the rest.
+    """
+
+    def __init__(self, columns: int, window: int, d_model: int, n_heads: int, n_layers: int, d_ff: int, recency: float):
+        super().__init__()
+        self.embed = nn.Linear(columns, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff) for _ in range(n_layers))
+        self.norm, self.decode = nn.LayerNorm(d_model), nn.Linear(d_model, columns)
+        self.mask_token = nn.Parameter(torch.zeros(d_model))
+        at = torch.arange(window)[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)
+        self.register_buffer("positions", torch.stack([at.sin(), at.cos()], -1).flatten(1)[:, :d_model])  # (T, d)
+        self.register_buffer("mean", torch.zeros(d_model))
+        self.register_buffer("std", torch.ones(d_model))
+        self.register_buffer("gain", torch.exp((torch.arange(window) - (window - 1)) / recency)[:, None])  # (T, 1)
+
+    def encode(self, x, mask=None):  # (B, T, columns), (B, T) bool -> (B, T, d)
+        x = self.embed(x)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def loss(self, x, mask):
+        """Mean squared error of the reconstruction at the masked steps."""
+        return F.mse_loss(self.decode(self.encode(x, mask))[mask].float(), x[mask])
+
+    @torch.no_grad()
+    def context(self, x):  # (B, T, columns) -> (B, T, d)
+        return (self.encode(x).float() - self.mean) / self.std * self.gain
+
+
+class FoundationFeatureExtractor(nn.Module):
+    """The market columns of the fusion layer: FiLM(context; hmm) -> flatten 16384 -> fusion_width, before the norm.
+
+    The layer over [market 16384, position, w_cost] is split by columns: this part is computed once per row, the two
+    scalar columns (class Fusion) for every position tried on it.
+    """
+
+    def __init__(self, window: int, d_model: int, width: int, dropout: float, film: bool):
+        super().__init__()
+        self.film = nn.Linear(HMM_COLUMNS, 2 * d_model) if film else None
+        self.market = nn.Linear(window * d_model + (0 if film else HMM_COLUMNS), width)
+        self.dropout = dropout
+        if film:  # identity at initialisation (Perez et al. 2018)
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
+
+    def forward(self, z, hmm):  # (B, T, d), (B, 5) -> (B, width) float32
+        if self.training and self.dropout:  # whole channels, so that no neighbouring bar gives them away
+            keep = torch.rand(z.shape[0], 1, z.shape[2], device=z.device) >= self.dropout
+            z = z * (keep / (1 - self.dropout)).to(z.dtype)
+        if self.film is None:
+            return self.market(torch.cat([z.flatten(1), hmm.to(z.dtype)], 1)).float()
+        gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
+        return self.market((z + z * gamma + beta).flatten(1)).float()
+
+
+class Fusion(nn.Module):
+    """The position and w_cost columns of the fusion layer, LayerNorm, LeakyReLU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scalars = nn.Linear(2, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.scalars.weight, std=0.5)  # a step of position must be as visible as a step of the market
+
+    def forward(self, market, position, w_cost):  # (B, width), (B, K), (B, 1) -> (B, K, width)
+        p, w = self.scalars.weight.unbind(1)
+        return F.leaky_relu(self.norm(market[:, None] + position[..., None] * p + w_cost[..., None] * w))
+
+
+def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+class Critic(nn.Module):
+    """Quantiles of G(row, exposure after the trade, w_cost); Q(row, position, a, w) = G(row, a, w) + cost(position -> a).
+
+    A proportional cost separates exactly, so the slope of Q in the cost of the trade is 1 by construction.
+    """
+
+    def __init__(self, width: int, hidden: int, n_critics: int, n_quantiles: int):
+        super().__init__()
+        self.fusion = Fusion(width)
+        self.nets = nn.ModuleList(mlp(width, hidden, n_quantiles) for _ in range(n_critics))
+
+    def forward(self, market, after, w_cost):  # -> (B, K, critics, quantiles)
+        x = self.fusion(market, after, w_cost)
+        return torch.stack([net(x) for net in self.nets], 2).float()
+
+
+class Actor(nn.Module):
+    """Squashed Gaussian with generalised state-dependent exploration (Raffin et al. 2021), on the critic's market encoding."""
+
+    def __init__(self, width: int, hidden: int, log_std_init: float):
+        super().__init__()
+        self.fusion = Fusion(width)
+        self.latent = mlp(width, hidden, hidden)[:-1]
+        self.mu = nn.Linear(hidden, 1)
+        self.log_std = nn.Parameter(torch.full((hidden,), log_std_init))
+
+    def forward(self, market, position, w_cost):  # (B, width), (B, 1), (B, 1) -> mean (B,), latent (B, hidden)
+        latent = self.latent(self.fusion(market, position, w_cost)[:, 0]).float()
+        return F.hardtanh(self.mu(latent)[:, 0].float(), -2.0, 2.0), latent
+
+
+class Agent(nn.Module):
+    """Everything that learns, and the statistics it needs: one state_dict. config: plain values that rebuild it."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        c = self.config = config
+        self.extractor = FoundationFeatureExtractor(c["window"], c["d_model"], c["fusion_width"], c["dropout"], c["film"])
+        self.critic = Critic(c["fusion_width"], c["hidden"], c["n_critics"], c["n_quantiles"])
+        self.target = Critic(c["fusion_width"], c["hidden"], c["n_critics"], c["n_quantiles"]).requires_grad_(False)
+        self.target.load_state_dict(self.critic.state_dict())
+        self.actor = Actor(c["fusion_width"], c["hidden"], c["log_std_init"])
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(max(c["alpha"], 1e-30))))
+        self.register_buffer("grid", torch.linspace(-1, 1, c["action_grid"]))
+        self.register_buffer("reward_stats", torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        return self.log_alpha.detach().exp().clamp_min(self.config["ent_coef_min"])
+
+    def watch_rewards(self, rewards: np.ndarray):
+        """Welford's update with a batch (Chan et al. 1983) of full-position rewards, which no policy can shrink."""
+        count, mean, m2 = self.reward_stats.tolist()
+        n, new = len(rewards), float(rewards.mean())
+        total = count + n
+        m2 += float(((rewards - new) ** 2).sum()) + (new - mean) ** 2 * count * n / total
+        self.reward_stats.copy_(torch.tensor([total, mean + (new - mean) * n / total, m2], dtype=torch.float64))
+
+    @property
+    def reward_scale(self) -> float:
+        count, _, m2 = self.reward_stats.tolist()
+        return 1.0 / math.sqrt(m2 / count) if self.config["reward_scaling"] and count > 1 and m2 > 0 else 1.0
+
+
+# -------------------------------------------------------------------------------------------------- algorithm
+class QuantileHuber(torch.autograd.Function):
+    """Loss and gradient in closed form: autograd would keep five (B, C, N, M) tensors."""
+
+    @staticmethod
+    def forward(ctx, current, target):
+        n = current.shape[-1]
+        tau = (torch.arange(n, device=current.device, dtype=current.dtype) + 0.5) / n
+        delta = target[:, None, None, :] - current[..., None]  # (B, C, N, M)
+        clipped = delta.clamp(-1, 1)
+        huber = clipped * (delta - 0.5 * clipped)
+        up, all_up = clipped.clamp_min(0).sum(-1), clipped.sum(-1)  # (B, C, N)
+        above = torch.where(delta > 0, huber, 0).sum(-1)
+        ctx.save_for_backward(-(tau * up + (1 - tau) * (all_up - up)) / delta.numel())
+        return (tau * above + (1 - tau) * (huber.sum(-1) - above)).sum() / delta.numel()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def quantile_huber_loss(current, target):
+    """Quantile Huber loss, kappa 1 (Dabney et al. 2018, eq. 10), mean over everything; no gradient to the target.
+
+    current (B, C, N): quantiles of each critic at (i + .5)/N; target (B, M): atoms every critic is compared with.
+    """
+    return QuantileHuber.apply(current, target)
+
+
+def truncate(quantiles, drop: int):
+    """Pool the critics' atoms (B, C, N), sort, drop the `drop` largest per critic (Kuznetsov et al. 2020): (B, C N - C drop)."""
+    b, c, n = quantiles.shape
+    pooled = quantiles.reshape(b, c * n)
+    return pooled.sort(dim=1).values[:, : c * (n - drop)] if drop else pooled
+
+
+def tqc_target(next_quantiles, reward, done, gamma: float, alpha, next_log_prob, drop: int):
+    """r + gamma (1 - done) (Z' - alpha log pi'): next_quantiles (B, C, N), the rest (B,) -> (B, M)."""
+    kept = truncate(next_quantiles, drop) - (alpha * next_log_prob)[:, None]
+    return reward[:, None] + gamma * (1 - done)[:, None] * kept
+
+
+def squashed_log_prob(mean, std, u):
+    """log density of tanh(u), u ~ N(mean, std), from the pre-tanh sample (no atanh of a clamp)."""
+    normal = -0.5 * ((u - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+def gsde_std(latent, log_std):
+    """Std (B,) of latent (B, H) @ E, E ~ N(0, exp(log_std)^2) entry by entry."""
+    return (latent**2 @ (2 * log_std).exp() + 1e-6).sqrt()
+
+
+def ent_coef_loss(log_alpha, log_prob, target_entropy: float):
+    return -(log_alpha * (log_prob + target_entropy).detach()).mean()
+
+
+def growth_reward(exposure, ret, funding: float):
+    """log growth of a bar at `exposure`, before the cost of getting there; broadcasts."""
+    return (1 + exposure * ret - funding * (-exposure).clamp_min(0)).clamp_min(RUIN).log()
+
+
+def trade_reward(position, after, cost, penalty, drift: bool):
+    """log(1 - fee) - penalty |change| of going from position to after (<= 0); broadcasts. Same formula as trade_nb."""
+    change = after - position
+    fee = cost * change.abs()
+    if drift:
+        fee = fee / (1 + cost * after * torch.where(change > 0, 1.0, -1.0))
+    return torch.log1p(-fee) - penalty * change.abs()
+
+
+def drift_position(exposure, ret, funding: float, drift: bool):
+    """Exposure at the next decision; broadcasts."""
+    return exposure * (1 + ret) / (1 + exposure * ret - funding * (-exposure).clamp_min(0)).clamp_min(RUIN) if drift else exposure
+
+
+def sample_action(actor: Actor, market, position, w_cost, noise=None):
+    """gSDE sample for an update, its noise drawn anew for every row. Returns action (B,), log_prob (B,), std (B,)."""
+    mean, latent = actor(market, position, w_cost)
+    std = gsde_std(latent, actor.log_std)
+    u = mean + std * (torch.randn_like(std) if noise is None else noise)
+    return u.tanh(), squashed_log_prob(mean, std, u), std
+
+
+@dataclass
+class Batch:
+    """Rows drawn for one update; tensors (B,) unless stated. A row and its successor often serve two samples: z holds each once."""
+
+    z: torch.Tensor  # (U, T, d) context of the different rows
+    hmm: torch.Tensor  # (U, 5)
+    at: torch.Tensor  # where a sample's row stands in z
+    next_at: torch.Tensor  # and the next row
+    ret: torch.Tensor  # simple return of the next bar
+    position: torch.Tensor  # exposure before the stored trade
+    after: torch.Tensor  # (B, K) exposures trained: the stored one first
+    w_cost: torch.Tensor
+    cost: torch.Tensor
+
+
+def critic_loss(agent: Agent, batch: Batch, rules: tuple, scale: float, noise=None):
+    """Loss of G at K exposures on each row, and what the actor and the log need.
+
+    rules: funding, drift, penalty, gamma, clip. policy critic_grid: the target is the best grid position at the next row;
+    actor: TQC's, the actor's next sample and its entropy. Returns (loss, market (B, width) detached, statistics).
+    """
+    funding, drift, penalty, gamma, clip = rules
+    c = agent.config
+    b, k = batch.after.shape
+    every = agent.extractor(batch.z, batch.hmm)  # (U, width)
+    market = every[batch.at]
+    quantiles = agent.critic(market, batch.after, batch.w_cost[:, None])  # (B, K, C, N)
+    with torch.no_grad():
+        next_market = every.detach()[batch.next_at]
+        w, cost = batch.w_cost[:, None], batch.cost[:, None]
+        growth = growth_reward(batch.after, batch.ret[:, None], funding)  # (B, K)
+        reward = (scale * growth).clamp(-clip, clip)
+        held = drift_position(batch.after, batch.ret[:, None], funding, drift)  # (B, K)
+        done = (growth <= math.log(RUIN) + 1e-3).float()
+        if c["policy"] == "critic_grid":
+            values = agent.target(next_market, agent.grid.expand(b, -1), w)  # (B, A, C, N)
+            moves = scale * trade_reward(held[..., None], agent.grid, cost[..., None], (penalty * w)[..., None], drift)  # (B, K, A)
+            best = (values.mean((2, 3))[:, None] + moves).argmax(2)  # (B, K)
+            pick = best[..., None, None].expand(-1, -1, *values.shape[2:])
+            next_quantiles = values.gather(1, pick).flatten(0, 1)  # (B K, C, N)
+            bonus = moves.gather(2, best[..., None]).flatten()
+            target = tqc_target(next_quantiles + bonus[:, None, None], reward.flatten(), done.flatten(), gamma, 0.0, bonus, c["drop"])
+        else:
+            repeat = lambda x: x.repeat_interleave(k, 0)
+            action, log_prob, _ = sample_action(agent.actor, repeat(next_market), held.reshape(-1, 1), repeat(w), noise)
+            next_quantiles = agent.target(repeat(next_market), action[:, None], repeat(w))[:, 0]
+            bonus = scale * trade_reward(held.flatten(), action, repeat(batch.cost), penalty * repeat(batch.w_cost), drift)
+            target = tqc_target(next_quantiles + bonus[:, None, None], reward.flatten(), done.flatten(), gamma, agent.alpha, log_prob, c["drop"])
+    loss = quantile_huber_loss(quantiles.flatten(0, 1), target)
+    stats = torch.stack([quantiles.detach().mean(), target.mean(), (growth.abs() * scale > clip).float().mean(), reward.std()])
+    return loss, market.detach(), stats
+
+
+def actor_loss(agent: Agent, market, batch: Batch, rules: tuple, scale: float, noise=None):
+    """E[alpha log pi - mean atom of Q] (all atoms: only targets are truncated). Returns (loss, log_prob (B,), std (B,))."""
+    _, drift, penalty, _, _ = rules
+    w = batch.w_cost[:, None]
+    action, log_prob, std = sample_action(agent.actor, market, batch.position[:, None], w, noise)
+    q = agent.critic(market, action[:, None], w).mean((1, 2, 3))
+    q = q + scale * trade_reward(batch.position, action, batch.cost, penalty * batch.w_cost, drift)
+    return (agent.alpha * log_prob - q).mean(), log_prob.detach(), std.detach()
+
+
+class Replay:
+    """Ring of transitions as row indices and lane scalars: 25 bytes each, never windows.
+
+    The next observation is row + 1 with the exposure that `action` leaves (an episode's end included: rows do not jump),
+    the reward is recomputed from the row, so a changed reward scale never meets stale rewards.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.total = size, 0
+        self.row, self.episode_end = np.empty(size, np.int32), np.empty(size, np.bool_)
+        self.floats = np.empty((5, size), np.float32)  # position, action, w_cost, cost, reward
+
+    def add(self, row, position, action, w_cost, cost, reward, end):
+        at = (self.total + np.arange(len(row))) % self.size
+        self.row[at], self.episode_end[at] = row, end
+        for k, values in enumerate((position, action, w_cost, cost, reward)):
+            self.floats[k, at] = values
+        self.total += len(row)
+
+    def sample(self, rng, n: int, segment: int, stride: int) -> np.ndarray:
+        """Indices (n,) of n / segment stretches: `segment` transitions, `stride` (the lanes) apart, so mostly consecutive rows."""
+        start = rng.integers(0, len(self), n // segment)
+        return ((start[:, None] + np.arange(segment) * stride) % len(self)).reshape(-1)
+
+    def __len__(self) -> int:
+        return min(self.total, self.size)
+
+    def get_state(self) -> dict:
+        n = len(self)
+        return {"total": self.total, "row": torch.from_numpy(self.row[:n].copy()),
+                "floats": torch.from_numpy(self.floats[:, :n].copy()), "end": torch.from_numpy(self.episode_end[:n].copy())}
+
+    def set_state(self, state: dict):
+        n, self.total = len(state["row"]), state["total"]
+        self.row[:n], self.floats[:, :n], self.episode_end[:n] = state["row"].numpy(), state["floats"].numpy(), state["end"].numpy()
+
+
+class Contexts:
+    """Encoder output per row, computed once and kept (auto), or anew for every batch (off).
+
+    __call__(rows) -> (z (B, T, d), hmm (B, 5)). Rows that were not filled are refused by `filled`.
+    """
+
+    def __init__(self, encoder: CryptoMAE, market: Market, device, dtype, keep: bool):
+        self.encoder, self.window, self.device, self.dtype = encoder, market.window, device, dtype
+        self.table = torch.from_numpy(market.table).to(device)
+        self.n_tech = market.n_tech
+        self.offsets = torch.arange(1 - self.window, 1, device=device)
+        t, d = encoder.positions.shape
+        self.bytes = len(market.table) * t * d * torch.empty(0, dtype=dtype).element_size()
+        self.cache = torch.empty((len(market.table), t, d), dtype=dtype, device=device) if keep else None
+        self.filled = np.zeros(len(market.table), bool)
+
+    @torch.no_grad()
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        x = self.table[rows[:, None] + self.offsets, : self.n_tech]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.encoder.context(x).to(self.dtype)
+
+    def fill(self, start: int, stop: int, should_stop=lambda: False) -> int:
+        """Encode rows [start, stop) from the last to the first, until should_stop(); returns the first row filled."""
+        while stop > start and not should_stop():
+            block = max(start, stop - 256)
+            if self.cache is not None:
+                self.cache[block:stop] = self.encode(torch.arange(block, stop, device=self.device))
+            self.filled[block:stop] = True
+            stop = block
+        return stop
+
+    def __call__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        z = self.encode(rows) if self.cache is None else self.cache[rows]
+        return z, self.table[rows, self.n_tech :]
+
+
+# -------------------------------------------------------------------------------------- evaluation, diagnostics
+@torch.no_grad()
+def market_latents(agent: Agent, contexts: Contexts, rows: np.ndarray, autocast, deadline: float = math.inf) -> torch.Tensor:
+    """The market part of the fusion layer for rows (n,) -> (n, width); stops at a whole block once `deadline` has passed."""
+    agent.eval()
+    blocks = []
+    for at in range(0, len(rows), 512):
+        if blocks and time.monotonic() > deadline:
+            break
+        with autocast():
+            blocks.append(agent.extractor(*contexts(rows[at : at + 512])))
+    return torch.cat(blocks)
+
+
+@torch.no_grad()
+def grid_values(agent: Agent, latents: torch.Tensor, w_cost: torch.Tensor) -> torch.Tensor:
+    """Mean atom of G at every grid position: (n, width), (n, 1) -> (n, A), scaled reward."""
+    blocks = [agent.critic(x, agent.grid.expand(len(x), -1), w).mean((2, 3))
+              for x, w in zip(latents.split(512), w_cost.split(512), strict=True)]
+    return torch.cat(blocks)
+
+
+@torch.no_grad()
+def act(agent: Agent, latents, position, w_cost, policy: str):
+    """Deterministic exposure (n,) at (n, width), (n,), (n,) under the agent's own costs."""
+    if policy == "actor":
+        return agent.actor(latents, position[:, None], w_cost[:, None])[0].tanh()
+    c = agent.config
+    moves = trade_reward(position[:, None], agent.grid, c["cost"], c["penalty"] * w_cost[:, None], c["drift"])
+    q = grid_values(agent, latents, w_cost[:, None]) + agent.reward_scale * moves
+    return agent.grid[q.argmax(1)]
+
+
+def target_path(agent: Agent, latents: torch.Tensor, ret: np.ndarray, w_cost: float, policy: str) -> np.ndarray:
+    """Deterministic target exposures along consecutive rows, flat before the first: (n, width), (n,) -> (n,) float64."""
+    c = agent.config
+    w = torch.full((len(latents), 1), w_cost, device=latents.device)
+    if policy == "critic_grid":
+        value = grid_values(agent, latents, w).cpu().numpy().astype(np.float64)
+        grid = agent.grid.cpu().numpy().astype(np.float64)
+        return greedy_walk_nb(value, grid, agent.reward_scale, c["penalty"] * w_cost, ret, c["cost"], c["funding"], c["drift"])
+    target, position = np.empty(len(ret)), 0.0
+    for t in range(len(ret)):
+        at = torch.tensor([position], dtype=torch.float32, device=latents.device)
+        target[t] = float(act(agent, latents[t : t + 1], at, w[0], "actor"))
+        _, _, position = trade_nb(position, target[t], ret[t], c["cost"], c["funding"], c["drift"])
+    return target
+
+
+def path_metrics(target: np.ndarray, ret: np.ndarray, expected: np.ndarray, costs: tuple, bars_per_year: float) -> tuple[dict, np.ndarray]:
+    """Metrics of exposures held along returns, and the equity (n,) after each bar. costs: cost, funding, drift."""
+    reward, mean, change, held = walk_nb(target, ret, expected, *costs)
+    growth = np.expm1(reward)
+    metrics = {
+        "mean_reward_bps": reward.mean() / BP, "total_return": math.expm1(reward.sum()),
+        "sharpe": float(empyrical.sharpe_ratio(growth, annualization=bars_per_year)) if growth.std() > 0 else 0.0,
+        "max_drawdown": float(empyrical.max_drawdown(growth)), "turnover": change.mean(), "exposure": held.mean(),
+        "trades": int((change > 1e-9).sum())}
+    if np.isfinite(mean).all():
+        metrics["mean_expected_bps"] = mean.mean() / BP
+    return {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}, np.exp(np.cumsum(reward))
+
+
+def baseline_paths(market: Market, start: int, stop: int, costs: tuple, turnover: float, seed: int) -> dict:
+    """Target exposures (n,) of everyone the agent stands beside; best_constant is chosen on the train rows, entry paid."""
+    n, (a, b) = stop - start, market.rows["train"]
+    grid = np.linspace(-1, 1, 21)
+    train = [walk_nb(np.full(b - a, x), market.ret[a:b], market.expected[a:b], *costs)[0].mean() for x in grid]
+    rng = np.random.default_rng(seed)
+    jump = rng.random(n) < min(1.5 * turnover, 1.0)  # E|u - u'| = 2/3 for two uniforms on [-1, 1]
+    jump[0] = True
+    path = rng.uniform(-1, 1, n)[np.maximum.accumulate(np.where(jump, np.arange(n), 0))]
+    out = {"flat": np.zeros(n), "buy_and_hold": np.ones(n), "best_constant": np.full(n, grid[int(np.argmax(train))]),
+           "random_same_turnover": path}
+    if market.bars.truth:
+        out["optimum"] = np.asarray(markets.optimum_path(market.bars.truth, costs[0], start, stop), np.float64)
+    return out
+
+
+def evaluate(agent: Agent, contexts: Contexts, market: Market, split: str, autocast, args: Args, policies=("critic_grid", "actor"),
+             trace: bool = False) -> tuple[dict, dict]:
+    """Deterministic walk over a split's rows, flat start, all baselines on the same bars at the same costs.
+
+    Returns {policy: metrics, "agent": the acting policy's, "baselines": {...}, "rows", "partial"} and, with `trace`, the
+    columns of traces/{split}.parquet.
+    """
+    c = agent.config
+    start, stop = market.rows[split]
+    start = max(start, int(np.argmax(contexts.filled[start:stop])) + start)  # a short --timeout left the oldest out
+    deadline = time.monotonic() + (args.eval_timeout or math.inf)
+    latents = market_latents(agent, contexts, np.arange(start, stop), autocast, deadline)
+    partial, stop = len(latents) < stop - start or start > market.rows[split][0], start + len(latents)
+    costs, ret, expected = (c["cost"], c["funding"], c["drift"]), market.ret[start:stop], market.expected[start:stop]
+    out = {"rows": [start, stop], "partial": partial, "baselines": {}}
+    columns = {"timestamp": market.bars.timestamp[start:stop], "close": market.bars.close[start:stop], "next_return": ret}
+    for policy in policies:
+        if policy == "actor" != c["policy"] and time.monotonic() > deadline:
+            out["partial"] = True
+            continue
+        target = target_path(agent, latents, ret, args.eval_w_cost, policy)
+        out[policy], equity = path_metrics(target, ret, expected, costs, market.bars.bars_per_year)
+        name = "" if policy == c["policy"] else f"_{policy}"
+        columns |= {f"position{name}": target, f"equity{name}": equity}
+    out["agent"] = dict(out[c["policy"]])
+    for name, target in baseline_paths(market, start, stop, costs, out["agent"]["turnover"], args.seed).items():
+        out["baselines"][name], equity = path_metrics(target, ret, expected, costs, market.bars.bars_per_year)
+        columns |= {f"position_{name}": target, f"equity_{name}": equity}
+    if market.bars.truth:
+        best = out["baselines"]["optimum"]["mean_expected_bps"]
+        for policy in ("agent", *policies):
+            if policy in out:
+                out[policy]["score"] = out[policy]["mean_expected_bps"] / best if best >= 0.05 else None
+        columns |= {"expected": expected, "signal": market.bars.truth.signal[start:stop], "regime": market.bars.truth.regime[start:stop]}
+    if trace:
+        with torch.no_grad():
+            q = grid_values(agent, latents, torch.full((len(latents), 1), args.eval_w_cost, device=latents.device))
+        columns["q_spread"] = (q.max(1).values - q.min(1).values).cpu().numpy()
+    return out, columns
+
+
+@torch.no_grad()
+def diagnose(agent: Agent, contexts: Contexts, market: Market, split: str, autocast, n: int = 512) -> dict:
+    """What the deterministic policy depends on, on n rows of a split (the same rows at every call)."""
+    c, rng = agent.config, np.random.default_rng(0)
+    start, stop = market.rows[split]
+    rows = np.sort(rng.choice(np.flatnonzero(contexts.filled[start:stop]) + start, n))
+    device = agent.grid.device
+    uniform = lambda low, high: torch.from_numpy(rng.uniform(low, high, len(rows)).astype(np.float32)).to(device)
+    mix = torch.from_numpy(rng.permutation(len(rows))).to(device)
+    position, w_cost, zero = uniform(-1, 1), uniform(0, 1), torch.zeros(len(rows), device=device)
+    generator = torch.Generator(device.type).manual_seed(0)
+    z, hmm = contexts(rows)
+    agent.eval()
+    with autocast():
+        latents, tech, context = agent.extractor(z, hmm), agent.extractor(z[mix], hmm), agent.extractor(z, hmm[mix])
+    policy = lambda x, p, w: act(agent, x, p, w, c["policy"])
+    fixed = [policy(latents, zero + p, zero) for p in (-1.0, 0.0, 1.0)]  # a std at a FIXED position sees the market alone
+    greedy = policy(latents, position, w_cost)
+    move = lambda other: float((other - greedy).abs().mean())
+    mean, latent = agent.actor(latents, position[:, None], w_cost[:, None])
+    std = gsde_std(latent, agent.actor.log_std)
+    u = mean + std * torch.randn(len(rows), generator=generator, device=device)
+    log_prob, sampled = squashed_log_prob(mean, std, u), u.tanh()
+    cost = lambda a: agent.reward_scale * trade_reward(position[:, None], a, c["cost"], c["penalty"] * w_cost[:, None], c["drift"])
+    q = grid_values(agent, latents, w_cost[:, None]) + cost(agent.grid)
+    q_of = lambda a: agent.critic(latents, a[:, None], w_cost[:, None]).mean((1, 2, 3)) + cost(a[:, None])[:, 0]
+    quantiles = agent.critic(latents, greedy[:, None], w_cost[:, None])
+    hidden = agent.critic.nets[0][:2](agent.critic.fusion(latents, greedy[:, None], w_cost[:, None])[:, 0])
+    entropy, spread, alpha = -float(log_prob.mean()), float((q.max(1).values - q.min(1).values).mean()), float(agent.alpha)
+    return {
+        "state_dependence": float(torch.stack(fixed).std(1).mean()), "action_mean": float(greedy.mean()),
+        "policy_entropy": entropy, "saturation": float((greedy.abs() > 0.98).float().mean()),
+        "greedy_gap": float((q_of(greedy) - q_of(sampled)).mean()), "q_action_spread": spread, "q_mean": float(q.mean()),
+        "quantile_spread": float((quantiles.amax(3) - quantiles.amin(3)).mean()), "alpha": alpha, "alpha_entropy": alpha * abs(entropy),
+        "sigma": float(std.mean()), "log_std_mean": float(agent.actor.log_std.mean()),
+        "entropy_rms": alpha * c["gamma"] * float((log_prob**2).mean().sqrt()),
+        "greedy_over_sampled": float(greedy.std() / sampled.std().clamp_min(1e-6)),
+        "dead_units": float((hidden <= 0).all(0).float().mean()),
+        "attribution": {"technical": move(policy(tech, position, w_cost)), "hmm": move(policy(context, position, w_cost)),
+                        "position": move(policy(latents, position[mix], w_cost)), "w_cost": move(policy(latents, position, w_cost[mix]))},
+    }
+
+
+@torch.no_grad()
+def overestimation(agent: Agent, contexts: Contexts, market: Market, split: str, autocast, n: int = 2048) -> float:
+    """Mean of (predicted - realised) discounted value along the acting policy's path, scaled reward a decision."""
+    c = agent.config
+    start, stop = market.rows[split]
+    rows = (np.flatnonzero(contexts.filled[start:stop]) + start)[:n]
+    latents = market_latents(agent, contexts, rows, autocast)
+    ret, zero = market.ret[rows], torch.zeros(len(rows), 1, device=agent.grid.device)
+    target = target_path(agent, latents, ret, 0.0, c["policy"])
+    after = torch.from_numpy(target).float().to(zero.device)[:, None]
+    value = torch.cat([agent.critic(x, a, w).mean((1, 2, 3)) for x, a, w in
+                       zip(latents.split(512), after.split(512), zero.split(512), strict=True)]).cpu().numpy()
+    reward = agent.reward_scale * walk_nb(target, ret, ret, c["cost"], c["funding"], c["drift"])[0]
+    realised, tail = np.empty(len(rows)), 0.0
+    for t in range(len(rows) - 1, -1, -1):
+        tail = realised[t] = reward[t] + c["gamma"] * tail
+    keep = max(len(rows) - int(5 / (1 - c["gamma"] + 1e-9)), 1)  # the last ones see too little of their future
+    paid = reward - agent.reward_scale * np.log(np.maximum(1 + target * ret - c["funding"] * np.maximum(-target, 0), RUIN))
+    return float((value + paid - realised)[:keep].mean())
+
+
+def ridge_edge(market: Market, costs: tuple) -> tuple[float, float]:
+    """Edge in bp a bar, and its standard error, of the best ridge policy over the best constant, on the eval split.
+
+    Ridge of the next return on (last bar's technical columns) x (1, HMM columns), fitted on the first 70 % of the train
+    rows; penalty, smoothing and no-trade threshold chosen on the rest. Standard error from 20 batch means; where the
+    conditional mean is known (synthetic) it stands in for the realised return.
+    """
+    (a, b), (c, d) = market.rows["train"], market.rows["eval"]
+    tech, hmm = market.table[:, : market.n_tech].astype(np.float64), market.table[:, market.n_tech :].astype(np.float64)
+    x = np.concatenate([tech, hmm, *(tech * hmm[:, k : k + 1] for k in range(HMM_COLUMNS))], 1)
+    fit = a + int(0.7 * (b - a))
+    center, scale = x[a:fit].mean(0), x[a:fit].std(0) + 1e-9
+    x = (x - center) / scale
+    gram, rhs = x[a:fit].T @ x[a:fit], x[a:fit].T @ (market.ret[a:fit] - market.ret[a:fit].mean())
+    known = bool(market.bars.truth)
+
+    def result(target, start, stop):
+        ret = market.ret[start:stop]
+        reward, mean, _, _ = walk_nb(target, ret, market.expected[start:stop] if known else ret, *costs)
+        return mean if known else reward
+
+    best = (-math.inf, None, None)
+    for penalty in (1e2, 1e3, 1e4):
+        forecast = x @ np.linalg.solve(gram + penalty * np.eye(len(gram)), rhs)
+        for smooth in (0.0, 0.7, 0.9):
+            f = ewma_nb(forecast, smooth)
+            for level in (0.0, 0.5, 1.0, 1.5, 2.0):
+                target = band_nb(f, level * f[a:fit].std())
+                score = walk_nb(target[fit:b], market.ret[fit:b], market.expected[fit:b], *costs)[0].mean()
+                if score > best[0]:
+                    best = (score, target, (penalty, smooth, level))
+    constant = baseline_paths(market, c, d, costs, 0.0, 0)["best_constant"]
+    edge = result(best[1][c:d], c, d) - result(constant, c, d)
+    batches = np.array([x.mean() for x in np.array_split(edge, 20)])
+    return float(edge.mean() / BP), float(batches.std(ddof=1) / math.sqrt(20) / BP)
+
+
+@nb.njit(cache=True)
+def ewma_nb(x, keep):
+    out = x.copy()
+    for t in range(1, x.size):
+        out[t] = keep * out[t - 1] + (1.0 - keep) * x[t]
+    return out
+
+
+@nb.njit(cache=True)
+def band_nb(forecast, level):
+    """+1 above `level`, -1 below -`level`, otherwise as before."""
+    out = np.zeros(forecast.size)
+    for t in range(forecast.size):
+        out[t] = 1.0 if forecast[t] > level else -1.0 if forecast[t] < -level else out[t - 1] if t else 0.0
+    return out
+
+
+def verdict(audit: dict, result: dict, updates: int) -> tuple[str, list[str]]:
+    """healthy, collapsed, constant_is_right or untrained, and why. result: evaluate()'s of the eval split."""
+    agent = result["agent"]
+    edge, se = audit["ridge_edge_bps"], audit["ridge_edge_se_bps"]
+    constant = audit["state_dependence"] < 0.02 and agent["turnover"] < 1e-3
+    found = (f"ridge policy over best constant on eval: {edge:+.2f} bp a bar, standard error {se:.2f}")
+    seen = f"state_dependence {audit['state_dependence']:.3f}, turnover {agent['turnover']:.4f}, exposure {agent['exposure']:+.2f}"
+    if updates == 0:
+        return "untrained", ["no gradient update was made"]
+    if not constant:
+        return "healthy", [f"the position answers to the market: {seen}", found]
+    if edge > 2 * se:
+        return "collapsed", [f"one position whatever the market: {seen}", f"yet there is an edge; {found}"]
+    return "constant_is_right", [f"one position whatever the market: {seen}", f"and no edge is to be seen; {found}"]
+
+
+def load_policy(checkpoint: str | Path, device: str = "cpu"):
+    """policy(obs) -> actions (B, 1) float32 from a checkpoint file alone: the policy that evaluation reports.
+
+    obs: the environment's own batch, NumPy: market (B, window, columns), position (B, 1), w_cost (B, 1).
+    Raises CheckpointError (one line).
+    """
+    state = load_checkpoint(checkpoint, device)
+    config = state["config"]
+    encoder = build_encoder(config).to(device).eval().requires_grad_(False)
+    encoder.load_state_dict(state["encoder"])
+    agent = Agent(config).to(device).eval().requires_grad_(False)
+    agent.load_state_dict(state["agent"])
+
+    def policy(obs: dict) -> np.ndarray:
+        market, position, w_cost = (torch.as_tensor(np.asarray(obs[k], np.float32), device=device) for k in ("market", "position", "w_cost"))
+        with torch.no_grad():
+            latents = agent.extractor(encoder.context(market[..., : config["columns"]]), market[:, -1, config["columns"] :])
+            return act(agent, latents, position[:, 0], w_cost[:, 0], config["policy"])[:, None].cpu().numpy()
+
+    return policy
+
+
+def build_encoder(config: dict) -> CryptoMAE:
+    return CryptoMAE(*(config[k] for k in ("columns", "window", "d_model", "n_heads", "n_layers", "d_ff", "recency")))
+
+
+def load_encoder(path: str, config: dict) -> CryptoMAE:
+    """encoder.pt of another run; every dimension that disagrees with the flags stands in one error line."""
+    state = load_checkpoint(path)
+    if set(state) != {"config", "encoder"}:
+        raise CheckpointError(f"--encoder {path}: not an encoder.pt but a file with {', '.join(sorted(state)[:6])}")
+    names = ("d_model", "n_heads", "n_layers", "d_ff", "columns", "window")
+    wrong = [f"{k} {state['config'][k]} found, {config[k]} expected" for k in names if state["config"][k] != config[k]]
+    if wrong:
+        raise CheckpointError(f"--encoder {path}: {'; '.join(wrong)}")
+    encoder = build_encoder(config | {"recency": config["recency"]})
+    gain = encoder.gain.clone()
+    encoder.load_state_dict(state["encoder"])
+    encoder.gain.copy_(gain)  # the gain is a flag of this run, not a finding of that one
+    return encoder
+
+
+# ------------------------------------------------------------------------------------------------------- main
+class UsageError(ValueError):
+    """One line that names the flag; exit code 2."""
+
+
+def parse_args(argv: list[str] | None) -> Args:
+    """tyro, with every refusal in one line."""
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    known = {f"--{p}{f.name.replace('_', '-')}" for f in fields(Args) for p in (("", "no-") if f.type is bool else ("",))}
+    for token in argv:
+        name = token.split("=")[0].replace("_", "-")
+        if token.startswith("--") and name != "--help" and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise UsageError(f"unknown flag {name}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(Args, args=argv)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        words = re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        raise UsageError(re.sub(r"\s+", " ", words).split(" For full helptext")[0].strip()) from e
+
+
+def probe_cuda() -> tuple[bool, bool]:
+    """Does a real kernel run: (torch, numba). is_available() alone has been wrong."""
+    works = [False, False]
+    if torch.cuda.is_available():
+        try:
+            works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
+        except RuntimeError as e:
+            print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
+        from numba import cuda
+
+        try:
+            array = cuda.to_device(np.ones(8))
+            cuda.jit("void(float64[:])")(lambda x: x.__setitem__(0, 2.0))
+            works[1] = float(array.copy_to_host().sum()) == 8.0
+        except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
+            print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): environment on the CPU")
+    return works[0], works[1]
+
+
+def pretrain(encoder: CryptoMAE, contexts: Contexts, rows: tuple, args: Args, autocast, guard: TimeoutGuard, log) -> int:
+    """Masked reconstruction on windows that end in train rows; then the context's statistics. Returns the steps made."""
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.mae_learning_rate, weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.mae_learning_rate, total_steps=max(args.mae_steps, 1) + 1)
+    budget = time.monotonic() + 0.12 * guard.remaining()
+    step, steps = 0, args.mae_steps
+    draw = lambda n: torch.randint(*rows, (n, 1), device=contexts.device) + contexts.offsets
+    while step < steps and not guard.should_stop():
+        if time.monotonic() > budget:
+            print(f"pre-training cut to {step} of {steps} steps to leave room for learning (--timeout {args.timeout:g})")
+            break
+        x = contexts.table[draw(args.mae_batch_size)][..., : contexts.n_tech]
+        mask = torch.rand(x.shape[:2], device=x.device) < args.mae_mask
+        with autocast():
+            loss = encoder.loss(x, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0 or step == steps - 1:
+            log({"losses/mae": float(loss.detach())}, 0)
+        step += 1
+    encoder.eval().requires_grad_(False)
+    with torch.no_grad(), autocast():
+        z = torch.cat([encoder.encode(contexts.table[draw(128)][..., : contexts.n_tech]).float().flatten(0, 1) for _ in range(8)])
+    encoder.mean.copy_(z.mean(0))
+    encoder.std.copy_(z.std(0) + 1e-6)
+    return step
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
+    args = parse_args(argv)
+    guard = TimeoutGuard(args.timeout)
+    try:
+        return run(args, guard)
+    finally:
+        guard.close()
+
+
+def run(args: Args, guard: TimeoutGuard) -> dict:
+    # run directory, resume
+    name = args.data.split("?")[0].replace(":", "-") if args.data.startswith("synthetic") else "+".join(Path(p).stem for p in args.data.split(","))
+    run_dir = Path(args.run_dir or f"runs/{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    source = args.checkpoint or (find_last(run_dir) if args.resume == "auto" else args.resume)
+    state = load_checkpoint(source) if source else None
+    if state is not None and state.get("schema") != SCHEMA:
+        raise CheckpointError(f"{source}: not a checkpoint of {Path(__file__).name} (schema {state.get('schema')}, expected {SCHEMA})")
+    if args.resume and state:
+        if "replay" not in state:
+            raise CheckpointError(f"{source}: holds the agent alone (for evaluation); resume from last.pt")
+        wrong = [f"--{k.replace('_', '-')} {state['args'].get(k)} there, {getattr(args, k)} here" for k in SHAPING
+                 if state["args"].get(k) != getattr(args, k)]
+        if wrong:
+            raise UsageError(f"{source} was made with other flags: {'; '.join(wrong)}")
+    elif not args.resume and (run_dir / "metrics.jsonl").exists():
+        raise UsageError(f"--run-dir {run_dir} holds a run already: --resume auto continues it")
+
+    # device, threads, precision
+    threads = args.torch_threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+    torch_works, numba_works = probe_cuda() if args.cuda or args.backend == "cuda" else (False, False)
+    device = torch.device("cuda" if args.cuda and torch_works else "cpu")
+    if args.backend == "cuda" and not numba_works:
+        raise UsageError("--backend cuda: no CUDA device on which a numba kernel runs")
+    if args.cudagraphs and device.type != "cuda":
+        raise UsageError("--cudagraphs: no CUDA device")
+    backend = args.backend if args.backend != "auto" else "cuda" if numba_works and device.type == "cuda" else "cpu"
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    autocast = lambda: torch.autocast(device.type, dtype) if precision == "bf16" else nullcontext()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic and device.type == "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+
+    # data
+    market = load_market(args.data, args.split, args.window, args.fill_limit, args.seed, args.hmm)
+    cost = (args.fee_bps + args.slippage_bps) * BP
+    costs = (cost, args.funding_bps * BP, args.position_mode == "drift")
+    span = {k: f"{b - a} bars from {str(market.bars.timestamp[a])[:16]}" for k, (a, b) in market.rows.items()}
+    print(f"{args.data}: {len(market.ret)} bars, {market.n_tech} technical + {HMM_COLUMNS} HMM columns; " + "; ".join(f"{k} {v}" for k, v in span.items()))
+    for gap in market.bars.gaps:
+        if gap["count"]:
+            print(f"{gap['name']}: {gap['count']} gaps, {gap['missing_bars']} bars missing, longest {gap['longest_bars']} at {gap['longest_at']} (not filled)")
+    learned, alpha = parse_ent_coef(args.ent_coef)
+    config = {
+        "columns": market.n_tech, "window": args.window, "d_model": args.d_model, "n_heads": args.n_heads, "n_layers": args.n_layers,
+        "d_ff": args.d_ff, "recency": args.recency, "film": args.film, "fusion_width": args.fusion_width, "hidden": args.hidden,
+        "dropout": args.dropout, "n_critics": args.n_critics, "n_quantiles": args.n_quantiles, "drop": args.top_quantiles_to_drop_per_net,
+        "policy": args.policy, "action_grid": args.action_grid, "log_std_init": args.log_std_init, "alpha": alpha,
+        "ent_coef_min": args.ent_coef_min, "reward_scaling": args.reward_scaling, "gamma": args.gamma, "cost": cost,
+        "funding": costs[1], "drift": costs[2], "penalty": args.turnover_penalty_bps * BP, "column_names": list(market.features.columns)}
+    if state is not None:
+        if state["config"]["column_names"] != config["column_names"]:
+            raise CheckpointError(f"{source}: was trained on other columns ({len(state['config']['column_names'])} found, "
+                                  f"{len(config['column_names'])} expected); five files need a checkpoint of five files")
+        config = state["config"] | ({k: config[k] for k in ("cost", "funding", "drift", "penalty")} if args.eval_only else {})
+
+    # logging: metrics.jsonl is the record of truth, TensorBoard and wandb mirror it
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    step0 = state["global_step"] if args.resume and state else 0
+    kept = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")][: state["log_lines"]] if step0 else []
+    (run_dir / "metrics.jsonl").write_text("".join(kept))
+    write_json_atomic(asdict(args), run_dir / "args.json")
+    jsonl = open(run_dir / "metrics.jsonl", "a")
+    writer = SummaryWriter(str(run_dir), purge_step=step0 if step0 else None)
+    if not step0:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, mode=args.wandb_mode, dir=str(run_dir), config=asdict(args),
+                   name=run_dir.name, id=run_dir.name.replace("/", "_"), resume="allow")
+    lines = len(kept)
+
+    def log(record: dict, step: int):
+        nonlocal lines
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        jsonl.write(json.dumps({"global_step": step, "wall": round(guard.elapsed(), 3)} | record) + "\n")
+        jsonl.flush()
+        lines += 1
+        for key, value in record.items():
+            if value is not None:
+                writer.add_scalar(key, value, step)
+        if args.track:
+            wandb.log(record, step=step)
+
+    # encoder: pre-trained on train rows, then frozen; every row's context is computed once
+    encoder = build_encoder(config).to(device)
+    need = len(market.table) * args.window * args.d_model * (2 if precision == "bf16" else 4)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory()
+    keep = args.embedding_cache == "auto" and need < 0.5 * free
+    print(f"embedding cache {'on' if keep else 'off'}: {need / 2**20:.0f} MiB in {precision}, {free / 2**20:.0f} MiB free")
+    contexts = Contexts(encoder, market, device, dtype, keep)
+    mae_steps = 0
+    with guard.phase("pretrain"):
+        if state is not None:
+            encoder.load_state_dict(state["encoder"])
+        elif args.encoder:
+            encoder.load_state_dict(load_encoder(args.encoder, config).state_dict())
+        else:
+            mae_steps = pretrain(encoder, contexts, market.rows["train"], args, autocast, guard, log)
+        encoder.eval().requires_grad_(False)
+        save_atomic({"config": config, "encoder": cpu_state(encoder)}, run_dir / "encoder.pt")
+    with guard.phase("cache"):
+        began, left = time.monotonic(), guard.remaining()
+        for split, share in (("eval", 0.06), ("test", 0.12), ("train", 0.35)):
+            start, stop = market.rows[split]
+            first = contexts.fill(start, stop + 1, lambda s=share: guard.signal is not None or time.monotonic() - began > s * left)
+            if first > start:
+                print(f"embedding cache: only the last {stop - first} of {stop - start} {split} bars, to leave room for learning")
+    train_rows = (int(market.rows["train"][0] + np.argmax(contexts.filled[slice(*market.rows["train"])])), market.rows["train"][1])
+
+    # agent, environment, replay
+    agent = Agent(config).to(device)
+    averaged = Agent(config).to(device).eval().requires_grad_(False)  # what evaluation, checkpoints and users see
+    averaged.load_state_dict(agent.state_dict())
+    optimizer = torch.optim.AdamW([
+        {"params": [agent.extractor.market.weight], "lr": args.learning_rate_fusion, "weight_decay": args.weight_decay},
+        {"params": [] if agent.extractor.film is None else list(agent.extractor.film.parameters()), "lr": args.learning_rate_film, "weight_decay": 0.0},
+        {"params": [agent.extractor.market.bias, *agent.critic.parameters()], "lr": args.learning_rate, "weight_decay": 0.0}], fused=True)
+    actor_optimizer = torch.optim.AdamW(agent.actor.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    alpha_optimizer = torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr)
+    optimizers = {"critic": optimizer, "actor": actor_optimizer, "alpha": alpha_optimizer}
+    for o in optimizers.values():
+        for group in o.param_groups:
+            group["base_lr"] = group["lr"]
+    get_critic_loss, get_actor_loss = critic_loss, actor_loss
+    if args.compile:
+        mode = "reduce-overhead" if args.cudagraphs else None
+        get_critic_loss, get_actor_loss = torch.compile(critic_loss, mode=mode), torch.compile(actor_loss, mode=mode)
+    env = MarketVectorEnv(market, train_rows, args.num_envs, args.episode_length, args.fee_bps, args.slippage_bps, args.funding_bps,
+                          args.position_mode, args.turnover_penalty_bps, args.cost_randomization, args.seed, backend)
+    replay = Replay(args.buffer_size)
+    rng = np.random.default_rng(args.seed)
+    global_step = updates = drawn = vec_step = stale = 0
+    best = {"score": -math.inf, "step": 0, "agent": None, "updates": 0}
+    noise, averages, timing = None, {}, {"steps": 0, "seconds": 0.0}
+    env.reset(seed=args.seed)
+    if state is not None:
+        averaged.load_state_dict(state["agent"])
+        best["agent"], best["step"] = cpu_state(averaged), state["global_step"]
+    if step0:
+        agent.load_state_dict(state["learner"])
+        for key, o in optimizers.items():
+            o.load_state_dict(state["optimizers"][key])
+        env.set_state(state["env"])
+        replay.set_state(state["replay"])
+        rng.bit_generator.state = json.loads(state["rng_numpy"])
+        torch.set_rng_state(state["rng_torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"])
+        noise, best = state["noise"], state["best"]
+        noise = None if noise is None else noise.to(device)
+        global_step, updates, drawn, vec_step, stale = (state[k] for k in ("global_step", "updates", "drawn", "vec_step", "stale"))
+        averages = state["averages"]
+        print(f"resumed {source} at {global_step} transitions, {updates} updates")
+
+    def snapshot(whole: bool) -> dict:
+        out = {"schema": SCHEMA, "config": config, "args": asdict(args), "encoder": cpu_state(encoder), "agent": cpu_state(averaged),
+               "global_step": global_step, "updates": updates}
+        if whole:
+            out |= {"learner": cpu_state(agent), "optimizers": {k: o.state_dict() for k, o in optimizers.items()}, "env": env.get_state(), "replay": replay.get_state(),
+                    "rng_numpy": json.dumps(rng.bit_generator.state), "rng_torch": torch.get_rng_state(), "noise": noise, "best": best,
+                    "rng_cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None, "drawn": drawn, "vec_step": vec_step,
+                    "stale": stale, "averages": averages, "log_lines": lines}
+        return out
+
+    def save(final: bool = False):
+        with guard.phase("io"):
+            save_atomic(snapshot(True), run_dir / "checkpoints" / "last.pt")
+            if not final and args.keep_checkpoints:
+                save_atomic(snapshot(False), run_dir / "checkpoints" / f"step_{global_step}.pt")
+                rotate(run_dir / "checkpoints", args.keep_checkpoints)
+
+    by = "mean_expected_bps" if args.select == "expected" or (args.select == "auto" and market.bars.truth) else "mean_reward_bps"
+    if args.select == "expected" and not market.bars.truth:
+        raise UsageError("--select expected: the conditional mean is known on synthetic markets only")
+
+    def evaluate_and_choose():
+        """Evaluate on the eval split, log, keep the best agent."""
+        nonlocal stale
+        result, _ = evaluate(averaged, contexts, market, "eval", autocast, args)
+        seen = diagnose(averaged, contexts, market, "eval", autocast)
+        mine = result["agent"]
+        record = {f"eval/eval/{k}": v for k, v in mine.items() if v is not None}
+        record |= {f"eval/eval/{p}_{k}": result[p][k] for p in ("critic_grid", "actor") if p in result for k in ("mean_reward_bps", "score", "turnover")
+                   if result[p].get(k) is not None}
+        record |= {f"policy/{new}": seen[old] for new, old in {
+            "entropy": "policy_entropy", "log_std_mean": "log_std_mean", "alpha": "alpha", "action_mean": "action_mean", "sigma": "sigma",
+            "state_dependence": "state_dependence", "saturation": "saturation", "greedy_gap": "greedy_gap", "dead_units": "dead_units"}.items()}
+        record |= {f"value/{k}": seen[k] for k in ("q_mean", "q_action_spread", "quantile_spread", "alpha_entropy")}
+        record |= {f"policy/attribution_{k}": v for k, v in seen["attribution"].items()}
+        alarms = {
+            "q_spread_over_alpha": seen["q_action_spread"] < 2 * seen["alpha"], "entropy_over_reward": seen["entropy_rms"] > 1.0,
+            "samples_per_transition": drawn < 2 * global_step, "sigma": seen["sigma"] > 0.9,
+            "clipped_rewards": averages.get("env/clipped_rewards", 0.0) > 0.05, "greedy_over_sampled": seen["greedy_over_sampled"] < 0.1}
+        record |= {f"alarm/{k}": float(v) for k, v in alarms.items()}
+        log(record, global_step)
+        value = mine[by]
+        if updates and value > best["score"]:
+            best.update(score=value, step=global_step, updates=updates, agent=cpu_state(averaged))
+            stale = 0
+            with guard.phase("io"):
+                save_atomic(snapshot(False), run_dir / "checkpoints" / "best.pt")
+        elif updates:
+            stale += 1
+        raised = [k for k, v in alarms.items() if v] if updates else []
+        score = f"score {mine['score']:+.3f}  " if mine.get("score") is not None else ""
+        print(f"{guard.elapsed():6.0f} s  {global_step:>9} transitions  {updates:>6} updates  eval {score}{value:+.2f} bp  turnover {mine['turnover']:.3f}"
+              f"  state_dependence {seen['state_dependence']:.2f}" + (f"  WARNING {', '.join(raised)}" if raised else ""), flush=True)
+
+    # the loop
+    began = time.monotonic()
+    if not step0 and not args.eval_only:
+        with guard.phase("eval"):
+            evaluate_and_choose()
+    eval_seconds = time.monotonic() - began
+    rows_all = sum(b - a for a, b in market.rows.values()) / max(market.rows["eval"][1] - market.rows["eval"][0], 1)
+    reserve = 9.0 + (1.2 * rows_all + 1.0) * eval_seconds if args.timeout else 0.0
+    saved, marked = time.monotonic(), (time.monotonic(), global_step)
+    while not args.eval_only and global_step < args.total_timesteps and not guard.should_stop(reserve):
+        with guard.phase("rollout"):
+            ints, floats = env.host(env.ints), env.host(env.floats)
+            row, position, w_cost, lane_cost = ints[0].copy(), floats[0].copy(), floats[1].copy(), floats[2].copy()
+            if global_step < args.learning_starts:
+                action = rng.uniform(-1, 1, args.num_envs)
+            else:
+                agent.eval()
+                as_column = lambda x: torch.from_numpy(x.astype(np.float32)).to(device)[:, None]
+                with torch.no_grad(), autocast():
+                    mean, latent = agent.actor(agent.extractor(*contexts(row)), as_column(position), as_column(w_cost))
+                    if noise is None or vec_step % args.sde_sample_freq == 0:
+                        noise = torch.randn(args.num_envs, latent.shape[1], device=device) * agent.actor.log_std.exp()
+                    action = (mean + (latent * noise).sum(1)).tanh().float().cpu().numpy()
+            if args.w_cost_curriculum:
+                env.rules[4] = min(1.0, global_step / args.w_cost_curriculum)
+            reward, terminated, truncated = env.step_lanes(action)
+            end = terminated | truncated
+            replay.add(row, position, action, w_cost, lane_cost, reward, end)
+            agent.watch_rewards(np.log1p(np.maximum(market.ret[row], RUIN - 1)))
+            averages["env/turnover"] = float(np.abs(action - position).mean())
+            averages["env/exposure"] = float(np.mean(action))
+            averages["env/costs"] = float((lane_cost * np.abs(action - position)).mean() / BP)
+            if end.any():
+                averages["charts/episodic_return"] = float(env.host(env.final_floats)[4][end].mean())
+                averages["charts/episodic_length"] = float(env.host(env.final_ints)[1][end].mean())
+            global_step += args.num_envs
+            vec_step += 1
+
+        learning = global_step >= args.learning_starts
+        with guard.phase("learn"):
+            agent.train()
+            for _ in range(args.updates_per_step if learning else 0):
+                at = replay.sample(rng, args.batch_size, args.segment, args.num_envs)
+                rows, stored = replay.row[at].astype(np.int64), torch.from_numpy(replay.floats[:, at]).to(device)
+                different, where = np.unique(np.concatenate([rows, rows + 1]), return_inverse=True)
+                where = torch.from_numpy(where).to(device).split(len(rows))
+                other = torch.from_numpy(rng.uniform(-1, 1, (args.batch_size, args.counterfactuals)).astype(np.float32)).to(device)
+                ret = torch.from_numpy(market.ret[rows].astype(np.float32)).to(device)
+                batch = Batch(*contexts(different), *where, ret, stored[0], torch.cat([stored[1][:, None], other], 1), stored[2], stored[3])
+                rules, scale = (costs[1], costs[2], config["penalty"], args.gamma, args.reward_clip), agent.reward_scale
+                warm = min(1.0, (updates + 1) / max(args.warmup_updates, 1))
+                decay = args.learning_rate_end + (1 - args.learning_rate_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, global_step / args.total_timesteps)))
+                for o in (optimizer, actor_optimizer):
+                    for group in o.param_groups:
+                        group["lr"] = group["base_lr"] * warm * decay
+                with autocast():
+                    loss, latents, stats = get_critic_loss(agent, batch, rules, scale)
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm)
+                optimizer.step()
+
+                agent.critic.requires_grad_(False)
+                with autocast():
+                    policy_loss, log_prob, std = get_actor_loss(agent, latents, batch, rules, scale)
+                actor_optimizer.zero_grad()
+                policy_loss.backward()
+                actor_optimizer.step()
+                agent.critic.requires_grad_(True)
+                if learned:
+                    alpha_optimizer.zero_grad()
+                    ent_coef_loss(agent.log_alpha, log_prob, args.target_entropy).backward()
+                    alpha_optimizer.step()
+                torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+                updates += 1
+                drawn += args.batch_size
+            if learning and args.updates_per_step:
+                torch._foreach_lerp_(list(averaged.parameters()), list(agent.parameters()), 1 - args.average ** args.updates_per_step)
+                averaged.reward_stats.copy_(agent.reward_stats)
+            if learning and args.updates_per_step:
+                stats = stats.tolist()
+                if not math.isfinite(stats[0]):
+                    raise FloatingPointError(f"the critic is not finite after {updates} updates: lower --learning-rate or --learning-rate-fusion")
+                averages |= {"losses/qf_loss": float(loss.detach()), "losses/actor_loss": float(policy_loss.detach()), "losses/grad_norm": float(grad_norm),
+                             "losses/target_mean": stats[1], "env/clipped_rewards": stats[2], "env/reward_std": stats[3], "charts/learning_rate": args.learning_rate * warm * decay}
+        now, then = time.monotonic(), marked
+        if global_step % args.eval_interval < args.num_envs and learning:
+            if vec_step > 16 and now > then[0]:
+                timing["steps"] += global_step - then[1]
+                timing["seconds"] += now - then[0]
+            log(averages | {"charts/SPS": (global_step - then[1]) / max(now - then[0], 1e-9), "charts/updates": updates,
+                            "charts/replay_ratio": updates / global_step, "charts/samples_per_transition": drawn / global_step}
+                | {f"time/{k}": v for k, v in guard.phases().items()}, global_step)
+            with guard.phase("eval"):
+                evaluate_and_choose()
+            marked = (time.monotonic(), global_step)
+            if args.patience and stale >= args.patience:
+                print(f"no better agent on the eval split in {stale} evaluations (--patience): stopping at {global_step} transitions")
+                break
+        if time.monotonic() - saved > args.checkpoint_interval:
+            save()
+            saved = time.monotonic()
+
+    # the best agent on the eval split is what is reported
+    if not args.eval_only:
+        save(final=True)
+        if best["agent"] is not None:
+            averaged.load_state_dict(best["agent"])
+        if not (run_dir / "checkpoints" / "best.pt").exists():
+            with guard.phase("io"):
+                save_atomic(snapshot(False), run_dir / "checkpoints" / "best.pt")
+    results = {}
+    with guard.phase("eval"):
+        for split in ("test", "eval", "train"):
+            results[split], columns = evaluate(averaged, contexts, market, split, autocast, args, trace=True)
+            with guard.phase("io"):
+                (run_dir / "traces").mkdir(exist_ok=True)
+                pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{split}.parquet")
+        audit = diagnose(averaged, contexts, market, "eval", autocast)
+        audit["overestimation"] = overestimation(averaged, contexts, market, "eval", autocast)
+        audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(market, costs)
+        audit["replay_ratio"] = updates / max(global_step, 1)
+        audit["verdict"], audit["reasons"] = verdict(audit, results["eval"], state["updates"] if args.eval_only else updates)
+    log({f"eval/{s}/{k}": v for s in SPLITS for k, v in results[s]["agent"].items() if v is not None}
+        | {"value/overestimation": audit["overestimation"]}, global_step)
+    env.close()
+    writer.close()
+    jsonl.close()
+    if args.track:
+        wandb.finish()
+    summary = {
+        "status": guard.status, "global_step": global_step, "updates": updates, "replay_ratio": updates / max(global_step, 1),
+        "samples_per_transition": drawn / max(global_step, 1), "best_step": best["step"], "best_updates": best["updates"], "selected_by": by,
+        "mae_steps": mae_steps, "env_builds": MarketVectorEnv.builds, "buffer_allocations": pool.stats()["allocations"],
+        "sps": timing["steps"] / timing["seconds"] if timing["seconds"] else None, "eval": {s: results[s] for s in SPLITS}, "audit": audit,
+        "versions": {m.__name__: m.__version__ for m in (torch, np, nb, gym)} | {"python": sys.version.split()[0]},
+        "device": {"torch": str(device), "backend": backend, "precision": precision, "threads": threads, "cpu_count": os.cpu_count(),
+                   "embedding_cache_bytes": need if keep else 0},
+        "data": {"spec": args.data, "names": list(market.bars.names), "sha256": market.bars.sha256, "bars": len(market.ret), "rows": market.rows,
+                 "gaps": list(market.bars.gaps), "columns": list(market.features.columns)}}
+    finish = lambda: write_json_atomic(summary | {"wall_seconds": guard.elapsed(), "phases": guard.phases()}, run_dir / "summary.json")
+    finish()
+    if args.report:
+        with guard.phase("report"):
+            from scripts import report
+
+            report.main([str(run_dir)])
+    print_table(summary)
+    print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
+    print(f"{run_dir}: summary.json" + (", report.html" if args.report else ""))
+    summary |= {"wall_seconds": guard.elapsed(), "phases": guard.phases(), "run_dir": str(run_dir), "exit_code": guard.exit_code}
+    write_json_atomic({k: v for k, v in summary.items() if k not in ("run_dir", "exit_code")}, run_dir / "summary.json")
+    return summary
+
+
+def cpu_state(module: nn.Module) -> dict:
+    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+
+
+def cpu_has_bf16() -> bool:
+    """bf16 matrix instructions; without them bf16 is emulated and slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def available_memory() -> int:
+    try:
+        return int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) * 1024
+    except OSError:
+        return 4 * 2**30  # no /proc: assume a small laptop
+
+
+def print_table(summary: dict):
+    """Agent beside baselines, split by split."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['data']['spec']}: {summary['status']} after {summary['global_step']} transitions, {summary['updates']} updates")
+    keys = ["score", "mean_expected_bps", "mean_reward_bps", "sharpe", "max_drawdown", "turnover", "exposure", "trades"]
+    for name in ("split", "who", *keys):
+        table.add_column(name, justify="left" if name in ("split", "who") else "right")
+    for split, result in summary["eval"].items():
+        who = {"agent": result["agent"]} | {f"({p})": result[p] for p in CHOICES["policy"] if p in result} | result["baselines"]
+        for name, metrics in who.items():
+            cells = ["" if metrics.get(k) is None else f"{metrics[k]:d}" if k == "trades" else f"{metrics[k]:.3f}" for k in keys]
+            table.add_row(split if name == "agent" else "", name, *cells, end_section=name == list(who)[-1])
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    try:
+        code = main()["exit_code"]
+    except (UsageError, DataError, CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
