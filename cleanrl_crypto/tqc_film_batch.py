@@ -465,17 +465,17 @@ class Market:
 
 
 def load_market(data: str, split: str = "0.70/0.15/0.15", window: int = 64, fill_limit: int = 24, seed: int = 1,
-                hmm: bool = True) -> Market:
-    """Bars -> splits -> columns fitted on train rows. Raises DataError (one line)."""
+                hmm: bool = True, features: FeatureModel | None = None) -> Market:
+    """Bars -> splits -> columns fitted on train rows, unless fitted `features` are given. Raises DataError (one line)."""
     bars = load_bars(data, fill_limit)
     purge = window + HORIZON
     train_stop = split_rows(bars.timestamp, split, purge)["train"][1]
     try:
-        features = fit_features(bars, train_stop, seed)
+        features = features or fit_features(bars, train_stop, seed)
+        table = features.transform(bars)
     except ValueError as e:
         raise DataError(f"{data}: {e}") from e
     rows = split_rows(bars.timestamp, split, purge, first=features.warmup + window - 1)
-    table = features.transform(bars)
     if not hmm:
         table[:, -HMM_COLUMNS:] = 0.0
     ret = np.nan_to_num(bars.next_return)  # the last row has no next bar and is never a decision row
@@ -1303,16 +1303,22 @@ def build_encoder(config: dict) -> CryptoMAE:
     return CryptoMAE(*(config[k] for k in ("columns", "window", "d_model", "n_heads", "n_layers", "d_ff", "recency")))
 
 
+def check_dimensions(path, found: dict, expected: dict):
+    """Every dimension of the encoder that disagrees with the flags stands in one error line."""
+    names = {"d_model": "d_model", "n_heads": "heads", "n_layers": "layers", "d_ff": "feed-forward", "columns": "input columns",
+             "window": "window"}
+    wrong = [f"{name} {found[k]} found, {expected[k]} expected" for k, name in names.items() if found[k] != expected[k]]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit the flags and data: {'; '.join(wrong)}")
+
+
 def load_encoder(path: str, config: dict) -> CryptoMAE:
-    """encoder.pt of another run; every dimension that disagrees with the flags stands in one error line."""
+    """encoder.pt of another run, with this run's recency gain."""
     state = load_checkpoint(path)
     if set(state) != {"config", "encoder"}:
         raise CheckpointError(f"--encoder {path}: not an encoder.pt but a file with {', '.join(sorted(state)[:6])}")
-    names = ("d_model", "n_heads", "n_layers", "d_ff", "columns", "window")
-    wrong = [f"{k} {state['config'][k]} found, {config[k]} expected" for k in names if state["config"][k] != config[k]]
-    if wrong:
-        raise CheckpointError(f"--encoder {path}: {'; '.join(wrong)}")
-    encoder = build_encoder(config | {"recency": config["recency"]})
+    check_dimensions(path, state["config"], config)
+    encoder = build_encoder(config)
     gain = encoder.gain.clone()
     encoder.load_state_dict(state["encoder"])
     encoder.gain.copy_(gain)  # the gain is a flag of this run, not a finding of that one
@@ -1342,8 +1348,8 @@ def parse_args(argv: list[str] | None) -> Args:
     except SystemExit as e:
         if e.code in (0, None):
             raise
-        words = re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
-        raise UsageError(re.sub(r"\s+", " ", words).split(" For full helptext")[0].strip()) from e
+        words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+", " ", said.getvalue()).split())
+        raise UsageError(re.sub(r"^.*?Error parsing (Args: )?|Argument helptext.*|For full helptext.*", "", words).strip()) from e
 
 
 def probe_cuda() -> tuple[bool, bool]:
@@ -1442,10 +1448,13 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic and device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every new tensor
     torch.backends.cudnn.deterministic = args.torch_deterministic
 
     # data
-    market = load_market(args.data, args.split, args.window, args.fill_limit, args.seed, args.hmm)
+    with guard.phase("setup"):
+        fitted = FeatureModel.from_state_dict(state["features"]) if state else None  # a checkpoint keeps its own scalers and HMM
+        market = load_market(args.data, args.split, args.window, args.fill_limit, args.seed, args.hmm, fitted)
     cost = (args.fee_bps + args.slippage_bps) * BP
     costs = (cost, args.funding_bps * BP, args.position_mode == "drift")
     span = {k: f"{b - a} bars from {str(market.bars.timestamp[a])[:16]}" for k, (a, b) in market.rows.items()}
@@ -1460,11 +1469,11 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         "dropout": args.dropout, "n_critics": args.n_critics, "n_quantiles": args.n_quantiles, "drop": args.top_quantiles_to_drop_per_net,
         "policy": args.policy, "action_grid": args.action_grid, "log_std_init": args.log_std_init, "alpha": alpha,
         "ent_coef_min": args.ent_coef_min, "reward_scaling": args.reward_scaling, "gamma": args.gamma, "cost": cost,
-        "funding": costs[1], "drift": costs[2], "penalty": args.turnover_penalty_bps * BP, "column_names": list(market.features.columns)}
+        "funding": costs[1], "drift": costs[2], "penalty": args.turnover_penalty_bps * BP}
     if state is not None:
-        if state["config"]["column_names"] != config["column_names"]:
-            raise CheckpointError(f"{source}: was trained on other columns ({len(state['config']['column_names'])} found, "
-                                  f"{len(config['column_names'])} expected); five files need a checkpoint of five files")
+        check_dimensions(source, state["config"], config)
+        if args.eval_only and args.policy != state["config"]["policy"]:
+            print(f"the checkpoint's policy acts: {state['config']['policy']}")
         config = state["config"] | ({k: config[k] for k in ("cost", "funding", "drift", "penalty")} if args.eval_only else {})
 
     # logging: metrics.jsonl is the record of truth, TensorBoard and wandb mirror it
@@ -1546,7 +1555,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     rng = np.random.default_rng(args.seed)
     global_step = updates = drawn = vec_step = stale = 0
     best = {"score": -math.inf, "step": 0, "agent": None, "updates": 0}
-    noise, averages, timing = None, {}, {"steps": 0, "seconds": 0.0}
+    noise, averages, recent, timing, eval_seconds = None, {}, [], {"steps": 0, "seconds": 0.0}, 0.0
     env.reset(seed=args.seed)
     if state is not None:
         averaged.load_state_dict(state["agent"])
@@ -1564,17 +1573,17 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         noise, best = state["noise"], state["best"]
         noise = None if noise is None else noise.to(device)
         global_step, updates, drawn, vec_step, stale = (state[k] for k in ("global_step", "updates", "drawn", "vec_step", "stale"))
-        averages = state["averages"]
+        averages, recent = state["averages"], state["recent"]
         print(f"resumed {source} at {global_step} transitions, {updates} updates")
 
     def snapshot(whole: bool) -> dict:
         out = {"schema": SCHEMA, "config": config, "args": asdict(args), "encoder": cpu_state(encoder), "agent": cpu_state(averaged),
-               "global_step": global_step, "updates": updates}
+               "features": market.features.state_dict(), "global_step": global_step, "updates": updates}
         if whole:
             out |= {"learner": cpu_state(agent), "optimizers": {k: o.state_dict() for k, o in optimizers.items()}, "env": env.get_state(), "replay": replay.get_state(),
                     "rng_numpy": json.dumps(rng.bit_generator.state), "rng_torch": torch.get_rng_state(), "noise": noise, "best": best,
                     "rng_cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None, "drawn": drawn, "vec_step": vec_step,
-                    "stale": stale, "averages": averages, "log_lines": lines}
+                    "stale": stale, "averages": averages, "recent": recent, "log_lines": lines}
         return out
 
     def save(final: bool = False):
@@ -1590,13 +1599,12 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
 
     def evaluate_and_choose():
         """Evaluate on the eval split, log, keep the best agent."""
-        nonlocal stale
-        result, _ = evaluate(averaged, contexts, market, "eval", autocast, args)
+        nonlocal stale, eval_seconds
+        began = time.monotonic()
+        result, _ = evaluate(averaged, contexts, market, "eval", autocast, args, (args.policy,))
         seen = diagnose(averaged, contexts, market, "eval", autocast)
         mine = result["agent"]
         record = {f"eval/eval/{k}": v for k, v in mine.items() if v is not None}
-        record |= {f"eval/eval/{p}_{k}": result[p][k] for p in ("critic_grid", "actor") if p in result for k in ("mean_reward_bps", "score", "turnover")
-                   if result[p].get(k) is not None}
         record |= {f"policy/{new}": seen[old] for new, old in {
             "entropy": "policy_entropy", "log_std_mean": "log_std_mean", "alpha": "alpha", "action_mean": "action_mean", "sigma": "sigma",
             "state_dependence": "state_dependence", "saturation": "saturation", "greedy_gap": "greedy_gap", "dead_units": "dead_units"}.items()}
@@ -1608,7 +1616,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             "clipped_rewards": averages.get("env/clipped_rewards", 0.0) > 0.05, "greedy_over_sampled": seen["greedy_over_sampled"] < 0.1}
         record |= {f"alarm/{k}": float(v) for k, v in alarms.items()}
         log(record, global_step)
-        value = mine[by]
+        recent.append(mine[by])
+        value = mine[by] if by == "mean_expected_bps" else float(np.mean(recent[-3:]))  # a realised mean is mostly noise
         if updates and value > best["score"]:
             best.update(score=value, step=global_step, updates=updates, agent=cpu_state(averaged))
             stale = 0
@@ -1616,21 +1625,19 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
                 save_atomic(snapshot(False), run_dir / "checkpoints" / "best.pt")
         elif updates:
             stale += 1
+        eval_seconds = time.monotonic() - began
         raised = [k for k, v in alarms.items() if v] if updates else []
         score = f"score {mine['score']:+.3f}  " if mine.get("score") is not None else ""
         print(f"{guard.elapsed():6.0f} s  {global_step:>9} transitions  {updates:>6} updates  eval {score}{value:+.2f} bp  turnover {mine['turnover']:.3f}"
               f"  state_dependence {seen['state_dependence']:.2f}" + (f"  WARNING {', '.join(raised)}" if raised else ""), flush=True)
 
     # the loop
-    began = time.monotonic()
     if not step0 and not args.eval_only:
         with guard.phase("eval"):
             evaluate_and_choose()
-    eval_seconds = time.monotonic() - began
-    rows_all = sum(b - a for a, b in market.rows.values()) / max(market.rows["eval"][1] - market.rows["eval"][0], 1)
-    reserve = 9.0 + (1.2 * rows_all + 1.0) * eval_seconds if args.timeout else 0.0
+    bars_all = sum(b - a for a, b in market.rows.values()) / max(np.subtract(*market.rows["eval"][::-1]), 1)
     saved, marked = time.monotonic(), (time.monotonic(), global_step)
-    while not args.eval_only and global_step < args.total_timesteps and not guard.should_stop(reserve):
+    while not args.eval_only and global_step < args.total_timesteps and not guard.should_stop(8.0 + (2 * bars_all + 1) * eval_seconds):
         with guard.phase("rollout"):
             ints, floats = env.host(env.ints), env.host(env.floats)
             row, position, w_cost, lane_cost = ints[0].copy(), floats[0].copy(), floats[1].copy(), floats[2].copy()
@@ -1782,7 +1789,8 @@ def cpu_state(module: nn.Module) -> dict:
 
 def cpu_has_bf16() -> bool:
     """bf16 matrix instructions; without them bf16 is emulated and slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and young: absent means float32
+    return any(getattr(torch.cpu, name, bool)() for name in probes)
 
 
 def available_memory() -> int:
@@ -1812,7 +1820,7 @@ def print_table(summary: dict):
 if __name__ == "__main__":
     try:
         code = main()["exit_code"]
-    except (UsageError, DataError, CheckpointError) as e:
+    except (UsageError, DataError, CheckpointError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
-        code = 2
+        code = 1 if isinstance(e, FloatingPointError) else 2
     sys.exit(code)

@@ -157,7 +157,7 @@ def patiently(call, args: Args, what):
 
 
 def fetch_page(exchange, args: Args, start, limit, known=None):
-    """Bars from `start` on, ccxt's rows of [ms, open, high, low, close, volume]; one of them must open at `known`."""
+    """Bars from `start` on, [ms, open, high, low, close, volume] each; one must open at `known`."""
     page = exchange.fetch_ohlcv(args.symbol, args.timeframe, start, limit)
     try:
         # ccxt takes the HTML of a gateway for a page without bars

@@ -171,7 +171,7 @@ MEANING = {
     "healthy": "the policy reacts to the market",
     "collapsed": "the policy does not react to the market",
     "constant_is_right": "no edge beyond a constant position: a constant policy is the right answer",
-    "untrained": "too few gradient updates to judge",
+    "untrained": "no gradient updates, or too few to judge",
 }
 CSS = """
 :root{--ink:#1b2430;--soft:#5a6675;--line:#e3e7ec;--wash:#f6f8fa;--blue:#0b62b5}
@@ -295,6 +295,7 @@ def read_metrics(path: str) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], l
         raise ReportError(f"{path}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:
         raise ReportError(f"{path}: broken, not UTF-8 text") from None
+    # a list a key: not every line logs every metric
     steps, values, notes = {}, {}, []
     for n, line in enumerate(lines, 1):
         if not line.strip():
@@ -322,6 +323,7 @@ def read_metrics(path: str) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], l
 
 def read_trace(path: str) -> dict[str, np.ndarray]:
     """Columns of one parquet file: numbers float64 (null is NaN), times datetime64[ns], text left out."""
+    # pyarrow alone: pandas would double the time of a small report
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -379,6 +381,7 @@ def show(x, kind: str = "plain") -> str:
             text = text.lstrip("+-")
     else:
         text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+    # a true minus is as wide as a digit, so columns line up
     return text.replace("-", "−") if "e" not in text else text
 
 
@@ -480,6 +483,7 @@ class Page:
 
     def plot(self, name: str, title: str, fig, healthy: str, alt: str, wide: bool = False) -> None:
         """One figure as inline SVG with a heading, an alternative text and a sentence below."""
+        # SVG with real text: sharp on every screen, a tenth of a PNG; a date inside would change the bytes
         buf = io.BytesIO()
         fig.savefig(buf, format="svg", metadata={"Date": None}, dpi=150)
         self.figures[re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")] = fig
@@ -502,11 +506,15 @@ def canvas(width: float, height: float, rows: int = 1, left=0.62, right=0.12, to
     return fig, axes
 
 
-def step_axis(ax) -> None:
+def step_axis(ax, count: int = 5) -> None:
+    """Transitions as 250k or 1.5M; call it after plotting."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(count, integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # a run that ended before its second log point has one place on the axis, not a range of thousandths
+    if ax.dataLim.width == 0:
+        ax.set_xticks([ax.dataLim.x0])
 
 
 def curve(ax, x, y, n: int = 250, **kw) -> None:
@@ -545,6 +553,7 @@ def draw_equity(trace: dict):
     fig, (top, low) = canvas(4.9, 4.3, 2, top=0.56, sharex=True, height_ratios=(2.2, 1))
     for i, (name, y) in enumerate(curves.items()):
         style = dict(color=color_of(name, i), lw=1.0) | STYLE.get(name, {})
+        # last of a bucket keeps the final equity, min keeps the deepest drawdown: a mean would flatter both
         top.plot(*thin(x, y, 350, "last"), label=words(name), **style)
         if name != "flat" and np.isfinite(y).any():
             peak = np.fmax.accumulate(np.fmax(y, np.nan))
@@ -562,6 +571,7 @@ def typical_stretch(position: np.ndarray, n: int) -> tuple[int, int]:
     """(start, stop) of the n-bar window whose turnover is the median one: neither the best nor the worst."""
     if len(position) <= n:
         return 0, len(position)
+    # windows side by side: the choice depends on nothing but the positions
     starts = np.arange(0, len(position) - n + 1, n)
     change = np.abs(np.diff(np.nan_to_num(position), prepend=0.0))
     turnover = np.array([change[s : s + n].sum() for s in starts])
@@ -605,6 +615,7 @@ def draw_band(trace: dict):
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.dates import date2num
 
+    # flat is an empty stripe
     rows = {k: v for k, v in policies_of(trace, "position").items() if k != "flat"}
     x = trace.get("timestamp", np.arange(len(trace["position"])))
     ends = date2num(x[[0, -1]]) if x.dtype.kind == "M" else x[[0, -1]].astype(float)
@@ -659,6 +670,7 @@ def draw_costs(trace: dict):
     if not {"position", "equity", "next_return"} <= set(trace) or np.nanmin(trace["equity"], initial=1) <= 0:
         return None
     x = trace.get("timestamp", np.arange(len(trace["equity"])))
+    # costs are not in the trace: they are what the equity lacks of the position's own growth
     growth = np.nan_to_num(trace["position"] * trace["next_return"])
     gross = 100 * np.cumsum(np.log1p(np.maximum(growth, -0.999)))
     net = 100 * np.log(trace["equity"])
@@ -768,6 +780,7 @@ def draw_alarms(alarms: dict):
     fig, (ax,) = canvas(10.4, 0.62 + 0.3 * len(alarms), left=3.1, right=0.75, bottom=0.46)
     for row, (x, y) in enumerate(alarms.values()):
         step = float(np.median(np.diff(x))) if len(x) > 1 else 1.0
+        # an alarm holds until the next log point looks again
         edge = np.append(x, x[-1] + step).astype(float)
         for mask, color in ((y == 0, GREY), (y > 0, RED)):
             spans = [(edge[s], edge[e] - edge[s]) for s, e in runs_of(mask)]
@@ -806,6 +819,7 @@ def draw_mini(lines: dict, dates: bool = False):
     for i, (name, (x, y)) in enumerate(lines.items()):
         curve(ax, x, y, 150, color=CYCLE[i % 8], label=words(name), lw=1.1)
     seen = np.concatenate([y[np.isfinite(y)] for _, y in lines.values()])
+    # a series that falls by decades (alpha, losses) shows only its first points on a linear axis
     if len(seen) and seen.min() > 0 and seen.max() / seen.min() > 50:
         log_ticks(ax, seen.min(), seen.max())
     else:
@@ -818,8 +832,7 @@ def draw_mini(lines: dict, dates: bool = False):
         ax.get_xticklabels()[0].set_ha("left")
         ax.get_xticklabels()[1].set_ha("right")
     else:
-        step_axis(ax)
-        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        step_axis(ax, 3)
     ax.tick_params(labelsize=7.5, pad=2)
     if len(lines) > 1:
         handles = ax.get_legend_handles_labels()
@@ -892,9 +905,11 @@ def headline(run: Run) -> list[tuple[str, str, str, str]]:
         tiles.append(("" if tiles else " main", label, show(agent[key], kind), beside))
     drawn, limit = show(s.get("samples_per_transition"), "score"), a.get("timeout")
     limit = f"limit {show(limit)} s" if limit else "no limit"
+    drawn = f"{drawn} rows drawn a transition" if s.get("updates") else "nothing was learned"
     whole = {k: show(s.get(k), "int") for k in ("updates", "global_step", "sps", "wall_seconds")}
-    tiles.append(("", "gradient updates", whole["updates"], f"{drawn} rows drawn a transition"))
-    tiles.append(("", "transitions", whole["global_step"], f"{whole['sps']} a second"))
+    tiles.append(("", "gradient updates", whole["updates"], drawn))
+    speed = f"{whole['sps']} a second" if s.get("sps") else ""
+    tiles.append(("", "transitions", whole["global_step"], speed))
     tiles.append(("", "wall clock", f"{whole['wall_seconds']} s", limit))
     return tiles
 
@@ -931,7 +946,7 @@ def add_table(page: Page, run: Run) -> None:
     for split, rows in blocks.items():
         bars = results[split].get("rows")
         note = f"rows {bars[0]:,} to {bars[1] - 1:,}" if isinstance(bars, list) and len(bars) == 2 else ""
-        note += " · PARTIAL, the evaluation ran out of time" if results[split].get("partial") else ""
+        note += " · PARTIAL, time ran out" if results[split].get("partial") else ""
         page.add(f'<tr class="split"><th>{esc(split)}</th>')
         page.add(f'<th colspan="{len(keys)}"><span class="rows">{esc(note)}</span></th></tr>')
         for i, (name, row) in enumerate(rows.items()):
@@ -946,6 +961,7 @@ def add_traces(page: Page, run: Run) -> None:
     """Equity, positions and behaviour of market traces."""
     traces = {s: run.traces[s] for s in ordered(run.traces)}
     why = "no traces/*.parquet has the column {}" if traces else "no traces/*.parquet with rows"
+    # equity on train rows says nothing about the market and dwarfs the others
     unseen = [s for s in traces if s != "train"] or list(traces)
     with_equity = [s for s in unseen if "equity" in traces[s]]
     with_position = {s: t for s, t in traces.items() if "position" in t}
@@ -982,6 +998,7 @@ def add_traces(page: Page, run: Run) -> None:
 
 def add_responses(page: Page, split: str, trace: dict) -> None:
     """Position against signal and conditional mean where the trace knows them, else against past returns."""
+    # on a drift market both are constants: nothing to plot against
     known = {k: trace[k][np.isfinite(trace[k])] for k in ("signal", "expected") if k in trace}
     varying = {k for k, v in known.items() if len(np.unique(v)) > 1}
     plots = []
@@ -1026,6 +1043,7 @@ def starts(a: np.ndarray, b: np.ndarray) -> bool:
 def add_learning(page: Page, run: Run) -> None:
     """Evaluations over training, then everything else that was logged, small."""
     curves = eval_curves(run.metrics)
+    # NaN where no checkpoint was chosen: no line is drawn
     best = number(run.summary.get("best_step"))
     page.section("learning", "Learning", LEADS["learning"])
     page.add('<div class="grid">')
@@ -1034,6 +1052,7 @@ def add_learning(page: Page, run: Run) -> None:
         base = within(run.summary, "eval", "eval", "baselines")
         rivals = ("optimum",) if k == "turnover" else ("optimum", "best_constant")
         levels = {r: number(within(base, r).get(k)) for r in rivals}
+        # by definition of the score
         levels = {"optimum": 1.0} if k == "score" else levels
         fig = draw_curves(curves[k], levels, best, heading(k))
         page.plot(f"curve_{k}", f"{heading(k)}: evaluations", fig, healthy(k), f"{words(k)} over training")
@@ -1178,6 +1197,7 @@ def build(run: Run) -> tuple[str, dict]:
     import matplotlib
 
     page = Page()
+    # a context, so that a caller's own plots keep their style
     with matplotlib.rc_context(RC):
         add_header(page, run)
         add_table(page, run)
@@ -1186,6 +1206,7 @@ def build(run: Run) -> tuple[str, dict]:
         add_health(page, run)
         add_others(page, run)
         add_details(page, run)
+    # sections are known only now: a run without traces has no link to them
     nav = "".join(f'<a href="#{a}">{esc(t)}</a>' for a, t in page.sections)
     body = "\n".join(page.parts).replace("<!--nav-->", f"<nav>{nav}</nav>", 1)
     title = f"{run.args.get('exp_name', 'run')} · {run.args.get('data') or run.args.get('scenario') or ''}"
