@@ -133,7 +133,7 @@ class Args:
     """AdamW, one-cycle"""
 
     # algorithm
-    total_timesteps: int = 49_152
+    total_timesteps: int = 65_536
     """environment transitions (the sum over lanes)"""
     learning_starts: int = 2_048
     """transitions with uniform random actions before the first update"""

@@ -735,11 +735,12 @@ def draw_curves(lines: dict, levels: dict, best_step, label: str):
     for i, (name, (x, y)) in enumerate(lines.items()):
         color = {"eval": LONG, "train": "#8a94a1", "test": "#138a5e"}.get(name, CYCLE[i % 8])
         curve(ax, x, y, color=color, label=name, lw=1.6 if name == "eval" else 1.1)
+    # before the reference lines, which would count as data
+    step_axis(ax)
     for name, y in levels.items():
         ax.axhline(y, color=color_of(name), lw=1.0, ls="--", label=words(name))
     if best_step == best_step:
         ax.axvline(best_step, color=INK, lw=0.9, ls=":", label="best checkpoint")
-    step_axis(ax)
     ax.set_ylabel(label)
     ax.set_xlabel("transitions")
     fig.legend(*ax.get_legend_handles_labels(), loc="upper left", ncol=4, bbox_to_anchor=(0.0, 1.0))
