@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import time
 from contextlib import nullcontext, redirect_stderr
@@ -27,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AutoresetMode
+from numba import cuda
 from torch.utils.tensorboard import SummaryWriter
 
 from common import markets
@@ -169,7 +171,7 @@ class Args:
     """width of the two hidden layers of every head"""
     learning_rate: float = 3e-3
     """of the heads (AdamW)"""
-    learning_rate_fusion: float = 5e-4
+    learning_rate_fusion: float = 3e-4
     """of the fusion layer's 16384 market columns"""
     learning_rate_film: float = 1e-2
     """of FiLM"""
@@ -284,10 +286,9 @@ SHAPING = (
 
 def parse_ent_coef(text: str) -> tuple[bool, float]:
     """`auto`, `auto_0.5` or a number -> (is it learned, initial value), as Stable-Baselines3 reads it."""
-    learned = text.startswith("auto")
-    number = text.removeprefix("auto").removeprefix("_") if learned else text
+    learned = text == "auto" or text.startswith("auto_")
     try:
-        value = float(number) if number else 1.0
+        value = 1.0 if text == "auto" else float(text.removeprefix("auto_"))
     except ValueError:
         value = -1.0
     if not (0 < value < math.inf or (value == 0 and not learned)):
@@ -327,7 +328,7 @@ def trade_nb(position, target, ret, cost, funding, drift):
     if growth < RUIN:
         growth = RUIN
     after = target * (1.0 + ret) / growth if drift else target
-    return (1.0 - fee) * growth, fee, after
+    return max(1.0 - fee, RUIN) * growth, fee, after
 
 
 @nb.njit(cache=True)
@@ -391,8 +392,6 @@ def step_cpu(action, ret, start, stop, length, rules, seed, ints, floats, reward
 
 def cuda_step():
     """The same lane on the GPU: a kernel with step_cpu's arguments, one thread a lane."""
-    from numba import cuda
-
     lane = cuda.jit(device=True)(lane_py)
 
     @cuda.jit
@@ -438,7 +437,7 @@ def greedy_walk_nb(value, grid, scale, penalty, ret, cost, funding, drift):
         for j in range(m):
             _, fee, _ = trade_nb(position, grid[j], 0.0, cost, 0.0, drift)
             change = abs(grid[j] - position)
-            q = value[t, j] + scale * (math.log(1.0 - fee) - penalty * change)
+            q = value[t, j] + scale * (math.log(max(1.0 - fee, RUIN)) - penalty * change)
             if q > best_q or (q == best_q and change < best_change):
                 best, best_q, best_change = j, q, change
         target[t] = grid[best]
@@ -501,6 +500,8 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         MarketVectorEnv.builds += 1
         self.market, self.num_envs, self.window = market, num_envs, market.window
         self.start, self.stop, self.length = int(rows[0]), int(rows[1]), int(episode_length)
+        if position_mode not in CHOICES["position_mode"] or backend not in ("cpu", "cuda"):
+            raise ValueError(f"position_mode {position_mode!r}, backend {backend!r}: must be rebalance or drift, cpu or cuda")
         if not market.window - 1 <= self.start < self.stop < len(market.ret):
             raise ValueError(f"rows {rows}: need {market.window - 1} <= start < stop < {len(market.ret)}")
         box = gym.spaces.Box
@@ -520,8 +521,6 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         self.floats, self.final_floats = take((6, n), np.float64), take((6, n), np.float64)
         self.action, self.reward, self.flags = take((n,), np.float64), take((n,), np.float64), take((2, n), np.bool_)
         if backend == "cuda":
-            from numba import cuda
-
             self.kernel = cuda_step()[(n + 127) // 128, 128]
             self.ret = pool.static(("ret", market.bars.sha256), lambda: cuda.to_device(market.ret))
         else:
@@ -710,13 +709,15 @@ class FoundationFeatureExtractor(nn.Module):
             nn.init.zeros_(self.film.bias)
 
     def forward(self, z, hmm):  # (B, T, d), (B, 5) -> (B, width) float32
+        scale, beta = z.new_ones(z.shape[0], 1, z.shape[2]), z.new_zeros(())
+        if self.film is not None:
+            gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
+            scale = scale + gamma
         if self.training and self.dropout:  # whole channels, so that no neighbouring bar gives them away
-            keep = torch.rand(z.shape[0], 1, z.shape[2], device=z.device) >= self.dropout
-            z = z * (keep / (1 - self.dropout)).to(z.dtype)
-        if self.film is None:
-            return self.market(torch.cat([z.flatten(1), hmm.to(z.dtype)], 1)).float()
-        gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
-        return self.market((z + z * gamma + beta).flatten(1)).float()
+            keep = torch.rand(scale.shape, device=z.device) >= self.dropout
+            scale = scale * (keep / (1 - self.dropout)).to(z.dtype)
+        x = torch.addcmul(beta, z, scale).flatten(1)  # one pass over the large tensor
+        return self.market(x if self.film is not None else torch.cat([x, hmm.to(z.dtype)], 1)).float()
 
 
 class Fusion(nn.Module):
@@ -780,7 +781,8 @@ class Agent(nn.Module):
         self.target.load_state_dict(self.critic.state_dict())
         self.actor = Actor(c["fusion_width"], c["hidden"], c["log_std_init"])
         self.log_alpha = nn.Parameter(torch.tensor(math.log(max(c["alpha"], 1e-30))))
-        self.register_buffer("grid", torch.linspace(-1, 1, c["action_grid"]))
+        half = c["action_grid"] // 2
+        self.register_buffer("grid", torch.arange(-half, half + 1) / half)
         self.register_buffer("reward_stats", torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
 
     @property
@@ -869,7 +871,7 @@ def trade_reward(position, after, cost, penalty, drift: bool):
     fee = cost * change.abs()
     if drift:
         fee = fee / (1 + cost * after * torch.where(change > 0, 1.0, -1.0))
-    return torch.log1p(-fee) - penalty * change.abs()
+    return torch.log1p(-fee.clamp_max(1 - RUIN)) - penalty * change.abs()
 
 
 def drift_position(exposure, ret, funding: float, drift: bool):
@@ -887,10 +889,11 @@ def sample_action(actor: Actor, market, position, w_cost, noise=None):
 
 @dataclass
 class Batch:
-    """Rows drawn for one update; tensors (B,) unless stated. A row and its successor often serve two samples: z holds each once."""
+    """Rows drawn for one update; tensors (B,) unless stated. A row often serves two samples: z holds each once."""
 
-    z: torch.Tensor  # (U, T, d) context of the different rows
+    z: torch.Tensor  # (U, T, d) context of the different rows: first those drawn, then next rows that were not
     hmm: torch.Tensor  # (U, 5)
+    n_drawn: int  # of U: only these are trained
     at: torch.Tensor  # where a sample's row stands in z
     next_at: torch.Tensor  # and the next row
     ret: torch.Tensor  # simple return of the next bar
@@ -909,10 +912,12 @@ def critic_loss(agent: Agent, batch: Batch, rules: tuple, scale: float, noise=No
     funding, drift, penalty, gamma, clip = rules
     c = agent.config
     b, k = batch.after.shape
-    every = agent.extractor(batch.z, batch.hmm)  # (U, width)
-    market = every[batch.at]
+    n = batch.n_drawn
+    trained = agent.extractor(batch.z[:n], batch.hmm[:n])  # (n, width)
+    market = trained[batch.at]
     quantiles = agent.critic(market, batch.after, batch.w_cost[:, None])  # (B, K, C, N)
     with torch.no_grad():
+        every = torch.cat([trained, agent.extractor(batch.z[n:], batch.hmm[n:])]) if n < len(batch.z) else trained
         next_market = every.detach()[batch.next_at]
         w, cost = batch.w_cost[:, None], batch.cost[:, None]
         growth = growth_reward(batch.after, batch.ret[:, None], funding)  # (B, K)
@@ -946,6 +951,15 @@ def actor_loss(agent: Agent, market, batch: Batch, rules: tuple, scale: float, n
     q = agent.critic(market, action[:, None], w).mean((1, 2, 3))
     q = q + scale * trade_reward(batch.position, action, batch.cost, penalty * batch.w_cost, drift)
     return (agent.alpha * log_prob - q).mean(), log_prob.detach(), std.detach()
+
+
+def shared_rows(rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Rows drawn (B,) -> every different row once, those drawn first; where each sample's row stands, and its next row."""
+    drawn, at = np.unique(rows, return_inverse=True)
+    different = np.concatenate([drawn, np.setdiff1d(rows + 1, drawn)])
+    order = np.argsort(different)
+    next_at = order[np.searchsorted(different, rows + 1, sorter=order)]
+    return different, torch.from_numpy(at), torch.from_numpy(next_at)
 
 
 class Replay:
@@ -1352,6 +1366,11 @@ def parse_args(argv: list[str] | None) -> Args:
         raise UsageError(re.sub(r"^.*?Error parsing (Args: )?|Argument helptext.*|For full helptext.*", "", words).strip()) from e
 
 
+@cuda.jit
+def double_cuda(x):
+    x[cuda.grid(1)] *= 2.0
+
+
 def probe_cuda() -> tuple[bool, bool]:
     """Does a real kernel run: (torch, numba). is_available() alone has been wrong."""
     works = [False, False]
@@ -1360,12 +1379,10 @@ def probe_cuda() -> tuple[bool, bool]:
             works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
         except RuntimeError as e:
             print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
-        from numba import cuda
-
         try:
             array = cuda.to_device(np.ones(8))
-            cuda.jit("void(float64[:])")(lambda x: x.__setitem__(0, 2.0))
-            works[1] = float(array.copy_to_host().sum()) == 8.0
+            double_cuda[1, 8](array)
+            works[1] = float(array.copy_to_host().sum()) == 16.0
         except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
             print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): environment on the CPU")
     return works[0], works[1]
@@ -1672,11 +1689,10 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             for _ in range(args.updates_per_step if learning else 0):
                 at = replay.sample(rng, args.batch_size, args.segment, args.num_envs)
                 rows, stored = replay.row[at].astype(np.int64), torch.from_numpy(replay.floats[:, at]).to(device)
-                different, where = np.unique(np.concatenate([rows, rows + 1]), return_inverse=True)
-                where = torch.from_numpy(where).to(device).split(len(rows))
+                different, at, next_at = shared_rows(rows)
                 other = torch.from_numpy(rng.uniform(-1, 1, (args.batch_size, args.counterfactuals)).astype(np.float32)).to(device)
                 ret = torch.from_numpy(market.ret[rows].astype(np.float32)).to(device)
-                batch = Batch(*contexts(different), *where, ret, stored[0], torch.cat([stored[1][:, None], other], 1), stored[2], stored[3])
+                batch = Batch(*contexts(different), int(at.max()) + 1, at.to(device), next_at.to(device), ret, stored[0], torch.cat([stored[1][:, None], other], 1), stored[2], stored[3])
                 rules, scale = (costs[1], costs[2], config["penalty"], args.gamma, args.reward_clip), agent.reward_scale
                 warm = min(1.0, (updates + 1) / max(args.warmup_updates, 1))
                 decay = args.learning_rate_end + (1 - args.learning_rate_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, global_step / args.total_timesteps)))
@@ -1751,7 +1767,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(market, costs)
         audit["replay_ratio"] = updates / max(global_step, 1)
         audit["verdict"], audit["reasons"] = verdict(audit, results["eval"], state["updates"] if args.eval_only else updates)
-    log({f"eval/{s}/{k}": v for s in SPLITS for k, v in results[s]["agent"].items() if v is not None}
+    log({f"eval/{s}/{k}": v for s in ("train", "test") for k, v in results[s]["agent"].items() if v is not None}
         | {"value/overestimation": audit["overestimation"]}, global_step)
     env.close()
     writer.close()
@@ -1759,7 +1775,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     if args.track:
         wandb.finish()
     summary = {
-        "status": guard.status, "global_step": global_step, "updates": updates, "replay_ratio": updates / max(global_step, 1),
+        "status": guard.status, "command": shlex.join(sys.argv), "global_step": global_step, "updates": updates, "replay_ratio": updates / max(global_step, 1),
         "samples_per_transition": drawn / max(global_step, 1), "best_step": best["step"], "best_updates": best["updates"], "selected_by": by,
         "mae_steps": mae_steps, "env_builds": MarketVectorEnv.builds, "buffer_allocations": pool.stats()["allocations"],
         "sps": timing["steps"] / timing["seconds"] if timing["seconds"] else None, "eval": {s: results[s] for s in SPLITS}, "audit": audit,
@@ -1774,7 +1790,10 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         with guard.phase("report"):
             from scripts import report
 
-            report.main([str(run_dir)])
+            try:
+                report.main([str(run_dir)])
+            except (SystemExit, OSError) as e:  # the run is safe: its files make the report again
+                print(f"report.html was not written ({e}); again: python scripts/report.py {run_dir}", file=sys.stderr)
     print_table(summary)
     print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
     print(f"{run_dir}: summary.json" + (", report.html" if args.report else ""))

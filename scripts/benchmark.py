@@ -29,14 +29,14 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import gymnasium as gym
-import numba as nb
-import numpy as np
-import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+import gymnasium as gym  # noqa: E402
+import numba as nb  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import nn  # noqa: E402
 
 try:
     import sb3_contrib
@@ -45,17 +45,17 @@ try:
     from stable_baselines3.common.buffers import DictReplayBuffer
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import configure
-    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.common.type_aliases import DictReplayBufferSamples
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as e:
     sys.exit(f"scripts/benchmark.py: {e}: the peer comes with pip install -r requirements-test.txt")
 
-from cleanrl_crypto import tqc_film_batch as tqc
-from common.timeout_guard import load_checkpoint, write_json_atomic
+from cleanrl_crypto import tqc_film_batch as tqc  # noqa: E402
+from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of each loss of the first update
-TARGETS = {"updates a second": 40.0, "transitions a second": 40.0, "lane-steps a second": 20e6}
+TARGETS = {"updates": 40.0, "transitions": 40.0, "without_observations": 20e6}  # the first two in peers
 # the peer's work: different rows, one exposure each, the actor's next action in the target, no dropout
 SAME_WORK = {"policy": "actor", "segment": 1, "counterfactuals": 0, "updates_per_step": 1, "dropout": 0.0}
 TINY = {"window": 8, "d_model": 16, "n_heads": 2, "d_ff": 32, "fusion_width": 32, "hidden": 16}
@@ -108,9 +108,10 @@ class Features(BaseFeaturesExtractor):
 
 
 class PeerCritic(policies.Critic):
-    """SB3's critic of Q(position, action): our afterstate value at the action, plus the exact cost of getting there."""
+    """SB3's critic of Q(position, action): our afterstate's value at the action, plus the cost of getting there."""
 
-    agent: tqc.Agent
+    config: dict
+    reward_scale: float
 
     def forward(self, obs, action):
         features = self.extract_features({**obs, "position": action}, self.features_extractor)
@@ -121,7 +122,7 @@ class PeerCritic(policies.Critic):
 
 
 class PeerPolicy(policies.TQCPolicy):
-    """SB3's policy, starting from our agent's weights. As in ours, the critic's loss alone trains the market encoding."""
+    """SB3's policy with our agent's weights. As in ours, the critic's loss alone trains the market encoding."""
 
     def make_critic(self, features_extractor=None):
         agent = self.features_extractor_kwargs["agent"]
@@ -139,7 +140,7 @@ class PeerPolicy(policies.TQCPolicy):
             for qf, net in zip(peer.q_networks, ours.nets, strict=True):
                 qf.load_state_dict(net.state_dict())
         features = self.actor.features_extractor
-        features.market, features.encoder, features.trains_market = self.critic.features_extractor.market, features.encoder, False
+        features.market, features.trains_market = self.critic.features_extractor.market, False
         features.fusion.load_state_dict(agent.actor.fusion.state_dict())
         self.actor.latent_pi.load_state_dict(agent.actor.latent.state_dict())
         self.actor.mu[0].load_state_dict(agent.actor.mu.state_dict())
@@ -191,7 +192,9 @@ class InOrder(DictReplayBuffer):
     """sample() is the first vector step, lane by lane: a batch that the other side can be given too."""
 
     def sample(self, batch_size, env=None):
-        first = lambda x: self.to_torch(x[0, :batch_size])
+        def first(x):
+            return self.to_torch(x[0, :batch_size])
+
         dones = self.dones * (1 - self.timeouts)  # as SB3: a time limit bootstraps
         return DictReplayBufferSamples(
             observations={k: first(v) for k, v in self.observations.items()}, actions=first(self.actions),
@@ -199,17 +202,18 @@ class InOrder(DictReplayBuffer):
             dones=first(dones)[:, None], rewards=first(self.rewards)[:, None])
 
 
-def make_peer(agent: tqc.Agent, encoder: tqc.CryptoMAE, env: tqc.MarketVectorEnv, batch_size: int, **kwargs) -> sb3_contrib.TQC:
-    """sb3-contrib's TQC on `env`, every network a copy of ours. kwargs: more of TQC's own."""
+def make_peer(agent: tqc.Agent, encoder: tqc.CryptoMAE, env, batch_size: int, buffer=DictReplayBuffer):
+    """sb3-contrib's TQC on `env`, every network a copy of ours."""
     c = agent.config
-    peer = sb3_contrib.TQC(PeerPolicy, Lanes(env), **dict(
-        dict(learning_rate=1e-3, buffer_size=4 * env.num_envs, learning_starts=0, batch_size=batch_size, tau=0.05,
-             gamma=c["gamma"], train_freq=1, gradient_steps=1, ent_coef="auto_0.5", target_entropy=-1.0,
-             top_quantiles_to_drop_per_net=c["drop"], use_sde=True, sde_sample_freq=64, device="cpu", seed=1), **kwargs),
-        policy_kwargs=dict(
-            features_extractor_class=Features, features_extractor_kwargs=dict(agent=agent, encoder=encoder),
-            net_arch=[c["hidden"]] * 2, activation_fn=nn.ReLU, log_std_init=c["log_std_init"], n_quantiles=c["n_quantiles"],
-            n_critics=c["n_critics"]))
+    networks = {
+        "features_extractor_class": Features, "features_extractor_kwargs": {"agent": agent, "encoder": encoder},
+        "net_arch": [c["hidden"]] * 2, "activation_fn": nn.ReLU, "log_std_init": c["log_std_init"],
+        "n_quantiles": c["n_quantiles"], "n_critics": c["n_critics"]}
+    peer = sb3_contrib.TQC(
+        PeerPolicy, Lanes(env), learning_rate=1e-3, buffer_size=4 * env.num_envs, learning_starts=0,
+        batch_size=batch_size, tau=0.05, gamma=c["gamma"], train_freq=1, gradient_steps=1, ent_coef="auto_0.5",
+        target_entropy=-1.0, top_quantiles_to_drop_per_net=c["drop"], use_sde=True, sde_sample_freq=64,
+        replay_buffer_class=buffer, policy_kwargs=networks, device="cpu", seed=1)
     peer.set_logger(configure(None, []))
     return peer
 
@@ -227,7 +231,7 @@ def sde_noise(actor: tqc.Actor, matrix: torch.Tensor, market, position, w_cost) 
         return (latent @ matrix)[:, 0] / tqc.gsde_std(latent, actor.log_std)
 
 
-def our_losses(agent: tqc.Agent, batch: tqc.Batch, rules: tuple, matrix: torch.Tensor, autocast=contextlib.nullcontext) -> dict[str, float]:
+def our_losses(agent: tqc.Agent, batch: tqc.Batch, rules: tuple, matrix, autocast=contextlib.nullcontext) -> dict:
     """The three losses of one update, from the script's own functions, under SB3's noise matrix (hidden, 1)."""
     funding, drift, *_ = rules
     with torch.no_grad():  # the noise in float32, whatever the losses run in
@@ -238,8 +242,9 @@ def our_losses(agent: tqc.Agent, batch: tqc.Batch, rules: tuple, matrix: torch.T
     with autocast():
         loss, market, _ = tqc.critic_loss(agent, batch, rules, agent.reward_scale, next_noise)
         policy_loss, log_prob, _ = tqc.actor_loss(agent, market, batch, rules, agent.reward_scale, noise)
-    entropy_loss = tqc.ent_coef_loss(agent.log_alpha, log_prob, -1.0)
-    return {"critic_loss": float(loss), "actor_loss": float(policy_loss), "ent_coef_loss": float(entropy_loss)}
+    losses = {"critic_loss": loss, "actor_loss": policy_loss,
+              "ent_coef_loss": tqc.ent_coef_loss(agent.log_alpha, log_prob, -1.0)}
+    return {k: v.item() for k, v in losses.items()}
 
 
 def store_step(peer: sb3_contrib.TQC, env: tqc.MarketVectorEnv, action: np.ndarray, scale: float) -> tuple:
@@ -248,47 +253,51 @@ def store_step(peer: sb3_contrib.TQC, env: tqc.MarketVectorEnv, action: np.ndarr
     row, position, w_cost, cost = env.ints[0].copy(), *(env.floats[k].astype(np.float32) for k in (0, 1, 2))
     obs = env.observe(row, position, w_cost)
     next_obs, reward, done, infos = lanes.step(action[:, None])
-    peer._last_obs, peer._last_original_obs = obs, None
-    peer._store_transition(peer.replay_buffer, action[:, None], next_obs, (scale * reward).astype(np.float32), done, infos)
+    peer._last_obs = obs
+    peer._store_transition(peer.replay_buffer, action[:, None], next_obs, scale * reward, done, infos)
     return row, position, w_cost, cost
 
 
 def as_batch(encoder: tqc.CryptoMAE, market: tqc.Market, row, position, after, w_cost, cost) -> tqc.Batch:
     """Our batch of those transitions; after (n, K). The encoder's output is computed once for each different row."""
     contexts = tqc.Contexts(encoder, market, torch.device("cpu"), torch.float32, keep=False)
-    different, where = np.unique(np.concatenate([row, row + 1]), return_inverse=True)
-    tensor = lambda x: torch.from_numpy(np.asarray(x, np.float32))
-    return tqc.Batch(*contexts(different), *torch.from_numpy(where).split(len(row)), tensor(market.ret[row]),
-                     tensor(position), tensor(after), tensor(w_cost), tensor(cost))
+    different, at, next_at = tqc.shared_rows(row)
+    z, hmm = contexts(different)
+    floats = {"ret": market.ret[row], "position": position, "after": after, "w_cost": w_cost, "cost": cost}
+    floats = {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in floats.items()}
+    return tqc.Batch(z=z, hmm=hmm, n_drawn=len(np.unique(row)), at=at, next_at=next_at, **floats)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
 def run_ours(flags: dict, folder: Path, args: Args, threads: int) -> dict:
-    """One run of the script; rates between its log points. Its count of updates and rows must be what was asked for."""
+    """One run of the script; rates between its log points. It must have made the updates that were asked for."""
     tiny = TINY if args.quick else {}
-    flags = tiny | {"data": args.data, "num_envs": args.num_envs, "torch_threads": threads, "mae_steps": 0, "patience": 0,
-                    "eval_timeout": 1.0, "checkpoint_interval": 1e9, "run_dir": str(folder)} | flags
+    flags = tiny | {"data": args.data, "num_envs": args.num_envs, "torch_threads": threads, "mae_steps": 0,
+                    "patience": 0, "eval_timeout": 1.0, "checkpoint_interval": 1e9, "run_dir": str(folder)} | flags
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()] + ["--no-cuda", "--no-report"]
     with contextlib.redirect_stdout(io.StringIO()):
         summary = tqc.main(argv)
     used = json.loads((folder / "args.json").read_text())
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [r for r in lines if "time/learn" in r]
     steps = used["total_timesteps"] // used["num_envs"]
     idle = -(-used["learning_starts"] // used["num_envs"]) - 1  # vector steps before the first with updates
     updates = (steps - idle) * used["updates_per_step"]
-    check(summary["status"] == "finished" and summary["global_step"] == steps * used["num_envs"], f"{folder.name} stopped early")
-    check(summary["updates"] == updates, f"{folder.name} made {summary['updates']} updates, {updates} were asked for")
-    rows = summary["samples_per_transition"] * summary["global_step"]
-    check(round(rows) == updates * used["batch_size"], f"{folder.name} drew {rows:.0f} rows in {updates} updates")
+    made, rows = summary["updates"], round(summary["samples_per_transition"] * summary["global_step"])
+    check(summary["status"] == "finished", f"{folder.name} ended as {summary['status']}")
+    stepped = summary["global_step"]
+    check(stepped == steps * used["num_envs"], f"{folder.name} made {stepped} transitions")
+    check(made == updates, f"{folder.name} made {made} updates, {updates} were asked for")
+    check(rows == updates * used["batch_size"], f"{folder.name} drew {rows} rows in {updates} updates")
+    check(len(points) >= 2, f"{folder.name} has {len(points)} log points")
     rates = {"updates": [], "transitions": []}
     for a, b in itertools.pairwise(points):
         learn, rollout = (b[f"time/{k}"] - a[f"time/{k}"] for k in ("learn", "rollout"))
         rates["updates"].append((b["charts/updates"] - a["charts/updates"]) / learn)
         rates["transitions"].append((b["global_step"] - a["global_step"]) / (learn + rollout))
-    check(len(points) >= 2, f"{folder.name} has {len(points)} log points")
-    return {"flags": argv, "precision": summary["device"]["precision"], "updates": updates, "transitions": summary["global_step"],
-            "rows": round(rows), "updates_per_second": rates["updates"], "transitions_per_second": rates["transitions"]}
+    return {"flags": argv, "precision": summary["device"]["precision"], "updates": updates,
+            "transitions": stepped, "rows": rows, "updates_per_second": rates["updates"],
+            "transitions_per_second": rates["transitions"]}
 
 
 class Clock(BaseCallback):
@@ -303,26 +312,27 @@ class Clock(BaseCallback):
 
 
 def run_peer(agent, encoder, market, args: Args) -> dict:
-    """Updates a second of SB3's train(), then transitions a second of its learn(), one update a vector step."""
+    """Transitions a second of SB3's learn(), one update a vector step; then updates a second of its train()."""
     env = tqc.MarketVectorEnv(market, market.rows["train"], args.num_envs, seed=1)
     peer = make_peer(agent, encoder, env, args.batch_size)
     clock, n = Clock(), args.peer_updates
     peer.learn((n + 1) * args.num_envs, callback=clock)
-    check(peer.num_timesteps == (n + 1) * args.num_envs and peer._n_updates == n + 1, f"the peer made {peer._n_updates} updates")
-    learned = list(np.diff(clock.times))
-    seconds = []
+    learned, seconds = list(np.diff(clock.times)), []
+    check(peer.num_timesteps == (n + 1) * args.num_envs, f"the peer made {peer.num_timesteps} transitions")
+    check(peer._n_updates == n + 1 and len(learned) == n, f"the peer made {peer._n_updates} updates while stepping")
     for _ in range(n):
         began = time.perf_counter()
         peer.train(gradient_steps=1, batch_size=args.batch_size)
         seconds.append(time.perf_counter() - began)
-    check(peer._n_updates == 2 * n + 1 and len(learned) == n, f"the peer made {peer._n_updates} updates in {len(learned)} intervals")
-    moved = [float((a - b).abs().max()) for a, b in zip(peer.critic.features_extractor.market.parameters(), agent.extractor.parameters(), strict=True)]
-    check(max(moved) > 0, "the peer's market encoding did not move")
-    check(all(torch.equal(a, b) for a, b in zip(peer.critic.features_extractor.encoder.parameters(), encoder.parameters(), strict=True)),
-          "the peer's frozen encoder moved")
+    check(peer._n_updates == 2 * n + 1, f"the peer made {peer._n_updates} updates")
+    features = peer.critic.features_extractor
+    pairs = zip(features.encoder.parameters(), encoder.parameters(), strict=True)
+    check(all(torch.equal(a, b) for a, b in pairs), "the peer's frozen encoder moved")
+    check(not torch.equal(features.market.market.weight, agent.extractor.market.weight), "the peer did not learn")
     env.close()
     return {"updates": 2 * n + 1, "transitions": peer.num_timesteps, "rows": (2 * n + 1) * args.batch_size,
-            "updates_per_second": [1 / s for s in seconds], "transitions_per_second": [args.num_envs / s for s in learned]}
+            "updates_per_second": [1 / s for s in seconds],
+            "transitions_per_second": [args.num_envs / s for s in learned]}
 
 
 def compare(agent, encoder, market, args: Args, precisions) -> dict:
@@ -331,38 +341,45 @@ def compare(agent, encoder, market, args: Args, precisions) -> dict:
     env = tqc.MarketVectorEnv(market, market.rows["train"], n, seed=0)
     env.reset(seed=0)
     env.floats[0] = rng.uniform(-1, 1, n)
-    peer = make_peer(agent, encoder, env, n, replay_buffer_class=InOrder)
+    peer = make_peer(agent, encoder, env, n, InOrder)
     action = rng.uniform(-1, 1, n).astype(np.float32)
     row, position, w_cost, cost = store_step(peer, env, action, agent.reward_scale)
     env.close()
     batch = as_batch(encoder, market, row, position, action[:, None], w_cost, cost)
-    count = lambda groups: sum(p.numel() for p in {id(p): p for p in groups}.values())
-    optimizers = (peer.actor.optimizer, peer.critic.optimizer, peer.ent_coef_optimizer)
-    parameters = {"ours": count(p for p in agent.parameters() if p.requires_grad),
-                  "peer": count(p for o in optimizers for g in o.param_groups for p in g["params"])}
+    parameters = {"ours": count_parameters(p for p in agent.parameters() if p.requires_grad),
+                  "peer": count_parameters(p for o in optimizers_of(peer) for g in o.param_groups for p in g["params"])}
     check(parameters["ours"] == parameters["peer"], f"trainable parameters differ: {parameters}")
-    for o in optimizers:
+    for o in optimizers_of(peer):
         o.step = lambda *args: None  # so that all three losses are of the same weights
     theirs = peer_losses(peer, n)
     matrix = peer.actor.action_dist.exploration_mat.detach()
     rules = (0.0, False, agent.config["penalty"], agent.config["gamma"], float("inf"))
     losses = {}
-    for precision in precisions:
-        autocast = lambda p=precision: torch.autocast("cpu", torch.bfloat16) if p == "bf16" else contextlib.nullcontext()
+    for p in precisions:
+        autocast = (lambda: torch.autocast("cpu", torch.bfloat16)) if p == "bf16" else contextlib.nullcontext
         mine = our_losses(agent, batch, rules, matrix, autocast)
-        losses[precision] = {k: {"ours": mine[k], "peer": v, "relative": abs(mine[k] - v) / abs(v)} for k, v in theirs.items()}
-        worst = max(x["relative"] for x in losses[precision].values())
-        check(worst <= TOLERANCE[precision], f"{precision} losses differ by {worst:.2e} relative, {TOLERANCE[precision]} allowed: {losses[precision]}")
+        losses[p] = {k: {"ours": mine[k], "peer": v, "relative": abs(mine[k] - v) / abs(v)} for k, v in theirs.items()}
+        for k, x in losses[p].items():
+            check(x["relative"] <= TOLERANCE[p], f"{k} in {p}: {x['ours']:.6g}, the peer's {x['peer']:.6g}: more than "
+                                                 f"{TOLERANCE[p]:g} apart")
     return {"parameters": parameters, "rows": n, "losses": losses, "tolerance": {p: TOLERANCE[p] for p in precisions}}
 
 
+def optimizers_of(peer) -> tuple:
+    return peer.actor.optimizer, peer.critic.optimizer, peer.ent_coef_optimizer
+
+
+def count_parameters(parameters) -> int:
+    """Elements, each tensor once."""
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values())
+
+
 def run_env(market, args: Args, observations: bool) -> dict:
-    """Lane-steps a second of the environment under random actions. A second, counted walk must end in the same state."""
+    """Lane-steps a second of the environment, random actions. A second, counted walk must end in the same state."""
     steps = max(args.env_steps // (100 if observations else 1), 2)
     env = tqc.MarketVectorEnv(market, market.rows["train"], args.num_envs, seed=1)
     actions = np.random.default_rng(0).uniform(-1, 1, (16, args.num_envs))
-    step = (lambda a: env.step(a[:, None])) if observations else env.step_lanes
-    rates = []
+    step, rates = env.step if observations else env.step_lanes, []
     for n in (min(steps, 100), steps, steps, steps):
         env.reset(seed=1)
         began = time.perf_counter()
@@ -376,7 +393,8 @@ def run_env(market, args: Args, observations: bool) -> dict:
         reward, terminated, truncated = env.step_lanes(actions[t % 16])
         done += int(env.final_ints[1][terminated | truncated].sum())
         traded |= reward != 0
-    check(all(np.array_equal(a, b) for a, b in zip(timed, (env.ints, env.floats), strict=True)), "two walks of the environment differ")
+    same = np.array_equal(timed[0], env.ints) and np.array_equal(timed[1], env.floats)
+    check(same, "the same walk through the environment ended elsewhere")
     check(done + int(env.ints[1].sum()) == steps * args.num_envs, "the lanes' clocks do not add up to the steps made")
     check(bool(traded.all()), "a lane never traded")
     env.close()
@@ -385,7 +403,8 @@ def run_env(market, args: Args, observations: bool) -> dict:
 
 def machine(threads: int) -> dict:
     info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
     modules = (torch, np, nb, gym, stable_baselines3, sb3_contrib)
     return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "torch_threads": threads,
             "numba_threads": nb.get_num_threads(), "bf16_hardware": tqc.cpu_has_bf16(), "platform": platform.platform(),
@@ -394,7 +413,7 @@ def machine(threads: int) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run everything, print the table, write --out; returns what it wrote."""
-    args = tyro.cli(Args, args=argv)
+    args = tyro.cli(Args, args=argv, description=__doc__)
     if args.quick:
         args.num_envs, args.batch_size, args.intervals, args.interval_steps = 32, 16, 2, 2
         args.peer_updates, args.env_steps = 2, 200
@@ -404,24 +423,25 @@ def main(argv: list[str] | None = None) -> dict:
     nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
     # without bf16 matrix instructions it would be emulated: slower than float32, and nobody runs it
     precisions = ("fp32", "bf16") if tqc.cpu_has_bf16() or args.quick else ("fp32",)
-    every = args.num_envs * args.interval_steps
-    same = SAME_WORK | {"batch_size": args.batch_size, "learning_starts": args.num_envs, "eval_interval": every,
-                        "total_timesteps": (args.intervals + 1) * every}
-    result = {"machine": machine(threads), "data": args.data, "num_envs": args.num_envs, "batch_size": args.batch_size, "quick": args.quick}
+    result = {"machine": machine(threads), "data": args.data, "num_envs": args.num_envs,
+              "batch_size": args.batch_size, "quick": args.quick}
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "versions"))
     print(", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()), flush=True)
     runs = {p: [] for p in precisions}
+    every = args.num_envs * args.interval_steps
+    same = SAME_WORK | {"batch_size": args.batch_size, "learning_starts": args.num_envs, "eval_interval": every,
+                        "total_timesteps": (args.intervals + 1) * every}
+
     with tempfile.TemporaryDirectory() as temp:
         def ours(name: str, flags: dict) -> dict:
-            folder = Path(temp) / name
-            print(f"{name} ...", flush=True)
-            return run_ours(flags, folder, args, threads)
+            print(f"ours: {name} ...", flush=True)
+            out = run_ours(flags, Path(temp) / name, args, threads)
+            torch.use_deterministic_algorithms(False)  # the script's own choice, no part of the peer
+            return out
 
         for p in precisions:
             runs[p].append(ours(f"{p}_first", same | {"precision": p}))
-        state = load_checkpoint(Path(temp) / f"{precisions[0]}_first" / "checkpoints" / "last.pt")
-        torch.use_deterministic_algorithms(False)  # the script's own choice, no part of the peer
-        torch.set_num_threads(threads)
+        state = load_checkpoint(Path(temp) / "fp32_first" / "checkpoints" / "last.pt")
         config = state["config"]
         market = tqc.load_market(args.data, window=config["window"])
         encoder = tqc.build_encoder(config).eval().requires_grad_(False)
@@ -429,20 +449,20 @@ def main(argv: list[str] | None = None) -> dict:
         torch.manual_seed(1)
         agent = tqc.Agent(config)
         agent.watch_rewards(np.log1p(market.ret[slice(*market.rows["train"])]))
-        print("losses of both on the same weights and batch ...", flush=True)
+        print("the losses of both on the same weights and batch ...", flush=True)
         result["check"] = compare(agent, encoder, market, args, precisions)
         print("peer ...", flush=True)
-        peer = run_peer(agent, encoder, market, args)
+        result["peer"] = run_peer(agent, encoder, market, args)
         for p in reversed(precisions):
             runs[p].append(ours(f"{p}_second", same | {"precision": p}))
-        steps = args.interval_steps if args.quick else 8
-        defaults = {"eval_interval": args.num_envs * steps, "total_timesteps": args.num_envs * steps * (args.intervals + 2),
-                    "learning_starts": args.num_envs * steps}
-        result["defaults"] = ours("defaults", defaults)
-        torch.use_deterministic_algorithms(False)
-        print("environment ...", flush=True)
-        result["environment"] = {"without_observations": run_env(market, args, False), "with_observations": run_env(market, args, True)}
-    result["ours"], result["peer"] = runs, peer
+        result["ours"] = runs
+        steps = 2 if args.quick else 8
+        result["defaults"] = ours("defaults", {
+            "learning_starts": args.num_envs * steps, "eval_interval": args.num_envs * steps,
+            "total_timesteps": args.num_envs * steps * (args.intervals + 2)})
+    print("environment ...", flush=True)
+    result["environment"] = {"without_observations": run_env(market, args, False),
+                             "with_observations": run_env(market, args, True)}
     result["median"] = medians(result)
     show(result)
     if args.out:
@@ -452,36 +472,38 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def medians(result: dict) -> dict:
-    """What the table shows: medians over all measured intervals of both runs."""
+    """What the table shows: medians over all measured intervals of all runs."""
     out = {}
-    for what in ("updates", "transitions"):
-        key = f"{what}_per_second"
+    for key in ("updates_per_second", "transitions_per_second"):
         mine = {p: median(x for run in runs for x in run[key]) for p, runs in result["ours"].items()}
         peer = median(result["peer"][key])
-        out[key] = mine | {"peer": peer, "defaults": median(result["defaults"][key])} | {f"ratio_{p}": v / peer for p, v in mine.items()}
-    out["lane_steps_per_second"] = {k: median(v["lane_steps_per_second"]) for k, v in result["environment"].items()}
+        ratios = {f"ratio_{p}": v / peer for p, v in mine.items()}
+        out[key] = {"peer": peer} | mine | ratios | {"defaults": median(result["defaults"][key])}
+    env = result["environment"]
+    out["lane_steps_per_second"] = {k: median(v["lane_steps_per_second"]) for k, v in env.items()}
     return out
 
 
 def show(result: dict):
-    precisions = list(result["ours"])
-    table = Table(title=f"{result['data']}, {result['num_envs']} lanes, batch {result['batch_size']}" + (", --quick: no measurement" if result["quick"] else ""))
-    columns = ("", "peer", *(f"ours {p}" for p in precisions), *(f"ratio {p}" for p in precisions), "target", "ours, defaults")
-    for name in columns:
-        table.add_column(name, justify="right" if name else "left")
-    for what in ("updates", "transitions"):
-        m = result["median"][f"{what}_per_second"]
-        cells = [f"{m['peer']:.4g}", *(f"{m[p]:.4g}" for p in precisions), *(f"{m[f'ratio_{p}']:.1f} x" for p in precisions)]
-        name = f"{what} a second"
-        table.add_row(name, *cells, f">= {TARGETS[name]:.0f} x", f"{m['defaults']:.4g}")
-    blank = [""] * (2 * len(precisions))
-    for name, value in result["median"]["lane_steps_per_second"].items():
-        target = f">= {TARGETS['lane-steps a second']:.3g}" if name == "without_observations" else ""
-        table.add_row(f"lane-steps a second, {name.replace('_', ' ')}", "", f"{value:.4g}", *blank[1:], target, "")
-    Console(width=150).print(table)
-    c = result["check"]
-    print(f"{c['parameters']['ours']} trainable parameters on both sides; largest relative difference of a first update's losses: "
-          + ", ".join(f"{p} {max(x['relative'] for x in v.values()):.1e} (allowed {c['tolerance'][p]:g})" for p, v in c["losses"].items()))
+    precisions, median_of = list(result["ours"]), result["median"]
+    title = f"{result['data']}, {result['num_envs']} lanes, batch {result['batch_size']}"
+    table = Table(title=title + (" (--quick: no measurement)" if result["quick"] else ""))
+    columns = ["a second", "peer", *(f"ours {p}" for p in precisions), *(f"{p} / peer" for p in precisions)]
+    for name in [*columns, "target", "ours, defaults"]:
+        table.add_column(name, justify="left" if name == "a second" else "right")
+    for name in ("updates", "transitions"):
+        m = median_of[f"{name}_per_second"]
+        ours = [f"{m[p]:.4g}" for p in precisions] + [f"{m[f'ratio_{p}']:.1f}" for p in precisions]
+        table.add_row(name, f"{m['peer']:.4g}", *ours, f">= {TARGETS[name]:g} x peer", f"{m['defaults']:.4g}")
+    for name, value in median_of["lane_steps_per_second"].items():
+        target = f">= {TARGETS[name]:.0e}" if name in TARGETS else ""
+        blank = [""] * (2 * len(precisions) - 1)
+        table.add_row(f"lane-steps {name.replace('_', ' ')}", "", f"{value:.3e}", *blank, target, "")
+    Console(width=130).print(table)
+    print(f"{result['check']['parameters']['ours']} trainable parameters on both sides")
+    for p, losses in result["check"]["losses"].items():
+        apart = ", ".join(f"{k} {x['relative']:.1e}" for k, x in losses.items())
+        print(f"{p}: relative difference of a first update's {apart} (allowed {TOLERANCE[p]:g})")
 
 
 if __name__ == "__main__":

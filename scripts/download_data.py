@@ -163,9 +163,7 @@ def fetch_page(exchange, args: Args, start, limit, known=None):
         # ccxt takes the HTML of a gateway for a page without bars
         page or json.loads(exchange.last_http_response)
     except (TypeError, ValueError):
-        raise ccxt.NetworkError(
-            f"the answer is not JSON: {str(exchange.last_http_response)[:60]!r}"
-        ) from None
+        raise ccxt.NetworkError(f"the answer is not JSON: {str(exchange.last_http_response)[:60]!r}") from None
     if known is not None and all(row[0] != known for row in page):
         raise ccxt.NetworkError(f"the bar of {iso(known)}, which it gave before, is not in its answer")
     return page
@@ -197,9 +195,7 @@ def open_partial(path: Path, header: dict, after: float):
     first, _, body = raw[:whole].partition(b"\n")
     try:
         found = json.loads(first)
-        table = (
-            np.loadtxt(io.BytesIO(body), delimiter=",", ndmin=2, comments=None) if body else np.empty((0, 6))
-        )
+        table = np.loadtxt(io.BytesIO(body), delimiter=",", ndmin=2, comments=None) if body else np.empty((0, 6))
         sound = table.shape[1] == 6 and not np.any(np.diff(table[:, 0]) <= 0) and found["after"] <= after
     except (ValueError, KeyError, TypeError):
         found, table, sound = {}, None, False
@@ -261,6 +257,8 @@ def main(argv=None) -> dict:
         return download(args)
     except data.DataError as error:
         fail(error)
+    except OSError as error:
+        fail(f"{error.filename or args.out}: {error.strerror}")
     except KeyboardInterrupt:
         fail("interrupted; the bars so far are kept, the same command goes on from there", 130)
 
@@ -348,9 +346,7 @@ def download(args: Args) -> dict:
     if not len(table):
         partial.unlink()
         fail(f"{name}: no finished bars from {iso(since)} to {iso(until)}")
-    gaps = (
-        write_finished(out, header, table) if len(more) else data.find_gaps(out.stem, data.read_bars(out)[0])
-    )
+    gaps = write_finished(out, header, table) if len(more) else data.find_gaps(out.stem, data.read_bars(out)[0])
     partial.unlink()
     first, last = int(table[0, 0]), int(table[-1, 0])
     if first - since >= step:

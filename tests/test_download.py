@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -37,7 +38,8 @@ def make_bars(n, start=START, holes=()):
 
 
 class StandIn(ThreadingHTTPServer):
-    """Binance's and Bitstamp's endpoints over `bars`; `now` is its clock, `asked` the start of each page.
+    """Binance's and Bitstamp's endpoints over `bars`; `now` is its clock, `asked` the start of each page,
+    `spans` how many ms a page of Bitstamp's may cover.
 
     trouble(n), for the n-th page from 0: a status to answer with; "cut" drops the connection, "hang" waits,
     "none" answers without bars, "html" with a page for people.
@@ -47,7 +49,8 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self, bars, now):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.bars, self.now, self.asked, self.trouble = bars, now, [], lambda n: None
+        self.bars, self.now, self.trouble = bars, now, lambda n: None
+        self.asked, self.spans = [], []
         self.hanging, self.let_go = threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -105,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         trouble = server.trouble(len(server.asked) - 1)
         if trouble == "hang":
             server.hanging.set()
-            server.let_go.wait(30)
+            server.let_go.wait(120)
             return None
         if trouble == "cut":
             return self.connection.close()
@@ -121,12 +124,11 @@ class Handler(BaseHTTPRequestHandler):
             rows = server.page(start, 2**60, int(query["limit"]))
             tail = [0, "0", 1, "0", "0", "0"]
             return self.answer([[row[0], *map(repr, row[1:]), *tail] for row in rows])
-        rows = server.page(start, int(query["end"]) * 1000 + 1, int(query["limit"]))
+        stop = (int(query["end"]) + 1) * 1000
+        server.spans.append(stop - start)
+        rows = server.page(start, stop, int(query["limit"]))
         names = ("open", "high", "low", "close", "volume")
-        ohlc = [
-            {"timestamp": str(ms // 1000), **dict(zip(names, map(repr, bar), strict=True))}
-            for ms, *bar in rows
-        ]
+        ohlc = [{"timestamp": str(ms // 1000), **dict(zip(names, map(repr, bar), strict=True))} for ms, *bar in rows]
         return self.answer({"data": {"pair": "BTC/USD", "ohlc": ohlc}})
 
 
@@ -199,9 +201,11 @@ def test_until_is_exclusive_and_since_may_lie_within(serve, tmp_path):
 def test_page_size_never_exceeds_what_the_exchange_gives(serve, tmp_path):
     bars = make_bars(1500)
     server, out = serve(bars), tmp_path / "a.parquet"
-    download_data.main(flags(server, out, limit=9999))
+    argv = flags(server, out, exchange="bitstamp", symbol="BTC/USD", until="2024-03-03T12:00", limit=9999)
+    download_data.main(argv)
     assert_holds(out, bars)
     assert server.asked == [START, START + 1000 * HOUR]
+    assert set(server.spans) == {1000 * HOUR}
 
 
 def test_another_exchange_without_a_clock_and_empty_pages(serve, tmp_path, capsys):
@@ -278,14 +282,15 @@ def test_a_refusal_by_country_is_not_retried(serve, tmp_path, capsys):
     assert len(server.asked) == 1
 
 
-def run_until_it_hangs(server, out, page):
+def run_until_it_hangs(server, argv, page):
     """The script as a process of its own, stopped inside the request for `page`."""
     server.trouble = lambda n: "hang" if n == page else None
-    command = [sys.executable, str(ROOT / "scripts" / "download_data.py"), *flags(server, out)]
+    command = [sys.executable, str(ROOT / "scripts" / "download_data.py"), *argv]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
     try:
+        deadline = time.monotonic() + 300
         while not server.hanging.wait(0.05):
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=1)
     except BaseException:
         process.kill()
         raise
@@ -293,28 +298,29 @@ def run_until_it_hangs(server, out, page):
 
 
 def test_killed_midway_and_resumed(serve, tmp_path):
-    bars = make_bars(450)
+    bars = make_bars(75)
     server, out = serve(bars), tmp_path / "a.parquet"
-    process = run_until_it_hangs(server, out, 2)
+    argv = flags(server, out, limit=20)  # pages too small to leave a buffer unasked
+    process = run_until_it_hangs(server, argv, 2)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=120)
     partial = tmp_path / "a.parquet.partial"
     assert partial.exists() and not out.exists()
     # a kill inside a write leaves the beginning of a line
     with partial.open("ab") as file:
-        file.write(b"1704787200000,41000.0,410")
+        file.write(b"1704211200000,41000.0,410")
     server.let_go.set()
     server.trouble, server.asked[:] = lambda n: None, []
-    assert download_data.main(flags(server, out))["new_bars"] == 250
-    assert server.asked == [START + i * HOUR for i in (200, 300, 400)]
+    assert download_data.main(argv)["new_bars"] == 35
+    assert server.asked == [START + i * HOUR for i in (40, 60)]
     assert_holds(out, bars)
 
 
 def test_interrupted_by_the_user(serve, tmp_path):
     server, out = serve(make_bars(450)), tmp_path / "a.parquet"
-    process = run_until_it_hangs(server, out, 1)
+    process = run_until_it_hangs(server, flags(server, out), 1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err.count("\n") == 1 and "the bars so far are kept" in err
     assert (tmp_path / "a.parquet.partial").read_text().count("\n") == 1 + 100
 
@@ -471,6 +477,12 @@ def test_bad_flags_are_one_line_and_exit_2(serve, tmp_path, capsys, change, word
     assert server.asked == [] and list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written(serve, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    err = refused(capsys, flags(serve(make_bars(50)), tmp_path / "file" / "a.parquet"))
+    assert f"{tmp_path / 'file'}" in err
+
+
 def test_no_bars_at_all(serve, tmp_path, capsys):
     server = serve({START + 900 * HOUR: (1, 1, 1, 1, 1)})
     err = refused(capsys, flags(server, tmp_path / "a.parquet", until="2024-01-20"))
@@ -480,6 +492,6 @@ def test_no_bars_at_all(serve, tmp_path, capsys):
 
 def test_the_command_line_has_no_traceback(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "download_data.py"), "--exchange", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "'nowhere' is not known to ccxt" in done.stderr
