@@ -324,11 +324,11 @@ def trade_nb(position, target, ret, cost, funding, drift):
     fee = cost * abs(change)
     if drift:
         fee /= 1.0 + cost * target * (1.0 if change > 0.0 else -1.0)
-    growth = 1.0 + target * ret - funding * max(-target, 0.0)
-    if growth < RUIN:
-        growth = RUIN
+    growth = 1.0 + target * ret - (funding * -target if target < 0.0 else 0.0)
+    growth = growth if growth > RUIN else RUIN  # Numba's CUDA target does not know max()
+    left = 1.0 - fee if 1.0 - fee > RUIN else RUIN
     after = target * (1.0 + ret) / growth if drift else target
-    return max(1.0 - fee, RUIN) * growth, fee, after
+    return left * growth, fee, after
 
 
 @nb.njit(cache=True)
@@ -336,7 +336,7 @@ def episode_nb(seed, lane, episode, start, stop, w_max, cost, cost_randomization
     """First row, w_cost (20 % at 0, 20 % at w_max, else uniform) and cost of a lane's episode, constant within it."""
     row = start + np.int64(uniform_nb(seed, lane, episode, 0) * (stop - start))
     u = uniform_nb(seed, lane, episode, 1)
-    w = w_max * min(max((u - 0.2) / 0.6, 0.0), 1.0)
+    w = w_max * (0.0 if u < 0.2 else 1.0 if u > 0.8 else (u - 0.2) / 0.6)
     spread = cost_randomization * (2.0 * uniform_nb(seed, lane, episode, 2) - 1.0)
     return row, w, cost * (1.0 + spread)
 
@@ -350,7 +350,7 @@ def lane_py(i, action, ret, start, stop, length, rules, seed, ints, floats, rewa
     """
     row = ints[0, i]
     position = floats[0, i]
-    target = min(max(action[i], -1.0), 1.0)
+    target = -1.0 if action[i] < -1.0 else 1.0 if action[i] > 1.0 else action[i]
     factor, fee, after = trade_nb(position, target, ret[row], floats[2, i], rules[1], rules[2] != 0.0)
     change = abs(target - position)
     value = math.log(factor) - floats[1, i] * rules[3] * change
@@ -1279,7 +1279,7 @@ def verdict(audit: dict, result: dict, updates: int) -> tuple[str, list[str]]:
     """healthy, collapsed, constant_is_right or untrained, and why. result: evaluate()'s of the eval split."""
     agent = result["agent"]
     edge, se = audit["ridge_edge_bps"], audit["ridge_edge_se_bps"]
-    constant = audit["state_dependence"] < 0.02 and agent["turnover"] < 1e-3
+    constant = audit["state_dependence"] < 0.02 or agent["turnover"] < 1e-3
     found = (f"ridge policy over best constant on eval: {edge:+.2f} bp a bar, standard error {se:.2f}")
     seen = f"state_dependence {audit['state_dependence']:.3f}, turnover {agent['turnover']:.4f}, exposure {agent['exposure']:+.2f}"
     if updates == 0:
@@ -1421,7 +1421,7 @@ def pretrain(encoder: CryptoMAE, contexts: Contexts, rows: tuple, args: Args, au
 def main(argv: list[str] | None = None) -> dict:
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
     args = parse_args(argv)
-    guard = TimeoutGuard(args.timeout)
+    guard = TimeoutGuard(args.timeout, from_process_start=None if argv is None else False)
     try:
         return run(args, guard)
     finally:

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-KEYS = {"machine", "data", "num_envs", "batch_size", "quick", "check", "ours", "peer", "defaults", "environment", "median"}
+KEYS = {"machine", "data", "num_envs", "batch_size", "quick", "check", "ours", "peer", "defaults", "environment",
+        "median"}
 LOSSES = {"critic_loss", "actor_loss", "ent_coef_loss"}
 
 
@@ -78,9 +79,10 @@ def test_medians_and_the_table(quick):
         assert set(m) == {"peer", "fp32", "bf16", "ratio_fp32", "ratio_bf16", "defaults"}
         assert all(math.isfinite(x) and x > 0 for x in m.values())
         both = sorted(x for run in out["ours"]["fp32"] for x in run[key])
-        assert m["fp32"] == pytest.approx((both[1] + both[2]) / 2) and m["ratio_fp32"] == pytest.approx(m["fp32"] / m["peer"])
+        assert m["fp32"] == pytest.approx((both[1] + both[2]) / 2)
+        assert m["ratio_fp32"] == pytest.approx(m["fp32"] / m["peer"])
     assert set(out["median"]["lane_steps_per_second"]) == {"without_observations", "with_observations"}
-    for words in ("--quick: no measurement", "updates", "transitions", "lane-steps without observations", "trainable parameters"):
+    for words in ("--quick: no measurement", "updates", "transitions", "lane-steps without", "trainable parameters"):
         assert words in said
 
 

@@ -289,7 +289,11 @@ def test_drift_mode_is_the_accounting_of_a_back_testing_library(make, market):
     size[1::2] = orders
     for i in range(n):
         book = vbt.Portfolio.from_orders(price, size[:, i], price=price, fees=cost, init_cash=1.0, direction="both")
-        assert len(book.orders.records) == np.count_nonzero(orders[:, i]) > 1000
+        # none was refused or filled in part; a full position that is kept asks for its round-off, which is no order
+        records = book.orders.records
+        filled = np.bincount(records["idx"], records["size"] * np.where(records["side"] == 0, 1, -1), len(size))
+        np.testing.assert_allclose(filled, size[:, i], rtol=1e-12, atol=1e-11)
+        assert (np.abs(filled) > 1e-6).sum() > 1000
         np.testing.assert_allclose(book.value().to_numpy()[::2], equity[:, i], rtol=1e-9)
         assert book.final_value() == pytest.approx(equity[-1, i], rel=1e-9)
     assert np.ptp(equity[-1]) > 0.01
@@ -472,7 +476,7 @@ def test_same_seed_same_trajectory(make, mode):
         first.append(a.step(action))
         same(first[-1], b.step(action))
     a.reset(seed=11)  # and again, in the same environment
-    for t, action in enumerate(draws(20, 6)):
+    for t, action in enumerate(draws(40, 6)[:20]):
         same(first[t], a.step(action))
 
 
