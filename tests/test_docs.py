@@ -160,7 +160,7 @@ def test_metrics_that_are_mentioned_exist():
                 assert span in documented, f"{name}: {span}"
 
 
-def test_alarms_and_verdicts_are_the_codes(tiny):
+def test_verdicts_are_the_codes(tiny):
     source = (ROOT / "cleanrl_crypto/tqc_film_batch.py").read_text()
     verdicts = [cells[0].strip("`") for cells in rows(DOCS, ("verdict", "rule, on the eval split"))]
     assert set(verdicts) == set(re.findall(r'return "(\w+)", \[', source[source.index("def verdict") :][:2500]))
