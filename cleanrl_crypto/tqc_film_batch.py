@@ -314,7 +314,7 @@ CHOICES = {
 }
 RANGES = {name: (low, high) for low, high, names in (  # of numeric flags, both ends allowed
     (0, 1, "eval_w_cost cost_randomization learning_rate learning_rate_fusion learning_rate_film learning_rate_end"),
-    (0, 0.9999, "gamma"), (0, 0.99999, "average"), (0, 0.99, "dropout"), (0.01, 0.99, "mae_mask"), (1e-6, 1, "tau"),
+    (0, 2**32 - 1, "seed"), (0, 0.9999, "gamma"), (0, 0.99999, "average"), (0, 0.99, "dropout"), (0.01, 0.99, "mae_mask"), (1e-6, 1, "tau"),
     (1e-9, 1, "mae_learning_rate"), (1e-3, 1e9, "recency"), (1e-6, 1e9, "reward_clip max_grad_norm"),
     (0, 10, "ent_coef_lr weight_decay"), (-20, 5, "log_std_init"), (-100, 0.68, "target_entropy"),
     (0, 255, "counterfactuals"), (0, 1023, "top_quantiles_to_drop_per_net"), (0, 1024, "updates_per_step"),
@@ -685,7 +685,8 @@ class MarketEnv(gym.Env):
         self.lane.close()
 
 
-gym.register("cleanrl_crypto/Market-v0", entry_point=MarketEnv, vector_entry_point=make_vec)
+if "cleanrl_crypto/Market-v0" not in gym.registry:  # __main__ and an import of it may be two modules
+    gym.register("cleanrl_crypto/Market-v0", entry_point=MarketEnv, vector_entry_point=make_vec)
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -1390,13 +1391,22 @@ def verdict(audit: dict, result: dict, updates: int) -> tuple[str, list[str]]:
     return "constant_is_right", [f"one position whatever the market: {seen}", f"and no edge is to be seen; {found}"]
 
 
+def load_agent(path, device="cpu") -> dict:
+    """A checkpoint of this script. Raises CheckpointError (one line)."""
+    state = load_checkpoint(path, device)
+    if state.get("schema") != SCHEMA or not {"config", "encoder", "agent", "features"} <= set(state):
+        found = f"schema {state.get('schema')}, expected {SCHEMA}; it holds {', '.join(sorted(map(str, state))[:6])}"
+        raise CheckpointError(f"{path}: not a checkpoint of {Path(__file__).name} ({found})")
+    return state
+
+
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
     """policy(obs) -> actions (B, 1) float32 from a checkpoint file alone: the policy that evaluation reports.
 
     obs: the environment's own batch, NumPy: market (B, window, columns), position (B, 1), w_cost (B, 1).
     Raises CheckpointError (one line).
     """
-    state = load_checkpoint(checkpoint, device)
+    state = load_agent(checkpoint, device)
     config = state["config"]
     encoder = build_encoder(config).to(device).eval().requires_grad_(False)
     encoder.load_state_dict(state["encoder"])
@@ -1511,10 +1521,7 @@ def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
         raise UsageError(f"--run-dir {run_dir} holds a run already: --resume auto continues it")
     if not source:
         return run_dir, None, None
-    state = load_checkpoint(source)
-    if state.get("schema") != SCHEMA:
-        found = f"schema {state.get('schema')}, expected {SCHEMA}"
-        raise CheckpointError(f"{source}: not a checkpoint of {Path(__file__).name} ({found})")
+    state = load_agent(source)
     if args.resume:
         if "replay" not in state:
             raise CheckpointError(f"{source}: holds the agent alone (for evaluation); resume from last.pt")
@@ -1655,15 +1662,16 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             check_dimensions(source, state["config"], config)
             if args.eval_only and args.policy != state["config"]["policy"]:
                 print(f"the checkpoint's policy acts: {state['config']['policy']}")
-            today = ("cost", "funding", "drift", "penalty") if args.eval_only else ()
-            config = state["config"] | {k: config[k] for k in today}
+            if args.eval_only:  # the checkpoint's agent at today's costs
+                config = state["config"] | {k: config[k] for k in ("cost", "funding", "drift", "penalty")}
+        borrowed = load_encoder(args.encoder, config) if args.encoder and not state else None
 
         # logging: metrics.jsonl is the record of truth, TensorBoard and wandb mirror it
         step0 = state["global_step"] if args.resume and state else 0
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json_atomic(asdict(args), run_dir / "args.json")
         path, kept = run_dir / "metrics.jsonl", []
-        if step0:  # cut back to the checkpoint
+        if step0 and path.exists():  # cut back to the checkpoint
             kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n")][: state["log_lines"]]
         path.write_text("".join(kept))
         jsonl, lines = open(path, "a"), len(kept)
@@ -1702,8 +1710,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         mae_steps = 0
         if state:
             encoder.load_state_dict(state["encoder"])
-        elif args.encoder:
-            encoder.load_state_dict(load_encoder(args.encoder, config).state_dict())
+        elif borrowed:
+            encoder.load_state_dict(borrowed.state_dict())
         else:
             mae_steps = pretrain(encoder, contexts, market.rows["train"], args, autocast, guard, log)
         encoder.eval().requires_grad_(False)
@@ -1748,7 +1756,10 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         if step0:
             agent.load_state_dict(state["learner"])
             for key, o in optimizers.items():
+                flags = [{k: group[k] for k in ("lr", "base_lr", "weight_decay")} for group in o.param_groups]
                 o.load_state_dict(state["optimizers"][key])
+                for group, flag_values in zip(o.param_groups, flags, strict=True):
+                    group.update(flag_values)  # these may differ from the run that is continued
             env.set_state(state["env"])
             replay.set_state(state["replay"])
             rng.bit_generator.state = json.loads(state["rng_numpy"])

@@ -23,9 +23,10 @@ PARTS = ("cleanrl_crypto", "common", "scripts", "tests", "docs")
 FOREIGN = {"--logdir", "--index-url"}  # flags of tensorboard and pip
 PREFIXES = ("charts", "losses", "policy", "value", "env", "eval", "alarm", "time")
 BARS, WINDOW = 4000, 16
-TINY = shlex.split(f"""--data synthetic:regime?bars={BARS} --window {WINDOW} --d-model 32 --n-heads 2 --n-layers 1 --d-ff 64
-    --fusion-width 32 --hidden 32 --num-envs 64 --episode-length 16 --batch-size 64 --updates-per-step 2 --mae-steps 5
-    --total-timesteps 2048 --learning-starts 256 --eval-interval 512 --checkpoint-interval 0 --no-report --torch-threads 1 --no-cuda""")
+TINY = shlex.split(f"""--data synthetic:regime?bars={BARS} --window {WINDOW} --d-model 32 --n-heads 2 --n-layers 1
+    --d-ff 64 --fusion-width 32 --hidden 32 --num-envs 64 --episode-length 16 --batch-size 64 --updates-per-step 2
+    --mae-steps 5 --total-timesteps 2048 --learning-starts 256 --eval-interval 512 --checkpoint-interval 0
+    --no-report --torch-threads 1 --no-cuda""")
 
 
 # ------------------------------------------------------------------------------------------------ reading a page
@@ -56,8 +57,8 @@ def commands() -> list[tuple[str, list[str]]]:
     """(program, arguments) of every `python FILE ...` in a bash block or in inline code."""
     found = []
     for text in PAGES.values():
-        code = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()] + spans(text)
-        for line in code:
+        shell = "\n".join(blocks(text, "bash")).replace("\\\n", " ")
+        for line in shell.splitlines() + spans(text):
             for name, value in (("s", "100"), ("t", "30"), ("m", "noise")):  # the variables of the loops
                 line = re.sub(rf"\${name}\b", value, line)
             for program, rest in re.findall(r"\bpython (\w+/\w+\.py)([^;|&\n]*(?:&[a-z]\w*=[^;|&\n]*)*)", line):
@@ -74,7 +75,8 @@ def scripts_flags(program: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]+", said.getvalue()))
 
 
-ARGS_FLAGS = {f"--{p}{f.name.replace('_', '-')}" for f in fields(tqc.Args) for p in (("", "no-") if f.type is bool else ("",))}
+NAMES = {f.name.replace("_", "-"): f.type for f in fields(tqc.Args)}
+ARGS_FLAGS = {f"--{name}" for name in NAMES} | {f"--no-{name}" for name, kind in NAMES.items() if kind is bool}
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +106,9 @@ def test_every_flag_that_is_mentioned_exists():
 
 
 def test_every_command_parses():
-    seen, help_of = set(), {}
+    help_of = {}
     for program, argv in commands():
         assert (ROOT / program).is_file(), program
-        seen.add(program)
         if program.startswith("scripts/"):
             known = help_of.setdefault(program, scripts_flags(program))
             assert {a.split("=")[0] for a in argv if a.startswith("--")} <= known, (program, argv)
@@ -115,7 +116,8 @@ def test_every_command_parses():
             args = tqc.parse_args(argv)
             if args.data.startswith("synthetic:"):
                 markets.parse_law(args.data)
-    assert seen >= {"cleanrl_crypto/tqc_film_batch.py", "scripts/report.py", "scripts/download_data.py", "scripts/benchmark.py"}
+    assert {program for program, _ in commands()} >= {
+        "cleanrl_crypto/tqc_film_batch.py", "scripts/report.py", "scripts/download_data.py", "scripts/benchmark.py"}
 
 
 def test_download_commands_are_accepted():
@@ -153,7 +155,8 @@ def test_metrics_table_is_what_a_run_logs(tiny):
 
 
 def test_metrics_that_are_mentioned_exist():
-    documented = {cells[0].strip("`") for cells in rows(DOCS, ("metric",))} | {"eval/eval/score", "eval/eval/turnover", "eval/train/score", "time/..."}
+    names = [cells[0].strip("`") for cells in rows(DOCS, ("metric",))]
+    documented = {"time/..."} | {name.replace("<split>", split) for name in names for split in ("<split>", *tqc.SPLITS)}
     for name, text in PAGES.items():
         for span in spans(text):
             if re.match(rf"({'|'.join(PREFIXES)})/", span):
@@ -189,16 +192,16 @@ def test_columns_table_is_the_features():
 
 
 def test_numbers_in_prose_follow_from_the_code():
-    args = tqc.Args()
-    spaced = lambda n: f"{n:,}".replace(",", " ")
+    args, spaced = tqc.Args(), "{:,}".format
     hours = np.datetime64("2019-01-01T00", "ns") + np.arange(20_000) * np.timedelta64(1, "h")
     ranges = split_rows(hours, args.split, args.window + tqc.HORIZON, features.WARMUP + args.window - 1)
-    size = {name: spaced(stop - start) for name, (start, stop) in ranges.items()}
+    size = {name: spaced(stop - start).replace(",", " ") for name, (start, stop) in ranges.items()}
+    steps = args.total_timesteps // args.num_envs
     fused = args.window * args.d_model
     rows_a_transition = args.updates_per_step * args.batch_size / args.num_envs
     for said in (
         f"train {size['train']} rows, eval {size['eval']}, test {size['test']}",
-        f"{spaced(args.total_timesteps)} / {args.num_envs} = {args.total_timesteps // args.num_envs} vector steps",
+        f"{spaced(args.total_timesteps).replace(',', ' ')} / {args.num_envs} = {steps} vector steps",
         f"[market {fused}, position, `w_cost`]", f"(B, {fused}) -> (B, {args.fusion_width})",
         f"{args.window * args.d_model * 2 // 1024} KiB a bar in bf16", f"{rows_a_transition:g} rows a transition",
         f"{args.action_grid} exposures", f"fewer than {features.WARMUP + features.MIN_TRAIN} train rows",
@@ -272,7 +275,7 @@ def test_python_blocks_run(page, tiny):
     assert found
     for code in found:
         code = re.sub(r'"runs/[\w*]+', f'"{tiny.as_posix()}', code)
-        code = re.sub(r'"(synthetic:\w+)(\?[^"]*)?"', lambda m: f'"{m[1]}{m[2] + "&" if m[2] else "?"}bars={BARS}", window={WINDOW}', code)
+        code = re.sub(r'"(synthetic:\w+)\??([^"]*)"', rf'"\1?bars={BARS}&\2", window={WINDOW}', code).replace('&"', '"')
         said, names = io.StringIO(), {}
         with contextlib.redirect_stdout(said):
             exec(compile(code, page, "exec"), names)
@@ -296,20 +299,22 @@ def test_every_number_is_filled_in(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_nothing_private_is_left(page):
+    private = r"/work\b|/tmp/|\.\./shared|DESIGN\.md|DOMAIN\.md|FINDINGS|\bissue #?\d|TODO|FIXME|\blead\b"
     for line in PAGES[page].splitlines():
-        assert not re.search(r"/work\b|/tmp/|\.\./shared|DESIGN\.md|DOMAIN\.md|FINDINGS|\bissue #?\d|TODO|FIXME|\blead\b", line), line
+        assert not re.search(private, line), line
 
 
 def test_tables_are_rectangular():
     for name, text in PAGES.items():
         width = None
-        for number, line in enumerate(re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).splitlines(), 1):
+        for line in re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).splitlines():
             cells = line.count("|") if line.startswith("|") else None
-            assert cells is None or width in (None, cells), f"{name}: table row {line[:80]!r} (line {number}, code left out) has {cells} bars, not {width}"
+            assert cells is None or width in (None, cells), f"{name}: {line[:80]!r} has {cells} bars, not {width}"
             width = cells
 
 
 def test_first_paragraph_is_about_the_entropy_coefficient():
     first = " ".join(DOCS.split("\n\n")[1].split())
-    for words in ("`--policy critic_grid`", "`--policy actor`", "changes nothing in the critic", "test_what_ent_coef_changes"):
+    for words in ("`--policy critic_grid`", "`--policy actor`", "changes nothing in the critic",
+                  "test_what_ent_coef_changes"):
         assert words in first

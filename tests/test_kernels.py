@@ -300,7 +300,7 @@ def test_step_does_not_depend_on_the_threads():
 @pytest.mark.parametrize("after", [-0.01, 0.0, 0.01])
 def test_what_a_ruined_lane_owes_ends_its_episode(drift, after):
     """A short through a near-doubling keeps almost no equity: the fee of the next trade is more than all of it."""
-    law = rules(drift, cost=5e-4, cost_randomization=0.0)
+    law = rules(drift, cost=5e-4, funding=0.0, cost_randomization=0.0)
     for rise in (0.5, 0.99, 0.9999, 0.99999, 1.0, 2.0):
         ret = np.full(300, after)
         ret[100] = rise
@@ -464,7 +464,7 @@ if not cuda.is_available():  # a device function asks which card it is for: the 
     cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
 i, ints, f, floats, flags = nb.int64, nb.int64[:, ::1], nb.float64[::1], nb.float64[:, ::1], nb.boolean[:, ::1]
 signature = nb.void(f, f, i, i, i, f, i, ints, floats, f, flags, ints, floats)
-ptx, result = cuda.compile(tqc.cuda_step().py_func, signature, cc=capability, output="ptx")
+ptx, result = cuda.compile(tqc.cuda_step().py_func, signature, cc=capability, device=False, abi="numba", output="ptx")
 assert result == nb.void, result
 print(ptx)
 """
