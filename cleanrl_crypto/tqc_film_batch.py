@@ -91,7 +91,8 @@ except ModuleNotFoundError as e:
 
 SPLITS = ("train", "eval", "test")
 BP = 1e-4  # one basis point
-RUIN = 1e-6  # growth of a bar at which equity counts as lost: the episode terminates
+RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
+LOST = 3e-6  # growth at which the episode terminates: above RUIN, a fee may hit the floor in a rising bar
 HMM_COLUMNS = 5  # 4 filtered state posteriors and their entropy
 HORIZON = 1  # bars between a decision and the end of its reward
 SCHEMA = 1  # of the checkpoint
@@ -314,7 +315,8 @@ CHOICES = {
 }
 RANGES = {name: (low, high) for low, high, names in (  # of numeric flags, both ends allowed
     (0, 1, "eval_w_cost cost_randomization learning_rate learning_rate_fusion learning_rate_film learning_rate_end"),
-    (0, 2**32 - 1, "seed"), (0, 0.9999, "gamma"), (0, 0.99999, "average"), (0, 0.99, "dropout"), (0.01, 0.99, "mae_mask"), (1e-6, 1, "tau"),
+    (0, 2**32 - 1, "seed"), (0, 0.9999, "gamma"), (0, 0.99999, "average"), (0, 0.99, "dropout"),
+    (0.01, 0.99, "mae_mask"), (1e-6, 1, "tau"),
     (1e-9, 1, "mae_learning_rate"), (1e-3, 1e9, "recency"), (1e-6, 1e9, "reward_clip max_grad_norm"),
     (0, 10, "ent_coef_lr weight_decay"), (-20, 5, "log_std_init"), (-100, 0.68, "target_entropy"),
     (0, 255, "counterfactuals"), (0, 1023, "top_quantiles_to_drop_per_net"), (0, 1024, "updates_per_step"),
@@ -414,7 +416,7 @@ def lane_py(i, action, ret, start, stop, length, rules, seed, ints, floats, rewa
     floats[3, i] *= factor
     floats[4, i] += reward[i]
     floats[5, i] += change
-    flags[0, i] = factor <= RUIN
+    flags[0, i] = factor <= LOST
     flags[1, i] = not flags[0, i] and (ints[1, i] >= length or row + 1 >= stop)
     if flags[0, i] or flags[1, i]:
         for k in range(3):
@@ -979,7 +981,7 @@ def critic_loss(agent: Agent, batch: Batch, rules: tuple, scale: float, noise=No
         growth = growth_reward(batch.after, batch.ret[:, None], funding)  # (B, K)
         reward = (scale * growth).clamp(-clip, clip)
         held = drift_position(batch.after, batch.ret[:, None], funding, drift)  # (B, K)
-        done = (growth <= math.log(RUIN) + 1e-3).float()
+        done = (growth <= math.log(LOST)).float()
         if agent.config["policy"] == "critic_grid":
             values = agent.target(next_market, agent.grid.expand(b, -1), w)  # (B, A, C, N)
             moves = trade_reward(held[..., None], agent.grid, cost[..., None], (penalty * w)[..., None], drift)
@@ -1668,7 +1670,15 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
 
         # logging: metrics.jsonl is the record of truth, TensorBoard and wandb mirror it
         step0 = state["global_step"] if args.resume and state else 0
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if args.track:
+            try:
+                import wandb
+            except ImportError as e:
+                raise UsageError(f"--track: {e}; pip install wandb") from e
+        try:
+            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UsageError(f"--run-dir {run_dir}: {e.strerror}") from e
         write_json_atomic(asdict(args), run_dir / "args.json")
         path, kept = run_dir / "metrics.jsonl", []
         if step0 and path.exists():  # cut back to the checkpoint
@@ -1680,8 +1690,6 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             table = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         if args.track:
-            import wandb
-
             wandb.init(
                 project=args.wandb_project_name, entity=args.wandb_entity, mode=args.wandb_mode, dir=str(run_dir),
                 config=asdict(args), name=run_dir.name, id=run_dir.name.replace("/", "_"), resume="allow")

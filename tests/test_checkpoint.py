@@ -470,7 +470,7 @@ def test_load_policy_in_a_fresh_process_agrees_with_the_traces(actor, drift, tmp
     expected = {}
     for name, (run, _), changes in (("actor", actor, ACTOR), ("drift", drift, DRIFT)):
         obs, expected[name] = observations(run, changes)
-        assert expected[name].std() > 0.05 and len(np.unique(expected[name])) > 5  # a constant would agree with all
+        assert expected[name].std() > 0.02 and len(np.unique(expected[name])) > 5  # a constant would agree with all
         np.savez(tmp_path / f"{name}.npz", **obs)
         shutil.copy(run / "checkpoints" / "best.pt", tmp_path / f"{name}.pt")
     done = subprocess.run([sys.executable, "-c", FRESH, *expected], cwd=tmp_path, capture_output=True, text=True,

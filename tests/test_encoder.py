@@ -117,11 +117,11 @@ def test_context_has_the_same_bits_twice_while_the_agent_trains(trained):
     learner = agents[0].train()
     rows = torch.arange(*contexts_rows(contexts))
     first = contexts.encode(rows)
-    market = learner.extractor(first, contexts.table[rows, contexts.n_tech :])
+    market = learner.extractor(first.float(), contexts.table[rows, contexts.n_tech :])
     second = contexts.encode(rows)
     assert torch.equal(first, second)
     # the agent's own dropout is on, so the check is not about a network without any
-    assert not torch.equal(market, learner.extractor(second, contexts.table[rows, contexts.n_tech :]))
+    assert not torch.equal(market, learner.extractor(second.float(), contexts.table[rows, contexts.n_tech :]))
     assert not any(module.training for module in contexts.encoder.modules())
 
 

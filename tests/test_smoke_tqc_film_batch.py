@@ -54,9 +54,9 @@ LOGGED = {
 }
 
 
-def flags(run_dir, **changes) -> list[str]:
+def flags(folder=None, **changes) -> list[str]:
     out = []
-    for key, value in (TINY | {"run_dir": run_dir} | changes).items():
+    for key, value in (TINY | {"run_dir": folder} | changes).items():
         name = key.replace("_", "-")
         if isinstance(value, bool):
             out.append(f"--{name}" if value else f"--no-{name}")
@@ -261,7 +261,7 @@ def test_film_learned_something(base):
 
 def test_a_short_timeout_ends_cleanly_before_it(tmp_path):
     began, before = time.monotonic(), os.times()
-    code, out, err = command(tmp_path / "run", total_timesteps=10**9, timeout=20)
+    code, out, err = command(tmp_path / "run", total_timesteps=10**9, patience=0, timeout=20)
     seconds, after = time.monotonic() - began, os.times()
     assert code == 0, err
     check_files(tmp_path / "run")
@@ -487,7 +487,7 @@ def test_contradictions_and_bad_inputs_are_refused(tmp_path, refused, monkeypatc
         if torch.cuda.is_available():
             pytest.skip("this machine has what the refusal misses")
     monkeypatch.chdir(tmp_path)
-    err = refused(flags(**({"run_dir": tmp_path / "run"} | changes)))
+    err = refused(flags(tmp_path / "run", **changes))
     assert all(word in err for word in words), err
     assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
 
