@@ -51,7 +51,7 @@ import shlex
 import sys
 import time
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -1831,11 +1831,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     if not step0 and not args.eval_only:
         with guard.phase("eval"):
             evaluate_and_choose()
-    lengths = {split: stop - start for split, (start, stop) in market.rows.items()}
-    final_evals = 2 * sum(lengths.values()) / max(lengths["eval"], 1) + 1  # time of the final ones, in eval_seconds
     saved, marked, step_marked = time.monotonic(), time.monotonic(), global_step
     while not args.eval_only and global_step < args.total_timesteps:
-        if guard.should_stop(8.0 + final_evals * eval_seconds):
+        if guard.should_stop(9.0 + 6.0 * eval_seconds):  # the final evaluations took 3 to 4 of these, the report 3 s
             break
         with guard.phase("rollout"):
             (row, _, _), (position, w_cost, cost, *_) = env.host(env.ints).copy(), env.host(env.floats).copy()
@@ -1945,7 +1943,11 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         results = {}
         (run_dir / "traces").mkdir(exist_ok=True)
         for split in ("test", "eval", "train"):
-            results[split], columns = evaluate(averaged, contexts, market, split, autocast, args, trace=True)
+            seconds = min(args.eval_timeout or math.inf, max(0.3 * guard.remaining(), 0.1))
+            limited = replace(args, eval_timeout=seconds if math.isfinite(seconds) else None)
+            results[split], columns = evaluate(averaged, contexts, market, split, autocast, limited, trace=True)
+            if results[split]["partial"]:
+                print(f"{split}: evaluated on {columns['close'].size} of {np.ptp(market.rows[split])} bars only (time)")
             pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{split}.parquet")
         audit = diagnose(averaged, contexts, market, "eval", autocast)
         audit["overestimation"] = overestimation(averaged, contexts, market, "eval", autocast)
@@ -1982,7 +1984,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         write_json_atomic(summary, run_dir / "summary.json")
 
     write_summary()  # the report reads it
-    if args.report:
+    if args.report and guard.remaining() < 4:
+        print(f"no time for report.html: python scripts/report.py {run_dir}")
+    elif args.report:
         with guard.phase("report"):
             from scripts import report
 
