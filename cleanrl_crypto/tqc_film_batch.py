@@ -1531,6 +1531,9 @@ def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
         wrong = [f"{flag(k)} {there.get(k)} there, {here[k]} here" for k in SHAPING if there.get(k) != here[k]]
         if wrong:
             raise UsageError(f"{source} was made with other flags: {'; '.join(wrong)}")
+        if state["global_step"] == 0:  # stopped while it pre-trained: half an encoder is not worth keeping
+            print(f"{source} holds no transition yet: starting anew")
+            return run_dir, None, None
     return run_dir, source, state
 
 
