@@ -50,7 +50,7 @@ import re
 import shlex
 import sys
 import time
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -1070,15 +1070,18 @@ class Replay:
 
 
 class Contexts:
-    """Encoder output per row, computed once and kept (auto), or anew for every batch (off).
+    """Encoder output per row: computed when first asked for and kept (auto), or anew for every batch (off).
 
-    __call__(rows) -> (z (B, T, d), hmm (B, 5)). `filled` (bars,) tells the rows that may be asked for.
+    __call__(rows) -> (z (B, T, d), hmm (B, 5)). What is kept is encoded in fixed blocks of rows, so that its bits do
+    not depend on who asks first. `filled` (bars,) tells the rows that were; phase() is charged with the seconds.
     """
 
-    def __init__(self, encoder: CryptoMAE, market: Market, device, dtype, keep: bool):
+    BLOCK = 32
+
+    def __init__(self, encoder: CryptoMAE, market: Market, device, dtype, keep: bool, phase=nullcontext):
         self.encoder, self.window, self.device, self.dtype = encoder, market.window, device, dtype
         self.table = torch.from_numpy(market.table).to(device)
-        self.n_tech = market.n_tech
+        self.n_tech, self.phase = market.n_tech, phase
         self.offsets = torch.arange(1 - self.window, 1, device=device)
         shape = (len(market.table), *encoder.positions.shape)  # (bars, T, d)
         self.cache = torch.empty(shape, dtype=dtype, device=device) if keep else None
@@ -1093,21 +1096,29 @@ class Contexts:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.encoder.context(self.windows(rows)).to(self.dtype)
 
-    def fill(self, start: int, stop: int, should_stop=lambda: False) -> int:
-        """Encode rows [start, stop), the last block first, until should_stop(); returns the first row filled."""
-        first = stop
-        while first > start and (first == stop or not should_stop()):  # one block always: no row, no evaluation
-            block = max(start, first - 256)
-            if self.cache is not None:
-                self.cache[block:first] = self.encode(torch.arange(block, first, device=self.device))
-            self.filled[block:first] = True
-            first = block
-        return first
+    def fill(self, rows: np.ndarray, should_stop=lambda: False) -> int:
+        """Encode the blocks that hold `rows` and were not, the last first, until should_stop(); returns how many."""
+        if self.cache is None:
+            self.filled[rows] = True
+            return 0
+        blocks = np.unique(rows[~self.filled[rows]] // self.BLOCK)[::-1]
+        with self.phase():
+            for done, block in enumerate(blocks):
+                if done and should_stop():  # one block always: no row, no evaluation
+                    return done
+                first, stop = max(block * self.BLOCK, self.window - 1), min((block + 1) * self.BLOCK, len(self.filled))
+                at = torch.arange(block * self.BLOCK, (block + 1) * self.BLOCK, device=self.device)
+                z = self.encode(at.clamp(self.window - 1, len(self.filled) - 1))  # one shape: the same bits anywhere
+                self.cache[first:stop] = z[first - block * self.BLOCK : stop - block * self.BLOCK]
+                self.filled[first:stop] = True
+        return len(blocks)
 
     def __call__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
-        z = self.encode(rows) if self.cache is None else self.cache[rows]
-        return z, self.table[rows, self.n_tech :]
+        rows = np.asarray(rows, np.int64)
+        self.fill(rows)
+        at = torch.as_tensor(rows, device=self.device)
+        z = self.encode(at) if self.cache is None else self.cache[at]
+        return z, self.table[at, self.n_tech :]
 
 
 def draw_batch(replay: Replay, contexts: Contexts, ret: np.ndarray, rng, args: Args) -> Batch:
@@ -1717,7 +1728,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         keep = args.embedding_cache == "auto" and need < 0.5 * free
         sizes = f"{need / 2**20:.0f} MiB in {precision}, {free / 2**20:.0f} MiB free"
         print(f"embedding cache {'on' if keep else 'off'}: {sizes}")
-        contexts = Contexts(encoder, market, device, dtype, keep)
+        contexts = Contexts(encoder, market, device, dtype, keep, partial(guard.phase, "cache"))
         mae_steps = 0
         if state:
             encoder.load_state_dict(state["encoder"])
@@ -1727,16 +1738,23 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             mae_steps = pretrain(encoder, contexts, market.rows["train"], args, autocast, guard, log)
         encoder.eval().requires_grad_(False)
         save_atomic({"config": config, "encoder": cpu_state(encoder)}, run_dir / "encoder.pt")
-    with guard.phase("cache"):
-        began, left = time.monotonic(), guard.remaining()
-        for split, share in (("eval", 0.06), ("test", 0.12), ("train", 0.35)):
-            start, stop = market.rows[split]
-            until = began + share * left
-            first = contexts.fill(start, stop + 1, lambda t=until: guard.signal is not None or time.monotonic() > t)
-            if first > start:
-                have = f"only the last {stop - first} of {stop - start} {split} bars"
-                print(f"embedding cache: {have}, to leave room for learning")
-        train_rows = first, stop
+    # rows to evaluate on are encoded now, train rows when they are first drawn; of each no more than there is time for
+    began, left = time.monotonic(), guard.remaining()
+    for split, share in (("eval", 0.06), ("test", 0.12)):
+        until = began + share * left
+        contexts.fill(
+            np.arange(*market.rows[split]), lambda t=until: guard.signal is not None or time.monotonic() > t)
+    seconds, encoded = time.monotonic() - began, int(contexts.filled.sum())
+    seconds_a_row = seconds / encoded if keep else 0.0
+    start, stop = market.rows["train"]
+    if math.isfinite(left) and seconds_a_row:
+        start = max(start, stop - max(int(0.35 * left / seconds_a_row), args.num_envs))
+    for split, have in (("eval", None), ("test", None), ("train", stop - start)):
+        a, b = market.rows[split]
+        have = int(contexts.filled[a:b].sum()) if have is None else have
+        if have < b - a:
+            print(f"embedding cache: only the last {have} of {b - a} {split} bars, to leave room for learning")
+    train_rows = start, stop
 
     # agent, environment, replay
     with guard.phase("setup"):
@@ -1836,7 +1854,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             evaluate_and_choose()
     saved, marked, step_marked = time.monotonic(), time.monotonic(), global_step
     while not args.eval_only and global_step < args.total_timesteps:
-        if guard.should_stop(9.0 + 6.0 * eval_seconds):  # the final evaluations took 3 to 4 of these, the report 3 s
+        pending = seconds_a_row * np.count_nonzero(~contexts.filled[slice(*train_rows)])
+        if guard.should_stop(9.0 + 6.0 * eval_seconds + pending):  # the report takes 3 s, final evaluations 3 to 4 of one
             break
         with guard.phase("rollout"):
             (row, _, _), (position, w_cost, cost, *_) = env.host(env.ints).copy(), env.host(env.floats).copy()
@@ -1868,6 +1887,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         learning = global_step >= args.learning_starts
         if learning and args.updates_per_step:
             with guard.phase("learn"):
+                if "before" not in timing:  # set-up, pre-training apart
+                    timing["before"] = guard.elapsed() - guard.phases()["pretrain"]
                 agent.train()
                 scale, end = agent.reward_scale, args.learning_rate_end
                 if args.compile:  # a number would be a constant of the graph
@@ -1947,6 +1968,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         (run_dir / "traces").mkdir(exist_ok=True)
         for split in ("test", "eval", "train"):
             seconds = min(args.eval_timeout or math.inf, max(0.3 * guard.remaining(), 0.1))
+            if split == "train" and not args.eval_only:
+                until = time.monotonic() + seconds
+                contexts.fill(np.arange(*train_rows), lambda t=until: time.monotonic() > t)
             limited = replace(args, eval_timeout=seconds if math.isfinite(seconds) else None)
             results[split], columns = evaluate(averaged, contexts, market, split, autocast, limited, trace=True)
             if results[split]["partial"]:
@@ -1974,6 +1998,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         "best_step": best["step"], "best_updates": best["updates"], "selected_by": by, "mae_steps": mae_steps,
         "env_builds": MarketVectorEnv.builds, "buffer_allocations": pool.stats()["allocations"],
         "sps": timing["steps"] / timing["seconds"] if timing["seconds"] else None,
+        "seconds_before_first_update": timing.get("before"),
         "eval": {s: results[s] for s in SPLITS}, "audit": audit,
         "versions": {m.__name__: m.__version__ for m in (torch, np, nb, gym)} | {"python": sys.version.split()[0]},
         "device": {"torch": str(device), "backend": backend, "precision": precision, "threads": threads,

@@ -128,16 +128,29 @@ def test_context_has_the_same_bits_twice_while_the_agent_trains(trained):
 def test_the_cache_of_the_run_is_what_the_encoder_says_after_it(trained):
     run_dir, contexts, _ = trained
     start, stop = json.loads((run_dir / "summary.json").read_text())["data"]["rows"]["eval"]
-    rows = torch.arange(stop + 1 - 256, stop + 1)  # the last block that was encoded at once: same shapes, same bits
+    block = (stop - 1) // contexts.BLOCK - 1  # encoded at once: same shapes, same bits
+    rows = torch.arange(block * contexts.BLOCK, (block + 1) * contexts.BLOCK)
     assert contexts.filled[rows].all()
     assert torch.equal(contexts.cache[rows], contexts.encode(rows))
 
 
-def test_rows_that_training_never_asks_for_are_not_marked_as_filled(trained):
+def test_rows_that_nobody_asks_for_are_not_encoded(trained):
     run_dir, contexts, _ = trained
     rows = json.loads((run_dir / "summary.json").read_text())["data"]["rows"]
-    assert contexts.filled[rows["train"][0] : rows["train"][1] + 1].all()
-    assert not contexts.filled[: rows["train"][0]].any()
+    assert contexts.filled[rows["train"][0] : rows["train"][1]].all()  # by the final evaluation at the latest
+    assert not contexts.filled[: rows["train"][0] // contexts.BLOCK * contexts.BLOCK].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_does_not_depend_on_who_asks_first(small, dtype):
+    bars, features, encoder = small
+    one, other = (contexts_of(bars, features, encoder, dtype, keep=True) for _ in range(2))
+    rows = np.arange(FIRST, FIRST + 200)
+    one.fill(rows)
+    for row in np.random.default_rng(0).permutation(rows):
+        other([row])
+    assert torch.equal(one(rows)[0], other(rows)[0])
+    assert torch.equal(one(rows[[5, 5, 0]])[0], one(rows)[0][[5, 5, 0]])
 
 
 # -------------------------------------------------------------------------------------- --encoder PATH
@@ -278,21 +291,23 @@ def test_the_cached_context_is_that_of_the_row(small):
     bars, features, encoder = small
     kept = contexts_of(bars, features, encoder, torch.float32, keep=True)
     start, stop = FIRST, FIRST + 300
-    assert kept.fill(start, stop) == start
+    assert kept.fill(np.arange(start, stop)) == len(np.unique(np.arange(start, stop) // kept.BLOCK))
     fresh = contexts_of(bars, features, encoder, torch.float32)
     rows = np.array([start, start + 44, start + 45, stop - 1])
     np.testing.assert_allclose(kept(rows)[0], fresh(rows)[0], atol=1e-5)
     window = kept.table[rows[1] - 15 : rows[1] + 1, :50]  # the bars up to the row, oldest first
     np.testing.assert_allclose(kept(rows)[0][1], encoder.context(window[None])[0], atol=1e-5)
-    assert kept.filled[start:stop].all() and kept.filled.sum() == stop - start
+    assert kept.filled[start:stop].all() and kept.filled.sum() < stop - start + 2 * kept.BLOCK
+    assert kept.fill(np.arange(start, stop)) == 0  # nothing twice
 
 
-def test_filling_that_is_cut_short_says_from_where(small):
+def test_filling_that_is_cut_short_keeps_the_newest_rows(small):
     bars, features, encoder = small
     contexts = contexts_of(bars, features, encoder, torch.float32, keep=True)
-    first = contexts.fill(FIRST, FIRST + 600, lambda: True)
-    assert FIRST < first < FIRST + 600  # something is always filled: without a row there is no evaluation
-    np.testing.assert_array_equal(np.flatnonzero(contexts.filled), np.arange(first, FIRST + 600))
+    rows = np.arange(FIRST, FIRST + 600)
+    assert contexts.fill(rows, lambda: True) == 1  # something is always filled: without a row there is no evaluation
+    first = rows[-1] // contexts.BLOCK * contexts.BLOCK
+    assert contexts.filled[first : rows[-1] + 1].all() and not contexts.filled[:first].any()
     fresh = contexts_of(bars, features, encoder, torch.float32)
     np.testing.assert_allclose(contexts([first])[0], fresh([first])[0], atol=1e-5)
 
