@@ -40,24 +40,20 @@ greedy policy that ships do not contain it.
 
 Every flag: --help. Every metric, and what to do when it is off: docs/tqc_film_batch.md
 """
-import difflib
-import io
 import json
 import math
 import os
 import random
-import re
 import shlex
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import empyrical
 import gymnasium as gym
 import numba as nb
 import numpy as np
@@ -65,16 +61,17 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from gymnasium.vector import AutoresetMode
 from numba import cuda
 from torch.utils.tensorboard import SummaryWriter
 
 try:
     from common import markets
+    from common.cli import UsageError, check, flag, parse_args
     from common.data import Bars, DataError, load_bars, split_rows
     from common.features import FeatureModel, fit_features
     from common.gpu_pool import pool
+    from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, verdict
     from common.timeout_guard import (
         CheckpointError,
         TimeoutGuard,
@@ -90,10 +87,10 @@ except ModuleNotFoundError as e:
     sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {Path(__file__).resolve().parents[1]}")
 
 SPLITS = ("train", "eval", "test")
-BP = 1e-4  # one basis point
 RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
 LOST = 3e-6  # growth at which the episode terminates: above RUIN, a fee may hit the floor in a rising bar
 HMM_COLUMNS = 5  # 4 filtered state posteriors and their entropy
+LEVELS = np.linspace(-1, 1, 21)  # exposures among which the best constant is found
 HORIZON = 1  # bars between a decision and the end of its reward
 SCHEMA = 1  # of the checkpoint
 
@@ -284,13 +281,7 @@ class Args:
     """write report.html at the end"""
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{flag(name)} {value}: must be one of {', '.join(known)}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{flag(name)} {value}: must be from {low:g} to {high:g}")
+        check(self, CHOICES, RANGES)
         _, alpha = parse_ent_coef(self.ent_coef)
         drop, n, batch, width = self.top_quantiles_to_drop_per_net, self.n_quantiles, self.batch_size, self.d_model
         for wrong, why in (
@@ -335,10 +326,6 @@ SHAPING = (
     "n_layers", "d_ff", "policy", "action_grid", "n_critics", "n_quantiles", "top_quantiles_to_drop_per_net",
     "fusion_width", "hidden", "recency", "reward_scaling", "reward_clip", "gamma", "buffer_size",
 )
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def parse_ent_coef(text: str) -> tuple[bool, float]:
@@ -1192,37 +1179,20 @@ def target_path(agent: Agent, latents, ret: np.ndarray, w_cost: float, policy: s
     return target
 
 
-def path_metrics(target, ret, expected, costs: tuple, bars_per_year: float) -> tuple[dict, np.ndarray]:
-    """Metrics of exposures held along returns, and the equity (n,) after each bar. costs: cost, funding, drift."""
-    reward, mean, change, held = walk_nb(target, ret, expected, *costs)
-    growth = np.expm1(reward)
-    moves = growth.std() > 0
-    metrics = {
-        "mean_reward_bps": float(reward.mean() / BP), "total_return": math.expm1(reward.sum()),
-        "sharpe": float(empyrical.sharpe_ratio(growth, annualization=bars_per_year)) if moves else 0.0,
-        "max_drawdown": float(empyrical.max_drawdown(growth)), "turnover": float(change.mean()),
-        "exposure": float(held.mean()), "trades": int((change > 1e-9).sum())}
-    if np.isfinite(mean).all():
-        metrics["mean_expected_bps"] = float(mean.mean() / BP)
-    return metrics, np.exp(np.cumsum(reward))
-
-
-def best_constant(market: Market, costs: tuple) -> float:
-    """The constant exposure that earned most on the train rows, entry paid."""
-    a, b = market.rows["train"]
-    grid = np.linspace(-1, 1, 21)
-    earned = [walk_nb(np.full(b - a, x), market.ret[a:b], market.expected[a:b], *costs)[0].mean() for x in grid]
-    return grid[int(np.argmax(earned))]
+def series_of(market: Market, costs: tuple) -> Series:
+    """The market as scoring sees it; the ridge policy may use (last bar's technical columns) x (1, HMM columns)."""
+    tech, hmm = market.table[:, : market.n_tech].astype(np.float64), market.table[:, market.n_tech :].astype(np.float64)
+    x = np.concatenate([tech, hmm, *(tech * hmm[:, k : k + 1] for k in range(HMM_COLUMNS))], 1)
+    walk = lambda target, a, b: walk_nb(target, market.ret[a:b], market.expected[a:b], *costs)  # noqa: E731
+    return Series(x, market.ret, market.rows, walk, market.bars.truth is not None)
 
 
 def baseline_paths(market: Market, start: int, stop: int, costs: tuple, turnover: float, seed: int) -> dict:
     """Target exposures (n,) of everyone the agent stands beside."""
-    n, rng = stop - start, np.random.default_rng(seed)
-    jump = rng.random(n) < min(1.5 * turnover, 1.0)  # E|u - u'| = 2/3 for two uniforms on [-1, 1]
-    jump[0] = True
-    path = rng.uniform(-1, 1, n)[np.maximum.accumulate(np.where(jump, np.arange(n), 0))]
-    out = {"flat": np.zeros(n), "buy_and_hold": np.ones(n), "best_constant": np.full(n, best_constant(market, costs)),
-           "random_same_turnover": path}
+    n = stop - start
+    constant = best_constant(series_of(market, costs), LEVELS)
+    out = {"flat": np.zeros(n), "buy_and_hold": np.ones(n), "best_constant": np.full(n, constant),
+           "random_same_turnover": random_path(n, turnover, seed)}
     if market.bars.truth:
         out["optimum"] = np.asarray(markets.optimum_path(market.bars.truth, costs[0], start, stop), np.float64)
     return out
@@ -1238,7 +1208,7 @@ def evaluate(agent: Agent, contexts: Contexts, market: Market, split: str, autoc
     acting, truth = agent.config["policy"], market.bars.truth
     first, last = market.rows[split]
     start = first + int(np.argmax(contexts.filled[first:last]))  # a short --timeout left the oldest out
-    deadline = time.monotonic() + (args.eval_timeout or math.inf)
+    deadline = time.monotonic() + 0.4 * (args.eval_timeout or math.inf)  # what follows takes longer than the latents
     latents = market_latents(agent, contexts, np.arange(start, last), autocast, deadline)
     stop = start + len(latents)
     out = {"rows": [start, stop], "partial": (start, stop) != (first, last), "baselines": {}}
@@ -1250,13 +1220,13 @@ def evaluate(agent: Agent, contexts: Contexts, market: Market, split: str, autoc
             out["partial"] = True
             continue
         target = target_path(agent, latents, ret, args.eval_w_cost, policy)
-        out[policy], equity = path_metrics(target, ret, expected, agent.costs, per_year)
+        out[policy], equity = path_metrics(*walk_nb(target, ret, expected, *agent.costs), per_year)
         name = "" if policy == acting else f"_{policy}"
         columns |= {f"position{name}": target, f"equity{name}": equity}
     out["agent"] = dict(out[acting])
     paths = baseline_paths(market, start, stop, agent.costs, out["agent"]["turnover"], args.seed)
     for name, target in paths.items():
-        out["baselines"][name], equity = path_metrics(target, ret, expected, agent.costs, per_year)
+        out["baselines"][name], equity = path_metrics(*walk_nb(target, ret, expected, *agent.costs), per_year)
         columns |= {f"position_{name}": target, f"equity_{name}": equity}
     if truth:
         best = out["baselines"]["optimum"]["mean_expected_bps"]
@@ -1271,7 +1241,7 @@ def evaluate(agent: Agent, contexts: Contexts, market: Market, split: str, autoc
 
 
 @torch.no_grad()
-def diagnose(agent: Agent, contexts: Contexts, market: Market, split: str, autocast, n: int = 512) -> dict:
+def diagnose(agent: Agent, contexts: Contexts, market: Market, split: str, autocast, n: int = 256) -> dict:
     """What the deterministic policy depends on, on n rows of a split (the same rows at every call)."""
     c, rng, device = agent.config, np.random.default_rng(0), agent.grid.device
     start, stop = market.rows[split]
@@ -1339,69 +1309,6 @@ def overestimation(agent: Agent, contexts: Contexts, market: Market, split: str,
         tail = realised[t] = reward[t] + gamma * tail
     keep = max(len(rows) - int(5 / (1 - gamma + 1e-9)), 1)  # the last ones see too little of their future
     return float((value + paid - realised)[:keep].mean())
-
-
-@nb.njit(cache=True)
-def ewma_nb(x, keep):
-    out = x.copy()
-    for t in range(1, x.size):
-        out[t] = keep * out[t - 1] + (1.0 - keep) * x[t]
-    return out
-
-
-def band(forecast: np.ndarray, level: float) -> np.ndarray:
-    """+1 above `level`, -1 below -`level`, otherwise as before (0 at first)."""
-    side = np.where(np.abs(forecast) > level, np.sign(forecast), 0.0)
-    return side[np.maximum.accumulate(np.where(side != 0, np.arange(len(side)), 0))]
-
-
-def ridge_edge(market: Market, costs: tuple) -> tuple[float, float]:
-    """Edge in bp a bar, and its standard error, of the best ridge policy over the best constant, on the eval split.
-
-    Ridge of the next return on (last bar's technical columns) x (1, HMM columns), fitted on the first 70 % of the train
-    rows; penalty, smoothing and no-trade threshold chosen on the rest. Standard error from 20 batch means; where the
-    conditional mean is known (synthetic) it stands in for the realised return.
-    """
-    (a, b), (start, stop) = market.rows["train"], market.rows["eval"]
-    fit = a + int(0.7 * (b - a))
-    table = market.table.astype(np.float64)
-    tech, hmm = table[:, : market.n_tech], table[:, market.n_tech :]
-    x = np.concatenate([tech, hmm, *(tech * hmm[:, k : k + 1] for k in range(HMM_COLUMNS))], 1)
-    x = (x - x[a:fit].mean(0)) / (x[a:fit].std(0) + 1e-9)
-    gram, rhs = x[a:fit].T @ x[a:fit], x[a:fit].T @ (market.ret[a:fit] - market.ret[a:fit].mean())
-
-    best, path = -math.inf, None
-    for penalty in (1e2, 1e3, 1e4):
-        forecast = x @ np.linalg.solve(gram + penalty * np.eye(len(gram)), rhs)
-        for smooth in (0.0, 0.7, 0.9):
-            f = ewma_nb(forecast, smooth)
-            for threshold in (0.0, 0.5, 1.0, 1.5, 2.0):
-                target = band(f, threshold * f[a:fit].std())
-                score = walk_nb(target[fit:b], market.ret[fit:b], market.expected[fit:b], *costs)[0].mean()
-                if score > best:
-                    best, path = score, target
-
-    ret, expected = market.ret[start:stop], market.expected[start:stop]
-    constant = np.full(stop - start, best_constant(market, costs))
-    which = 1 if market.bars.truth else 0  # of walk_nb's: expected or realised reward
-    edge = walk_nb(path[start:stop], ret, expected, *costs)[which] - walk_nb(constant, ret, expected, *costs)[which]
-    batches = np.array([x.mean() for x in np.array_split(edge, 20)])
-    return float(edge.mean() / BP), float(batches.std(ddof=1) / math.sqrt(20) / BP)
-
-
-def verdict(audit: dict, result: dict, updates: int) -> tuple[str, list[str]]:
-    """healthy, collapsed, constant_is_right or untrained, and why. result: evaluate()'s of the eval split."""
-    if updates == 0:
-        return "untrained", ["no gradient update was made"]
-    dependence, turnover, exposure = audit["state_dependence"], result["agent"]["turnover"], result["agent"]["exposure"]
-    edge, se = audit["ridge_edge_bps"], audit["ridge_edge_se_bps"]
-    found = f"ridge policy over best constant on eval: {edge:+.2f} bp a bar, standard error {se:.2f}"
-    seen = f"state_dependence {dependence:.3f}, turnover {turnover:.4f}, exposure {exposure:+.2f}"
-    if dependence >= 0.02 and turnover >= 1e-3:
-        return "healthy", [f"the position answers to the market: {seen}", found]
-    if edge > 2 * se:
-        return "collapsed", [f"one position whatever the market: {seen}", f"yet there is an edge; {found}"]
-    return "constant_is_right", [f"one position whatever the market: {seen}", f"and no edge is to be seen; {found}"]
 
 
 def load_agent(path, device="cpu") -> dict:
@@ -1496,33 +1403,6 @@ def pretrain(encoder: CryptoMAE, contexts: Contexts, rows: tuple, args: Args, au
 
 
 # ------------------------------------------------------------------------------------------------------- main
-class UsageError(ValueError):
-    """One line that names the flag; exit code 2."""
-
-
-def parse_args(argv: list[str] | None) -> Args:
-    """tyro, with every refusal in one line."""
-    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    known = {flag(prefix + f.name) for f in fields(Args) for prefix in (("", "no_") if f.type is bool else ("",))}
-    for token in argv:
-        name = token.split("=")[0].replace("_", "-")
-        if token.startswith("--") and name != "--help" and name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            raise UsageError(f"unknown flag {name}" + (f": did you mean {' or '.join(near)}?" if near else ""))
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(Args, args=argv)
-    except ValueError as e:
-        raise UsageError(str(e)) from e
-    except SystemExit as e:
-        if e.code in (0, None):
-            raise
-        words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+", " ", said.getvalue()).split())  # no colours, no box
-        frame = r"^.*?Error parsing (Args: )?|Argument helptext.*|For full helptext.*"
-        raise UsageError(re.sub(frame, "", words).strip()) from e
-
-
 def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
     """Run directory, checkpoint to start from and its content; refuses what does not fit the flags."""
     name = "+".join(Path(p).stem for p in args.data.split(","))
@@ -1636,7 +1516,7 @@ def cpu_state(module: nn.Module) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
-    args = parse_args(argv)
+    args = parse_args(Args, argv)
     guard = TimeoutGuard(args.timeout, from_process_start=None if argv is None else False)
     try:
         return run(args, guard)
@@ -1855,7 +1735,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     saved, marked, step_marked = time.monotonic(), time.monotonic(), global_step
     while not args.eval_only and global_step < args.total_timesteps:
         pending = seconds_a_row * np.count_nonzero(~contexts.filled[slice(*train_rows)])
-        if guard.should_stop(9.0 + 6.0 * eval_seconds + pending):  # the report takes 3 s, final evaluations 3 to 4 of one
+        if guard.should_stop(9.0 + 6.0 * eval_seconds + pending):  # the report takes 3 s, final evaluations 4 of one
             break
         with guard.phase("rollout"):
             (row, _, _), (position, w_cost, cost, *_) = env.host(env.ints).copy(), env.host(env.floats).copy()
@@ -1978,10 +1858,10 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{split}.parquet")
         audit = diagnose(averaged, contexts, market, "eval", autocast)
         audit["overestimation"] = overestimation(averaged, contexts, market, "eval", autocast)
-        audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(market, averaged.costs)
+        audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge([series_of(market, averaged.costs)], LEVELS)
         audit["replay_ratio"] = updates / max(global_step, 1)
         made = state["updates"] if args.eval_only else updates
-        audit["verdict"], audit["reasons"] = verdict(audit, results["eval"], made)
+        audit["verdict"], audit["reasons"] = verdict(audit, results["eval"]["agent"], made)
         record = {"value/overestimation": audit["overestimation"]}
         for split in ("train", "test"):
             record |= {f"eval/{split}/{k}": v for k, v in results[split]["agent"].items() if v is not None}

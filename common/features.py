@@ -6,6 +6,9 @@ Row t holds what is known at the CLOSE of bar t: nothing at row t changes when l
 
 One asset gives the 50 columns of `TECH_50`; A > 1 assets give the 10 of `TECH_10` each, the traded one first.
 
+`fit_columns(bars, names, train_stop)` and its `transform` give columns by NAME instead, one asset, no context: those of
+`TABLE` and of `FAMILIES` (rsi_14, ema_20, volume_z_48, ...).
+
 The context is a 4-state Gaussian HMM of one emission, the traded bar's log Garman-Klass volatility. It is
 filtered forward (never smoothed), states in the order of their mean: hmm_p0 is the calmest. Accuracy of
 "p2 + p3 > 1/2" as the storm of `synthetic:regime`, eval rows of market seeds 100-109, mean and worst:
@@ -25,6 +28,7 @@ next bar's log range and .21 of that of the next day's log volatility (.43 and .
 
 from __future__ import annotations
 
+import difflib
 import logging
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -253,6 +257,35 @@ TECH_10 = (
 )
 
 
+# name_N of any N: (what it is, formula of the raw column). Price levels enter as ratios only.
+FAMILIES = {
+    "rsi": ("relative strength index, N bars", lambda b, n: talib.RSI(b.c, n)),
+    "ema": ("log of close over its exponential moving average, N bars", ema_ratio),
+    "sma": ("log of close over its moving average, N bars", lambda b, n: np.log(b.c / rolling_mean(b.c, n))),
+    "vwap": (
+        "log of close over the volume-weighted average of (high + low + close)/3, N bars",
+        lambda b, n: np.log(b.c * rolling_mean(b.v, n) / rolling_mean(b.v * (b.h + b.l + b.c) / 3, n)),
+    ),
+    "atr": (
+        "log of the average true range over close, N bars",
+        lambda b, n: np.log(np.maximum(talib.ATR(b.h, b.l, b.c, n) / b.c, b.range_floor)),
+    ),
+    "ret": ("log return over N bars, clipped at .20", log_return),
+    "adx": ("average directional index, N bars", lambda b, n: talib.ADX(b.h, b.l, b.c, n)),
+    "cci": ("commodity channel index, N bars", lambda b, n: talib.CCI(b.h, b.l, b.c, n)),
+    "close_z": ("z-score of log close, N bars", lambda b, n: zscore(b.x, n)),
+    "log_volume": ("mean of log volume, N bars", lambda b, n: rolling_mean(b.lv, n)),
+    "volume_z": ("z-score of log volume, N bars", lambda b, n: zscore(b.lv, n)),
+    "volume_ratio": ("log of volume over its N-bar mean", volume_ratio),
+    "imbalance": ("up less down volume over all volume, N bars", imbalance),
+    "log_range": ("mean of log_range, N bars", lambda b, n: rolling_mean(b.lr, n)),
+    "parkinson": ("log Parkinson volatility, N bars", parkinson),
+    "garman_klass": ("log Garman-Klass volatility, N bars", garman_klass),
+}
+LEAST = {"rsi": 2, "adx": 2, "cci": 2, "close_z": 2, "volume_z": 2, "ema": 2, "sma": 2}  # bars; elsewhere 1
+MOST = 5000  # bars
+
+
 def asset_views(ohlcv, timestamp, fit):
     """What the formulas of TABLE read, from one asset's (T, 5) bars and the dict of `fit_asset`."""
     # TA-Lib treats anything below 1e-14 as zero: a coin priced at 1e-8 needs a unit of its own
@@ -462,3 +495,73 @@ def fit_features(bars: Bars, train_stop: int, seed: int = 0) -> FeatureModel:
         scale=np.where(iqr > TINY, iqr, np.where(std > TINY, std, 1.0)).tolist(),
         hmm=fit_hmm(traded.lg[WARMUP:], seed),
     )
+
+
+# ------------------------------------------------------------------------------------------ columns by name
+def find_column(name: str):
+    """formula(views) of a column of TABLE, of `macd`, or of a family: rsi_14. ValueError with the near matches."""
+    family, _, number = name.rpartition("_")
+    if name == "macd":
+        return lambda b: (talib.EMA(b.c, 12) - talib.EMA(b.c, 26)) / b.c
+    if name in TABLE:
+        return TABLE[name][1]
+    if family in FAMILIES and number.isascii() and number.isdigit():
+        n, least = int(number), LEAST.get(family, 1)
+        if not least <= n <= MOST:
+            raise ValueError(f"feature {name}: {n} bars, must be from {least} to {MOST}")
+        return lambda b: FAMILIES[family][1](b, n)
+    known = [*TABLE, "macd", *(f"{k}_{number if number.isdigit() else 'N'}" for k in FAMILIES)]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"families: {', '.join(f'{k}_N' for k in FAMILIES)}"
+    raise ValueError(f"unknown feature {name}: {hint}")
+
+
+@dataclass
+class ColumnModel:
+    """Fitted parameters of named columns of one asset: see FeatureModel. warmup: first row where all are finite."""
+
+    columns: tuple[str, ...]
+    warmup: int
+    asset: dict
+    center: list[float]
+    scale: list[float]
+
+    def transform(self, bars: Bars) -> np.ndarray:
+        """(T, n) float32 of the first asset, scaled, clipped to +-5; 0 before warmup. ValueError: not finite."""
+        b = asset_views(bars.ohlcv[0], bars.timestamp, self.asset)
+        raw = np.column_stack([find_column(name)(b) for name in self.columns])
+        out = ((raw - self.center) / self.scale).clip(-CLIP, CLIP)
+        out[: self.warmup] = 0.0
+        if not np.isfinite(out).all():
+            row, col = np.argwhere(~np.isfinite(out))[0]
+            raise ValueError(f"{bars.spec}: feature {self.columns[col]} is not finite at row {row}")
+        return out.astype(np.float32)
+
+    def state_dict(self) -> dict:
+        return {**asdict(self), "columns": list(self.columns)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> ColumnModel:
+        return cls(**{**state, "columns": tuple(state["columns"])})
+
+
+def fit_columns(bars: Bars, names, train_stop: int) -> ColumnModel:
+    """Fit named columns on bar rows [0, train_stop) of the first asset. ValueError in one line."""
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice or not names:
+        raise ValueError(f"feature {twice[0]} is named twice" if twice else "no feature is named")
+    formulas = [find_column(name) for name in names]
+    asset = fit_asset(bars.ohlcv[0, :train_stop])
+    b = asset_views(bars.ohlcv[0, :train_stop], bars.timestamp[:train_stop], asset)
+    raw = np.column_stack([formula(b) for formula in formulas])
+    holes = np.flatnonzero(~np.isfinite(raw).all(1))
+    warmup = int(holes[-1]) + 1 if len(holes) else 0
+    if train_stop < warmup + MIN_TRAIN:
+        raise ValueError(
+            f"{bars.spec}: {train_stop} train rows, these features need at least {warmup + MIN_TRAIN} "
+            f"({warmup} of warm-up and {MIN_TRAIN} to fit on)"
+        )
+    low, center, high = np.quantile(raw[warmup:], (0.25, 0.5, 0.75), axis=0)
+    iqr, std = (high - low) / 1.349, raw[warmup:].std(0)
+    scale = np.where(iqr > TINY, iqr, np.where(std > TINY, std, 1.0)).tolist()
+    return ColumnModel(tuple(names), warmup, asset, center.tolist(), scale)

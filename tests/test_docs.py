@@ -118,7 +118,7 @@ def test_every_command_parses():
             known = help_of.setdefault(program, scripts_flags(program))
             assert {a.split("=")[0] for a in argv if a.startswith("--")} <= known, (program, argv)
         elif "--help" not in argv:
-            args = tqc.parse_args(argv)
+            args = tqc.parse_args(tqc.Args, argv)
             if args.data.startswith("synthetic:"):
                 markets.parse_law(args.data)
     assert {program for program, _ in commands()} >= {

@@ -499,7 +499,7 @@ def test_ent_coef_refuses_nonsense_in_one_line(text):
         tqc.parse_ent_coef(text)
     assert "\n" not in str(e.value)
     with pytest.raises(tqc.UsageError, match="--ent-coef"):
-        tqc.parse_args([f"--ent-coef={text}"])
+        tqc.parse_args(tqc.Args, [f"--ent-coef={text}"])
 
 
 # ----------------------------------------------------------------------------------------------------- FiLM, fusion
