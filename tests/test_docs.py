@@ -172,7 +172,7 @@ def test_metrics_that_are_mentioned_exist():
 
 
 def test_verdicts_are_the_codes(tiny):
-    source = (ROOT / "cleanrl_crypto/tqc_film_batch.py").read_text()
+    source = (ROOT / "common/scoring.py").read_text()
     verdicts = [cells[0].strip("`") for cells in rows(DOCS, ("verdict", "rule, on the eval split"))]
     function = source[source.index("def verdict") :].split("\ndef ")[0]
     assert set(verdicts) == set(re.findall(r'return "(\w+)", \[', function))
