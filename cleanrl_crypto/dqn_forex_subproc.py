@@ -201,7 +201,7 @@ class Args:
     """write monitor.csv, a line an episode (Stable-Baselines3's format)"""
 
     # algorithm
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 2_000_000
     """environment transitions (the sum over lanes)"""
     learning_starts: int = 16_384
     """transitions with uniform random actions before the first update"""
@@ -233,11 +233,11 @@ class Args:
     """last probability of a random action"""
     exploration_fraction: float = 0.3
     """share of --total-timesteps over which it falls"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Adam with decoupled weight decay; falls to 2 % by a cosine"""
-    weight_decay: float = 1e-3
+    weight_decay: float = 0.3
     """AdamW"""
-    hidden: int = 64
+    hidden: int = 32
     """units of each of the two hidden layers"""
     max_grad_norm: float = 10.0
     """gradient clipping"""
@@ -489,10 +489,11 @@ def lane_py(i, mode, action, table, bars, rows, law, rules, ints, floats, new_in
     """Lane i from one state buffer to the other: a step, or (mode) a first or a next episode, or only its observation.
 
     The source is never written: a step that was interrupted is redone from it, exactly.
-    law: (3,) length, seed, restarts (of users' environments). rules: (5,) leverage, drift, daily drawdown limit, initial balance, bars a year. ints (4,
-    N): row, clock, episode, position. floats (8, N): exposure over leverage, equity, its peak, its value at the start
-    of the trading day, largest drawdown, and the episode's sums of reward, reward**2 and |change of position|. flags
-    (2, N): terminated, truncated. final_*, stats: of the episode that ended, written whenever a flag is set.
+    law: (3,) length, seed, restarts (users' environments need them). rules: (5,) leverage, drift, daily drawdown limit,
+    initial balance, bars a year. ints (4, N): row, clock, episode, position. floats (8, N): exposure over leverage,
+    equity, its peak, its value at the start of the trading day, largest drawdown, and the episode's sums of reward,
+    reward**2 and |change of position|. flags (2, N): terminated, truncated. final_*, stats: of the episode that ended,
+    written whenever a flag is set.
     """
     columns = table.shape[1]
     t, clock, episode, last = ints[0, i], ints[1, i], ints[2, i], ints[3, i]
@@ -548,10 +549,12 @@ def lane_py(i, mode, action, table, bars, rows, law, rules, ints, floats, new_in
     obs[i, columns + 1] = equity / day_start - 1.0
 
 
-lane_nb = nb.njit(forceinline=True, error_model="numpy")(lane_py)
+# arrays are borrowed for a call: counting references to 18 of them for every lane would cost more than the lane
+FAST = {"error_model": "numpy", "_nrt": False}
+lane_nb = nb.njit(forceinline=True, **FAST)(lane_py)
 
 
-@nb.njit(error_model="numpy", cache=True)
+@nb.njit(cache=True, **FAST)
 def step_block(lo, hi, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward,
                flags, row, position, final_obs, final_row, stats):
     """Lanes lo to hi on this thread: the arguments of lane_py after the lanes."""
@@ -560,7 +563,7 @@ def step_block(lo, hi, mode, action, table, bars, rows, law, rules, ints, floats
                 row, position, final_obs, final_row, stats)
 
 
-@nb.njit(parallel=True, error_model="numpy", cache=True)
+@nb.njit(parallel=True, cache=True, **FAST)
 def step_cpu(lo, hi, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward,
              flags, row, position, final_obs, final_row, stats):
     """step_block on all threads."""
@@ -626,10 +629,11 @@ class WorkerError(RuntimeError):
 def shapes(pairs_shape: tuple, symbols: int, n: int, width: int) -> dict[str, tuple]:
     """name -> (shape, dtype) of everything that the processes of an environment share; the first four are static."""
     r, f = pairs_shape
+    m = n + (72 - n) % 512  # rows of state a power of two apart would share cache sets
     return {
         "table": ((r, f), np.float32), "bars": ((r, 8), np.float64), "rows": ((symbols, 2), np.int64),
         "rules": ((5,), np.float64), "law": ((3,), np.int64), "action": ((n,), np.int64),
-        "ints": ((2, 4, n), np.int64), "floats": ((2, 8, n), np.float64), "obs": ((n, width), np.float32),
+        "ints": ((2, 4, m), np.int64), "floats": ((2, 8, m), np.float64), "obs": ((n, width), np.float32),
         "reward": ((n,), np.float64), "flags": ((2, n), np.bool_), "row": ((n,), np.int64),
         "position": ((n,), np.int8), "final_obs": ((n, width), np.float32), "final_row": ((n,), np.int64),
         "stats": ((len(EPISODE), n), np.float64), "lost": ((n,), np.uint8)}
@@ -726,7 +730,7 @@ def die_with_parent():
 
 
 def work(pipe, raw, layout: dict, env_fn: str | None, lanes: list, n_actions: int):
-    """A worker: carries out messages (mode, half, parity, lo, hi) until the pipe closes; holds no state of our lanes."""
+    """A worker: carries out messages (mode, half, parity, lo, hi) until the pipe closes; our lanes' state is not here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     die_with_parent()
     try:
@@ -806,8 +810,9 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         else:
             symbols, size, self.n_actions = len(pairs.names), pairs.table.shape, 3
             rows, width, low, high = np.asarray(pairs.rows[split], np.int64), size[1] + 2, -np.inf, np.inf
-            if rows.shape != (symbols, 2) or (rows[:, 0] >= rows[:, 1]).any() or rows.min() < 0 or rows.max() >= size[0]:
-                raise ValueError(f"split {split}: decision rows {rows.tolist()} must be non-empty and end before {size[0]}")
+            if rows.shape != (symbols, 2) or (np.diff(rows) <= 0).any() or rows.min() < 0 or rows.max() >= size[0]:
+                why = f"must be a range for each of {symbols} symbols, none empty, that ends before {size[0]}"
+                raise ValueError(f"split {split}: decision rows {rows.tolist()} {why}")
             if leverage * pairs.cost.max(initial=0) >= 1:
                 raise ValueError(f"leverage {leverage}: a trade would cost {leverage * pairs.cost.max():.3g} of equity")
         self.single_observation_space = gym.spaces.Box(low, high, (width,), np.float32)
@@ -831,7 +836,8 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         if not env_fn:
             for name, values in (("table", pairs.table), ("bars", pairs.bars()), ("rows", rows)):
                 self.put(name, values)
-        self.put("rules", np.array([leverage, position_mode == "drift", daily_drawdown, initial_balance, bars_per_year]))
+        drift = position_mode == "drift"
+        self.put("rules", np.array([leverage, drift, daily_drawdown, initial_balance, bars_per_year]))
         self.put("law", np.array([episode_length, self.seed, 0]))
         self.arguments = kernel_arguments(self.arrays)
         self.terminated, self.truncated = self.flags[0], self.flags[1]
@@ -1016,8 +1022,10 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         while self.waiting[half]:
             pipes = {self.pipes[w]: w for w in self.waiting[half]}
             ready = connection.wait(pipes, max(deadline - time.monotonic(), 0.0))
-            failures = {pipes[p]: why for p in ready if (why := self.answer(pipes[p]))}
-            for w, why in failures.items() if ready else [(w, f"no answer in {self.timeout:g} s") for w in pipes.values()]:
+            failures = [(pipes[p], why) for p in ready if (why := self.answer(pipes[p]))]
+            if not ready:
+                failures = [(w, f"no answer in {self.timeout:g} s") for w in pipes.values()]
+            for w, why in failures:
                 self.failed(w, why)
                 deadline = time.monotonic() + self.timeout
         self.flying[half] = False
@@ -1030,7 +1038,7 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         return self.obs[span], self.reward[span], self.terminated[span], self.truncated[span]
 
     def step_lanes(self, actions):
-        """Step all lanes: actions (N,) integers -> obs, reward, terminated, truncated, views (device arrays on CUDA)."""
+        """Step all lanes: actions (N,) integers -> obs, reward, terminated, truncated: views (on CUDA device arrays)."""
         if self.halves == 1:
             self.send(0, actions)
             return self.recv(0)
@@ -1098,7 +1106,9 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         law[1] = self.seed
         self.put("law", law)
         for name in ("ints", "floats"):
-            self.put(name, np.broadcast_to(state[name].numpy(), self.arrays[name].shape))
+            both = np.zeros(self.arrays[name].shape, self.arrays[name].dtype)
+            both[..., :self.num_envs] = state[name].numpy()
+            self.put(name, both)
         self.all_lanes(SHOW)
 
     def close_extras(self, **kwargs):
@@ -1166,10 +1176,14 @@ def probe(make, candidates: list[dict], seconds: float = 0.5) -> list[dict]:
 
 
 def make_vec(num_envs: int = 1, split_name: str = "train", **kwargs) -> ForexVectorEnv:
-    """gymnasium.make_vec("cleanrl_crypto/Forex-v0", num_envs=8, split_name="train", data=..., leverage=2, ...)."""
-    known = {k: kwargs.pop(k) for k in list(kwargs) if k in Args.__dataclass_fields__}
-    args = Args(**known)
-    return ForexVectorEnv(load_pairs(args), split_name, num_envs, **env_flags(args), **kwargs)
+    """gymnasium.make_vec("cleanrl_crypto/Forex-v0", num_envs=8, split_name="train", data=..., leverage=2, ...).
+
+    Keywords: fields of Args, arguments of ForexVectorEnv, or pairs= of an earlier load_pairs().
+    """
+    ours = {k: kwargs.pop(k) for k in ("vec_mode", "num_workers", "async_halves", "backend") if k in kwargs}
+    pairs = kwargs.pop("pairs", None)
+    args = Args(**{k: kwargs.pop(k) for k in list(kwargs) if k in Args.__dataclass_fields__})
+    return ForexVectorEnv(pairs or load_pairs(args), split_name, num_envs, **env_flags(args), **ours, **kwargs)
 
 
 class ForexEnv(gym.Env):
