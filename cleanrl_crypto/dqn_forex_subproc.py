@@ -283,6 +283,8 @@ class Args:
              "--resume auto needs --run-dir, the folder of the run to continue"),
             (market and self.all_actions and self.n_step > 1,
              f"--n-step {self.n_step} needs --no-all-actions: targets of all actions are one step long"),
+            (max(self.buffer_size // (self.num_envs or (1024 if market else 8)), 2) < self.n_step,
+             f"--buffer-size {self.buffer_size} holds fewer than --n-step {self.n_step} transitions of every lane"),
             (market and self.all_actions and self.daily_drawdown > 0,
              f"--daily-drawdown {self.daily_drawdown} needs --no-all-actions: its end depends on the path"),
             (self.end_e > self.start_e, f"--end-e {self.end_e} is above --start-e {self.start_e}"),
@@ -359,15 +361,24 @@ def account_return(symbol: str, close: np.ndarray) -> tuple[np.ndarray, bool]:
 def spreads(args: Args, symbols, series: list[Bars]) -> list[np.ndarray]:
     """Spread of every bar in price units, an array (T,) a symbol."""
     if args.spread_file:
+        what = f"--spread-file {args.spread_file}"
         try:
             table = pd.read_parquet(args.spread_file)
         except (OSError, ValueError) as e:
-            raise DataError(f"--spread-file {args.spread_file}: {str(e).splitlines()[0]}") from e
+            raise DataError(f"{what}: {str(e).splitlines()[0]}") from e
         missing = [name for name in ("timestamp", *symbols) if name not in table]
         if missing:
-            raise DataError(f"--spread-file {args.spread_file}: no column {', '.join(missing)}")
-        stamps = pd.to_datetime(table["timestamp"], utc=True).dt.tz_convert(None)
-        table = table.set_index(stamps.astype("datetime64[ns]"))
+            raise DataError(f"{what}: no column {', '.join(missing)}")
+        for name in ("timestamp", *symbols):
+            try:
+                column = table[name]
+                table[name] = pd.to_datetime(column, utc=True) if name == "timestamp" else column.astype(float)
+            except (ValueError, TypeError) as e:
+                raise DataError(f"{what}: column {name}: {str(e).splitlines()[0]}") from e
+        twice = table["timestamp"][table["timestamp"].duplicated()]
+        if len(twice):
+            raise DataError(f"{what}: column timestamp: {twice.iloc[0]} is there twice")
+        table = table.set_index(table["timestamp"].dt.tz_convert(None).astype("datetime64[ns]"))
         out = []
         for symbol, bars in zip(symbols, series):
             spread = table[symbol].reindex(bars.timestamp).to_numpy(np.float64)
@@ -398,7 +409,10 @@ def load_pairs(args: Args, models: list[ColumnModel] | None = None) -> "Pairs":
         symbols = args.symbols
     else:
         symbols = tuple(b.names[0][:6] for b in series)
+    twice = [name for i, name in enumerate(symbols) if name in symbols[:i]]
     for wrong, why in (
+        (twice, f"--data {args.data}: two files for {', '.join(twice)}"),
+        (models and len(models) != len(series), f"--symbols: {len(series)} pairs, not the checkpoint's {len(models or ())}"),
         (synthetic and (args.spread_pips or args.spread_file), "--spread-pips: synthetic pairs take --cost-bps"),
         (not synthetic and args.cost_bps is not None, "--cost-bps: real pairs take --spread-pips or --spread-file"),
     ):
@@ -1817,7 +1831,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
     args = parse_args(Args, argv)
     guard = TimeoutGuard(args.timeout, from_process_start=None if argv is None else False)
-    built = []
+    built, ForexVectorEnv.builds = [], 0
     try:
         return run(args, guard, built)
     finally:
@@ -1843,8 +1857,6 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
         market, pairs = args.env_fn is None, None
         if market:
             fitted = [ColumnModel.from_state_dict(m) for m in state["models"]] if state else None  # its own fits
-            if fitted and len(fitted) != len(args.symbols) and (args.data_dir or not args.data):
-                raise UsageError(f"{source}: features of {len(fitted)} pairs, --symbols names {len(args.symbols)}")
             pairs = load_pairs(args, fitted)
             first = pairs.series[0]
             spans = "; ".join(f"{k} {int(np.diff(r).sum())} bars" for k, r in pairs.rows.items())
@@ -1878,6 +1890,8 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
 
         # environment and agent
         monitor = run_dir / "monitor.csv" if args.monitor and not args.eval_only else None
+        if monitor and not step0:
+            monitor.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if args.eval_only and market:
             env, performance = None, {}
             config = state["config"] | {"leverage": args.leverage}
@@ -1924,6 +1938,7 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
         global_step = updates = drawn = vec_step = stale = 0
         best = {"score": -math.inf, "step": 0, "agent": None, "updates": 0}
         averages, recent, timing, eval_seconds, rescaled = {}, [], {"steps": 0, "seconds": 0.0}, 0.0, []
+        ended = []  # (return, length) of the episodes since the last log point, (2, n) each
         if state:
             averaged.load_state_dict(state["agent"])
             best |= {"agent": cpu_state(averaged), "step": state["global_step"]}
@@ -1934,14 +1949,18 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
             optimizer.param_groups[0].update(flags)  # these may differ from the run that is continued
             env.set_state(state["env"])
             replay.set_state(state["replay"])
+            if not market:  # their episodes start anew: no return runs across the seam
+                last = (state["vec_step"] - 1) % replay.steps * lanes
+                replay.truncated[last : last + lanes] = True
             rng.bit_generator.state = json.loads(state["rng_numpy"])
             torch.set_rng_state(state["rng_torch"])
             global_step, updates, drawn, vec_step, stale = (
                 state[k] for k in ("global_step", "updates", "drawn", "vec_step", "stale"))
             best, averages, recent = state["best"], state["averages"], state["recent"]
+            ended = [] if state["ended"] is None else [state["ended"].numpy()]
             if monitor and monitor.exists():
                 env.log.flush()
-                os.truncate(monitor, state["monitor_bytes"])
+                os.truncate(monitor, min(state["monitor_bytes"], monitor.stat().st_size))
             print(f"resumed {source} at {global_step} transitions, {updates} updates")
 
     def log(record: dict, step: int):
@@ -1970,6 +1989,7 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
                 "replay": replay.get_state(), "rng_numpy": json.dumps(rng.bit_generator.state),
                 "rng_torch": torch.get_rng_state(), "best": best, "drawn": drawn, "vec_step": vec_step, "stale": stale,
                 "averages": averages, "recent": recent, "log_lines": lines,
+                "ended": torch.from_numpy(np.concatenate(ended, 1)) if ended else None,
                 "monitor_bytes": monitor.stat().st_size if monitor else 0}
         with guard.phase("io"):
             save_atomic(state, run_dir / "checkpoints" / name)
@@ -2026,14 +2046,9 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
         following, done = after.copy(), terminated | truncated
         if done.any():
             following[done] = env.host(env.final_obs)[span, -width:][done]
-            stats = env.host(env.stats)[:, span][:, done]
-            averages["charts/episodic_return"], averages["charts/episodic_length"] = stats[:2].mean(1).tolist()
+            ended.append(env.host(env.stats)[:2, span][:, done])
         replay.put(vec_step - 1, span, row=row[span], state=small[span], action=actions[span], reward=reward,
                    next_state=following, terminated=terminated, truncated=truncated)
-        if market:
-            move = np.abs(following[:, 0] - small[span][:, 0])
-            averages.update({"env/turnover": float(move.mean()), "env/exposure": float(following[:, 0].mean()),
-                             "env/costs": float((pairs.cost[row[span]] * move).mean() / BP)})
         row[span], small[span] = env.host(env.row)[span], after
         global_step += span.stop - span.start
 
@@ -2101,6 +2116,16 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
                 collect_all()
             if not math.isfinite(loss_now := float(loss.detach())):
                 raise FloatingPointError(f"the loss is not finite after {updates} updates: lower --learning-rate")
+            if ended:  # since the last log point
+                r, length = np.concatenate(ended, 1).mean(1).tolist()
+                averages |= {"charts/episodic_return": r, "charts/episodic_length": length}
+                ended.clear()
+            if market:  # of the last step
+                at = slice((vec_step - 1) % replay.steps * lanes, ((vec_step - 1) % replay.steps + 1) * lanes)
+                held, move = replay.next_state[at, 0], np.abs(replay.next_state[at, 0] - replay.state[at, 0])
+                paid = pairs.cost[replay.row[at]] * move / BP
+                averages |= {"env/turnover": float(move.mean()), "env/exposure": float(held.mean()),
+                             "env/costs": float(paid.mean())}
             averages |= {
                 "losses/td_loss": loss_now, "losses/q_values": float(q_mean), "losses/grad_norm": float(grad_norm),
                 "losses/target_mean": float(target_mean), "charts/learning_rate": args.learning_rate * decay,
@@ -2209,7 +2234,7 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
                 print(f"report.html was not written ({e}); again: python scripts/report.py {run_dir}", file=sys.stderr)
     print_table(summary)
     print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
-    print(f"{run_dir}: summary.json" + (", report.html" if args.report else ""))
+    print(f"{run_dir}: summary.json" + (", report.html" if (run_dir / "report.html").exists() else ""))
     write_summary()
     return summary | {"run_dir": str(run_dir), "exit_code": guard.exit_code}
 

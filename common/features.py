@@ -325,7 +325,7 @@ def fit_asset(ohlcv):
         "price_unit": float(np.median(ohlcv[:, 3])),
         "volume_floor": positive_floor(ohlcv[:, 4], 1.0),
         "range_floor": positive_floor(np.sqrt(pk), 1e-4),
-        "frac_order": frac_order(np.log(ohlcv[:, 3])),
+        "frac_order": frac_order(np.log(ohlcv[:, 3])) if len(ohlcv) > LOOKBACK + 8 else ORDERS[-1],
     }
 
 
@@ -556,6 +556,11 @@ def fit_columns(bars: Bars, names, train_stop: int) -> ColumnModel:
     raw = np.column_stack([formula(b) for formula in formulas])
     holes = np.flatnonzero(~np.isfinite(raw).all(1))
     warmup = int(holes[-1]) + 1 if len(holes) else 0
+    never = [name for name, column in zip(names, raw.T) if not np.isfinite(column).any()]
+    if never:  # the whole table tells how far it looks back
+        full = find_column(never[0])(asset_views(bars.ohlcv[0], bars.timestamp, asset))
+        need = int(np.argmax(np.append(np.isfinite(full), True))) + MIN_TRAIN
+        raise ValueError(f"{bars.spec}: {train_stop} train rows, feature {never[0]} needs at least {need}")
     if train_stop < warmup + MIN_TRAIN:
         raise ValueError(
             f"{bars.spec}: {train_stop} train rows, these features need at least {warmup + MIN_TRAIN} "
