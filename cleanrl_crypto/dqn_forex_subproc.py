@@ -412,7 +412,8 @@ def load_pairs(args: Args, models: list[ColumnModel] | None = None) -> "Pairs":
     twice = [name for i, name in enumerate(symbols) if name in symbols[:i]]
     for wrong, why in (
         (twice, f"--data {args.data}: two files for {', '.join(twice)}"),
-        (models and len(models) != len(series), f"--symbols: {len(series)} pairs, not the checkpoint's {len(models or ())}"),
+        (models and len(models) != len(series),
+         f"--symbols: {len(series)} pairs, not the checkpoint's {len(models or ())}"),
         (synthetic and (args.spread_pips or args.spread_file), "--spread-pips: synthetic pairs take --cost-bps"),
         (not synthetic and args.cost_bps is not None, "--cost-bps: real pairs take --spread-pips or --spread-file"),
     ):
@@ -1895,8 +1896,8 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
         if args.eval_only and market:
             env, performance = None, {}
             config = state["config"] | {"leverage": args.leverage}
-            if config["columns"] != pairs.table.shape[1] or config["feature_cols"] != list(pairs.models[0].columns):
-                raise UsageError(f"{source}: made for the columns {' '.join(config['feature_cols'])}")
+            if config["feature_cols"] != list(args.feature_cols):
+                raise UsageError(f"--feature-cols: {source} was made with {' '.join(config['feature_cols'])}")
         else:
             try:
                 env, performance = build_env(args, pairs, lanes, backend, monitor)
