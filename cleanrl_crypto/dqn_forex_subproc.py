@@ -1897,7 +1897,7 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
             env, performance = None, {}
             config = state["config"] | {"leverage": args.leverage}
             if config["feature_cols"] != list(args.feature_cols):
-                raise UsageError(f"--feature-cols: {source} was made with {' '.join(config['feature_cols'])}")
+                raise UsageError(f"--feature-cols: {source} was made with the columns {' '.join(config['feature_cols'])}")
         else:
             try:
                 env, performance = build_env(args, pairs, lanes, backend, monitor)
