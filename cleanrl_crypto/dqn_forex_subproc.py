@@ -1897,7 +1897,8 @@ def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
             env, performance = None, {}
             config = state["config"] | {"leverage": args.leverage}
             if config["feature_cols"] != list(args.feature_cols):
-                raise UsageError(f"--feature-cols: {source} was made with the columns {' '.join(config['feature_cols'])}")
+                columns = " ".join(config["feature_cols"])
+                raise UsageError(f"--feature-cols: {source} was made with the columns {columns}")
         else:
             try:
                 env, performance = build_env(args, pairs, lanes, backend, monitor)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
+from cleanrl_crypto import ppo_arz_gpu as arz
 from cleanrl_crypto import tqc_film_batch as tqc
 from common import features, markets
 from common.cli import parse_args
@@ -24,6 +25,7 @@ PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md
 DOCS = PAGES["docs/tqc_film_batch.md"]
 DQN = PAGES["docs/dqn_forex_subproc.md"]
 PROGRAMS = {f"cleanrl_crypto/{Path(page).stem}.py": script for page, script in SCRIPTS.items()}
+PROGRAMS |= {"cleanrl_crypto/ppo_arz_gpu.py": arz}  # its page is a short one yet
 PARTS = ("cleanrl_crypto", "common", "scripts", "tests", "docs")
 FOREIGN = {"--logdir", "--index-url"}  # flags of tensorboard and pip
 PREFIXES = ("charts", "losses", "policy", "value", "env", "eval", "alarm", "time")
@@ -147,7 +149,7 @@ def test_every_command_parses():
             assert {a.split("=")[0] for a in argv if a.startswith("--")} <= known, (program, argv)
         elif "--help" not in argv:
             args = parse_args(PROGRAMS[program].Args, argv)
-            if (args.data or "").startswith("synthetic:"):
+            if (getattr(args, "data", None) or "").startswith("synthetic:"):
                 markets.parse_law(args.data)
             for name in getattr(args, "feature_cols", ()):
                 features.find_column(name)
