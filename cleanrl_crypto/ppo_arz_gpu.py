@@ -1,7 +1,7 @@
 r"""PPO that controls Aw-Rascle-Zhang traffic, simulated on CPU or CUDA by one set of kernels.
 
 On a laptop: 500 m of freeway, stop-and-go damped by the flux at the outlet, about 3 minutes on 2 cores,
-episode_return on the published wave about -104 after 90 s (constant flux -382.5, backstepping -263.2, tuned PI about -107):
+episode_return on the published wave about -104 after 90 s (constant flux -382, backstepping -263, tuned PI -108):
 
     python cleanrl_crypto/ppo_arz_gpu.py --timeout 180
 
