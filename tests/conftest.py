@@ -1,7 +1,11 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# a background job starts with SIGINT ignored, and its children inherit that: Ctrl-C must work in every test
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # before numpy, torch or numba are imported; child processes inherit them
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):

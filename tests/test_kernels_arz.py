@@ -308,13 +308,14 @@ import sys, numpy as np
 from numba import cuda
 from cleanrl_crypto import ppo_arz_gpu as arz
 out = {}
-for scheme, pressure in (("godunov", "gap"), ("muscl", "gap"), ("godunov", "power"), ("muscl", "singular")):
-    env = arz.FreewayVectorEnv(3, control="both", scheme=scheme, pressure=pressure, pressure_exponent=1.0,
-                               precision="float64", episode_seconds=3, seed=4, backend=sys.argv[1])
+for scheme, pressure in (("godunov", "gap"), ("godunov", "power"), ("muscl", "singular")):
+    env = arz.FreewayVectorEnv(2, control="both", scheme=scheme, pressure=pressure, pressure_exponent=1.0, seed=4,
+                               precision="float64", decision_interval=0.25, episode_seconds=0.5,
+                               backend=sys.argv[1])
     rng = np.random.default_rng(0)
     rows = [env.reset(seed=4)[0].ravel()]
-    for _ in range(4):
-        obs, reward, terminated, truncated = env.step_lanes(rng.uniform(-1, 1, (3, 2)))
+    for _ in range(3):
+        obs, reward, terminated, truncated = env.step_lanes(rng.uniform(-1, 1, (2, 2)))
         rows += [obs.ravel().copy(), reward.copy(), truncated * 1.0, env.final_obs.ravel().copy()]
     rows += [v for v in env.final_stats.values()]
     out[scheme + pressure] = np.concatenate(rows)
