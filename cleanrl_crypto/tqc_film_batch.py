@@ -1628,7 +1628,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     seconds_a_row = seconds / encoded if keep else 0.0
     start, stop = market.rows["train"]
     if math.isfinite(left) and seconds_a_row:
-        start = max(start, stop - max(int(0.35 * left / seconds_a_row), args.num_envs))
+        start = max(start, stop - max(int(0.15 * left / seconds_a_row), args.num_envs))
     for split, have in (("eval", None), ("test", None), ("train", stop - start)):
         a, b = market.rows[split]
         have = int(contexts.filled[a:b].sum()) if have is None else have
@@ -1735,7 +1735,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     saved, marked, step_marked = time.monotonic(), time.monotonic(), global_step
     while not args.eval_only and global_step < args.total_timesteps:
         pending = seconds_a_row * np.count_nonzero(~contexts.filled[slice(*train_rows)])
-        if guard.should_stop(9.0 + 6.0 * eval_seconds + pending):  # the report takes 3 s, final evaluations 4 of one
+        if guard.should_stop(11.0 + 6.0 * eval_seconds + pending):  # report 3 s, exit 2 s, evaluations 4 of one
             break
         with guard.phase("rollout"):
             (row, _, _), (position, w_cost, cost, *_) = env.host(env.ints).copy(), env.host(env.floats).copy()
