@@ -261,7 +261,7 @@ def test_film_learned_something(base):
 
 def test_a_short_timeout_ends_cleanly_before_it(tmp_path):
     began, before = time.monotonic(), os.times()
-    code, out, err = command(tmp_path / "run", total_timesteps=10**9, patience=0, timeout=20)
+    code, out, err = command(tmp_path / "run", total_timesteps=10**9, patience=0, timeout=30)
     seconds, after = time.monotonic() - began, os.times()
     assert code == 0, err
     check_files(tmp_path / "run")
@@ -270,9 +270,9 @@ def test_a_short_timeout_ends_cleanly_before_it(tmp_path):
     assert summary["status"] == "timeout" and summary["global_step"] < 10**9
     tqc.load_policy(tmp_path / "run" / "checkpoints" / "best.pt")
     worked = after.children_user + after.children_system - before.children_user - before.children_system
-    if seconds > 20 and worked < 0.6 * seconds:
+    if seconds > 30 and worked < 0.6 * seconds:
         pytest.skip(f"{worked:.0f} s of work in {seconds:.0f} s: this machine is too busy to keep a deadline")
-    assert seconds < 20 and summary["wall_seconds"] < 20
+    assert seconds < 30 and summary["wall_seconds"] < 30
     assert summary["updates"] > 0
 
 
