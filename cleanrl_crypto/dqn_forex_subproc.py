@@ -74,7 +74,7 @@ try:
     from common.cli import UsageError, check, flag, parse_args
     from common.data import Bars, DataError, load_bars, split_rows
     from common.features import ColumnModel, fit_columns
-    from common.gpu_pool import pool
+    from common.gpu_pool import pool, probe_cuda
     from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, verdict
     from common.timeout_guard import (
         CheckpointError,
@@ -770,7 +770,7 @@ def work(pipe, raw, layout: dict, env_fn: str | None, lanes: list, n_actions: in
             pipe.send_bytes(b"k%c" % half)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-    except Exception:
+    except Exception:  # the parent raises it: WorkerError carries this traceback
         pipe.send_bytes(b"e" + traceback.format_exc().encode())
 
 
@@ -1749,25 +1749,9 @@ def agent_config(args: Args, env: ForexVectorEnv) -> dict:
         "feature_cols": list(args.feature_cols) if market else []}
 
 
-@cuda.jit
-def double_cuda(x):
-    x[cuda.grid(1)] *= 2.0
-
-
 def choose_device(args: Args) -> tuple[torch.device, str]:
-    """Device of torch and backend of the environment, from the flags and what a real kernel says of each."""
-    works = [False, False]
-    if (args.cuda or args.backend == "cuda") and torch.cuda.is_available():  # which alone has been wrong
-        try:
-            works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
-        except RuntimeError as e:
-            print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
-        try:
-            array = cuda.to_device(np.ones(8))
-            double_cuda[1, 8](array)
-            works[1] = float(array.copy_to_host().sum()) == 16.0
-        except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
-            print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): environment on the CPU")
+    """Device of torch and backend of the environment, from the flags and what works."""
+    works = probe_cuda() if args.cuda or args.backend == "cuda" else (False, False)
     device = torch.device("cuda" if args.cuda and works[0] else "cpu")
     if args.backend == "cuda" and not works[1]:
         raise UsageError("--backend cuda: no CUDA device on which a numba kernel runs")

@@ -43,18 +43,15 @@ Every flag: --help. Every metric, and what to do when it is off: docs/ppo_arz_gp
 """
 import csv
 import difflib
-import io
 import json
 import math
 import os
 import random
-import re
 import shlex
 import sys
 import time
 import types
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -67,13 +64,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import tyro
 from gymnasium.vector import AutoresetMode
 from numba import cuda
 from torch.utils.tensorboard import SummaryWriter
 
 try:
-    from common.gpu_pool import pool
+    from common.cli import UsageError, check, flag, parse_args
+    from common.gpu_pool import pool, probe_cuda
     from common.timeout_guard import (
         CheckpointError,
         TimeoutGuard,
@@ -239,13 +236,7 @@ class Args:
         road = self.scenario == "freeway"
         self.decision_interval = (1.0 if road else 15.0) if self.decision_interval is None else self.decision_interval
         self.episode_seconds = (240.0 if road else 450.0) if self.episode_seconds is None else self.episode_seconds
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{flag(name)} {value}: must be one of {', '.join(known)}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{flag(name)} {value}: must be from {low:g} to {high:g}")
+        check(self, CHOICES, RANGES)
         interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
         for wrong, why in (
             (road and interval % SAMPLE, f"--decision-interval {interval}: must be a multiple of {SAMPLE} s"),
@@ -287,10 +278,6 @@ SHAPING = (
     "pressure", "pressure_scale", "pressure_exponent", "cfl",
     "num_steps", "gamma", "gae_lambda", "num_minibatches", "hidden", "norm_obs", "norm_reward",
 )
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 # --------------------------------------------------------------------------------------------------- kernels
@@ -2732,33 +2719,6 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
 
 
 # ------------------------------------------------------------------------------------------------------- main
-class UsageError(ValueError):
-    """One line that names the flag; exit code 2."""
-
-
-def parse_args(argv: list[str] | None) -> Args:
-    """tyro, with every refusal in one line."""
-    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    known = {flag(prefix + f.name) for f in fields(Args) for prefix in (("", "no_") if f.type is bool else ("",))}
-    for token in argv:
-        name = token.split("=")[0].replace("_", "-")
-        if token.startswith("--") and name != "--help" and name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            raise UsageError(f"unknown flag {name}" + (f": did you mean {' or '.join(near)}?" if near else ""))
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(Args, args=argv)
-    except ValueError as e:
-        raise UsageError(str(e)) from e
-    except SystemExit as e:
-        if e.code in (0, None):
-            raise
-        words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+", " ", said.getvalue()).split())  # no colours, no box
-        frame = r"^.*?Error parsing (Args: )?|Argument helptext.*|For full helptext.*"
-        raise UsageError(re.sub(frame, "", words).strip()) from e
-
-
 def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
     """Run directory, checkpoint to start from and its content; refuses what does not fit the flags."""
     name = args.env_id or Path(args.scenario).stem
@@ -2777,29 +2737,6 @@ def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
         if wrong:
             raise UsageError(f"{source} was made with other flags: {'; '.join(wrong)}")
     return run_dir, source, state
-
-
-@cuda.jit
-def double_cuda(x):
-    x[cuda.grid(1)] *= 2.0
-
-
-def probe_cuda() -> tuple[bool, bool]:
-    """Does a real kernel run: (torch, numba). is_available() alone has been wrong."""
-    if not torch.cuda.is_available():
-        return False, False
-    works = [False, False]
-    try:
-        works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
-    except RuntimeError as e:
-        print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
-    try:
-        array = cuda.to_device(np.ones(8))
-        double_cuda[1, 8](array)
-        works[1] = float(array.copy_to_host().sum()) == 16.0
-    except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
-        print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): simulator on the CPU")
-    return works[0], works[1]
 
 
 def choose_device(args: Args) -> tuple[torch.device, str]:
@@ -2845,7 +2782,7 @@ def make_env(args: Args, backend: str, num_envs: int, lane0: int = 0, cases: str
 
 def main(argv: list[str] | None = None) -> dict:
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
-    args = parse_args(argv)
+    args = parse_args(Args, argv)
     guard = TimeoutGuard(args.timeout, from_process_start=None if argv is None else False)
     try:
         return run(args, guard)

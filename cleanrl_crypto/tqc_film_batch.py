@@ -70,7 +70,7 @@ try:
     from common.cli import UsageError, check, flag, parse_args
     from common.data import Bars, DataError, load_bars, split_rows
     from common.features import FeatureModel, fit_features
-    from common.gpu_pool import pool
+    from common.gpu_pool import pool, probe_cuda
     from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, verdict
     from common.timeout_guard import (
         CheckpointError,
@@ -1426,29 +1426,6 @@ def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
             print(f"{source} holds no transition yet: starting anew")
             return run_dir, None, None
     return run_dir, source, state
-
-
-@cuda.jit
-def double_cuda(x):
-    x[cuda.grid(1)] *= 2.0
-
-
-def probe_cuda() -> tuple[bool, bool]:
-    """Does a real kernel run: (torch, numba). is_available() alone has been wrong."""
-    if not torch.cuda.is_available():
-        return False, False
-    works = [False, False]
-    try:
-        works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
-    except RuntimeError as e:
-        print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
-    try:
-        array = cuda.to_device(np.ones(8))
-        double_cuda[1, 8](array)
-        works[1] = float(array.copy_to_host().sum()) == 16.0
-    except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
-        print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): environment on the CPU")
-    return works[0], works[1]
 
 
 def choose_device(args: Args) -> tuple[torch.device, str, str]:

@@ -165,3 +165,28 @@ class Lease:
 
 
 pool = Pool()  # the process's one
+
+
+def probe_cuda() -> tuple[bool, bool]:
+    """Does a real kernel run: (torch, numba). is_available() alone has been wrong; a failure is printed."""
+    import torch
+    from numba import cuda
+
+    if not torch.cuda.is_available():
+        return False, False
+    works = [False, False]
+    try:
+        works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
+    except RuntimeError as e:
+        print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
+    try:
+        @cuda.jit
+        def double(x):
+            x[cuda.grid(1)] *= 2.0
+
+        array = cuda.to_device(np.ones(8))
+        double[1, 8](array)
+        works[1] = float(array.copy_to_host().sum()) == 16.0
+    except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
+        print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): environment on the CPU")
+    return works[0], works[1]
