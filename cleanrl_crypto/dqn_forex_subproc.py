@@ -2254,4 +2254,7 @@ if __name__ == "__main__":
     except (UsageError, DataError, CheckpointError, FloatingPointError, WorkerError) as e:
         print(f"error: {e}", file=sys.stderr)
         code = 1 if isinstance(e, (FloatingPointError, WorkerError)) else 2
+    except OSError as e:  # a full disk under a log, a folder that went away
+        print(f"error: {e.filename or 'writing the run directory'}: {e.strerror}", file=sys.stderr)
+        code = 2
     sys.exit(code)

@@ -3172,4 +3172,7 @@ if __name__ == "__main__":
     except (UsageError, CheckpointError, FloatingPointError, SanityError, NetworkError) as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2 if isinstance(e, (UsageError, CheckpointError, NetworkError)) else 1
+    except OSError as e:  # a full disk under a log, a folder that went away
+        print(f"error: {e.filename or 'writing the run directory'}: {e.strerror}", file=sys.stderr)
+        code = 2
     sys.exit(code)

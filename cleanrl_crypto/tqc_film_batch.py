@@ -1912,4 +1912,7 @@ if __name__ == "__main__":
     except (UsageError, DataError, CheckpointError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         code = 1 if isinstance(e, FloatingPointError) else 2
+    except OSError as e:  # a full disk under a log, a folder that went away
+        print(f"error: {e.filename or 'writing the run directory'}: {e.strerror}", file=sys.stderr)
+        code = 2
     sys.exit(code)

@@ -1,5 +1,7 @@
 import os
+import runpy
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,24 @@ def repo() -> Path:
 def run_dir(tmp_path) -> Path:
     """A run directory of the test's own that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def refusal_of(monkeypatch, capfd):
+    """refusal_of(script)(argv): run it as __main__, in this process to save its imports; expects exit code 2 and one
+    line on stderr, which it returns."""
+
+    def of(script):
+        def run(argv):
+            monkeypatch.setattr(sys, "argv", [str(script), *map(str, argv)])
+            capfd.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_path(str(script), run_name="__main__")
+            err = capfd.readouterr().err
+            assert stop.value.code == 2
+            assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
+            return err
+
+        return run
+
+    return of

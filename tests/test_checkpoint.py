@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from runs import assert_same, flags_of, wait_until
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.timeout_guard import CheckpointError, load_checkpoint
@@ -35,28 +37,12 @@ DRIFT = dict(position_mode="drift", precision="fp32", film=False, checkpoint_int
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
-def flags(run_dir, **changes) -> list[str]:
-    out = []
-    for key, value in (TINY | {"run_dir": run_dir} | changes).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            out += [f"--{name}", str(value)]
-    return out
+flags = partial(flags_of, TINY)
 
 
 def start(run_dir, **changes):
     return subprocess.Popen([sys.executable, str(SCRIPT), *flags(run_dir, **changes)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_until(child, ready, seconds=400):
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def kill(child):
@@ -86,23 +72,6 @@ def metrics(run_dir) -> list[dict]:
     text = (run_dir / "metrics.jsonl").read_text()
     assert text.endswith("\n")
     return [untimed(line) for line in text.splitlines()]
-
-
-def assert_same(a, b, where=""):
-    """Equal to the bit, with the place of the first difference."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
 
 
 def assert_same_run(a, b):

@@ -6,6 +6,7 @@ import runpy
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import flags_of
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.data import COLUMNS, load_bars
@@ -29,15 +31,7 @@ CONFIG = {k: TINY[k] for k in ("window", "d_model", "n_heads", "n_layers", "d_ff
 CPU = torch.device("cpu")
 
 
-def flags(run_dir, **changes) -> list[str]:
-    out = []
-    for key, value in (TINY | {"run_dir": run_dir} | changes).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            out += [f"--{name}", str(value)]
-    return out
+flags = partial(flags_of, TINY)
 
 
 def same(a: dict, b: dict) -> bool:

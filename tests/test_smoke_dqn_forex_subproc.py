@@ -3,17 +3,18 @@
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from runs import assert_same, flags_of, load_summary, records, wait_until
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.data import COLUMNS, load_bars
@@ -50,17 +51,7 @@ LOGGED = {
 }
 
 
-def flags(folder=None, **changes) -> list[str]:
-    out = []
-    for key, value in (TINY | {"run_dir": folder} | changes).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, tuple):
-            out += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            out += [f"--{name}", str(value)]
-    return out
+flags = partial(flags_of, TINY)
 
 
 def start(run_dir, **changes):
@@ -76,14 +67,6 @@ def command(run_dir, **changes):
     child = start(run_dir, **changes)
     out, err = child.communicate(timeout=600)
     return child.returncode, out, err
-
-
-def wait_until(child, ready, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def family(pid: int) -> set[int]:
@@ -119,56 +102,13 @@ def shared_memory() -> set[str]:
 
 
 @pytest.fixture
-def refused(monkeypatch, capfd):
-    """Run the script as __main__, in this process to save its imports: expects exit code 2, returns stderr."""
-
-    def run(argv):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        err = capfd.readouterr().err
-        assert stop.value.code == 2
-        assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
-        return err
-
-    return run
-
-
-def records(run_dir) -> list[dict]:
-    text = (run_dir / "metrics.jsonl").read_text()
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
+def refused(refusal_of):
+    return refusal_of(SCRIPT)
 
 
 def untimed(run_dir) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("wall", "charts/SPS") and not k.startswith("time/")}
             for line in records(run_dir)]
-
-
-def load_summary(run_dir) -> dict:
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
-
-
-def assert_same(a, b, where=""):
-    """Equal to the bit, with the place of the first difference."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape, where
-        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
 
 
 def assert_same_run(a, b):

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from runs import flags_of, records
 
 from cleanrl_crypto import ppo_arz_gpu as ppo
 from common.timeout_guard import CheckpointError, load_checkpoint
@@ -33,15 +35,7 @@ LOGGED = {
     "time/rollout", "eval/validation/episode_return", "eval/published/episode_return", "eval/heldout/episode_return"}
 
 
-def flags(folder=None, **changes) -> list[str]:
-    out = []
-    for key, value in (TINY | {"run_dir": folder} | changes).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            out += [f"--{name}", str(value)]
-    return out
+flags = partial(flags_of, TINY)
 
 
 def command(run_dir, *before, **changes):
@@ -49,12 +43,6 @@ def command(run_dir, *before, **changes):
     done = subprocess.run([sys.executable, *before, str(SCRIPT), *flags(run_dir, **changes)], cwd=run_dir.parent,
                           capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout, done.stderr
-
-
-def records(run_dir) -> list[dict]:
-    text = (run_dir / "metrics.jsonl").read_text()
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def check_run(run_dir, summary):

@@ -3,18 +3,19 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from runs import flags_of, load_summary, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl_crypto import tqc_film_batch as tqc
@@ -54,15 +55,7 @@ LOGGED = {
 }
 
 
-def flags(folder=None, **changes) -> list[str]:
-    out = []
-    for key, value in (TINY | {"run_dir": folder} | changes).items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            out += [f"--{name}", str(value)]
-    return out
+flags = partial(flags_of, TINY)
 
 
 def command(run_dir, **changes):
@@ -73,26 +66,8 @@ def command(run_dir, **changes):
 
 
 @pytest.fixture
-def refused(monkeypatch, capfd):
-    """Run the script as __main__, in this process to save its imports: expects exit code 2, returns stderr."""
-
-    def run(argv):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        err = capfd.readouterr().err
-        assert stop.value.code == 2
-        assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
-        return err
-
-    return run
-
-
-def records(run_dir) -> list[dict]:
-    text = (run_dir / "metrics.jsonl").read_text()
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
+def refused(refusal_of):
+    return refusal_of(SCRIPT)
 
 
 def check_summary(summary, updates=True):
@@ -147,13 +122,6 @@ def check_files(run_dir):
     assert not list(run_dir.rglob("*.tmp"))
     for name in ("encoder.pt", "checkpoints/last.pt", "checkpoints/best.pt"):
         assert isinstance(torch.load(run_dir / name, weights_only=True), dict)
-
-
-def load_summary(run_dir):
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
 
 
 @pytest.fixture(scope="module")
