@@ -54,6 +54,8 @@ class Pool:
     def _key(shape, dtype, device):
         shape = (shape,) if np.ndim(shape) == 0 else tuple(shape)
         key = tuple(int(n) for n in shape), np.dtype(dtype)
+        if min(key[0], default=0) < 0:
+            raise ValueError(f"shape {key[0]}: no side can be negative")
         if device == "cuda":
             from numba import cuda
 
@@ -65,8 +67,10 @@ class Pool:
 
     @staticmethod
     def _allocate(shape, dtype, device):
-        if device == "cpu":
-            return np.empty(shape, dtype)
+        if device == "cpu":  # from the start of a cache line
+            raw = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+            skip = -raw.ctypes.data % 64
+            return raw[skip: skip + raw.size - 64].view(dtype).reshape(shape)
         from numba import cuda
 
         if device == "pinned":

@@ -5,7 +5,7 @@ import time
 import torch
 
 
-def flags_of(tiny: dict, run_dir=None, **changes) -> list[str]:
+def flags_of(tiny: dict, run_dir=None, /, **changes) -> list[str]:
     """{field: value} -> command line; None leaves a flag out."""
     out = []
     for key, value in (tiny | {"run_dir": run_dir} | changes).items():

@@ -481,6 +481,14 @@ def test_reset_and_step_build_nothing_and_hand_out_the_same_views(make):
     assert dqn.ForexVectorEnv.builds == builds + 1
 
 
+def test_rows_of_the_table_are_whole_cache_lines(make):
+    env = make(4)
+    table, width = env.arrays["table"], env.pairs.table.shape[1]
+    assert table.ctypes.data % 64 == 0 and table.strides[0] % 64 == 0
+    np.testing.assert_array_equal(table[:, :width], env.pairs.table)
+    assert not table[:, width:].any()
+
+
 def test_two_environments_share_no_mutable_state(make):
     a, b = make(4), make(4)
     for x in a.arrays.values():

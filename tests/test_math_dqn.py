@@ -539,3 +539,14 @@ def test_optimum_path_is_the_tables():
         at = policy[truth.regime[t], truth.s[t], at]
         assert path[t - 100] == dqn.LEVELS[at]
     np.testing.assert_array_equal(path, markets.optimum_path(truth, 1.2e-3, 100, 900, actions=dqn.LEVELS))
+
+
+# ----------------------------------------------------------------------------------------------------- kernels
+def test_the_logarithm_in_line_is_the_logarithm():
+    rng = np.random.default_rng(0)
+    x = 1 + np.r_[rng.uniform(-0.03, 0.03, 2000), rng.normal(0, 1e-4, 1000), rng.normal(0, 1e-9, 100), 0.0, -0.02, 0.02]
+    x = np.r_[x, 1e-9, 0.5, 2.0]
+    want = np.log(x.astype(np.longdouble)).astype(float)
+    got = np.array([dqn.log_nb(v) for v in x])
+    np.testing.assert_allclose(got, want, rtol=1e-15)
+    assert dqn.log_nb(1.0) == 0.0
