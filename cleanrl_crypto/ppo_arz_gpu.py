@@ -88,7 +88,7 @@ except ModuleNotFoundError as e:
 # literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
 ZERO, HALF, ONE, TWO = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(2.0)
 BLOCK = 64  # lanes a CPU task simulates together: SIMD width times a few, and the state of a block stays in the cache
-SCHEMA = 1  # of the checkpoint
+SCHEMA = 2  # of the checkpoint (1 had tanh layers)
 EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
 
 # freeway (Yu and Krstic's benchmark)
@@ -204,7 +204,7 @@ class Args:
     target_kl: float | None = None
     """stop the epochs of a rollout once a minibatch's approximate KL divergence exceeds this"""
     hidden: int = 64
-    """width of the two tanh layers of actor and critic"""
+    """width of the two SiLU layers of actor and critic"""
     log_std_init: float = -1.5
     """initial log standard deviation of a continuous action"""
     norm_obs: bool = False
@@ -2450,7 +2450,7 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(
-        layer(inputs, hidden), nn.Tanh(), layer(hidden, hidden), nn.Tanh(), layer(hidden, outputs, gain))
+        layer(inputs, hidden), nn.SiLU(), layer(hidden, hidden), nn.SiLU(), layer(hidden, outputs, gain))
 
 
 class Agent(nn.Module):
