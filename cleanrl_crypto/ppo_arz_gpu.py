@@ -391,6 +391,7 @@ def richtmyer(u, work, lane, totals, par):
         totals[6, j] += out * dt * lane[7, j]
         totals[7, j] += added[j] * dx
         totals[10, j] += repaired[j]
+        totals[12, j] += lane[7, j]
         totals[8, j] = speed[j] * dt / dx if speed[j] * dt / dx > totals[8, j] else totals[8, j]
 
 
@@ -408,7 +409,7 @@ def pressure_nb(rho, law, c, gamma, rho_max):
 def density_nb(p, law, c, gamma, rho_max):
     """The density of pressure p >= 0, the inverse of pressure_nb."""
     if len(law) == 1:
-        return p / c
+        return p * (ONE / c)  # that quotient leaves the loops over lanes, p / c would not
     q = (p / c) ** (ONE / gamma)
     return q if len(law) == 2 else q * rho_max / (q + rho_max)
 
@@ -426,7 +427,7 @@ def stiffness_nb(rho, law, c, gamma, rho_max):
 def critical_nb(w, law, c, gamma, rho_max):
     """The density at which the flux rho (w - p(rho)) of vehicles of one w is largest: w = p + rho p'."""
     if len(law) == 1:
-        return HALF * w / c
+        return w * (HALF / c)
     rho = density_nb(w / (gamma + ONE), POWER, c, gamma, rho_max)
     if len(law) == 3:
         q = rho  # q = 1 / (1/rho - 1/rho_max) solves p(q) (1 + gamma (1 + q / rho_max)) = w: convex, Newton from above
@@ -536,18 +537,28 @@ def update_nb(rho, z, f0, g0, f1, g1, a, floor, w_floor):
 
 
 @fast
-def update(rho, z, f, g, a, rho_new, z_new, added, share, floor, w_floor):
-    """rho_new, z_new (M, W) = (1 - share) times themselves + share (rho, z updated by the fluxes f, g (M + 1, W)).
+def update(rho, z, f, g, a, rho_new, z_new, added, floor, w_floor):
+    """rho_new, z_new (M, W): rho, z updated by the fluxes f, g (M + 1, W).
 
     a (W,): dt / dx; added (W,) collects the density that the floor adds.
     """
     for i in range(rho.shape[0]):
         for j in range(rho.shape[1]):
+            rho_new[i, j], z_new[i, j], more = update_nb(rho[i, j], z[i, j], f[i, j], g[i, j], f[i + 1, j], g[i + 1, j],
+                                                         a[j], floor, w_floor)
+            added[j] += more
+
+
+@fast
+def update_mean(rho, z, f, g, a, rho_new, z_new, added, floor, w_floor):
+    """rho_new, z_new = the mean of themselves and of update()'s: the second stage of SSPRK2."""
+    for i in range(rho.shape[0]):
+        for j in range(rho.shape[1]):
             new, new_z, more = update_nb(rho[i, j], z[i, j], f[i, j], g[i, j], f[i + 1, j], g[i + 1, j], a[j], floor,
                                          w_floor)
             added[j] += more
-            rho_new[i, j] += share * (new - rho_new[i, j])
-            z_new[i, j] += share * (new_z - z_new[i, j])
+            rho_new[i, j] += HALF * (new - rho_new[i, j])
+            z_new[i, j] += HALF * (new_z - z_new[i, j])
 
 
 @fast
@@ -600,6 +611,7 @@ def advance(u, work, lane, totals, par, seconds, order, left, right, law):
             a[j] = step / dx
             keep[j] = math.exp(-HALF * step / tau)
             totals[8, j] = a[j] * speed[j] if a[j] * speed[j] > totals[8, j] else totals[8, j]
+            totals[12, j] += ONE if step > ZERO else ZERO
             into[j], out[j], added[j] = ZERO, ZERO, ZERO
         relax(rho, z, keep, law, c, gamma, rho_max, v_max)
         for stage in range(len(order)):
@@ -610,12 +622,11 @@ def advance(u, work, lane, totals, par, seconds, order, left, right, law):
             faces(r, v, f, g, order, law, c, gamma, rho_max)
             ends(r, v, f, g, lane, left, right, law, c, gamma, rho_max, v_max)
             if len(order) == 1:
-                update(rho, z, f, g, a, rho, z, added, ONE, floor, v_max)
+                update(rho, z, f, g, a, rho, z, added, floor, v_max)
             elif stage == 0:
-                half_rho[:], half_z[:] = rho, z
-                update(rho, z, f, g, a, half_rho, half_z, added, ONE, floor, v_max)
+                update(rho, z, f, g, a, half_rho, half_z, added, floor, v_max)
             else:
-                update(half_rho, half_z, f, g, a, rho, z, added, HALF, floor, v_max)
+                update_mean(half_rho, half_z, f, g, a, rho, z, added, floor, v_max)
             for j in range(width):
                 into[j] += a[j] * f[0, j]
                 out[j] += a[j] * f[m, j]
@@ -899,7 +910,7 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
     def lanes(self, array) -> np.ndarray:
         """(blocks, ..., width) -> (..., num_envs), a copy."""
         array = array if isinstance(array, np.ndarray) else self.host(array)
-        return np.moveaxis(array, 0, -2).reshape(*array.shape[1:-1], -1)[..., : self.num_envs]
+        return np.moveaxis(array, 0, -2).reshape(*array.shape[1:-1], -1)[..., : self.num_envs].copy()
 
     def spread(self, array, values):
         """The way back; lanes that fill the last block up repeat the last one."""
@@ -956,7 +967,8 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
 
     def stats(self, totals) -> dict:
         """Rows of totals: return, delay, distance, presence, swings, in, out, added by the floor, largest Courant
-        number, vehicles at the start, repaired cells, vehicles at the end, decisions."""
+        number, vehicles at the start, repaired cells, -, solver steps; of finals the last two: vehicles at the end,
+        decisions."""
         t = self.lanes(totals)
         error = np.abs(t[11] + t[6] - t[9] - t[5] - t[7]) / np.maximum(t[9], 1e-30)
         return dict(zip(STATS, (t[0], t[1], t[6], t[2] / np.maximum(t[3], 1e-30), t[4], error, t[8], t[7])))
