@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cleanrl_crypto import ppo_arz_gpu as arz
+from common import networks
 from common.gpu_pool import pool
 
 pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
@@ -136,7 +137,7 @@ def test_all_red_shuts_every_approach():
         env.step_lanes(np.full((5, 1), 1 if t >= 10 else 0))
         cells = [net.first[s] for s in arms]
         rest = [np.arange(net.first[s], net.first[s + 1]) for s in arms]
-        stored = sum((env.u[:2, r] - before[:2, r]).sum() * net.par[s, arz.CELL] for r, s in zip(rest, arms))
+        stored = sum((env.u[:2, r] - before[:2, r]).sum() * net.par[s, networks.CELL] for r, s in zip(rest, arms))
         moved.append((stored, env.u[:2, cells].sum()))
     assert moved[13][1] < moved[9][1] * 0.7 and moved[16][1] > moved[13][1]
 
