@@ -7,7 +7,7 @@ episode_return on the published wave about -104 after 90 s (constant flux -382, 
 
 Five signalised junctions, or your own network (a CSV of segments, a JSON of signals and demand beside it):
 
-    python cleanrl_crypto/ppo_arz_gpu.py --scenario corridor --num-envs 64 --num-steps 30 --timeout 600
+    python cleanrl_crypto/ppo_arz_gpu.py --scenario corridor --timeout 1200
 
 Control at both ends, and finite volumes in place of the published scheme:
 
@@ -99,7 +99,7 @@ RHO_MAX = 0.16  # veh/m
 RELAX = 60.0  # s, tau
 SAMPLE = 0.25  # s between the states whose norms are the reward; the published scheme's time step
 RHO_STAR = 0.12  # veh/m, the published steady state
-EVAL_LANES = 96  # of a network: a third to choose by, then demand x1.0 and x1.3 of other seeds
+EVAL_LANES = 125  # of a network: 25 to choose by, then 50 of other seeds at demand x1.0 and 50 at x1.3
 SWING = 0.2  # an action of 1 is a flux of (1 + SWING) q*
 WAVE = (RHO_STAR, 0.1, 0.0)  # rho*, amplitude, phase of the published initial wave
 TRAIN_WAVES = ((0.11, 0.13), (0.05, 0.15), (0.0, 2 * math.pi))  # ranges of the same three
@@ -148,16 +148,16 @@ class Args:
     """freeway, corridor, townN (N x N junctions), or a CSV of segments with a JSON of signals beside it"""
     env_id: str | None = None
     """a Gymnasium environment in place of the scenario, as a check of the algorithm (CartPole-v1, Pendulum-v1)"""
-    num_envs: int = 1024
-    """lanes, over all processes"""
+    num_envs: int | None = None
+    """lanes, over all processes (None: 1024 on the freeway, 128 on a network)"""
     control: str = "outlet"
     """freeway: the end whose flux is the action: outlet, inlet or both (then outlet first)"""
     scheme: str = "richtmyer"
     """freeway: richtmyer (the published scheme on 51 nodes), godunov or muscl (finite volumes, 50 cells)"""
     decision_interval: float | None = None
-    """**seconds** between decisions (None: 1 on the freeway, where it is a multiple of 0.25, else 15)"""
+    """**seconds** between decisions (None: 1 on the freeway, where it is a multiple of 0.25, 5 on a network)"""
     episode_seconds: float | None = None
-    """**seconds** after which an episode is truncated (None: 240 on the freeway, else 450)"""
+    """**seconds** after which an episode is truncated (None: 240 on the freeway, 450 on a network)"""
     pressure: str = "gap"
     """freeway, finite volumes: gap (V(0) - V(rho), the published law), power, or singular at the jam density"""
     pressure_scale: float = 40.0
@@ -180,8 +180,8 @@ class Args:
     """Adam"""
     anneal_lr: bool = True
     """linearly to 0 at --total-timesteps, or at the transitions that --timeout will allow"""
-    gamma: float = 0.95
-    """discount a decision"""
+    gamma: float | None = None
+    """discount a decision (None: 0.95 on the freeway, 0.97 on a network)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 8
@@ -209,11 +209,12 @@ class Args:
     norm_obs: bool = False
     """normalise observations by running statistics (else: the scenario's fixed scale); saved with the agent"""
     norm_reward: bool = False
-    """divide rewards by the running standard deviation of the discounted return; saved with the agent"""
+    """divide rewards by the running standard deviation of the discounted return; saved with the agent (a network's
+    always are: its rewards are vehicle seconds)"""
 
     # evaluation and runtime
-    eval_interval: int = 1_000_000
-    """transitions between evaluations on the validation cases"""
+    eval_interval: int | None = None
+    """transitions between evaluations on the validation cases (None: 1 000 000 on the freeway, 200 000 on a network)"""
     timeout: float | None = None
     """**seconds** since this process started after which it has exited, None = no limit"""
     eval_timeout: float | None = None
@@ -233,8 +234,10 @@ class Args:
 
     def __post_init__(self):
         road = self.scenario == "freeway"
-        self.decision_interval = (1.0 if road else 15.0) if self.decision_interval is None else self.decision_interval
-        self.episode_seconds = (240.0 if road else 450.0) if self.episode_seconds is None else self.episode_seconds
+        for name, values in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, values[not road])
+        self.norm_reward |= not road
         check(self, CHOICES, RANGES)
         interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
         for wrong, why in (
@@ -256,6 +259,10 @@ class Args:
                 raise ValueError(why)
 
 
+DEFAULTS = {  # of flags left at None: on the freeway (and with --env-id), on a network
+    "num_envs": (1024, 128), "decision_interval": (1.0, 5.0), "episode_seconds": (240.0, 450.0), "gamma": (0.95, 0.97),
+    "eval_interval": (1_000_000, 200_000),
+}
 CHOICES = {
     "wandb_mode": ("online", "offline", "disabled"), "backend": ("auto", "cpu", "cuda"),
     "control": ("outlet", "inlet", "both"), "scheme": ("richtmyer", "godunov", "muscl"),
@@ -1122,6 +1129,7 @@ CREEP = 5 / 3.6  # m/s, motorcycles between standing cars
 PRESSURES = {"power": (0.0, 1.0), "gap": (1.0, 0.0), "ancestor": (0.0, 1.0)}
 NET_CFL = 0.9
 NET_BLOCK = 32  # lanes whose state fits a core's cache
+TRAIN_LEVELS = (1.0, 1.3)  # range of the demand level of a training episode
 KNOT, BIN = 300.0, 60.0  # s between knots of the slow demand, and length of a bin of the fast one
 DEMAND_SLOW, DEMAND_FAST = (0.4, 1.6), 0.5  # range of the knots' factor, half width of the bins'
 START_FILL = 0.1  # largest share of jam density a segment starts with
@@ -1697,8 +1705,8 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self, num_envs: int = 1, network: Network | str = "corridor", interval: float = 15.0, seconds: float = 450.0,
         level: tuple[float, float] = (1.0, 1.0), slow: tuple[float, float] = DEMAND_SLOW, jitter: float = DEMAND_FAST,
         fill: float = START_FILL, all_red: float = 4.0, min_green: float = 6.0, team: float = 0.0,
-        stagger: bool = False, seed: int = 1, dtype: str = "float32", backend: str = "cpu", lane0: int = 0,
-        cases: str | None = None, pressure: str = "power", block: int = NET_BLOCK,
+        seed: int = 1, dtype: str = "float32", backend: str = "cpu", lane0: int = 0, cases: str | None = None,
+        pressure: str = "power", block: int = NET_BLOCK,
     ):
         NetworkVectorEnv.builds += 1
         net = self.network = find_network(network, pressure)
@@ -1739,8 +1747,6 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
             self.law = cuda.to_device(self.law)
             self.kernel = cuda_decide()[(n + 63) // 64, 64]
         self.stagger = np.zeros(n, np.int64)
-        if stagger:  # so that a batch holds all times of an episode: the first ones are cut short
-            self.stagger = np.arange(lane0, lane0 + n) * self.length // max(lane0 + n, 1)
         self.lane_id, self.splits = np.arange(lane0, lane0 + n), {}
         low_high = np.repeat(np.array(level, float)[:, None], n, 1)
         if cases == "eval":
@@ -1752,13 +1758,14 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
 
     @staticmethod
     def eval_cases(n: int):
-        """A third of the lanes to choose by, then two thirds of other seeds at 1.0 and 1.3 times the demand."""
-        k = n // 3
-        if n < 3 or n % 3:
-            raise ValueError(f"num_envs {n}: evaluation lanes come in thirds (selection, demand x1.0, demand x1.3)")
-        level = np.r_[np.where(np.arange(k) % 2, 1.3, 1.0), np.ones(k), np.full(k, 1.3)]
-        lane_id = (1 << 32) + np.r_[np.arange(k), (1 << 20) + np.arange(k), (1 << 20) + np.arange(k)]
-        splits = {"eval": slice(0, k), "x1.0": slice(k, 2 * k), "x1.3": slice(2 * k, n)}
+        """A fifth of the lanes to choose by, then two fifths of other seeds at each of 1.0 and 1.3 times the demand."""
+        k = n // 5
+        if n < 5 or n % 5:
+            raise ValueError(f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 demand x1.0, 2 demand x1.3)")
+        unseen = (1 << 20) + np.arange(2 * k)
+        level = np.r_[np.where(np.arange(k) % 2, 1.3, 1.0), np.ones(2 * k), np.full(2 * k, 1.3)]
+        lane_id = (1 << 32) + np.r_[np.arange(k), unseen, unseen]
+        splits = {"eval": slice(0, k), "x1.0": slice(k, 3 * k), "x1.3": slice(3 * k, n)}
         return np.stack((level, level)), lane_id, splits
 
     def layout(self):
@@ -1828,12 +1835,17 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self.to_state(self.zones, zones)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """All lanes to their first (seed given) or next episode -> obs (N, agents, D); builds nothing."""
+        """All lanes to their first (seed given) or next episode -> obs (N, agents, D); builds nothing.
+
+        options {"stagger": True}: first episodes of every length, so that every rollout holds every part of an episode.
+        """
         clock = self.host(self.clock)
         if seed is not None:
             self.seed = int(seed)
         clock[1] = 0 if seed is not None or not self.was_reset else clock[1] + 1
         clock[2] = self.lane_id
+        late = bool(options and options.get("stagger"))  # golden ratio: even, whatever share of the lanes is here
+        self.stagger = (self.lane_id * 0.6180339887498949 % 1 * self.length * late).astype(np.int64)
         self.to_state(self.clock, clock)
         self.was_reset = True
         self.start(self.everyone)
@@ -1853,6 +1865,16 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
                 "mass_error": error, "max_cfl": self.host(self.stat)[0].copy()}
 
     running_stats = stats
+
+    def seconds_of_inflow(self) -> float:
+        """What entered since the start of the episode, in seconds of the demand that its first decision draws."""
+        low, high, seed = *self.host(self.levels), self.seed
+        clock, base, entries = self.host(self.clock), self.network.base.sum(0), range(self.network.base.shape[1])
+        level = [a + (b - a) * uniform_nb(seed, *lane, 0) for a, b, lane in zip(low, high, zip(clock[2], clock[1]))]
+        rate = [x * sum(base[e] * demand_factor_nb(seed, lane, number, e, 0.0, *self.rules[3:]) for e in entries)
+                for x, lane, number in zip(level, clock[2], clock[1])]
+        entered = self.host(self.ledger)[0].sum(0) - self.host(self.queue).sum((0, 1))
+        return float((entered / np.maximum(rate, 1e-9)).mean())
 
     def step_lanes(self, actions):
         """One interval. actions (rows,) or (rows, 1) int64, rows = lane * agents + agent.
@@ -1943,7 +1965,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
 
     def baselines(self, train_env=None) -> dict:
         """name -> make(env) -> act(obs): the controllers of the literature, with constants tuned on training seeds."""
-        return {name: partial(make, **TUNED[name]) for name, make in CONTROLLERS.items()}
+        return {name: partial(by_level, name) for name in CONTROLLERS}
 
     def close_extras(self, **kwargs):
         self.lease.close()
@@ -2070,13 +2092,34 @@ def actuated(env: NetworkVectorEnv, gap: float, longest: float):
 
 
 CONTROLLERS = {"fixed_cycle": fixed_cycle, "webster": webster, "actuated": actuated, "max_pressure": max_pressure}
-# grid search on 32 training lanes, corridor, decisions every 5 s, 450 s, demand x1.0 and x1.3
+# for each demand level, by scripts/tune_arz.py: 64 training lanes of the corridor, 450 s, decisions every 5 s
 TUNED = {
-    "fixed_cycle": {"cycle": 45.0, "share": 0.6, "speed": 14.0},
-    "webster": {"level": 1.3, "saturation": 0.3, "speed": 14.0},
-    "actuated": {"gap": 0.2, "longest": 30.0},
-    "max_pressure": {"period": 20.0, "standing": True, "margin": 2.0},
+    1.0: {
+        "fixed_cycle": {"cycle": 40, "share": 0.55, "speed": 12.0},
+        "webster": {"level": 1.3, "saturation": 0.3, "speed": 12.0},
+        "actuated": {"gap": 0.175, "longest": 25.0},
+        "max_pressure": {"period": 15, "standing": True, "margin": 1.0},
+    },
+    1.3: {
+        "fixed_cycle": {"cycle": 45, "share": 0.6, "speed": 14.0},
+        "webster": {"level": 1.3, "saturation": 0.275, "speed": 10.0},
+        "actuated": {"gap": 0.225, "longest": 30.0},
+        "max_pressure": {"period": 20, "standing": True, "margin": 2.0},
+    },
 }
+
+
+def by_level(name: str, env: NetworkVectorEnv):
+    """The controller `name`; every lane takes the constants that were tuned for the demand level nearest to its own."""
+    level = env.host(env.levels).mean(0)
+    nearest = np.abs(level[:, None] - np.array(list(TUNED))).argmin(1)
+    acts = [CONTROLLERS[name](env, **constants[name]) for constants in TUNED.values()]
+
+    def act(obs):
+        asked = np.stack([a(obs).reshape(env.num_envs, env.agents) for a in acts])
+        return asked[nearest, np.arange(env.num_envs)].reshape(-1, 1)
+
+    return act
 
 
 class Junctions(NetworkVectorEnv):
@@ -2098,7 +2141,8 @@ class Junctions(NetworkVectorEnv):
 
     def baselines(self, env) -> tuple[dict, dict]:
         """name -> make(env) -> act(obs), and their constants, tuned on training seeds."""
-        return super().baselines(env), TUNED
+        constants = {f"{name} x{level}": values for level, row in TUNED.items() for name, values in row.items()}
+        return super().baselines(env), constants
 
 
 class GymLanes:
@@ -2502,7 +2546,7 @@ def make_env(args: Args, backend: str, num_envs: int, lane0: int = 0, cases: str
     if args.scenario != "freeway":
         lanes = EVAL_LANES if cases else num_envs
         return Junctions(lanes, args.scenario, args.decision_interval, args.episode_seconds, seed=args.seed,
-                         stagger=not cases, dtype=args.precision, backend=backend, lane0=lane0, cases=cases)
+                         level=TRAIN_LEVELS, dtype=args.precision, backend=backend, lane0=lane0, cases=cases)
     return FreewayVectorEnv(num_envs, args.control, args.scheme, args.decision_interval, args.episode_seconds,
                             args.precision, args.pressure, args.pressure_scale, args.pressure_exponent, args.cfl,
                             args.seed, backend, lane0, cases)
@@ -2582,15 +2626,14 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
 
     # environments and baselines
     with guard.phase("setup"):
-        lanes, builds = args.num_envs // world, GymLanes.builds if args.env_id else FreewayVectorEnv.builds
+        lanes, kinds = args.num_envs // world, (FreewayVectorEnv, NetworkVectorEnv, GymLanes)
+        builds = sum(kind.builds for kind in kinds)
         env = make_env(args, backend, lanes, rank * lanes)
         eval_env = make_env(args, backend, 1, cases="eval") if rank == 0 else None
         env.reset(seed=args.seed)
         width = (env.row_action.shape or (1,))[0]
         env.step_lanes(np.zeros((lanes * env.agents, width), env.row_action.dtype))  # compiles
-        if args.sanity and not args.env_id and args.scenario != "freeway":
-            print("sanity: its checks are the freeway's, none were made")
-        elif args.sanity and not args.env_id:
+        if args.sanity and not args.env_id:
             began = time.monotonic()
             check_env(env, args.precision, 0.5 if args.scheme == "muscl" else 1.0)
             print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
@@ -2844,9 +2887,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     summary = {
         "status": guard.status, "command": shlex.join(sys.argv), "global_step": global_step, "updates": updates,
         "replay_ratio": audit["replay_ratio"],
-        "samples_per_transition": updates * (steps * args.num_envs // args.num_minibatches) / max(global_step, 1),
+        "samples_per_transition": updates * (rows * world * steps // args.num_minibatches) / max(global_step, 1),
         "best_step": best["step"], "best_updates": best["updates"], "selected_by": select,
-        "env_builds": type(env).builds - builds, "buffer_allocations": pool.stats()["allocations"],
+        "env_builds": sum(kind.builds for kind in kinds) - builds, "buffer_allocations": pool.stats()["allocations"],
         "sps": timing["steps"] / timing["seconds"] if timing["seconds"] else None, "eval": results, "audit": audit,
         "versions": {m.__name__: m.__version__ for m in (torch, np, nb, gym)} | {"python": sys.version.split()[0]},
         "device": {"torch": str(device), "backend": backend, "precision": args.precision, "threads": threads,
