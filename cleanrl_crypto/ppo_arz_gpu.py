@@ -7,7 +7,7 @@ episode_return on the published wave about -104 after 90 s (constant flux -382, 
 
 Five signalised junctions, or your own network (a CSV of segments, a JSON of signals and demand beside it):
 
-    python cleanrl_crypto/ppo_arz_gpu.py --scenario corridor --num-envs 64 --num-steps 30 --timeout 600
+    python cleanrl_crypto/ppo_arz_gpu.py --scenario corridor --timeout 1200
 
 Control at both ends, and finite volumes in place of the published scheme:
 
@@ -41,8 +41,6 @@ The same agent on any Gymnasium environment, as a check of the algorithm:
 
 Every flag: --help. Every metric, and what to do when it is off: docs/ppo_arz_gpu.md
 """
-import csv
-import difflib
 import json
 import math
 import os
@@ -71,6 +69,7 @@ from torch.utils.tensorboard import SummaryWriter
 try:
     from common.cli import UsageError, check, flag, parse_args
     from common.gpu_pool import pool, probe_cuda
+    from common.networks import CELL, JAM, V_C, Network, NetworkError, find_network
     from common.timeout_guard import (
         CheckpointError,
         TimeoutGuard,
@@ -100,7 +99,7 @@ RHO_MAX = 0.16  # veh/m
 RELAX = 60.0  # s, tau
 SAMPLE = 0.25  # s between the states whose norms are the reward; the published scheme's time step
 RHO_STAR = 0.12  # veh/m, the published steady state
-EVAL_LANES = 96  # of a network: a third to choose by, then demand x1.0 and x1.3 of other seeds
+EVAL_LANES = 125  # of a network: 25 to choose by, then 50 of other seeds at demand x1.0 and 50 at x1.3
 SWING = 0.2  # an action of 1 is a flux of (1 + SWING) q*
 WAVE = (RHO_STAR, 0.1, 0.0)  # rho*, amplitude, phase of the published initial wave
 TRAIN_WAVES = ((0.11, 0.13), (0.05, 0.15), (0.0, 2 * math.pi))  # ranges of the same three
@@ -149,16 +148,16 @@ class Args:
     """freeway, corridor, townN (N x N junctions), or a CSV of segments with a JSON of signals beside it"""
     env_id: str | None = None
     """a Gymnasium environment in place of the scenario, as a check of the algorithm (CartPole-v1, Pendulum-v1)"""
-    num_envs: int = 1024
-    """lanes, over all processes"""
+    num_envs: int | None = None
+    """lanes, over all processes (None: 1024 on the freeway, 128 on a network)"""
     control: str = "outlet"
     """freeway: the end whose flux is the action: outlet, inlet or both (then outlet first)"""
     scheme: str = "richtmyer"
     """freeway: richtmyer (the published scheme on 51 nodes), godunov or muscl (finite volumes, 50 cells)"""
     decision_interval: float | None = None
-    """**seconds** between decisions (None: 1 on the freeway, where it is a multiple of 0.25, else 15)"""
+    """**seconds** between decisions (None: 1 on the freeway, where it is a multiple of 0.25, 5 on a network)"""
     episode_seconds: float | None = None
-    """**seconds** after which an episode is truncated (None: 240 on the freeway, else 450)"""
+    """**seconds** after which an episode is truncated (None: 240 on the freeway, 450 on a network)"""
     pressure: str = "gap"
     """freeway, finite volumes: gap (V(0) - V(rho), the published law), power, or singular at the jam density"""
     pressure_scale: float = 40.0
@@ -181,8 +180,8 @@ class Args:
     """Adam"""
     anneal_lr: bool = True
     """linearly to 0 at --total-timesteps, or at the transitions that --timeout will allow"""
-    gamma: float = 0.95
-    """discount a decision"""
+    gamma: float | None = None
+    """discount a decision (None: 0.95 on the freeway, 0.97 on a network)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 8
@@ -210,11 +209,12 @@ class Args:
     norm_obs: bool = False
     """normalise observations by running statistics (else: the scenario's fixed scale); saved with the agent"""
     norm_reward: bool = False
-    """divide rewards by the running standard deviation of the discounted return; saved with the agent"""
+    """divide rewards by the running standard deviation of the discounted return; saved with the agent (a network's
+    always are: its rewards are vehicle seconds)"""
 
     # evaluation and runtime
-    eval_interval: int = 1_000_000
-    """transitions between evaluations on the validation cases"""
+    eval_interval: int | None = None
+    """transitions between evaluations on the validation cases (None: 1 000 000 on the freeway, 200 000 on a network)"""
     timeout: float | None = None
     """**seconds** since this process started after which it has exited, None = no limit"""
     eval_timeout: float | None = None
@@ -234,8 +234,10 @@ class Args:
 
     def __post_init__(self):
         road = self.scenario == "freeway"
-        self.decision_interval = (1.0 if road else 15.0) if self.decision_interval is None else self.decision_interval
-        self.episode_seconds = (240.0 if road else 450.0) if self.episode_seconds is None else self.episode_seconds
+        for name, values in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, values[not road])
+        self.norm_reward |= not road
         check(self, CHOICES, RANGES)
         interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
         for wrong, why in (
@@ -257,6 +259,10 @@ class Args:
                 raise ValueError(why)
 
 
+DEFAULTS = {  # of flags left at None: on the freeway (and with --env-id), on a network
+    "num_envs": (1024, 128), "decision_interval": (1.0, 5.0), "episode_seconds": (240.0, 450.0), "gamma": (0.95, 0.97),
+    "eval_interval": (1_000_000, 200_000),
+}
 CHOICES = {
     "wandb_mode": ("online", "offline", "disabled"), "backend": ("auto", "cpu", "cuda"),
     "control": ("outlet", "inlet", "both"), "scheme": ("richtmyer", "godunov", "muscl"),
@@ -1128,24 +1134,17 @@ def freeway_baselines(env: FreewayVectorEnv) -> tuple[dict, dict]:
 
 
 # ------------------------------------------------------------------------------------------ networks: constants
-KMH = 1.0 / 3.6
-CLASSES = ("motorcycle", "car")
-VMAX = (100 * KMH, 120 * KMH)  # m/s, empty road without a limit
 TAU = (1.0, 1.5)  # s, relaxation
 ALPHA = 0.6  # of a motorcycle's pressure: what a car counts
-CREEP = 5 * KMH  # m/s, motorcycles between standing cars
-RHO_JAM = 0.2  # veh/m and lane
-K_ANCESTOR = (5.0, 10.0)  # m/s
-ROADS = {"motorway": 120.0, "primary": 60.0, "secondary": 50.0, "tertiary": 40.0, "residential": 30.0}  # km/h
+CREEP = 5 / 3.6  # m/s, motorcycles between standing cars
 # p = K x (a + c x), x the weighted density over jam density: gap is V(0) - V for the Greenshields law
 PRESSURES = {"power": (0.0, 1.0), "gap": (1.0, 0.0), "ancestor": (0.0, 1.0)}
 NET_CFL = 0.9
 NET_BLOCK = 32  # lanes whose state fits a core's cache
-ZONES = (50.0, 150.0)  # m upstream of the stop line: near, middle, far
+TRAIN_LEVELS = (1.0, 1.3)  # range of the demand level of a training episode
 KNOT, BIN = 300.0, 60.0  # s between knots of the slow demand, and length of a bin of the fast one
 DEMAND_SLOW, DEMAND_FAST = (0.4, 1.6), 0.5  # range of the knots' factor, half width of the bins'
 START_FILL = 0.1  # largest share of jam density a segment starts with
-INV_J, CELL, INV_DX, V_M, V_C, K_M, K_C, JAM = range(8)  # columns of Network.par
 FLOW, TIME, DIST = range(3)  # rows of Lanes' sums
 
 
@@ -1699,256 +1698,6 @@ def pay_nb(pay, delay, reward):
                     reward[ln, g] -= pay[g, s] * delay[s, ln]
 
 
-# -------------------------------------------------------------------------------------------- networks: data
-class NetworkError(ValueError):
-    """One line: what is wrong with a network file, where, and what is expected."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """Static data of a network, S segments, M movements over junctions, G signals, E entries. Shared, read-only."""
-
-    name: str
-    ends: tuple  # (from, to) of every segment
-    first: np.ndarray  # (S + 1,) first cell of each segment
-    par: np.ndarray  # (S, 8) INV_J, CELL, INV_DX, V_M, V_C, K_M, K_C, JAM: m, s, veh
-    moves: tuple  # mov_in, mov_out (M,) sorted by mov_in; in_ptr (S + 1,); by_out (M,); out_ptr (S + 1,)
-    beta: np.ndarray  # (2, M) share of a class that turns there; each incoming segment's sum to 1
-    entry: np.ndarray  # (S,) entry's number or -1
-    signal: np.ndarray  # (S,) signal at the end or -1
-    green: np.ndarray  # (S,) bit p: green in phase p
-    n_phases: np.ndarray  # (G,)
-    nodes: tuple  # names of the signalised junctions
-    base: np.ndarray  # (2, E) mean demand, veh/s
-    zone_of: np.ndarray  # (cells,) 0 near, 1, 2 far from the stop line
-    weight: np.ndarray  # (cells,) share of its zone
-    zone_length: np.ndarray  # (3, S) m
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.zone_length.sum(0)
-
-
-def near(name: str, names) -> str:
-    found = difflib.get_close_matches(str(name), [str(n) for n in names], 1)
-    return f", did you mean {found[0]}?" if found else ""
-
-
-def build_network(name: str, segments: list[dict], plan: dict, dx: float = 25.0, pressure: str = "power",
-                  where: tuple[str, str] = ("segments", "plan")) -> Network:
-    """Records of segments (from, to, length_m, class, lanes, limit km/h or None for the class's) and a plan -> Network.
-
-    plan: signals {node: [[from, ...] a phase]}; demand {node: {motorcycle, car: veh/h}}, joined by every entry; turns
-    {node: {from: {to: share}}}, by default in proportion to lanes * limit, never back. A segment that leads nowhere is
-    an exit, one that nothing leads into an entry. where: names of both for messages. Raises NetworkError.
-    """
-    table, text = where
-    ends = [(str(r["from"]), str(r["to"])) for r in segments]
-    n = len(ends)
-    nodes = sorted({node for pair in ends for node in pair})
-
-    def known(node, section):
-        if node not in nodes:
-            raise NetworkError(f"{text}: {section}: no segment touches node {node!r}{near(node, nodes)}")
-
-    for key in plan:
-        if key not in ("signals", "demand", "turns"):
-            raise NetworkError(f"{text}: unknown key {key!r}, must be signals, demand or turns")
-    signals, demand, turns = (plan.get(key, {}) for key in ("signals", "demand", "turns"))
-    into = {node: [s for s in range(n) if ends[s][1] == node] for node in nodes}
-    out_of = {node: [s for s in range(n) if ends[s][0] == node] for node in nodes}
-    par, cells, zone_of, weight, zone_length = np.zeros((n, 8)), [], [], [], np.zeros((3, n))
-    k_is_v, factor = pressure != "ancestor", K_ANCESTOR
-    for s, row in enumerate(segments):
-        v = [min((row.get("limit") or ROADS[row["class"]]) * KMH, top) for top in VMAX]
-        count = max(1, round(row["length_m"] / dx))
-        jam, step = RHO_JAM * row["lanes"], row["length_m"] / count
-        par[s] = 1 / jam, step, 1 / step, *v, *(v if k_is_v else factor), jam
-        to_stop = step * (count - 0.5 - np.arange(count))
-        zone = np.searchsorted(ZONES, to_stop)
-        zone_length[:, s] = np.bincount(zone, minlength=3) * step
-        cells.append(count)
-        zone_of.append(zone)
-        weight.append(step / zone_length[zone, s])
-    moves, beta = [], []
-    for node in turns:
-        known(node, "turns")
-    for s, (start, node) in enumerate(ends):
-        ways = [j for j in out_of[node] if ends[j][1] != start]
-        given = turns.get(node, {}).get(start)
-        if given is None:
-            shares = {ends[j][1]: par[j, JAM] * par[j, V_C] for j in ways}
-        else:
-            shares = given
-            for to, share in shares.items():
-                if to not in {ends[j][1] for j in out_of[node]}:
-                    raise NetworkError(f"{text}: turns: {node}: {start}: no segment {node} > {to}{near(to, nodes)}")
-                if not share >= 0:
-                    raise NetworkError(f"{text}: turns: {node}: {start}: {to}: share {share} must be a number >= 0")
-        total = sum(shares.values())
-        if ways and not total > 0:
-            raise NetworkError(f"{text}: turns: {node}: {start}: the shares add up to {total}, must be above 0")
-        if given is not None and abs(total - 1) > 1e-6:
-            raise NetworkError(f"{text}: turns: {node}: {start}: the shares add up to {total:g}, must be 1")
-        for j in out_of[node]:
-            if shares.get(ends[j][1], 0) > 0:
-                moves.append((s, j))
-                beta.append(shares[ends[j][1]] / total)
-    for node in turns:
-        for start in turns[node]:
-            if (start, node) not in ends:
-                raise NetworkError(f"{text}: turns: {node}: no segment {start} > {node}{near(start, nodes)}")
-    moves = np.array(moves, np.int64).reshape(-1, 2)
-    mov_in, mov_out = moves[:, 0].copy(), moves[:, 1].copy()
-    by_out = np.argsort(mov_out, kind="stable").astype(np.int64)
-    ptr = [np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64) for m in (mov_in, mov_out)]
-    entry, base = np.full(n, -1, np.int64), []
-    for node in demand:
-        known(node, "demand")
-        for kind, flow in demand[node].items():
-            if kind not in CLASSES:
-                raise NetworkError(f"{text}: demand: {node}: unknown class {kind!r}, must be motorcycle or car")
-            if not isinstance(flow, (int, float)) or not 0 <= flow < math.inf:
-                raise NetworkError(f"{text}: demand: {node}: {kind}: {flow!r} must be a number >= 0, in veh/h")
-        if not any(ptr[1][s] == ptr[1][s + 1] for s in out_of[node]):
-            raise NetworkError(f"{text}: demand: {node}: no entry begins there (nothing leads into an entry)")
-    for s, (start, _) in enumerate(ends):
-        if ptr[1][s] < ptr[1][s + 1]:
-            continue
-        if start not in demand:
-            raise NetworkError(f"{table}: segment {s + 1}, {start} > {ends[s][1]}, is an entry (nothing leads into it) "
-                               f"but {text}: demand has no {start}: give its flows, 0 to close it")
-        mine = [j for j in out_of[start] if ptr[1][j] == ptr[1][j + 1]]
-        share = par[s, JAM] * par[s, V_C] / sum(par[j, JAM] * par[j, V_C] for j in mine)
-        entry[s] = len(base)
-        base.append([demand[start].get(kind, 0) / 3600 * share for kind in CLASSES])
-    signal, green, n_phases = np.full(n, -1, np.int64), np.zeros(n, np.int64), []
-    for g, (node, phases) in enumerate(signals.items()):
-        known(node, "signals")
-        if len(phases) < 2:
-            raise NetworkError(f"{text}: signals: {node}: {len(phases)} phase, a signal needs at least 2")
-        for p, starts in enumerate(phases):
-            for start in starts:
-                if (start, node) not in ends:
-                    raise NetworkError(
-                        f"{text}: signals: {node}: phase {p + 1}: no segment {start} > {node}{near(start, nodes)}")
-                green[ends.index((start, node))] |= 1 << p
-        for s in into[node]:
-            signal[s] = g
-            if not green[s]:
-                raise NetworkError(f"{text}: signals: {node}: {ends[s][0]} > {node} is green in no phase")
-        n_phases.append(len(phases))
-    net = Network(
-        name, tuple(ends), np.r_[0, np.cumsum(cells)].astype(np.int64), par, (mov_in, mov_out, ptr[0], by_out, ptr[1]),
-        np.array([beta, beta]), entry, signal, green, np.array(n_phases, np.int64), tuple(signals),
-        np.array(base).T.copy(), np.concatenate(zone_of).astype(np.int64), np.concatenate(weight),
-        zone_length)
-    for array in (*vars(net).values(), *net.moves):
-        if isinstance(array, np.ndarray):
-            array.setflags(write=False)
-    return net
-
-
-COLUMNS = {"from": str, "to": str, "length_m": float, "class": str, "lanes": int, "limit": float}
-
-
-def load_network(path: str, dx: float = 25.0, pressure: str = "power") -> Network:
-    """A segments CSV (from, to, length_m, class, lanes, limit km/h or empty) and the JSON of that stem."""
-    path = Path(path)
-    plan_path = path.with_suffix(".json")
-    for p in (path, plan_path):
-        if not p.is_file():
-            raise NetworkError(f"{p}: no such file (a network is NAME.csv with its segments and NAME.json beside it)")
-    rows = []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        got = reader.fieldnames or []
-        for column in COLUMNS:
-            if column not in got:
-                raise NetworkError(f"{path}: no column {column!r}, needs {', '.join(COLUMNS)}")
-        for column in got:
-            if column not in COLUMNS:
-                raise NetworkError(f"{path}: unknown column {column!r}{near(column, COLUMNS)}")
-        for number, raw in enumerate(reader, 2):
-            row = {}
-            for column, kind in COLUMNS.items():
-                value = (raw[column] or "").strip()
-                at = f"{path}: line {number}: {column}"
-                try:
-                    row[column] = None if column == "limit" and not value else kind(value)
-                except ValueError:
-                    word = "a whole number" if kind is int else "a number"
-                    raise NetworkError(f"{at}: {value!r} is not {word}") from None
-                if kind is str and not value:
-                    raise NetworkError(f"{at}: is empty")
-                if kind is not str and row[column] is not None and not 0 < row[column] < math.inf:
-                    raise NetworkError(f"{at}: {value} must be above 0")
-            if row["class"] not in ROADS:
-                raise NetworkError(
-                    f"{path}: line {number}: class: unknown {row['class']!r}, must be {', '.join(ROADS)}")
-            if row["from"] == row["to"]:
-                raise NetworkError(f"{path}: line {number}: from and to are both {row['to']!r}")
-            if (row["from"], row["to"]) in {(r["from"], r["to"]) for r in rows}:
-                raise NetworkError(
-                    f"{path}: line {number}: {row['from']} > {row['to']} is there twice: merge the lanes")
-            rows.append(row)
-    if not rows:
-        raise NetworkError(f"{path}: no segments")
-    try:
-        plan = json.loads(plan_path.read_text())
-    except json.JSONDecodeError as e:
-        raise NetworkError(f"{plan_path}: line {e.lineno}: not JSON: {e.msg}") from None
-    if not isinstance(plan, dict):
-        raise NetworkError(f"{plan_path}: must be an object with signals, demand and turns")
-    return build_network(path.stem, rows, plan, dx, pressure, (str(path), str(plan_path)))
-
-
-def both_ways(a, b, length, road, lanes, limit=None) -> list[dict]:
-    row = {"length_m": length, "class": road, "lanes": lanes, "limit": limit}
-    return [{"from": a, "to": b, **row}, {"from": b, "to": a, **row}]
-
-
-def corridor_network(dx: float = 25.0, pressure: str = "power") -> Network:
-    """5 signalised junctions on an arterial of two lanes a direction, side streets of one: 32 segments, 12 entries."""
-    segments, plan = [], {"signals": {}, "demand": {}, "turns": {}}
-    chain = ["W", "J1", "J2", "J3", "J4", "J5", "E"]
-    for a, b, length in zip(chain, chain[1:], (300, 300, 225, 350, 250, 300)):
-        segments += both_ways(a, b, length, "secondary", 2)
-    for g, (west, node, east) in enumerate(zip(chain, chain[1:], chain[2:])):
-        north, south = f"N{g + 1}", f"S{g + 1}"
-        segments += both_ways(north, node, 200, "tertiary", 1) + both_ways(south, node, 200, "tertiary", 1)
-        plan["signals"][node] = [[west, east], [north, south]]
-        plan["turns"][node] = {
-            west: {east: 0.8, north: 0.1, south: 0.1}, east: {west: 0.8, north: 0.1, south: 0.1},
-            north: {south: 0.4, west: 0.3, east: 0.3}, south: {north: 0.4, west: 0.3, east: 0.3}}
-        side = (340, 460, 300, 520, 400)[g]
-        for node in (north, south):
-            plan["demand"][node] = {"motorcycle": 0.4 * side, "car": 0.6 * side}
-    for node in ("W", "E"):
-        plan["demand"][node] = {"motorcycle": 600, "car": 900}
-    return build_network("corridor", segments, plan, dx, pressure)
-
-
-def town_network(n: int, dx: float = 25.0, pressure: str = "power") -> Network:
-    """A grid of n x n signalised junctions 200 m apart with an entry and an exit at every end of a street."""
-    segments, plan = [], {"signals": {}, "demand": {}}
-    inside = {(i, j): f"J{i}_{j}" for i in range(n) for j in range(n)}
-
-    def name(i, j):
-        return inside.get((i, j), f"X{i}_{j}")
-
-    for i in range(n):
-        for j in range(-1, n):
-            segments += both_ways(name(i, j), name(i, j + 1), 200, "secondary" if i % 2 == 0 else "tertiary", 1)
-            segments += both_ways(name(j, i), name(j + 1, i), 200, "secondary" if i % 2 == 0 else "tertiary", 1)
-    for (i, j), node in inside.items():
-        plan["signals"][node] = [[name(i, j - 1), name(i, j + 1)], [name(i - 1, j), name(i + 1, j)]]
-    for node in {r["from"] for r in segments} - set(inside.values()):
-        plan["demand"][node] = {"motorcycle": 100, "car": 150}
-    plan["demand"] = dict(sorted(plan["demand"].items()))
-    return build_network(f"town{n}", segments, plan, dx, pressure)
-
-
 # ------------------------------------------------------------------------------------- networks: environment
 class NetworkVectorEnv(gym.vector.VectorEnv):
     """Lanes of signalised traffic; the junctions of a lane are agents that share one network. Same-step autoreset.
@@ -1968,8 +1717,8 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self, num_envs: int = 1, network: Network | str = "corridor", interval: float = 15.0, seconds: float = 450.0,
         level: tuple[float, float] = (1.0, 1.0), slow: tuple[float, float] = DEMAND_SLOW, jitter: float = DEMAND_FAST,
         fill: float = START_FILL, all_red: float = 4.0, min_green: float = 6.0, team: float = 0.0,
-        stagger: bool = False, seed: int = 1, dtype: str = "float32", backend: str = "cpu", lane0: int = 0,
-        cases: str | None = None, pressure: str = "power", block: int = NET_BLOCK,
+        seed: int = 1, dtype: str = "float32", backend: str = "cpu", lane0: int = 0, cases: str | None = None,
+        pressure: str = "power", block: int = NET_BLOCK,
     ):
         NetworkVectorEnv.builds += 1
         net = self.network = find_network(network, pressure)
@@ -2010,8 +1759,6 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
             self.law = cuda.to_device(self.law)
             self.kernel = cuda_decide()[(n + 63) // 64, 64]
         self.stagger = np.zeros(n, np.int64)
-        if stagger:  # so that a batch holds all times of an episode: the first ones are cut short
-            self.stagger = np.arange(lane0, lane0 + n) * self.length // max(lane0 + n, 1)
         self.lane_id, self.splits = np.arange(lane0, lane0 + n), {}
         low_high = np.repeat(np.array(level, float)[:, None], n, 1)
         if cases == "eval":
@@ -2023,13 +1770,14 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
 
     @staticmethod
     def eval_cases(n: int):
-        """A third of the lanes to choose by, then two thirds of other seeds at 1.0 and 1.3 times the demand."""
-        k = n // 3
-        if n < 3 or n % 3:
-            raise ValueError(f"num_envs {n}: evaluation lanes come in thirds (selection, demand x1.0, demand x1.3)")
-        level = np.r_[np.where(np.arange(k) % 2, 1.3, 1.0), np.ones(k), np.full(k, 1.3)]
-        lane_id = (1 << 32) + np.r_[np.arange(k), (1 << 20) + np.arange(k), (1 << 20) + np.arange(k)]
-        splits = {"eval": slice(0, k), "x1.0": slice(k, 2 * k), "x1.3": slice(2 * k, n)}
+        """A fifth of the lanes to choose by, then two fifths of other seeds at each of 1.0 and 1.3 times the demand."""
+        k = n // 5
+        if n < 5 or n % 5:
+            raise ValueError(f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 demand x1.0, 2 demand x1.3)")
+        unseen = (1 << 20) + np.arange(2 * k)
+        level = np.r_[np.where(np.arange(k) % 2, 1.3, 1.0), np.ones(2 * k), np.full(2 * k, 1.3)]
+        lane_id = (1 << 32) + np.r_[np.arange(k), unseen, unseen]
+        splits = {"eval": slice(0, k), "x1.0": slice(k, 3 * k), "x1.3": slice(3 * k, n)}
         return np.stack((level, level)), lane_id, splits
 
     def layout(self):
@@ -2099,12 +1847,17 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self.to_state(self.zones, zones)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """All lanes to their first (seed given) or next episode -> obs (N, agents, D); builds nothing."""
+        """All lanes to their first (seed given) or next episode -> obs (N, agents, D); builds nothing.
+
+        options {"stagger": True}: first episodes of every length, so that every rollout holds every part of an episode.
+        """
         clock = self.host(self.clock)
         if seed is not None:
             self.seed = int(seed)
         clock[1] = 0 if seed is not None or not self.was_reset else clock[1] + 1
         clock[2] = self.lane_id
+        late = bool(options and options.get("stagger"))  # golden ratio: even, whatever share of the lanes is here
+        self.stagger = (self.lane_id * 0.6180339887498949 % 1 * self.length * late).astype(np.int64)
         self.to_state(self.clock, clock)
         self.was_reset = True
         self.start(self.everyone)
@@ -2124,6 +1877,16 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
                 "mass_error": error, "max_cfl": self.host(self.stat)[0].copy()}
 
     running_stats = stats
+
+    def seconds_of_inflow(self) -> float:
+        """What entered since the start of the episode, in seconds of the demand that its first decision draws."""
+        low, high, seed = *self.host(self.levels), self.seed
+        clock, base, entries = self.host(self.clock), self.network.base.sum(0), range(self.network.base.shape[1])
+        level = [a + (b - a) * uniform_nb(seed, *lane, 0) for a, b, lane in zip(low, high, zip(clock[2], clock[1]))]
+        rate = [x * sum(base[e] * demand_factor_nb(seed, lane, number, e, 0.0, *self.rules[3:]) for e in entries)
+                for x, lane, number in zip(level, clock[2], clock[1])]
+        entered = self.host(self.ledger)[0].sum(0) - self.host(self.queue).sum((0, 1))
+        return float((entered / np.maximum(rate, 1e-9)).mean())
 
     def step_lanes(self, actions):
         """One interval. actions (rows,) or (rows, 1) int64, rows = lane * agents + agent.
@@ -2214,23 +1977,10 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
 
     def baselines(self, train_env=None) -> dict:
         """name -> make(env) -> act(obs): the controllers of the literature, with constants tuned on training seeds."""
-        return {name: partial(make, **TUNED[name]) for name, make in CONTROLLERS.items()}
+        return {name: partial(by_level, name) for name in CONTROLLERS}
 
     def close_extras(self, **kwargs):
         self.lease.close()
-
-
-def find_network(spec, pressure: str = "power") -> Network:
-    """corridor, townN (a grid of N x N junctions), or the path of a segments CSV."""
-    if isinstance(spec, Network):
-        return spec
-    if spec == "corridor":
-        return pool.static(("network", spec, pressure), lambda: corridor_network(pressure=pressure))
-    if spec.startswith("town") and spec[4:].isdigit() and int(spec[4:]) > 0:
-        return pool.static(("network", spec, pressure), lambda: town_network(int(spec[4:]), pressure=pressure))
-    if not spec.endswith(".csv"):
-        raise NetworkError(f"--scenario {spec}: must be freeway, corridor, townN such as town5, or a segments CSV")
-    return load_network(spec, pressure=pressure)
 
 
 def to_device(data):
@@ -2354,13 +2104,34 @@ def actuated(env: NetworkVectorEnv, gap: float, longest: float):
 
 
 CONTROLLERS = {"fixed_cycle": fixed_cycle, "webster": webster, "actuated": actuated, "max_pressure": max_pressure}
-# grid search on 32 training lanes, corridor, decisions every 5 s, 450 s, demand x1.0 and x1.3
+# for each demand level, by scripts/tune_arz.py: 64 training lanes of the corridor, 450 s, decisions every 5 s
 TUNED = {
-    "fixed_cycle": {"cycle": 45.0, "share": 0.6, "speed": 14.0},
-    "webster": {"level": 1.3, "saturation": 0.3, "speed": 14.0},
-    "actuated": {"gap": 0.2, "longest": 30.0},
-    "max_pressure": {"period": 20.0, "standing": True, "margin": 2.0},
+    1.0: {
+        "fixed_cycle": {"cycle": 40, "share": 0.55, "speed": 12.0},
+        "webster": {"level": 1.3, "saturation": 0.3, "speed": 12.0},
+        "actuated": {"gap": 0.175, "longest": 25.0},
+        "max_pressure": {"period": 15, "standing": True, "margin": 1.0},
+    },
+    1.3: {
+        "fixed_cycle": {"cycle": 45, "share": 0.6, "speed": 14.0},
+        "webster": {"level": 1.3, "saturation": 0.275, "speed": 10.0},
+        "actuated": {"gap": 0.225, "longest": 30.0},
+        "max_pressure": {"period": 20, "standing": True, "margin": 2.0},
+    },
 }
+
+
+def by_level(name: str, env: NetworkVectorEnv):
+    """The controller `name`; every lane takes the constants that were tuned for the demand level nearest to its own."""
+    level = env.host(env.levels).mean(0)
+    nearest = np.abs(level[:, None] - np.array(list(TUNED))).argmin(1)
+    acts = [CONTROLLERS[name](env, **constants[name]) for constants in TUNED.values()]
+
+    def act(obs):
+        asked = np.stack([a(obs).reshape(env.num_envs, env.agents) for a in acts])
+        return asked[nearest, np.arange(env.num_envs)].reshape(-1, 1)
+
+    return act
 
 
 class Junctions(NetworkVectorEnv):
@@ -2382,7 +2153,8 @@ class Junctions(NetworkVectorEnv):
 
     def baselines(self, env) -> tuple[dict, dict]:
         """name -> make(env) -> act(obs), and their constants, tuned on training seeds."""
-        return super().baselines(env), TUNED
+        constants = {f"{name} x{level}": values for level, row in TUNED.items() for name, values in row.items()}
+        return super().baselines(env), constants
 
 
 class GymLanes:
@@ -2786,7 +2558,7 @@ def make_env(args: Args, backend: str, num_envs: int, lane0: int = 0, cases: str
     if args.scenario != "freeway":
         lanes = EVAL_LANES if cases else num_envs
         return Junctions(lanes, args.scenario, args.decision_interval, args.episode_seconds, seed=args.seed,
-                         stagger=not cases, dtype=args.precision, backend=backend, lane0=lane0, cases=cases)
+                         level=TRAIN_LEVELS, dtype=args.precision, backend=backend, lane0=lane0, cases=cases)
     return FreewayVectorEnv(num_envs, args.control, args.scheme, args.decision_interval, args.episode_seconds,
                             args.precision, args.pressure, args.pressure_scale, args.pressure_exponent, args.cfl,
                             args.seed, backend, lane0, cases)
@@ -2866,15 +2638,14 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
 
     # environments and baselines
     with guard.phase("setup"):
-        lanes, builds = args.num_envs // world, GymLanes.builds if args.env_id else FreewayVectorEnv.builds
+        lanes, kinds = args.num_envs // world, (FreewayVectorEnv, NetworkVectorEnv, GymLanes)
+        builds = sum(kind.builds for kind in kinds)
         env = make_env(args, backend, lanes, rank * lanes)
         eval_env = make_env(args, backend, 1, cases="eval") if rank == 0 else None
         env.reset(seed=args.seed)
         width = (env.row_action.shape or (1,))[0]
         env.step_lanes(np.zeros((lanes * env.agents, width), env.row_action.dtype))  # compiles
-        if args.sanity and not args.env_id and args.scenario != "freeway":
-            print("sanity: its checks are the freeway's, none were made")
-        elif args.sanity and not args.env_id:
+        if args.sanity and not args.env_id:
             began = time.monotonic()
             check_env(env, args.precision, 0.5 if args.scheme == "muscl" else 1.0)
             print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
@@ -3128,9 +2899,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     summary = {
         "status": guard.status, "command": shlex.join(sys.argv), "global_step": global_step, "updates": updates,
         "replay_ratio": audit["replay_ratio"],
-        "samples_per_transition": updates * (steps * args.num_envs // args.num_minibatches) / max(global_step, 1),
+        "samples_per_transition": updates * (rows * world * steps // args.num_minibatches) / max(global_step, 1),
         "best_step": best["step"], "best_updates": best["updates"], "selected_by": select,
-        "env_builds": type(env).builds - builds, "buffer_allocations": pool.stats()["allocations"],
+        "env_builds": sum(kind.builds for kind in kinds) - builds, "buffer_allocations": pool.stats()["allocations"],
         "sps": timing["steps"] / timing["seconds"] if timing["seconds"] else None, "eval": results, "audit": audit,
         "versions": {m.__name__: m.__version__ for m in (torch, np, nb, gym)} | {"python": sys.version.split()[0]},
         "device": {"torch": str(device), "backend": backend, "precision": args.precision, "threads": threads,

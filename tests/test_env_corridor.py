@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cleanrl_crypto import ppo_arz_gpu as arz
+from common import networks
 from common.gpu_pool import pool
 
 pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
@@ -136,7 +137,7 @@ def test_all_red_shuts_every_approach():
         env.step_lanes(np.full((5, 1), 1 if t >= 10 else 0))
         cells = [net.first[s] for s in arms]
         rest = [np.arange(net.first[s], net.first[s + 1]) for s in arms]
-        stored = sum((env.u[:2, r] - before[:2, r]).sum() * net.par[s, arz.CELL] for r, s in zip(rest, arms))
+        stored = sum((env.u[:2, r] - before[:2, r]).sum() * net.par[s, networks.CELL] for r, s in zip(rest, arms))
         moved.append((stored, env.u[:2, cells].sum()))
     assert moved[13][1] < moved[9][1] * 0.7 and moved[16][1] > moved[13][1]
 
@@ -178,24 +179,30 @@ def test_a_state_can_be_put_back():
 
 
 def test_staggered_lanes_end_at_different_times():
-    env = make(n=6, stagger=True)
-    ends = [env.step_lanes(actions(env, t))[3].reshape(6, 5)[:, 0].copy() for t in range(6)]
-    assert (np.sum(ends, 0) == 1).all() and np.sum(ends, 1).tolist() == [1] * 6
-    assert sum(env.step_lanes(actions(env, t))[3].any() for t in range(6)) == 6
+    env = make(n=60)
+    env.reset(seed=4, options={"stagger": True})
+    ends = [env.step_lanes(actions(env, t))[3].reshape(60, 5)[:, 0].copy() for t in range(6)]
+    assert (np.sum(ends, 0) == 1).all() and set(np.sum(ends, 1)) <= {9, 10, 11}
+    again = [env.step_lanes(actions(env, t))[3].reshape(60, 5)[:, 0].copy() for t in range(6)]
+    np.testing.assert_array_equal(ends, again)  # then every episode has its length
+    env.reset(seed=4)
+    assert not any(env.step_lanes(actions(env, t))[3].any() for t in range(5))
 
 
 def test_evaluation_cases_are_fixed_paired_and_apart_from_training():
-    env = arz.NetworkVectorEnv(12, cases="eval", **SHORT)
+    env = arz.NetworkVectorEnv(15, cases="eval", **SHORT)
     obs = env.reset(seed=9)[0].copy()
     np.testing.assert_array_equal(obs, env.reset(seed=9)[0])
     low, high = env.splits["x1.0"], env.splits["x1.3"]
     np.testing.assert_array_equal(obs[low], obs[high])  # the same start, another demand
     assert next(iter(env.splits)) == "eval" and (env.levels[0, high] == 1.3).all() and (env.levels[0, low] == 1.0).all()
-    train = arz.NetworkVectorEnv(12, **SHORT).reset(seed=9)[0]
+    assert [len(range(15)[lanes]) for lanes in env.splits.values()] == [3, 6, 6]
+    assert set(env.levels[0, env.splits["eval"]]) == {1.0, 1.3}
+    train = arz.NetworkVectorEnv(15, **SHORT).reset(seed=9)[0]
     assert not (train[:, None] == obs[None]).all((2, 3)).any()
     assert not (obs[env.splits["eval"], None] == obs[None, low]).all((2, 3)).any()
-    with pytest.raises(ValueError, match="thirds"):
-        arz.NetworkVectorEnv(10, cases="eval", **SHORT)
+    with pytest.raises(ValueError, match="fifths"):
+        arz.NetworkVectorEnv(12, cases="eval", **SHORT)
 
 
 def test_flags_that_do_not_fit():
@@ -215,7 +222,7 @@ def test_nan_is_found_and_named():
         env.step_lanes(actions(env))
 
 
-BASELINES = tuple(arz.TUNED)
+BASELINES = tuple(arz.CONTROLLERS)
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +265,88 @@ def test_actuated_leaves_an_empty_street():
     assert act(None)[:, 0].tolist() == [0] * 5
     env.age[1] = 50.0
     assert act(None)[:, 0].tolist() == [0, 1, 0, 0, 0]
+
+
+def test_a_lane_gets_the_constants_of_its_demand(monkeypatch):
+    """Two levels in one environment ask for what each would ask for alone."""
+    monkeypatch.setattr(arz, "TUNED", {
+        1.0: {"fixed_cycle": {"cycle": 40.0, "share": 0.5, "speed": 0.0}},
+        1.3: {"fixed_cycle": {"cycle": 80.0, "share": 0.75, "speed": 14.0}}})
+    env = arz.NetworkVectorEnv(10, cases="eval", interval=5.0, seconds=300.0)
+    env.reset(seed=1)
+    mixed = env.baselines()["fixed_cycle"](env)
+    alone = [arz.fixed_cycle(env, **row["fixed_cycle"]) for row in arz.TUNED.values()]
+    differ = 0
+    for _ in range(30):
+        asked, one, other = (act(None).reshape(10, 5) for act in (mixed, *alone))
+        high = env.levels[0] == 1.3
+        np.testing.assert_array_equal(asked, np.where(high[:, None], other, one))
+        differ += (one != other).sum()
+        env.step_lanes(asked)
+    assert differ > 100 and 0 < high.sum() < 10
+
+
+# --------------------------------------------------------------------------------------------------- sanity
+def test_sanity_passes_in_all_precisions_and_hands_the_environment_on():
+    for dtype in ("float32", "float64"):
+        env = arz.Junctions(3, interval=5.0, seconds=90.0, level=(1.0, 1.3), dtype=dtype)
+        builds = arz.NetworkVectorEnv.builds
+        arz.check_env(env, dtype, 1.0)
+        assert arz.NetworkVectorEnv.builds == builds
+        fresh = arz.Junctions(3, interval=5.0, seconds=90.0, level=(1.0, 1.3), dtype=dtype)
+        np.testing.assert_array_equal(env.reset(seed=7)[0], fresh.reset(seed=7)[0])
+
+
+class Deaf(arz.Junctions):
+    def step_lanes(self, actions):
+        return super().step_lanes(np.zeros_like(actions))
+
+
+class Blind(arz.Junctions):
+    def observe(self, lanes):
+        return self.obs
+
+
+class Endless(arz.Junctions):
+    def step_lanes(self, actions):
+        obs, reward, terminated, truncated = super().step_lanes(actions)
+        return obs, reward, terminated, np.zeros_like(truncated)
+
+
+class Short(arz.Junctions):
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        self.clock[0] = 2
+        return obs, info
+
+
+class Leaky(arz.Junctions):
+    def step_lanes(self, actions):
+        self.u[:2, 100] = 0.0
+        return super().step_lanes(actions)
+
+
+class Slow(arz.Junctions):
+    decision_interval = 15.0
+
+
+class Empty(arz.Junctions):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.data = (*self.data[:3], np.zeros_like(self.data[3]), *self.data[4:])
+
+
+class Flat(arz.Junctions):
+    def step_lanes(self, actions):
+        obs, reward, *rest = super().step_lanes(actions)
+        return obs, np.zeros_like(reward), *rest
+
+
+@pytest.mark.parametrize("broken, words", [
+    (Deaf, "two actions"), (Blind, "two actions"), (Endless, "truncated"), (Short, "no episode to end before"),
+    (Leaky, "conserved"), (Slow, "--decision-interval"), (Empty, "inflow"), (Flat, "many values")])
+def test_sanity_fails_with_what_it_saw(broken, words):
+    env = broken(3, interval=5.0, seconds=90.0, dtype="float64")
+    with pytest.raises(arz.SanityError, match=words) as error:
+        arz.check_env(env, "float64", 1.0)
+    assert "saw" in str(error.value) and "\n" not in str(error.value)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cleanrl_crypto import ppo_arz_gpu as arz
+from common import networks
 
 pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
 
@@ -30,7 +31,7 @@ def street(lanes=1, limit=18.0, length=200.0, flow=360.0, dx=5.0, links=("A", "J
         rows.append(rows[0] | {"from": f"X{node}", "to": node, "length_m": 50.0, "lanes": 1})
         plan["signals"][node] = [[a], [f"X{node}"]]
         plan["demand"][f"X{node}"] = {}
-    return arz.build_network("street", rows, plan, dx, pressure)
+    return networks.build_network("street", rows, plan, dx, pressure)
 
 
 def steps(env, phases, seconds):
@@ -42,7 +43,7 @@ def inside(env, segment):
     """Vehicles (both classes) on a segment, (N,), from the densities themselves."""
     net = env.network
     s = net.ends.index(segment)
-    return env.host(env.u)[:2, net.first[s] : net.first[s + 1]].sum((0, 1)) * net.par[s, arz.CELL]
+    return env.host(env.u)[:2, net.first[s] : net.first[s + 1]].sum((0, 1)) * net.par[s, networks.CELL]
 
 
 # --------------------------------------------------------------------------------------------------- fluxes
@@ -89,8 +90,8 @@ def junction(net, density, w, gate=None, k=1):
     for s in range(n_seg):
         rows = slice(net.first[s], net.first[s + 1])
         own[rows], big_w[rows] = density[s], w[s]
-        x = density[s] * net.par[s, arz.INV_J]
-        speed[rows] = w[s] - arz.class_pressure_nb(x, net.par[s, arz.K_C], law("gap"))
+        x = density[s] * net.par[s, networks.INV_J]
+        speed[rows] = w[s] - arz.class_pressure_nb(x, net.par[s, networks.K_C], law("gap"))
     want, share, flow, mom = (np.zeros((n_seg, 1)) for _ in range(4))
     gate = np.ones((n_seg, 1)) if gate is None else np.asarray(gate, float)[:, None]
     entries, sums, totals = net.base.shape[1], np.zeros((n_seg, 1)), np.zeros((2, 1))
@@ -105,7 +106,7 @@ def crossing(turns, limits=None, to="CD"):
     limits = limits or {}
     rows = [{"from": a, "to": b, "length_m": 50.0, "class": "secondary", "lanes": 1, "limit": limits.get(a + b, 36.0)}
             for a, b in (("A", "J"), ("B", "J"), *(("J", end) for end in to))]
-    return arz.build_network("x", rows, {"demand": {"A": {}, "B": {}}, "turns": {"J": turns}}, pressure="gap")
+    return networks.build_network("x", rows, {"demand": {"A": {}, "B": {}}, "turns": {"J": turns}}, pressure="gap")
 
 
 def test_merge_shares_supply_by_demand_and_mixes_w_by_flow():
@@ -218,7 +219,7 @@ def test_motorcycles_move_between_standing_cars():
     rows = [{"from": a, "to": b, "length_m": 200.0, "class": "secondary", "lanes": 1, "limit": None}
             for a, b in (("A", "J"), ("J", "B"), ("X", "J"))]
     demand = {"A": {"motorcycle": 400, "car": 800}, "X": {}}
-    net = arz.build_network("mixed", rows, {"signals": {"J": [["A"], ["X"]]}, "demand": demand}, 10.0)
+    net = networks.build_network("mixed", rows, {"signals": {"J": [["A"], ["X"]]}, "demand": demand}, 10.0)
     env = arz.NetworkVectorEnv(1, net, interval=5.0, seconds=400.0, **STEADY | {"pressure": "power"})
     env.reset(seed=0)
     steps(env, [1], 300)
@@ -231,7 +232,7 @@ def test_motorcycles_move_between_standing_cars():
 def audit(env):
     """Largest of both classes' |stored + out + queued - initial - in - floor| / (initial + in), recomputed here."""
     net = env.network
-    cell = np.concatenate([np.full(n, dx) for n, dx in zip(np.diff(net.first), net.par[:, arz.CELL])])
+    cell = np.concatenate([np.full(n, dx) for n, dx in zip(np.diff(net.first), net.par[:, networks.CELL])])
     u, worst = env.host(env.u).astype(float), 0.0
     arrived, departed, lost, started = env.host(env.ledger)
     for k in range(2):
@@ -262,8 +263,8 @@ def test_w_and_density_stay_within_their_bounds():
     env = arz.NetworkVectorEnv(4, "corridor", level=(2.5, 2.5), seconds=900.0, dtype="float64", fill=0.5)
     env.reset(seed=1)
     rng, net = np.random.default_rng(0), env.network
-    top = np.repeat(net.par[:, arz.V_C], np.diff(net.first))[:, None]
-    jam = np.repeat(net.par[:, arz.JAM], np.diff(net.first))[:, None]
+    top = np.repeat(net.par[:, networks.V_C], np.diff(net.first))[:, None]
+    jam = np.repeat(net.par[:, networks.JAM], np.diff(net.first))[:, None]
     for _ in range(env.length - 1):
         env.step_lanes(rng.integers(0, 2, (4 * env.agents, 1)))
         for k in range(2):
@@ -335,9 +336,10 @@ def write(folder, table=TABLE, plan=PLAN):
 
 
 def test_a_network_from_files(tmp_path):
-    net = arz.load_network(write(tmp_path), dx=50.0)
+    net = networks.load_network(write(tmp_path), dx=50.0)
     assert net.ends == (("A", "J"), ("B", "J"), ("J", "C")) and net.first.tolist() == [0, 4, 7, 11]
-    assert net.par[:, arz.V_C] * 3.6 == pytest.approx([50, 30, 50]) and net.par[:, arz.JAM].tolist() == [0.4, 0.2, 0.4]
+    assert net.par[:, networks.V_C] * 3.6 == pytest.approx([50, 30, 50])
+    assert net.par[:, networks.JAM].tolist() == [0.4, 0.2, 0.4]
     assert net.signal.tolist() == [0, 0, -1] and net.green.tolist() == [1, 2, 0] and net.entry.tolist() == [0, 1, -1]
     assert net.base == pytest.approx(np.array([[300, 0], [600, 200]]) / 3600)
     env = arz.NetworkVectorEnv(2, write(tmp_path), seconds=60.0)
@@ -375,20 +377,20 @@ def edit(**change):
     (TABLE, edit(turns={"J": {"Z": {"C": 1}}}), "turns: J: no segment Z > J"),
 ])
 def test_a_wrong_file_is_named_in_one_line(tmp_path, table, plan, words):
-    with pytest.raises(arz.NetworkError) as caught:
-        arz.load_network(write(tmp_path, table, plan))
+    with pytest.raises(networks.NetworkError) as caught:
+        networks.load_network(write(tmp_path, table, plan))
     assert words in str(caught.value) and "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(arz.NetworkError, match="nothing.csv: no such file"):
-        arz.load_network(str(tmp_path / "nothing.csv"))
-    with pytest.raises(arz.NetworkError, match="must be corridor, townN"):
+    with pytest.raises(networks.NetworkError, match="nothing.csv: no such file"):
+        networks.load_network(str(tmp_path / "nothing.csv"))
+    with pytest.raises(networks.NetworkError, match="must be freeway, corridor, townN"):
         arz.NetworkVectorEnv(1, "village")
 
 
 def test_town():
-    net = arz.find_network("town4")
+    net = networks.find_network("town4")
     assert len(net.ends) == 80 and len(net.n_phases) == 16 and (net.entry >= 0).sum() == 16
     for s in range(len(net.ends)):
         shares = net.beta[1, net.moves[2][s] : net.moves[2][s + 1]]
@@ -404,7 +406,7 @@ def test_webster():
 
 
 def test_mean_flows_follow_the_turns():
-    net = arz.corridor_network()
+    net = networks.corridor_network()
     flow = arz.mean_flows(net)
     exits = [s for s in range(len(net.ends)) if net.moves[2][s] == net.moves[2][s + 1]]
     assert flow[exits].sum() == pytest.approx(net.base.sum())
@@ -419,8 +421,8 @@ def test_max_pressure_is_varaiyas():
     net = env.network
     x = {("A", "J"): 12.0, ("B", "J"): 5.0, ("J", "C"): 4.0, ("J", "D"): 8.0}
     for s, pair in enumerate(net.ends):
-        env.zones[0, s] = x[pair] / (net.zone_length[0, s] * net.par[s, arz.JAM])
-    sat = net.par[:, arz.JAM] * net.par[:, arz.V_C]
+        env.zones[0, s] = x[pair] / (net.zone_length[0, s] * net.par[s, networks.JAM])
+    sat = net.par[:, networks.JAM] * net.par[:, networks.V_C]
     expected = [sat[0] * (12 - 0.75 * 4 - 0.25 * 8), sat[1] * (5 - 4)]
     assert arz.pressures(env, False)[0, :, 0] == pytest.approx(expected, rel=1e-5)
 
@@ -429,5 +431,5 @@ def crossing_with_signal():
     rows = [{"from": a, "to": b, "length_m": 50.0, "class": "secondary", "lanes": n, "limit": None}
             for a, b, n in (("A", "J", 2), ("B", "J", 1), ("J", "C", 1), ("J", "D", 1))]
     turns = {"J": {"A": {"C": 0.75, "D": 0.25}, "B": {"C": 1.0}}}
-    return arz.build_network(
+    return networks.build_network(
         "x", rows, {"signals": {"J": [["A"], ["B"]]}, "demand": {"A": {}, "B": {}}, "turns": turns})
