@@ -38,6 +38,7 @@ every position and action (--all-actions). Plain DQN is --no-all-actions; docs/d
 
 Every flag: --help. Every metric, and what to do when it is off: docs/dqn_forex_subproc.md
 """
+import gc
 import importlib
 import json
 import math
@@ -107,7 +108,9 @@ STEP, FIRST, NEXT, SHOW = range(4)  # what a kernel does to its lanes
 RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, NEW_DAY, FLAT, LAST = range(8)  # columns of a bar: one cache line
 EPISODE = ("r", "l", "drawdown", "turnover", "sharpe_ratio", "max_drawdown")  # rows of `stats`
 # imported once by the fork server, shared by every worker
-PRELOAD = ("numpy", "numba", "pandas", "torch", "torch.utils.tensorboard", "gymnasium", "tyro")
+PRELOAD = ("numpy", "numba", "pandas", "torch", "torch.utils.tensorboard", "gymnasium", "tyro",
+           "cleanrl_crypto.dqn_forex_subproc")
+FORK_SERVER = "CLEANRL_CRYPTO_FORK_SERVER"  # in the environment of the fork server and of what it starts
 ATTEMPTS = 3  # restarts of a worker without a step between them
 START_SECONDS = 60.0  # for a worker to import this file and to build its environments
 MESSAGE = struct.Struct("<BBBqq")  # mode, half, parity, first lane, end lane
@@ -793,6 +796,24 @@ def die_with_parent():
         fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
+def start_fork_server(context):
+    """Start it, unless it runs, with this repository on its path: it imports PRELOAD, and then no collection of garbage
+    will write to what the workers share."""
+    from multiprocessing import forkserver  # not on Windows
+
+    path, root = os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[1])
+    os.environ |= {"PYTHONPATH": root + (os.pathsep + path if path else ""), FORK_SERVER: "1"}
+    try:
+        context.set_forkserver_preload(list(PRELOAD))
+        forkserver.ensure_running()
+    finally:
+        del os.environ[FORK_SERVER]
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+
+
 def work(pipe, raw, layout: dict, env_fn: str | None, lanes: list, n_actions: int):
     """A worker: carries out messages (mode, half, parity, lo, hi) until the pipe closes; it holds no lane's state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -916,7 +937,8 @@ class ForexVectorEnv(gym.vector.VectorEnv):
             elif vec_mode != "single" and not env_fn:
                 step_block(0, 0, STEP, *self.arguments[0])  # compiled and cached before the workers start
             if vec_mode == "subproc":
-                self.context.set_forkserver_preload(list(PRELOAD))
+                if self.context.get_start_method() == "forkserver":
+                    start_fork_server(self.context)
                 self.processes, self.pipes = [None] * num_workers, [None] * num_workers
                 self.failures = [0] * num_workers
                 for failure in self.start(range(num_workers)):
@@ -2291,6 +2313,10 @@ def print_table(summary: dict):
             table.add_row(split if name == "agent" else "", name, *cells, end_section=name == list(rows)[-1])
     Console(width=130).print(table)
 
+
+if FORK_SERVER in os.environ:
+    gc.collect()
+    gc.freeze()
 
 if __name__ == "__main__":
     try:
