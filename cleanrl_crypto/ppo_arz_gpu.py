@@ -1114,11 +1114,12 @@ def tune_laws(env: FreewayVectorEnv) -> dict:
             score += list(env.final_stats["episode_return"][: seats * n].reshape(-1, n).mean(1))
         return tuple(grid[int(np.argmax(score[: len(grid)]))].tolist())
 
-    ends = np.linspace(-8, 8, 9) if env.actions == 2 else [0.0]
+    ends = np.linspace(-24, 24, 25) if env.actions == 2 else [0.0]
     proportional = np.linspace(-14, 14, 57 if env.actions == 1 else 15)
     kp, _, k_in = best(np.array([(p, 0.0, e) for p in proportional for e in ends]))
-    factors, integral = (0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5), (-0.3, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.3)
-    pi = best(np.array([(kp * f, i, k_in) for f in factors for i in integral]))
+    factors = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
+    integral = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1])
+    pi = best(np.array([(kp * f, i, k_in) for f in factors for i in (*-integral, 0.0, *integral)]))
     env.reset(options={"waves": np.zeros((3, env.num_envs))})
     return {"p": (kp, 0.0, k_in), "pi": pi}
 

@@ -15,32 +15,36 @@ import pytest
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from cleanrl_crypto import ppo_arz_gpu as arz
 from cleanrl_crypto import tqc_film_batch as tqc
-from common import features, markets
+from common import features, markets, networks
 from common.cli import parse_args
 from common.data import split_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"docs/tqc_film_batch.md": tqc, "docs/dqn_forex_subproc.md": dqn}  # page -> what it documents
+SCRIPTS = {  # page -> what it documents
+    "docs/tqc_film_batch.md": tqc, "docs/dqn_forex_subproc.md": dqn, "docs/ppo_arz_gpu.md": arz}
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *SCRIPTS)}
 DOCS = PAGES["docs/tqc_film_batch.md"]
 DQN = PAGES["docs/dqn_forex_subproc.md"]
+ARZ = PAGES["docs/ppo_arz_gpu.md"]
 PROGRAMS = {f"cleanrl_crypto/{Path(page).stem}.py": script for page, script in SCRIPTS.items()}
-PROGRAMS |= {"cleanrl_crypto/ppo_arz_gpu.py": arz}  # its page is a short one yet
+SPLITS = {"docs/ppo_arz_gpu.md": ("validation", "published", "heldout")}  # the other two say theirs
+NETWORK_SPLITS = ("eval", "x1.0", "x1.3")
 PARTS = ("cleanrl_crypto", "common", "scripts", "tests", "docs")
-FOREIGN = {"--logdir", "--index-url"}  # flags of tensorboard and pip
+FOREIGN = {"--logdir", "--index-url", "--nproc-per-node"}  # flags of tensorboard, pip and torchrun
 PREFIXES = ("charts", "losses", "policy", "value", "env", "eval", "alarm", "time")
 BARS, WINDOW = 4000, 16
-COMMON = """--num-envs 64 --episode-length 16 --batch-size 64 --eval-interval 512 --checkpoint-interval 0 --no-report
-    --torch-threads 1 --no-cuda"""
+COMMON = "--num-envs 64 --eval-interval 512 --checkpoint-interval 0 --no-report --torch-threads 1 --no-cuda"
+MARKET = "--episode-length 16 --batch-size 64"
 TINY = {page: [shlex.split(f"{flags} {COMMON}") for flags in runs] for page, runs in {
     "docs/tqc_film_batch.md": [f"""--data synthetic:regime?bars={BARS} --window {WINDOW} --d-model 32 --n-heads 2
         --n-layers 1 --d-ff 64 --fusion-width 32 --hidden 32 --updates-per-step 2 --mae-steps 5
-        --total-timesteps 2048 --learning-starts 256"""],
+        --total-timesteps 2048 --learning-starts 256 {MARKET}"""],
     "docs/dqn_forex_subproc.md": [
         f"""--data synthetic:signal?bars={BARS} --vec-mode single --hidden 8
-        --total-timesteps 2048 --learning-starts 256""",
-        """--env-fn gymnasium.envs.classic_control.cartpole:CartPoleEnv --vec-mode single --hidden 8 --eval-episodes 4
-        --total-timesteps 1024 --learning-starts 256"""]}.items()}
+        --total-timesteps 2048 --learning-starts 256 {MARKET}""",
+        f"""--env-fn gymnasium.envs.classic_control.cartpole:CartPoleEnv --vec-mode single --hidden 8 --eval-episodes 4
+        --total-timesteps 1024 --learning-starts 256 {MARKET}"""],
+    "docs/ppo_arz_gpu.md": ["--num-steps 4 --episode-seconds 8 --hidden 8 --total-timesteps 1024"]}.items()}
 
 # ---------------------------------------------------------------------------------- reading a page
 def blocks(text: str, language: str) -> list[str]:
@@ -71,7 +75,7 @@ def rows(text: str, heads: tuple[str, ...]) -> list[list[str]]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(program, arguments) of every `python FILE ...` in a bash block or in inline code."""
+    """(program, arguments) of every `python FILE ...` or `torchrun ... FILE ...` in a bash block or in inline code."""
     found = []
     for text in PAGES.values():
         shell = "\n".join(blocks(text, "bash")).replace("\\\n", " ")
@@ -79,7 +83,8 @@ def commands() -> list[tuple[str, list[str]]]:
             for name, value in (("s", "100"), ("t", "30"), ("m", "noise")):  # the variables of the loops
                 line = re.sub(rf"\${name}\b", value, line)
             # up to the next command; the & of a market's keys belongs to the argument
-            for program, rest in re.findall(r"\bpython (\w+/\w+\.py)((?:[^;|&\n]|&(?=[a-z]\w*=))*)", line):
+            start = r"\b(?:python|torchrun --nproc-per-node \d+) (\w+/\w+\.py)"
+            for program, rest in re.findall(start + r"((?:[^;|&\n]|&(?=[a-z]\w*=))*)", line):
                 found.append((program, shlex.split(rest, comments=True)))
     return found
 
@@ -122,9 +127,9 @@ def tiny_runs(tmp_path_factory):
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_flags_table_is_the_dataclass(page):
     found = rows(PAGES[page], ("flag", "default"))
-    args = SCRIPTS[page].Args()
     table = [(cells[0].strip("`"), cells[1].strip("`")) for cells in found]
-    assert table == [(f"--{f.name.replace('_', '-')}", default(getattr(args, f.name))) for f in fields(args)]
+    kept = fields(SCRIPTS[page].Args)
+    assert table == [(f"--{f.name.replace('_', '-')}", default(f.default)) for f in kept]
     assert all(len(cells[2]) > 3 for cells in found)
 
 
@@ -154,7 +159,8 @@ def test_every_command_parses():
             for name in getattr(args, "feature_cols", ()):
                 features.find_column(name)
     assert {program for program, _ in commands()} >= {
-        *PROGRAMS, "scripts/report.py", "scripts/download_data.py", "scripts/benchmark.py", "scripts/benchmark_dqn.py"}
+        *PROGRAMS, "scripts/report.py", "scripts/download_data.py", "scripts/benchmark.py", "scripts/benchmark_dqn.py",
+        "scripts/benchmark_arz.py", "scripts/tune_arz.py", "scripts/validate_arz.py"}
 
 
 def test_download_commands_are_accepted():
@@ -177,10 +183,11 @@ def test_make_targets_exist():
 
 
 # ----------------------------------------------------------------------------------------- metrics
-def documented(page: str) -> set[str]:
+def documented(page: str, splits: tuple[str, ...] = ()) -> set[str]:
     names = [cells[0].strip("`") for cells in rows(PAGES[page], ("metric",))]
     assert len(set(names)) == len(names)
-    return {name.replace("<split>", split) for name in names for split in SCRIPTS[page].SPLITS}
+    splits = splits or SPLITS.get(page) or SCRIPTS[page].SPLITS
+    return {name.replace("<split>", split) for name in names for split in splits}
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
@@ -199,7 +206,8 @@ def test_metrics_table_is_what_a_run_logs(page, tiny_runs):
 def test_metrics_that_are_mentioned_exist(page):
     known = {"time/...", *(f"{prefix}/" for prefix in PREFIXES)}
     for one in [page] if page in SCRIPTS else SCRIPTS:
-        known |= documented(one) | {cells[0].strip("`") for cells in rows(PAGES[one], ("metric",))}
+        known |= documented(one) | (documented(one, NETWORK_SPLITS) if "arz" in one else set())
+        known |= {cells[0].strip("`") for cells in rows(PAGES[one], ("metric",))}
     for span in spans(PAGES[page]):
         if re.match(rf"({'|'.join(PREFIXES)})/", span):
             assert span in known, span
@@ -207,8 +215,9 @@ def test_metrics_that_are_mentioned_exist(page):
 
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_verdicts_are_the_codes(page, tiny_runs):
-    source = (ROOT / "common/scoring.py").read_text()
-    verdicts = [cells[0].strip("`") for cells in rows(DOCS, ("verdict", "rule, on the eval split"))]
+    path, text = ("cleanrl_crypto/ppo_arz_gpu.py", ARZ) if SCRIPTS[page] is arz else ("common/scoring.py", DOCS)
+    source = (ROOT / path).read_text()
+    verdicts = [cells[0].strip("`") for cells in rows(text, ("verdict",))]
     function = source[source.index("def verdict") :].split("\ndef ")[0]
     assert set(verdicts) == set(re.findall(r'return "(\w+)", \[', function))
     said = set(re.findall(r"verdict `(\w+)`", PAGES[page]))
@@ -220,14 +229,14 @@ def test_verdicts_are_the_codes(page, tiny_runs):
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_summary_keys_are_documented(page, tiny_runs):
     text = PAGES[page]
-    section = text[text.index("### The rest of `summary.json`") : text.index("Baselines: `flat`")]
+    section = text[text.index("### The rest of `summary.json`") : text.index("Baselines: `")]
     for folder in tiny_runs(page):
         summary = json.loads((folder / "summary.json").read_text())
         missing = [key for key in summary if not re.search(rf"`{key}[`.]", section)]
         assert not missing
     summary = json.loads((tiny_runs(page)[0] / "summary.json").read_text())
-    line = text[text.index("Baselines: `flat`") :].split("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", line)) == set(summary["eval"]["test"]["baselines"])
+    line = text[text.index("Baselines: `") :].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", line)) == set(list(summary["eval"].values())[-1]["baselines"])
 
 
 # ----------------------------------------------------------------------------- columns and numbers
@@ -360,10 +369,13 @@ def test_python_blocks_run(page, tiny_runs):
     found = blocks(PAGES[page], "python")
     assert found
     for code in found:
-        of_dqn = "dqn_forex_subproc" in code or page.endswith("dqn_forex_subproc.md")
-        folder = tiny_runs(f"docs/{'dqn_forex_subproc' if of_dqn else 'tqc_film_batch'}.md")[0]
+        if "corridor" in code:  # half a minute of compiling: test_snippets_of_the_networks_run
+            continue
+        name = re.search(r"cleanrl_crypto[. ](?:import )?(\w+)", code)
+        name = f"docs/{name[1]}.md" if name else page
+        folder, of_tqc = tiny_runs(name)[0], SCRIPTS[name] is tqc
         code = re.sub(r'"runs/[\w*]+', f'"{folder.as_posix()}', code)
-        size = "" if of_dqn else f", window={WINDOW}"
+        size = f", window={WINDOW}" if of_tqc else ""
         code = re.sub(r'"(synthetic:\w+)\??([^"]*)"', rf'"\1?bars={BARS}&\2"{size}', code)
         code = code.replace('&"', '"')
         said, names = io.StringIO(), {}
@@ -371,7 +383,7 @@ def test_python_blocks_run(page, tiny_runs):
             exec(compile(code, page, "exec"), names)
         if "reward" in names:
             assert names["reward"].shape == (8,) and np.isfinite(names["reward"]).all()
-            assert of_dqn or set(names["obs"]) == {"market", "position", "w_cost"}
+            assert not of_tqc or set(names["obs"]) == {"market", "position", "w_cost"}
         if "glob" in names:  # the snippet that prints the first table's rows
             header = re.search(r"^\| market \| test score \| actor's .*$", DOCS, re.M)[0]
             assert said.getvalue().count("|") == header.count("|")
