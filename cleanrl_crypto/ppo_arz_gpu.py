@@ -840,6 +840,16 @@ STATS = (
     "episode_return", "delay_veh_s", "throughput_veh", "mean_speed", "switches", "mass_error", "max_cfl", "floor_veh")
 
 
+def in_blocks(kernel, blocks: int, *args):
+    """kernel(*args) on at most `blocks` threads: one without a block would do nothing but be waited for."""
+    threads = nb.get_num_threads()
+    nb.set_num_threads(min(threads, blocks))
+    try:
+        kernel(*args)
+    finally:
+        nb.set_num_threads(threads)
+
+
 class FreewayVectorEnv(gym.vector.VectorEnv):
     """Lanes of the freeway. Same-step autoreset; truncation at `length` decisions.
 
@@ -960,9 +970,9 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
         both = np.zeros((2, self.num_envs))
         both[: self.actions] = np.asarray(actions).T
         self.spread(self.action, both)
-        self.decide(self.u, self.work, self.lane, self.totals, self.finals, self.ints, self.waves, self.par, self.order,
-                    self.law, self.control, self.action, self.obs, self.final, self.reward, self.flags, self.seed,
-                    self.lane0, self.length, self.samples)
+        in_blocks(self.decide, len(self.u), self.u, self.work, self.lane, self.totals, self.finals, self.ints,
+                  self.waves, self.par, self.order, self.law, self.control, self.action, self.obs, self.final,
+                  self.reward, self.flags, self.seed, self.lane0, self.length, self.samples)
         flags, reward = self.lanes(self.flags), self.host(self.reward).reshape(-1)[: self.num_envs]
         self.sim_seconds = max(self.sim_seconds, time.perf_counter() - began)
         return self.rows(self.obs), reward, flags[0], flags[1]
@@ -1114,12 +1124,14 @@ def tune_laws(env: FreewayVectorEnv) -> dict:
             score += list(env.final_stats["episode_return"][: seats * n].reshape(-1, n).mean(1))
         return tuple(grid[int(np.argmax(score[: len(grid)]))].tolist())
 
-    ends = np.linspace(-24, 24, 25) if env.actions == 2 else [0.0]
-    proportional = np.linspace(-14, 14, 57 if env.actions == 1 else 15)
-    kp, _, k_in = best(np.array([(p, 0.0, e) for p in proportional for e in ends]))
-    factors = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5)
-    integral = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1])
-    pi = best(np.array([(kp * f, i, k_in) for f in factors for i in (*-integral, 0.0, *integral)]))
+    both = env.actions == 2
+    inlet = np.arange(-24, 25, 8.0) if both else [0.0]
+    kp, _, k_in = best(np.array([(p, 0.0, e) for p in np.arange(-14, 15, 2.0) for e in inlet]))
+    around = np.arange(-1.5, 2, 0.5)
+    kp, _, k_in = best(np.array([(kp + p, 0.0, k_in + e) for p in around for e in (4 * around if both else [0.0])]))
+    integral = np.array([0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
+    gains = [(kp * f, i, k_in) for f in (0.7, 0.8, 0.9, 1.0, 1.1) for i in (*-integral, 0.0, *integral)]
+    pi = best(np.array(gains))
     env.reset(options={"waves": np.zeros((3, env.num_envs))})
     return {"p": (kp, 0.0, k_in), "pi": pi}
 
@@ -1833,9 +1845,10 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         net = self.network
         self.obs[lanes] = 0.0
         mov_in, _, _, by_out, out_ptr = net.moves
-        observe_cpu(self.obs, lanes, self.host(self.zones), self.host(self.queue), self.host(self.phase),
-                    self.host(self.age), self.rules[1] + self.rules[2], self.approach, self.exits, net.entry,
-                    net.signal, net.green, int(net.n_phases.max()), mov_in, by_out, out_ptr, net.beta, self.names)
+        in_blocks(observe_cpu, -(-len(lanes) // self.block), self.obs, lanes, self.host(self.zones),
+                  self.host(self.queue), self.host(self.phase), self.host(self.age), self.rules[1] + self.rules[2],
+                  self.approach, self.exits, net.entry, net.signal, net.green, int(net.n_phases.max()), mov_in, by_out,
+                  out_ptr, net.beta, self.names)
         return self.obs
 
     def look(self, lanes):
@@ -1902,9 +1915,9 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
             self.kernel(self.action, self.u, *self.scratch, self.state, self.sums, self.ledger, self.stat, self.zones,
                         self.episode, self.rules, self.seed, self.data, self.net, self.law)
         else:
-            decide_network_cpu(
-                self.block, self.action, self.u, self.state, self.sums, self.ledger, self.stat, self.zones,
-                self.episode, self.rules, self.seed, self.data, self.net, self.law)
+            in_blocks(decide_network_cpu, -(-self.num_envs // self.block), self.block, self.action, self.u, self.state,
+                      self.sums, self.ledger, self.stat, self.zones, self.episode, self.rules, self.seed, self.data,
+                      self.net, self.law)
         delay = self.host(self.sums)[0]
         if not np.isfinite(delay).all():
             s, lane = np.argwhere(~np.isfinite(delay))[0]
