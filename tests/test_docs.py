@@ -308,6 +308,69 @@ def test_numbers_in_prose_follow_from_the_code_of_dqn():
         assert said in text, said
 
 
+def test_numbers_in_prose_follow_from_the_code_of_arz():
+    args, text = arz.Args(), " ".join(ARZ.split())
+    net = networks.find_network("corridor")
+    env = arz.NetworkVectorEnv(1, "corridor", args.decision_interval)
+    width, (low, high) = env.row_obs, arz.DEMAND_SLOW
+    env.close()
+    flags = {cells[0].strip("`"): cells[2] for cells in rows(ARZ, ("flag", "default"))}
+    for name, values in arz.DEFAULTS.items():
+        road, network = (f"{v:,}".replace(",", " ") if v > 9999 else str(v) for v in values)
+        assert f"None: {road}," in flags[f"--{name.replace('_', '-')}"], name
+        assert f"on a network {network}" in flags[f"--{name.replace('_', '-')}"], name
+    few = arz.EVAL_LANES // 5
+    for said in (
+        f"{len(net.ends)} segments, {net.first[-1]} cells of {net.par[:, networks.CELL].max():g} m or less, "
+        f"{(net.entry >= 0).sum()} entries", f"{width} numbers",
+        f"in [{low:.1g}, {high:.2g}] every {arz.KNOT:g} s and joined by lines".replace("0.", "."),
+        f"every {arz.BIN:g} s",
+        f"its level in {list(arz.TRAIN_LEVELS)}", f"(blocks of {arz.BLOCK} lanes",
+        f"eval` ({few} cases", f"({2 * few} demand seeds", f"{args.num_minibatches} minibatches of "
+        f"{args.num_envs * args.num_steps // args.num_minibatches}", f"gamma {args.gamma:g}".replace("0.", "."),
+        f"two layers of {args.hidden} with SiLU", f"creep at {arz.CREEP * 3.6:g} km/h",
+        f"L {arz.LENGTH:g} m, v_max {arz.V_MAX:g} m/s, rho_max {arz.RHO_MAX:g}".replace("0.", "."),
+        f"{args.episode_seconds / arz.SAMPLE:g} samples", f"multiplied by {arz.FreewayVectorEnv.obs_scale:g}",
+        *(f"`{road}` ({limit:g}" for road, limit in networks.ROADS.items()),
+    ):
+        assert said in text, said
+    assert set(net.n_phases) == {2} and "two phases a junction" in text
+    controllers = ARZ[ARZ.index("On a network: `") :].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", controllers)) == set(arz.CONTROLLERS)
+    assert f"decisions every {arz.DEFAULTS['decision_interval'][1]:g} s" in " ".join(controllers.split())
+
+
+def own_network(folder: Path) -> Path:
+    """The page's example of a network, written to files."""
+    (folder / "roads.csv").write_text(blocks(ARZ, "csv")[0])
+    (folder / "roads.json").write_text(blocks(ARZ, "json")[0])
+    return folder / "roads.csv"
+
+
+def test_the_network_of_the_page_loads(tmp_path):
+    net = networks.load_network(str(own_network(tmp_path)))
+    assert net.nodes == ("cross",) and net.n_phases.tolist() == [2] and (net.entry >= 0).sum() == 3
+
+
+@pytest.mark.slow
+def test_the_network_of_the_page_trains_and_logs_what_the_page_says(tmp_path):
+    """Compiles for half a minute: metrics, splits and baselines of a network, and the snippet that loads its agent."""
+    summary = arz.main(shlex.split(f"""--scenario {own_network(tmp_path)} --num-envs 8 --num-steps 4 --hidden 8
+        --episode-seconds 30 --total-timesteps 64 --eval-interval 32 --checkpoint-interval 0 --no-report
+        --torch-threads 1 --no-cuda --run-dir {tmp_path / "run"}"""))
+    logged = set().union(*map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
+    expected = {k for k in documented("docs/ppo_arz_gpu.md", NETWORK_SPLITS) if not k.endswith("/floor_veh")}
+    assert logged - {"global_step", "wall"} == expected
+    assert tuple(summary["eval"]) == NETWORK_SPLITS
+    assert set(summary["eval"]["eval"]["baselines"]) == set(arz.CONTROLLERS)
+    code = next(code for code in blocks(ARZ, "python") if "corridor" in code)
+    code = code.replace("runs/corridor", f"{tmp_path / 'run'}").replace('"corridor"', f'"{tmp_path / "roads.csv"}"')
+    names = {}
+    exec(compile(code, "docs/ppo_arz_gpu.md", "exec"), names)
+    assert names["reward"].shape == (8,) and np.isfinite(names["reward"]).all()
+    names["envs"].close()
+
+
 # ------------------------------------------------------------------------------------ files, links
 def slug(heading: str) -> str:
     """GitHub's anchor of a heading."""
@@ -369,7 +432,7 @@ def test_python_blocks_run(page, tiny_runs):
     found = blocks(PAGES[page], "python")
     assert found
     for code in found:
-        if "corridor" in code:  # half a minute of compiling: test_snippets_of_the_networks_run
+        if "corridor" in code:  # half a minute of compiling: in the slow test of the page's network
             continue
         name = re.search(r"cleanrl_crypto[. ](?:import )?(\w+)", code)
         name = f"docs/{name[1]}.md" if name else page
