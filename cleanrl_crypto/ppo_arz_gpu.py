@@ -194,8 +194,8 @@ class Args:
     """clipping of the probability ratio"""
     clip_vloss: bool = False
     """clip the value's change too"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
+    ent_coef: float | None = None
+    """weight of the entropy bonus (None: 0 on the freeway, 0.01 on a network)"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -261,7 +261,7 @@ class Args:
 
 DEFAULTS = {  # of flags left at None: on the freeway (and with --env-id), on a network
     "num_envs": (1024, 128), "decision_interval": (1.0, 5.0), "episode_seconds": (240.0, 450.0), "gamma": (0.95, 0.97),
-    "eval_interval": (1_000_000, 200_000),
+    "ent_coef": (0.0, 0.01), "eval_interval": (1_000_000, 200_000),
 }
 CHOICES = {
     "wandb_mode": ("online", "offline", "disabled"), "backend": ("auto", "cpu", "cuda"),
@@ -1810,7 +1810,8 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
             self.pay[:, s] = (np.arange(g_all) == owner) if owner >= 0 else 1 / g_all
         self.pay = (1 - self.team) * self.pay + self.team / g_all
         self.names, phases = g_all <= 16, int(net.n_phases.max())
-        self.row_obs = 13 * width + phases + 2 + g_all * self.names
+        self.held = 13 * width  # column where the phase begins
+        self.row_obs = self.held + phases + 2 + g_all * self.names
         self.row_action = gym.spaces.MultiDiscrete([phases])
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (g_all, self.row_obs), np.float32)
         self.single_action_space = gym.spaces.MultiDiscrete(net.n_phases)
@@ -2171,6 +2172,10 @@ class Junctions(NetworkVectorEnv):
         return super().baselines(env), constants
 
 
+if "cleanrl_crypto/Network-v0" not in gym.registry:  # gymnasium.make_vec(..., num_envs=8, network="town3", ...)
+    gym.register("cleanrl_crypto/Network-v0", vector_entry_point=NetworkVectorEnv)
+
+
 class GymLanes:
     """A Gymnasium environment behind the scenarios' interface, to check the algorithm on tasks of known difficulty.
 
@@ -2253,11 +2258,12 @@ def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
 
 class Agent(nn.Module):
     """Actor, critic and normalisers. config: observations, actions (0: discrete), choices (sizes of the factors of a
-    discrete action), hidden, log_std_init, obs_scale."""
+    discrete action), hidden, log_std_init, obs_scale; on a network held, the observation's column where the phase that
+    is on begins: one-hot, its age, whether a request for another one counts now."""
 
     def __init__(self, config: dict):
         super().__init__()
-        self.choices = list(config["choices"])
+        self.choices, self.held = list(config["choices"]), config.get("held")
         self.actor = mlp(config["observations"], config["hidden"], config["actions"] or sum(self.choices), 0.01)
         self.critic = mlp(config["observations"], config["hidden"], 1, 1.0)
         self.log_std = nn.Parameter(torch.full((config["actions"],), float(config["log_std_init"])))
@@ -2273,10 +2279,20 @@ class Agent(nn.Module):
     def value(self, x):  # of normalised observations (B, observations) -> (B,)
         return self.critic(x)[:, 0]
 
+    def head(self, x):
+        """The actor's output; where no request counts, logits of the phase that is on, whatever the weights: a decision
+        that decides nothing would only add noise to the gradient and to the entropy."""
+        head = self.actor(x)
+        if self.held is None:
+            return head
+        seen = slice(self.held, self.held + sum(self.choices) + 2)
+        seen = x[:, seen] / self.obs_gain[seen] + self.obs_shift[seen]
+        return torch.where(seen[:, -1:] > 0.5, head, 20.0 * seen[:, :-2])
+
     def act(self, x, noise=None):
         """Greedy action of normalised observations, or a sample: noise (B, A) standard normal, or uniform in (0, 1)
         for every choice (Gumbel's trick). -> (B, A) float32 or int64."""
-        head = self.actor(x)
+        head = self.head(x)
         if not self.choices:
             return head if noise is None else head + self.log_std.exp() * noise
         logits = head if noise is None else head - (-noise.log()).log()
@@ -2284,7 +2300,7 @@ class Agent(nn.Module):
 
     def log_prob_entropy(self, x, action):
         """Summed over the factors: (B,), (B,)."""
-        head = self.actor(x)
+        head = self.head(x)
         if not self.choices:
             return gaussian_log_prob(head, self.log_std, action), gaussian_entropy(self.log_std).expand(len(x))
         return categorical_log_prob_entropy(head, self.choices, action)
@@ -2556,7 +2572,8 @@ def agent_config(args: Args, env) -> dict:
     """Plain values that rebuild the agent from a checkpoint alone."""
     space = env.row_action
     discrete = isinstance(space, gym.spaces.MultiDiscrete)
-    return {"observations": env.row_obs, "actions": 0 if discrete else int(space.shape[0]),
+    held = {"held": env.held} if hasattr(env, "held") else {}
+    return held | {"observations": env.row_obs, "actions": 0 if discrete else int(space.shape[0]),
             "choices": [int(n) for n in space.nvec] if discrete else [], "hidden": args.hidden,
             "log_std_init": args.log_std_init, "obs_scale": 1.0 if args.norm_obs else env.obs_scale}
 

@@ -7,7 +7,9 @@ import torch
 
 from cleanrl_crypto import ppo_arz_gpu as arz
 from common import networks
+from common.cli import UsageError
 from common.gpu_pool import pool
+from scripts import tune_arz
 
 pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
 
@@ -37,6 +39,15 @@ def test_spaces_and_shapes():
     for wrong in (np.full((3, 5), 2), np.full((3, 5), -1), np.zeros((3, 4), int)):
         with pytest.raises(ValueError, match="actions must be"):
             env.step(wrong)
+
+
+def test_made_by_gymnasium():
+    env = gym.make_vec("cleanrl_crypto/Network-v0", num_envs=3, interval=5.0, seconds=50.0, level=(1.0, 1.3))
+    ours = arz.NetworkVectorEnv(3, interval=5.0, seconds=50.0, level=(1.0, 1.3))
+    np.testing.assert_array_equal(env.reset(seed=3)[0], ours.reset(seed=3)[0])
+    chosen = env.action_space.sample()
+    for got, expected in zip(env.step(chosen)[:4], ours.step(chosen)[:4]):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_episodes_end_at_their_length_and_the_next_begins_at_once():
@@ -350,3 +361,86 @@ def test_sanity_fails_with_what_it_saw(broken, words):
     with pytest.raises(arz.SanityError, match=words) as error:
         arz.check_env(env, "float64", 1.0)
     assert "saw" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- agent
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_where_no_request_counts_the_agent_keeps_the_phase_and_learns_nothing(norm_obs):
+    env = make(n=8, interval=5.0)
+    torch.manual_seed(0)
+    agent = arz.Agent(arz.agent_config(arz.Args(scenario="corridor", norm_obs=norm_obs), env) | {"choices": [2]})
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(6):
+        seen.append(env.step_lanes(rng.integers(0, 2, (40, 1)))[0].copy())
+    free, phase = env.age.T.reshape(-1) >= 10, env.phase.T.reshape(-1)
+    obs = torch.from_numpy(np.concatenate(seen))
+    if norm_obs:
+        arz.merge_stats(agent.obs_stats, torch.full((61,), 240.0), obs.mean(0), obs.var(0, unbiased=False) * 240)
+        agent.update_obs()
+    agent.actor[-1].weight.data *= 300  # far from a coin toss
+    x = agent.normalise(obs[-40:])
+    assert 5 < free.sum() < 35 and 0 < phase[~free].mean() < 1
+    for noise in (None, torch.rand(40, 2)):
+        asked = agent.act(x, noise)[:, 0].numpy()
+        np.testing.assert_array_equal(asked[~free], phase[~free])
+    assert (asked[free] != phase[free]).any()
+    log_prob, entropy = agent.log_prob_entropy(x, torch.from_numpy(asked)[:, None])
+    assert (log_prob[~free].abs() < 1e-6).all() and (entropy[~free] < 1e-6).all() and (entropy[free] > 1e-6).any()
+    agent.log_prob_entropy(x[~free], 1 - torch.from_numpy(asked[~free])[:, None])[0].sum().backward()
+    assert all((p.grad == 0).all() for p in agent.actor.parameters())
+    agent.log_prob_entropy(x[free], torch.from_numpy(asked[free])[:, None])[0].sum().backward()
+    assert any((p.grad != 0).any() for p in agent.actor.parameters())
+
+
+# ----------------------------------------------------------------------------------------- whole runs, tuning
+def test_a_run_of_the_command_line(tmp_path, capsys):
+    flags = ("--scenario town2 --num-envs 4 --num-steps 10 --num-minibatches 2 --update-epochs 3 --total-timesteps 80 "
+             "--eval-interval 40 --decision-interval 5 --episode-seconds 50 --no-report --torch-threads 1 --no-cuda")
+    summary = arz.main([*flags.split(), "--run-dir", str(tmp_path / "run")])
+    assert "sanity: the environment passed its checks" in capsys.readouterr().out
+    assert summary["env_builds"] == 2 and summary["updates"] == 2 * 3 * 2 and summary["global_step"] == 80
+    assert summary["samples_per_transition"] == 3 * 4  # epochs, junctions
+    for split in ("eval", "x1.0", "x1.3"):
+        rows = summary["eval"][split]
+        assert set(rows["baselines"]) == set(arz.CONTROLLERS) and rows["agent"]["delay_veh_s"] > 0
+    policy = arz.load_policy(tmp_path / "run" / "checkpoints" / "best.pt")
+    env = arz.NetworkVectorEnv(2, "town2", interval=5.0, seconds=50.0)
+    asked = policy(env.reset(seed=0)[0].reshape(8, -1))
+    assert asked.shape == (8, 1) and set(asked[:, 0]) <= {0, 1}
+
+
+def test_defaults_are_the_scenarios_own():
+    road, net = arz.Args(), arz.Args(scenario="corridor")
+    assert (road.num_envs, road.decision_interval, road.episode_seconds) == (1024, 1.0, 240.0)
+    assert (net.decision_interval, net.episode_seconds) == (5.0, 450.0) and net.norm_reward and not road.norm_reward
+    assert arz.Args(scenario="corridor", decision_interval=15.0).decision_interval == 15.0
+    assert all(getattr(args, name) is not None for args in (road, net) for name in arz.DEFAULTS)
+
+
+def test_tuning_finds_the_least_delay(monkeypatch, capsys):
+    monkeypatch.setitem(tune_arz.GRIDS, "fixed_cycle", {"cycle": (30, 60, 33), "share": (0.6,), "speed": (0.0, 14.0)})
+    flags = "--lanes 3 --levels 1.0 1.2 --seconds 150 --controllers fixed_cycle --seed 5"
+    tuned = tune_arz.main(flags.split())
+    assert list(tuned) == [1.0, 1.2]
+    printed = capsys.readouterr().out
+    for level, rows in tuned.items():
+        env = arz.NetworkVectorEnv(3, interval=5.0, seconds=150.0, level=(level, level))
+        delay = {}
+        for cycle in (30, 60, 33):
+            for speed in (0.0, 14.0):
+                env.reset(seed=5)
+                act = arz.fixed_cycle(env, cycle, 0.6, speed)
+                for _ in range(env.length):
+                    env.step_lanes(act(None))
+                delay[cycle, speed] = env.final_stats["delay_veh_s"].mean()
+        best = min(delay, key=delay.get)
+        assert (rows["fixed_cycle"]["cycle"], rows["fixed_cycle"]["speed"]) == best
+        assert f"{delay[best]:.1f}" in printed
+    with pytest.raises(UsageError, match="must be one of"):
+        tune_arz.main(["--controllers", "webstar"])
+
+
+def test_the_constants_come_from_the_grids():
+    for rows in arz.TUNED.values():
+        for name, constants in rows.items():
+            assert all(value in tune_arz.GRIDS[name][key] for key, value in constants.items())
