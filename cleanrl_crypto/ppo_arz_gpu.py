@@ -37,10 +37,11 @@ Use the agent in another program, from its checkpoint alone:
 The same agent on any Gymnasium environment, as a check of the algorithm:
 
     python cleanrl_crypto/ppo_arz_gpu.py --env-id CartPole-v1 --num-envs 8 --num-steps 128 --num-minibatches 4 \
-        --total-timesteps 200000 --learning-rate 2.5e-3 --gamma 0.99 --eval-interval 20000
+        --total-timesteps 200000 --learning-rate 1e-3 --gamma 0.99 --eval-interval 20000
 
 Every flag: --help. Every metric, and what to do when it is off: docs/ppo_arz_gpu.md
 """
+import hashlib
 import json
 import math
 import os
@@ -158,8 +159,9 @@ class Args:
     """**seconds** between decisions (None: 1 on the freeway, where it is a multiple of 0.25, 5 on a network)"""
     episode_seconds: float | None = None
     """**seconds** after which an episode is truncated (None: 240 on the freeway, 450 on a network)"""
-    pressure: str = "gap"
-    """freeway, finite volumes: gap (V(0) - V(rho), the published law), power, or singular at the jam density"""
+    pressure: str | None = None
+    """gap (V(0) - V(rho), the published law), power; on a freeway singular (at the jam density), on a network ancestor
+    (K of 5 and 10 m/s) (None: gap, on a network power)"""
     pressure_scale: float = 40.0
     """**m/s**: of the laws power (at the jam density) and singular (at half of it)"""
     pressure_exponent: float = 2.0
@@ -233,18 +235,28 @@ class Args:
     """write report.html at the end"""
 
     def __post_init__(self):
-        road = self.scenario == "freeway"
+        road = self.scenario == "freeway" or self.env_id is not None
         for name, values in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, values[not road])
         self.norm_reward |= not road
         check(self, CHOICES, RANGES)
         interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
+        fields = self.__dataclass_fields__
+        changed = [name for name in FREEWAY_ONLY if getattr(self, name) != fields[name].default]
+        all_red = 4.0
         for wrong, why in (
+            (self.env_id and self.scenario != "freeway", f"--env-id {self.env_id} and --scenario exclude each other"),
+            (changed and (self.env_id or not road), f"{', '.join(flag(n) for n in changed)}: of the freeway alone"),
+            (self.pressure == ("ancestor" if road else "singular"),
+             f"--pressure {self.pressure}: of {'networks' if road else 'the freeway'} alone"),
+            (not road and interval < all_red and all_red % interval,
+             f"--decision-interval {interval}: on a network at least the {all_red} s of all-red, or a part of them"),
             (road and interval % SAMPLE, f"--decision-interval {interval}: must be a multiple of {SAMPLE} s"),
-            (self.scheme == "richtmyer" and self.pressure != "gap",
+            (road and self.scheme == "richtmyer" and self.pressure != "gap",
              f"--pressure {self.pressure} needs --scheme godunov or muscl: the published scheme has its own"),
-            (self.scheme == "richtmyer" and self.backend == "cuda", "--backend cuda needs --scheme godunov or muscl"),
+            (road and self.scheme == "richtmyer" and self.backend == "cuda",
+             "--backend cuda needs --scheme godunov or muscl"),
             (self.scheme == "muscl" and (self.cfl or 0) > 0.5, f"--cfl {self.cfl}: at most 0.5 with --scheme muscl"),
             (episode % interval, f"--episode-seconds {episode} must be a multiple of --decision-interval {interval}"),
             (rows % self.num_minibatches,
@@ -261,12 +273,13 @@ class Args:
 
 DEFAULTS = {  # of flags left at None: on the freeway (and with --env-id), on a network
     "num_envs": (1024, 128), "decision_interval": (1.0, 5.0), "episode_seconds": (240.0, 450.0), "gamma": (0.95, 0.97),
-    "ent_coef": (0.0, 0.01), "eval_interval": (1_000_000, 200_000),
+    "ent_coef": (0.0, 0.01), "eval_interval": (1_000_000, 200_000), "pressure": ("gap", "power"),
 }
+FREEWAY_ONLY = "control", "scheme", "pressure_scale", "pressure_exponent", "cfl"
 CHOICES = {
     "wandb_mode": ("online", "offline", "disabled"), "backend": ("auto", "cpu", "cuda"),
     "control": ("outlet", "inlet", "both"), "scheme": ("richtmyer", "godunov", "muscl"),
-    "precision": ("float32", "float64"), "pressure": ("gap", "power", "singular"),
+    "precision": ("float32", "float64"), "pressure": ("gap", "power", "singular", "ancestor"),
 }
 RANGES = {name: (low, high) for low, high, names in (  # of numeric flags, both ends allowed
     (0, 2**32 - 1, "seed"), (0, 0.9999, "gamma"), (0, 1, "gae_lambda learning_rate"), (0.01, 10, "clip_coef"),
@@ -850,6 +863,9 @@ def in_blocks(kernel, blocks: int, *args):
         nb.set_num_threads(threads)
 
 
+WORST = "mass_error", "max_cfl"  # the largest of the lanes is shown, of the others the mean
+
+
 class FreewayVectorEnv(gym.vector.VectorEnv):
     """Lanes of the freeway. Same-step autoreset; truncation at `length` decisions.
 
@@ -859,7 +875,7 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
-    builds, agents, obs_scale = 0, 1, 10.0
+    builds, agents, obs_scale, tuned = 0, 1, 10.0, "tuned on training waves"
 
     def __init__(
         self, num_envs: int = 1, control: str = "outlet", scheme: str = "richtmyer", decision_interval: float = 1.0,
@@ -995,7 +1011,7 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
 
     @property
     def final_stats(self) -> dict:
-        return self.stats(self.finals)
+        return self.stats(self.finals) | {"episode_length": self.lanes(self.finals)[12]}
 
     def running_stats(self) -> dict:
         return self.stats(self.totals)
@@ -1070,12 +1086,14 @@ if "cleanrl_crypto/Freeway-v0" not in gym.registry:  # __main__ and an import of
 
 
 def linear_law(env, kp, ki=0.0, k_in=0.0):
-    """PI law on the outlet's density error, P law on the inlet's: gains are numbers or (N,) arrays. -> act(obs)."""
+    """PI law on the outlet's density error (the inlet's where that is the only action), P law on the inlet's: gains are
+    numbers or (N,) arrays. -> act(obs)."""
     total = np.zeros(env.num_envs)
 
     def act(obs):
         nonlocal total
         outlet, inlet = obs[:, NODES - 1].astype(np.float64), obs[:, 0].astype(np.float64)
+        outlet = inlet if env.control == 1 else outlet  # the only end there is
         free = kp * outlet + ki * total
         # anti-windup: the integral rests while the action is saturated and the error would push it further
         grows = (np.abs(free) < 1) | (free * outlet < 0)
@@ -2090,7 +2108,7 @@ def max_pressure(env: NetworkVectorEnv, period: float, standing: bool, margin: f
         value = pressures(env, standing)
         held = np.take_along_axis(value, phase[:, None], 1)
         np.put_along_axis(value, phase[:, None], held + margin * unit, 1)
-        ask = env.host(env.clock)[0] * env.interval % period == 0
+        ask = env.host(env.clock)[0] * env.interval % period < env.interval  # the first decision of each period
         return np.where(ask, value.argmax(1), phase).T.reshape(-1, 1)
 
     return act
@@ -2152,7 +2170,7 @@ def by_level(name: str, env: NetworkVectorEnv):
 class Junctions(NetworkVectorEnv):
     """NetworkVectorEnv with one row a junction, as the trainer sees all scenarios."""
 
-    traced = 0
+    traced, tuned = 0, "tuned for the corridor and decisions every 5 s (scripts/tune_arz.py)"
 
     @property
     def decision_interval(self) -> float:
@@ -2182,7 +2200,7 @@ class GymLanes:
     Its state is Gymnasium's own and is not saved: a resumed run starts new episodes.
     """
 
-    builds, agents, obs_scale, sim_seconds = 0, 1, 1.0, 0.0
+    builds, agents, obs_scale, sim_seconds, tuned = 0, 1, 1.0, 0.0, ""
 
     def __init__(self, env_id: str, num_envs: int, seed: int, cases: str | None = None):
         GymLanes.builds += 1
@@ -2463,7 +2481,8 @@ def evaluate(make_act, env, seconds: float | None = None, trace: bool = False) -
     if not seen.all():
         for key, value in env.running_stats().items():
             stats.setdefault(key, np.zeros(env.num_envs))[~seen] = value[~seen]
-    result = {split: {k: float(v[lanes].mean()) for k, v in stats.items()} for split, lanes in env.splits.items()}
+    result = {split: {k: float(v[lanes].max() if k in WORST else v[lanes].mean()) for k, v in stats.items()}
+              for split, lanes in env.splits.items()}
     for split, lanes in env.splits.items():
         result[split]["std"] = float(stats["episode_return"][lanes].std())
     return result, {k: np.array(v) for k, v in columns.items()}, partial_
@@ -2500,7 +2519,7 @@ def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[s
     if updates == 0:
         return "untrained", ["no gradient update was made"]
     mine = result["episode_return"]
-    constant = baselines.get("constant", {}).get("episode_return", -math.inf)
+    constant = baselines.get("constant", result)["episode_return"]
     name, best = max(((k, v["episode_return"]) for k, v in baselines.items()), key=lambda kv: kv[1], default=("", None))
     seen = f"state_dependence {audit['state_dependence']:.3f}, return {mine:.2f}"
     beside = f"the best baseline, {name}, returns {best:.2f}" if name else "no baseline beside it"
@@ -2550,7 +2569,20 @@ def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
         wrong = [f"{flag(k)} {there.get(k)} there, {here[k]} here" for k in SHAPING if there.get(k) != here[k]]
         if wrong:
             raise UsageError(f"{source} was made with other flags: {'; '.join(wrong)}")
+        if state["data"] != data_of(args):
+            raise UsageError(f"{source} was made with other content of {args.scenario} or of the JSON beside it")
+    elif state["args"]["control"] != args.control:
+        raise UsageError(f"{source} acts on --control {state['args']['control']}, not on {args.control}")
     return run_dir, source, state
+
+
+def data_of(args: Args) -> dict:
+    """What the run is about; of a network's two files the sha256 too."""
+    spec = args.env_id or args.scenario
+    if not spec.endswith(".csv"):
+        return {"spec": spec}
+    both = Path(spec).read_bytes() + Path(spec).with_suffix(".json").read_bytes()
+    return {"spec": spec, "sha256": hashlib.sha256(both).hexdigest()}
 
 
 def choose_device(args: Args) -> tuple[torch.device, str]:
@@ -2564,7 +2596,8 @@ def choose_device(args: Args) -> tuple[torch.device, str]:
         raise UsageError("--cudagraphs: no CUDA device")
     backend = args.backend
     if backend == "auto":
-        backend = "cuda" if numba_works and device.type == "cuda" and args.scheme != "richtmyer" else "cpu"
+        published = args.scenario == "freeway" and args.scheme == "richtmyer"
+        backend = "cuda" if numba_works and device.type == "cuda" and not published else "cpu"
     return device, backend
 
 
@@ -2589,7 +2622,8 @@ def make_env(args: Args, backend: str, num_envs: int, lane0: int = 0, cases: str
     if args.scenario != "freeway":
         lanes = EVAL_LANES if cases else num_envs
         return Junctions(lanes, args.scenario, args.decision_interval, args.episode_seconds, seed=args.seed,
-                         level=TRAIN_LEVELS, dtype=args.precision, backend=backend, lane0=lane0, cases=cases)
+                         level=TRAIN_LEVELS, dtype=args.precision, backend=backend, lane0=lane0, cases=cases,
+                         pressure=args.pressure)
     return FreewayVectorEnv(num_envs, args.control, args.scheme, args.decision_interval, args.episode_seconds,
                             args.precision, args.pressure, args.pressure_scale, args.pressure_exponent, args.cfl,
                             args.seed, backend, lane0, cases)
@@ -2611,8 +2645,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         if args.num_envs % world:
             raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of the {world} processes")
         if args.scenario != "freeway" and not args.env_id:
-            find_network(args.scenario)  # refused before anything is written
+            find_network(args.scenario, args.pressure)  # refused before anything is written
         run_dir, source, state = open_run(args)
+        data = data_of(args)
         threads = args.torch_threads or max(1, (os.cpu_count() or 1) // world)
         torch.set_num_threads(threads)
         nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
@@ -2681,13 +2716,15 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             check_env(env, args.precision, 0.5 if args.scheme == "muscl" else 1.0)
             print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
     with guard.phase("baselines"):
-        baselines, laws = {}, {}
+        baselines, laws, is_partial = {}, {}, False
         if rank == 0:
             env.reset(seed=args.seed)
             laws, gains = env.baselines(env)
             for name, values in gains.items():
-                print(f"baseline {name}, tuned on training cases: {values}")
-            baselines = {name: evaluate(make, eval_env, args.eval_timeout)[0] for name, make in laws.items()}
+                print(f"baseline {name}, {env.tuned}: {values}")
+            for name, make in laws.items():
+                baselines[name], _, cut = evaluate(make, eval_env, args.eval_timeout)
+                is_partial |= cut
 
     # agent
     with guard.phase("setup"):
@@ -2742,8 +2779,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     def save(name: str, whole: bool = False):
         """The agent alone, or everything that a resumed run needs."""
         state = {
-            "schema": SCHEMA, "algorithm": "ppo", "config": config, "args": asdict(args), "agent": cpu_state(agent),
-            "global_step": global_step, "updates": updates}
+            "schema": SCHEMA, "algorithm": "ppo", "data": data, "config": config, "args": asdict(args),
+            "agent": cpu_state(agent), "global_step": global_step, "updates": updates}
         if whole:
             state |= {
                 "learner": cpu_state(agent), "optimizer": optimizer.state_dict(), "env": env.get_state(),
@@ -2756,13 +2793,15 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         """Evaluate on the validation cases, log, keep the best agent."""
         nonlocal eval_seconds
         began = time.monotonic()
-        result, _, _ = evaluate(lambda _: greedy(agent, device), eval_env, args.eval_timeout)
+        result, _, cut = evaluate(lambda _: greedy(agent, device), eval_env, args.eval_timeout)
         seen = diagnose(agent, obs_all[:-1].reshape(-1, env.row_obs)[:: max(1, steps * rows // 4096)])
         record = {f"eval/{split}/{k}": v for split, r in result.items() for k, v in r.items()}
         record |= {f"policy/{k}": v for k, v in seen.items() if k != "v_mean"} | {"value/v_mean": seen["v_mean"]}
         log(record, global_step)
         value = next(iter(result.values()))["episode_return"]
-        if updates and value > best["score"]:
+        if cut:
+            print("cut short by --eval-timeout: not compared with other evaluations")
+        elif updates and value > best["score"]:
             best.update(score=value, step=global_step, updates=updates, agent=cpu_state(agent))
             save("best.pt")
         eval_seconds = time.monotonic() - began
@@ -2799,8 +2838,10 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
                     terminations[t], ends[t] = torch.from_numpy(terminated), torch.from_numpy(ended)
                     finals.append((t, torch.from_numpy(env.final_obs[ended]).to(device), torch.from_numpy(ended)))
                     done = ended.reshape(lanes, -1)[:, 0]
-                    stats = {k: float(v[done].mean()) for k, v in env.final_stats.items()}
+                    stats = {k: float(v[done].max() if k in WORST else v[done].mean())
+                             for k, v in env.final_stats.items()}
                     averages["charts/episodic_return"] = stats.pop("episode_return")
+                    averages["charts/episodic_length"] = stats.pop("episode_length", float(env.length))
                     averages |= {f"env/{k}": v for k, v in stats.items()}
             obs_all[steps] = torch.from_numpy(obs)
             global_step += steps * args.num_envs
@@ -2879,6 +2920,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
                 left = max(guard.remaining() - 4.0 - 3.0 * eval_seconds, 0.0)
                 rate = timing["steps"] / timing["seconds"]
                 horizon = min(args.total_timesteps, int(global_step + rate * left))
+                if world > 1:  # every process has its own clock, the learning rate is one
+                    horizon = int(reduce_sum(torch.tensor(float(horizon) * (rank == 0), device=device)))
         if rank == 0 and global_step - evaluated >= args.eval_interval:
             evaluated = global_step
             charts = {"SPS": timing["steps"] / max(timing["seconds"], 1e-9), "updates": updates,
@@ -2906,8 +2949,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             if not (run_dir / "checkpoints" / "best.pt").exists():
                 save("best.pt")
         states = []
-        result, columns, is_partial = evaluate(
+        result, columns, cut = evaluate(
             lambda _: greedy(agent, device, states), eval_env, args.eval_timeout, trace=True)
+        is_partial |= cut
         (run_dir / "traces").mkdir(exist_ok=True)
         pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{Path(args.env_id or args.scenario).stem}.parquet")
         results = {split: {"agent": mine, "baselines": {k: b[split] for k, b in baselines.items()},
@@ -2937,7 +2981,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         "versions": {m.__name__: m.__version__ for m in (torch, np, nb, gym)} | {"python": sys.version.split()[0]},
         "device": {"torch": str(device), "backend": backend, "precision": args.precision, "threads": threads,
                    "cpu_count": os.cpu_count(), "processes": world, "longest_simulation_call_s": sim_seconds},
-        "data": {"spec": args.env_id or args.scenario}}
+        "data": data}
 
     def write_summary():
         summary.update(wall_seconds=guard.elapsed(), phases=guard.phases())
@@ -2956,7 +3000,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
                 print(f"report.html was not written ({e}); again: python scripts/report.py {run_dir}", file=sys.stderr)
     print_table(summary)
     print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
-    print(f"{run_dir}: summary.json" + (", report.html" if args.report else ""))
+    print(f"{run_dir}: summary.json" + (", report.html" if (run_dir / "report.html").exists() else ""))
     write_summary()
     return summary | {"run_dir": str(run_dir), "exit_code": guard.exit_code}
 
