@@ -89,6 +89,7 @@ except ModuleNotFoundError as e:
 ZERO, HALF, ONE, TWO = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(2.0)
 BLOCK = 64  # lanes a CPU task simulates together: SIMD width times a few, and the state of a block stays in the cache
 SCHEMA = 2  # of the checkpoint (1 had tanh layers)
+RESERVE = 7.5  # s of --timeout kept for the table and the report; the last evaluations come on top
 EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
 
 # freeway (Yu and Krstic's benchmark)
@@ -2816,7 +2817,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         if args.sim_timeout is not None and env.sim_seconds > args.sim_timeout:
             print(f"one simulation call took {env.sim_seconds:.2f} s, --sim-timeout is {args.sim_timeout}: stopping")
             guard.expired = True
-        stop = torch.tensor(float(guard.should_stop(4.0 + 3.0 * eval_seconds)), device=device)
+        stop = torch.tensor(float(guard.should_stop(RESERVE + 3.0 * eval_seconds)), device=device)
         if reduce_sum(stop):
             break
         with guard.phase("rollout"):
@@ -2917,7 +2918,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         if iteration > 2:
             timing["steps"], timing["seconds"] = global_step - step_marked, time.monotonic() - marked
             if math.isfinite(guard.remaining()) and iteration % 8 == 0:
-                left = max(guard.remaining() - 4.0 - 3.0 * eval_seconds, 0.0)
+                left = max(guard.remaining() - RESERVE - 3.0 * eval_seconds, 0.0)
                 rate = timing["steps"] / timing["seconds"]
                 horizon = min(args.total_timesteps, int(global_step + rate * left))
                 if world > 1:  # every process has its own clock, the learning rate is one
@@ -2953,7 +2954,11 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             lambda _: greedy(agent, device, states), eval_env, args.eval_timeout, trace=True)
         is_partial |= cut
         (run_dir / "traces").mkdir(exist_ok=True)
-        pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{Path(args.env_id or args.scenario).stem}.parquet")
+        stem = Path(args.env_id or args.scenario).stem
+        pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{stem}.parquet")
+        if "constant" in laws:  # the road that nobody controls, for the picture
+            _, columns, _ = evaluate(laws["constant"], eval_env, args.eval_timeout, trace=True)
+            pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{stem}_constant.parquet")
         results = {split: {"agent": mine, "baselines": {k: b[split] for k, b in baselines.items()},
                            "partial": is_partial} for split, mine in result.items()}
         audit = diagnose(agent, torch.from_numpy(np.concatenate(states)).to(device))

@@ -316,7 +316,7 @@ def test_numbers_in_prose_follow_from_the_code_of_arz():
     env.close()
     flags = {cells[0].strip("`"): cells[2] for cells in rows(ARZ, ("flag", "default"))}
     for name, values in arz.DEFAULTS.items():
-        road, network = (f"{v:,}".replace(",", " ") if v > 9999 else str(v) for v in values)
+        road, network = (f"{v:,}".replace(",", " ") if not isinstance(v, str) and v > 9999 else str(v) for v in values)
         assert f"None: {road}," in flags[f"--{name.replace('_', '-')}"], name
         assert f"on a network {network}" in flags[f"--{name.replace('_', '-')}"], name
     few = arz.EVAL_LANES // 5

@@ -9,8 +9,6 @@ from cleanrl_crypto import ppo_arz_gpu as arz
 from cleanrl_crypto.ppo_arz_gpu import FreewayVectorEnv, SanityError, backstepping_law, linear_law
 from common.gpu_pool import pool
 
-pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
-
 PUBLISHED = {"waves": np.array(arz.WAVE)[:, None]}
 
 

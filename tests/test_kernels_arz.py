@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from cleanrl_crypto import ppo_arz_gpu as arz
 from cleanrl_crypto.ppo_arz_gpu import FIRST, FLUX, LINEAR, OPEN, POWER, RING, SECOND, SINGULAR
 
-pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
-
 FAR = 1e30  # a relaxation time that never ends
 LAWS = ((LINEAR, 1.3, 1.0), (POWER, 1.0, 2.0), (POWER, 0.7, 0.5), (SINGULAR, 0.4, 1.0), (SINGULAR, 0.4, 2.0))
 

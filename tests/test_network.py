@@ -11,8 +11,6 @@ import pytest
 from cleanrl_crypto import ppo_arz_gpu as arz
 from common import networks
 
-pytestmark = pytest.mark.slow  # minutes of compiling; not timed on a quiet machine yet
-
 STEADY = dict(slow=(1.0, 1.0), jitter=0.0, fill=0.0, all_red=0.0, min_green=0.0, dtype="float64", pressure="gap")
 
 
