@@ -37,7 +37,10 @@ LONG, SHORT, RED, GREY, INK = "#0b62b5", "#d1622b", "#c62f2f", "#e5e8ec", "#1b24
 REGIMES = ("#0b62b5", "#c2591a", "#138a5e", "#a8487f")
 STYLE = {"agent": dict(lw=1.9, zorder=6), "optimum": dict(lw=1.3, ls=(0, (4, 2)), zorder=5),
          "flat": dict(lw=0.8, ls=":"), "actor": dict(lw=1.2, zorder=4), "critic_grid": dict(lw=1.2, zorder=4)}
-TRACE_COLUMNS = {"timestamp", "close", "next_return", "position", "equity", "expected", "signal", "regime"}
+# drawn together over time_s
+EPISODE = re.compile(r"(rho|v|action)_\d+|phase_.+|(in|out)side_veh|reward")
+FREEWAY_M = 500.0  # of the scenario freeway
+TRACE_COLUMNS = {"timestamp", "close", "next_return", "position", "equity", "expected", "signal", "regime", "time_s"}
 
 # key of summary.json -> (heading, format kind); keys that are not here follow in the file's order
 COLUMNS = {
@@ -54,11 +57,18 @@ COLUMNS = {
     "delay_veh_s": ("delay, veh s", "plain"),
     "throughput_veh": ("throughput, veh", "plain"),
     "mean_speed": ("mean speed, m/s", "plain"),
-    "switches": ("switches", "int"),
+    "switches": ("switches", "plain"),
+    "std": ("std over cases", "plain"),
+    "mass_error": ("mass error", "plain"),
+    "max_cfl": ("max Courant number", "small"),
+    "floor_veh": ("added by the floor, veh", "plain"),
 }
 # shown in the header where the run did not record its command line
 FLAGS = ("data", "scenario", "policy", "ent_coef", "total_timesteps", "timeout", "checkpoint", "seed")
-CURVES = ("score", "mean_expected_bps", "mean_reward_bps", "episode_return", "delay_veh_s", "turnover")
+CURVES = ("score", "mean_expected_bps", "mean_reward_bps", "episode_return", "delay_veh_s", "turnover",
+          "mean_speed", "throughput_veh", "switches")
+TILES = ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "episode_return", "delay_veh_s", "mean_speed",
+         "throughput_veh")
 
 # last part of a metric's (or audit number's) name -> how a healthy one looks, in one sentence
 HEALTHY = {
@@ -66,8 +76,13 @@ HEALTHY = {
     "mean_expected_bps": "Climbs above 0 and levels off below the optimum; eval and train move together.",
     "mean_reward_bps": "Climbs on eval too; it is noisier than the expected reward, so look at the trend.",
     "total_return": "Follows the mean reward.",
-    "episode_return": "Climbs, then levels off.",
-    "delay_veh_s": "Falls, then levels off below the baselines.",
+    "episode_return": "Climbs, then levels off above the baselines.",
+    "delay_veh_s": "On a network falls below the baselines; on the freeway it hardly answers to control.",
+    "throughput_veh": "Level or rising; lower than the baselines' means that traffic is held back.",
+    "mean_speed": "Level or rising; a fall while the delay grows is congestion.",
+    "switches": "Freeway: half the sum of |change of action|, falls with the noise. Networks: phase changes of all "
+    "junctions; near the most that all-red and minimum green allow, the signals flicker.",
+    "std": "The spread between a split's cases, not the agent's; 0 where there is one case.",
     "turnover": "High while it explores, then falls to what the edge can pay for.",
     "exposure": "Moves around the market's own drift; glued to -1 or +1 means a constant policy.",
     "episodic_return": "Climbs, then levels off (it includes exploration noise).",
@@ -86,7 +101,7 @@ HEALTHY = {
     "value_loss": "Falls, then flat.",
     "policy_loss": "Small, around 0, without trend.",
     "approx_kl": "Below about 0.02.",
-    "clipfrac": "Between 0.05 and 0.3.",
+    "clipfrac": "Below 0.2, and falling with the learning rate.",
     "explained_variance": "Climbs towards 1.",
     "entropy": "Falls from its start and settles near the target; it belongs to the sampling policy.",
     "policy_entropy": "Finite: near the target entropy, far from the start.",
@@ -99,6 +114,7 @@ HEALTHY = {
     "saturation": "Below 1: not every action sits at the limit (bang-bang is right where costs are low).",
     "attribution": "The market groups (technical, hmm) above 0: how far the action moves if shuffled.",
     "greedy_gap": "Finite and steady: greedy and sampled actions agree up to exploration.",
+    "v_mean": "Of the order of reward / (1 - gamma); runaway growth is divergence.",
     "q_mean": "Of the order of reward / (1 - gamma); runaway growth is divergence.",
     "q_action_spread": "Well above alpha: 10 to 60 times alpha is usual, below 2 the actions are noise.",
     "quantile_spread": "Above 0, about the scale of the return's noise; collapse to 0 is a dead critic.",
@@ -106,8 +122,9 @@ HEALTHY = {
     "cost_slope": "Near 1: the critic charges a change of position what it costs.",
     "dead_units": "Near 0.",
     "costs": "Falls as churn stops; above the earnings it eats the edge.",
-    "max_cfl": "Below 1.",
-    "mass_error": "At round-off (1e-12 or less).",
+    "max_cfl": "1 or less: above it the scheme is unstable.",
+    "mass_error": "At round-off: 1e-5 or less in float32, 1e-10 or less in float64.",
+    "floor_veh": "0: nothing had to be added to an empty road, or cut from a jammed one.",
     "ridge_edge_bps": "More than 2 standard errors above 0: there is more to learn than a constant position.",
     "clipped_rewards": "Below 0.05.",
 }
@@ -151,9 +168,27 @@ SENTENCES = {
     "trace_q_spread": "Healthy: many times alpha at every bar; where it sinks, the agent sees little to "
     "choose.",
 }
+# the same keys where the run is no market's
+ROAD = {
+    "place": "the state of the road",
+    "healthy": "the policy reacts to the state of the road",
+    "collapsed": "the policy does not react to the state of the road",
+    "constant_is_right": "no baseline gains on a constant action: a constant policy is the right answer",
+    "entropy": "Falls slowly from its start, not at once; it belongs to the sampling policy.",
+    "state_dependence": "Well above 0.01: the greedy action moves with the state of the road.",
+    "saturation": "Below 0.01: few greedy actions lie beyond the actuator's range (0 where actions are discrete).",
+    "reaction": "Healthy: state dependence (how far the greedy action moves) is well above 0.01, saturation near 0.",
+    "phases": "Healthy: rollout and learn are the longest bars; together they are the wall clock.",
+    "road": "Dark is dense and slow; traffic drives upwards. Healthy: the stripes (stop-and-go waves) fade early and "
+    "stay away, the action returns to 0 (1 is a flux 20 % above the steady one) and the reward rises to its best.",
+    "network": "Healthy: nobody waits outside for long, the vehicles inside level off, and every junction keeps "
+    "changing its colour; one colour from end to end lets the others starve.",
+    "episode": "Healthy: the action answers to what happens; a flat line is a constant policy.",
+}
 LEADS = {
     "table": "Same bars, same costs. Nobody trained on test and eval; the best checkpoint is "
     "picked on eval, so test is the honest one.",
+    "cases": "Same cases for everyone. The best checkpoint is picked on {}; the other splits are the honest ones.",
     "score": " Score is the share of what the optimum earns.",
     "learning": "The x axis is environment transitions everywhere.",
 }
@@ -400,8 +435,20 @@ def heading(key: str) -> str:
     return COLUMNS[key][0] if key in COLUMNS else words(key)
 
 
-def healthy(metric: str) -> str:
-    text = HEALTHY.get(metric, "A clear trend, then level.")
+def own_words(run: Run) -> dict[str, str]:
+    """ROAD for a run that names a scenario, less the road where a Gymnasium environment took its place, else {}."""
+    own = ROAD if "scenario" in run.args else {}
+    return {k: v.replace(" of the road", "") for k, v in own.items()} if run.args.get("env_id") else own
+
+
+def best_two(base: dict, key: str) -> list[str]:
+    """The two baselines whose metric `key` is best: lowest delay, else highest."""
+    known = [k for k in base if np.isfinite(number(within(base, k).get(key)))]
+    return sorted(known, key=lambda k: base[k][key] * (1 if key == "delay_veh_s" else -1))[:2]
+
+
+def healthy(metric: str, own: dict) -> str:
+    text = (HEALTHY | own).get(metric, "A clear trend, then level.")
     return f"Healthy: {text[0].lower()}{text[1:]}"
 
 
@@ -453,10 +500,10 @@ def policies_of(trace: dict, stem: str) -> dict[str, np.ndarray]:
     return {k: found[k] for k in [*POLICIES, *found] if k in found}
 
 
-def ordered(splits) -> list[str]:
-    """Unseen bars first: test, eval, train, then the others as the file has them."""
-    return [s for s in ("test", "eval", "train") if s in splits] + [s for s in splits if s not in
-                                                                    ("test", "eval", "train")]
+def ordered(splits, last=None) -> list[str]:
+    """Unseen data first: test, heldout, eval, train, then the others as the file has them; `last` is the last."""
+    out = [s for s in ("test", "heldout", "eval", "train") if s in splits]
+    return sorted(out + [s for s in splits if s not in out], key=lambda s: s == last)
 
 
 def color_of(name: str, i: int = 0) -> str:
@@ -472,6 +519,8 @@ class Page:
     sections: list[tuple[str, str]] = field(default_factory=list)
     lacks: list[tuple[str, str]] = field(default_factory=list)
     figures: dict = field(default_factory=dict)
+    # sentences in place of the market's; empty for a market
+    own: dict = field(default_factory=dict)
 
     def add(self, text: str) -> None:
         self.parts.append(text)
@@ -640,7 +689,6 @@ def draw_histogram(traces: dict):
     # bins centred on tenths of the range, so that a grid of positions fills them evenly
     edges = limit * (np.arange(22) - 10.5) / 10
     middle = (edges[1:] + edges[:-1]) / 2
-    middle = (edges[1:] + edges[:-1]) / 2
     first, *others = traces
     lines = {f"agent, {first}": (traces[first]["position"], {})}
     for split, color in zip(others, ("#4b5563", "#a3acb9", *CYCLE)):
@@ -737,8 +785,8 @@ def draw_curves(lines: dict, levels: dict, best_step, label: str):
         curve(ax, x, y, color=color, label=name, lw=1.6 if name == "eval" else 1.1)
     # before the reference lines, which would count as data
     step_axis(ax)
-    for name, y in levels.items():
-        ax.axhline(y, color=color_of(name), lw=1.0, ls="--", label=words(name))
+    for i, (name, y) in enumerate(levels.items()):
+        ax.axhline(y, color=color_of(name, i), lw=1.0, ls="--", label=words(name))
     if best_step == best_step:
         ax.axvline(best_step, color=INK, lw=0.9, ls=":", label="best checkpoint")
     ax.set_ylabel(label)
@@ -812,6 +860,73 @@ def draw_bars(values: dict[str, float], texts: list[str], color: str, label: str
     return fig
 
 
+def draw_episode(sides: dict, length: float | None, names: dict):
+    """Traces over time_s side by side ({title: columns}) with shared scales, a row a quantity.
+
+    Density and speed as space-time diagrams (length in m; None: unknown), vehicles, phases or actions, reward.
+    names: {column: what to call it} of the actions.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    first = next(iter(sides.values()))
+    seen = list(filter(EPISODE.fullmatch, first))
+    of = lambda stem: {k: k[len(stem):] for k in seen if k.startswith(stem)}  # noqa: E731
+    phases, actions = of("phase_"), {k: names.get(k, words(k)) for k in of("action_")}
+    place = "position, m" if length else "point of road"
+    # a junction is paid for its own roads, and the trace holds the first one's reward
+    paid = f"reward of\n{next(iter(phases.values()))}, veh s" if len(phases) > len(actions) > 0 else "reward"
+    rows = ((place, of("rho_"), "viridis_r", "density, veh/m", 1.7), (place, of("v_"), "viridis", "speed, m/s", 1.7),
+            ("vehicles", {k: k[:-4] for k in seen if k.endswith("side_veh")}, None, "", 1.5),
+            ("", phases, "", "phase", min(0.3 + 0.2 * len(phases), 6.0)),
+            ("action", {} if phases else actions, None, "", 1.0),
+            (paid, {"reward": ""} if "reward" in seen else {}, None, "", 1.0))
+    rows = [row for row in rows if row[1]]
+    heights = [row[-1] for row in rows]
+    fig = Figure((10.4, height := sum(heights) + 0.16 * len(rows) + 0.7))
+    grid = fig.subplots(len(rows), len(sides), squeeze=False, sharex=True, sharey="row", height_ratios=heights)
+    fig.subplots_adjust(0.075, 0.44 / height, 0.89, 1 - 0.28 / height, 0.05, 0.14)
+    for (label, keys, colours, unit, _), axes in zip(rows, grid, strict=True):
+        axes[0].set_ylabel(label)
+        everyone = np.concatenate([t[k] for t in sides.values() for k in keys])
+        levels = np.unique(everyone[np.isfinite(everyone)]) if np.isfinite(everyone).any() else np.zeros(1)
+        for ax, trace in zip(axes, sides.values(), strict=True):
+            t = trace["time_s"]
+            end = 2 * t[-1] - t[-2] if len(t) > 1 else t[0] + 1
+            if colours is None:
+                for i, (k, name) in enumerate(keys.items()):
+                    # a value holds until the next decision
+                    held = np.append(t, end), np.append(trace[k], trace[k][-1])
+                    ax.step(*held, where="post", color=CYCLE[i % 8], label=name)
+                continue
+            image = np.stack([thin(t, trace[k], 1000, "mean" if colours else "last")[1] for k in keys])
+            style = dict(cmap=colours, vmin=levels[0], vmax=levels[-1])
+            if not colours:
+                image = np.where(np.isfinite(image), np.searchsorted(levels, image), np.nan)
+                tones = ListedColormap([CYCLE[i % 8] for i in range(len(levels))])
+                style = dict(cmap=tones, vmin=-0.5, vmax=len(levels) - 0.5)
+            low, high = (0, length) if colours and length else (-0.5, len(keys) - 0.5)
+            image = ax.imshow(image, aspect="auto", origin="lower", interpolation="nearest",
+                              extent=(t[0], end, low, high), **style)
+            ax.grid(False)
+        if colours is None:
+            axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5)) if any(keys.values()) else None
+            continue
+        where = axes[-1].get_position()
+        bar = fig.colorbar(image, cax=fig.add_axes((0.9, where.y0, 0.012, where.height)), label=unit)
+        if not colours:
+            bar.set_ticks(range(len(levels)), labels=[f"{x:g}" for x in levels])
+            some = -(-len(keys) // 30)
+            axes[0].set_yticks(range(0, len(keys), some), list(keys.values())[::some], color=INK)
+            axes[0].invert_yaxis()
+            axes[0].hlines(np.arange(1, len(keys)) - 0.5, t[0], end, color="white", lw=2 / some)
+    for top, low, title in zip(grid[0], grid[-1], sides, strict=True):
+        top.set_title(title, fontsize=9, color=INK)
+        low.set_xlabel("time, s")
+        low.margins(x=0)
+    return fig
+
+
 def draw_mini(lines: dict, dates: bool = False):
     """A small plot of one metric (or of one metric by split)."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -847,7 +962,7 @@ def add_header(page: Page, run: Run) -> None:
     """Title, status, verdict with reasons, command, and the numbers one asks for first."""
     a, s = run.args, run.summary
     audit, data, device = within(s, "audit"), within(s, "data"), s.get("device")
-    what = a.get("data") or a.get("scenario") or data.get("spec") or ""
+    what = a.get("data") or a.get("env_id") or a.get("scenario") or data.get("spec") or ""
     title = f"{a.get('exp_name', 'run')} on {what}" if what else str(a.get("exp_name", "run"))
     page.add(f"<h1>{esc(title)}</h1>")
     if isinstance(device, dict):
@@ -864,7 +979,7 @@ def add_header(page: Page, run: Run) -> None:
     page.add(f'<p class="soft">{esc(facts)}</p><div class="chips">')
     for kind, value in (("status", s.get("status")), ("verdict", audit.get("verdict"))):
         value = "unknown" if value is None else str(value)
-        meaning = f": {MEANING[value]}" if value in MEANING else ""
+        meaning = f": {(MEANING | page.own)[value]}" if value in MEANING else ""
         text = f"{kind} <b>{esc(words(value))}</b>{esc(meaning)}"
         page.add(f'<span class="chip {TONES.get(value, "plain")}">{text}</span>')
     page.add("</div>")
@@ -882,24 +997,27 @@ def add_header(page: Page, run: Run) -> None:
     tiles = [
         f'<div class="tile{mark}"><span class="of">{esc(label)}</span><b>{esc(value)}</b>'
         f"<span>{esc(small)}</span></div>"
-        for mark, label, value, small in headline(run)
+        for mark, label, value, small in headline(run, bool(page.own))
     ]
     page.add(f'<div class="tiles">{"".join(tiles)}</div><!--nav-->')
     if s.get("updates") == 0:
         page.add('<p class="note">No gradient update was made: below is the agent as it was born.</p>')
 
 
-def headline(run: Run) -> list[tuple[str, str, str, str]]:
-    """(css class, label, value, small print) of the tiles: results on unseen bars, then what they took."""
+def headline(run: Run, road: bool) -> list[tuple[str, str, str, str]]:
+    """(css class, label, value, small print) of the tiles: results on unseen data, then what they took."""
     a, s, tiles = run.args, run.summary, []
-    split = next((k for k in ordered(within(s, "eval")) if within(s, "eval", k)), "")
+    splits = ordered(within(s, "eval"), s.get("selected_by") if road else None)
+    split = next((k for k in splits if within(s, "eval", k)), "")
     agent, base = within(s, "eval", split, "agent"), within(s, "eval", split, "baselines")
-    for key in ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "episode_return", "delay_veh_s"):
-        if np.isnan(number(agent.get(key))) or len(tiles) == 3:
+    # on a network the return is minus the delay: one of them is enough
+    twice = number(agent.get("episode_return")) == -number(agent.get("delay_veh_s"))
+    for key in TILES:
+        if np.isnan(number(agent.get(key))) or len(tiles) == 3 or (twice and key == "episode_return"):
             continue
         title, kind = COLUMNS[key]
         rivals = [k for k in dict.fromkeys(("optimum", "best_constant", "buy_and_hold", *base))]
-        rivals = [k for k in rivals if key in within(base, k)][:2]
+        rivals = best_two(base, key) if road else [k for k in rivals if key in within(base, k)][:2]
         beside = " · ".join(f"{words(k)} {show(base[k][key], kind)}" for k in rivals)
         beside = "share of what the optimum earns" if key == "score" else beside
         label = f"{split}: {title.replace(', bp / bar', ' bp')}"
@@ -931,7 +1049,8 @@ def table_rows(result: dict) -> dict[str, dict]:
 
 def add_table(page: Page, run: Run) -> None:
     """Everyone beside everyone, a block a split: same bars, same costs."""
-    results = {k: within(run.summary, "eval", k) for k in ordered(within(run.summary, "eval"))}
+    chosen = run.summary.get("selected_by") if page.own else None
+    results = {k: within(run.summary, "eval", k) for k in ordered(within(run.summary, "eval"), chosen)}
     blocks = {split: table_rows(result) for split, result in results.items()}
     cells = [(k, v) for rows in blocks.values() for row in rows.values() for k, v in row.items()]
     seen = dict.fromkeys(k for k, v in cells if not np.isnan(number(v)))
@@ -941,6 +1060,7 @@ def add_table(page: Page, run: Run) -> None:
         return
     markets = any(k in seen for k in ("mean_reward_bps", "mean_expected_bps"))
     lead = (LEADS["table"] if markets else "") + (LEADS["score"] if "score" in seen else "")
+    lead = LEADS["cases"].format(chosen) if chosen else lead
     page.section("table", "Agent beside baselines", lead)
     head = "".join(f"<th>{esc(heading(k))}</th>" for k in keys)
     page.add(f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>')
@@ -997,6 +1117,29 @@ def add_traces(page: Page, run: Run) -> None:
     page.add("</div>")
 
 
+def add_episode(page: Page, run: Run) -> None:
+    """One greedy episode over time_s: of a road in space and time, beside the road that nobody controls."""
+    traces = {s: t for s, t in run.traces.items() if "time_s" in t and any(map(EPISODE.fullmatch, t))}
+    if not traces:
+        page.lack("one episode over time", "no traces/*.parquet with rows has the column time_s")
+        return
+    freeway = run.args["scenario"] == "freeway" and not run.args.get("env_id")
+    ends = {"both": ("outlet", "inlet")}.get(run.args.get("control"), (run.args.get("control"),))
+    names = {f"action_{i}": str(end) for i, end in enumerate(ends) if freeway and end}
+    title = "One episode" if run.args.get("env_id") else "On the road"
+    page.section("road", title, "One episode of the agent that is reported, without exploration noise.")
+    for s, trace in traces.items():
+        free = traces.get(f"{s}_constant")
+        if s.endswith("_constant") and s[: -len("_constant")] in traces:
+            continue
+        sides = {"agent": trace} | ({"without control": free} if free and set(trace) <= set(free) else {})
+        kind = next((k for k, c in (("road", "rho_0"), ("network", "inside_veh")) if c in trace), "episode")
+        what = {"road": "density and speed", "network": "vehicles and signals"}.get(kind, "actions and reward")
+        alt = f"{s}: {what} over time, {' beside '.join(sides)}"
+        fig = draw_episode(sides, FREEWAY_M if freeway else None, names)
+        page.plot(f"episode_{s}", f"{s}: {what} over one episode", fig, page.own[kind], alt, wide=True)
+
+
 def add_responses(page: Page, split: str, trace: dict) -> None:
     """Position against signal and conditional mean where the trace knows them, else against past returns."""
     # on a drift market both are constants: nothing to plot against
@@ -1049,27 +1192,30 @@ def add_learning(page: Page, run: Run) -> None:
     page.section("learning", "Learning", LEADS["learning"])
     page.add('<div class="grid">')
     drawn = [k for k in curves if k in CURVES][:5] or list(curves)[:5]
+    split = str(run.summary.get("selected_by")) if page.own else "eval"
+    base = within(run.summary, "eval", split, "baselines")
     for k in drawn:
-        base = within(run.summary, "eval", "eval", "baselines")
         rivals = ("optimum",) if k == "turnover" else ("optimum", "best_constant")
         levels = {r: number(within(base, r).get(k)) for r in rivals}
         # by definition of the score
         levels = {"optimum": 1.0} if k == "score" else levels
+        levels = {f"{r}, {split}": base[r][k] for r in best_two(base, k)} if page.own and k in TILES else levels
         fig = draw_curves(curves[k], levels, best, heading(k))
-        page.plot(f"curve_{k}", f"{heading(k)}: evaluations", fig, healthy(k), f"{words(k)} over training")
+        page.plot(f"curve_{k}", f"{heading(k)}: evaluations", fig, healthy(k, page.own), f"{words(k)} over training")
     if not curves:
         page.lack("learning curves", "metrics.jsonl has no eval/<split>/<metric>")
     if "value/q_action_spread" in run.metrics:
         title = "What actions are worth, beside what randomness is paid"
         alt = "Spread of Q over actions beside alpha times entropy, log scale"
         page.plot("q_spread", title, draw_spread(run.metrics), SENTENCES["q_spread"], alt)
-    else:
+    elif not page.own:
         page.lack("spread of Q beside alpha × entropy", "metrics.jsonl has no value/q_action_spread")
     reaction = ("policy/state_dependence", "policy/saturation", "policy/dead_units")
     lines = {words(k.split("/")[1]): run.metrics[k] for k in reaction if k in run.metrics}
     if reaction[0] in run.metrics:
         fig, alt = draw_curves(lines, {}, best, ""), "State dependence and saturation over training"
-        page.plot("reaction", "Does it react to the market?", fig, SENTENCES["reaction"], alt)
+        title = f"Does it react to {page.own.get('place', 'the market')}?"
+        page.plot("reaction", title, fig, (SENTENCES | page.own)["reaction"], alt)
     else:
         page.lack("state dependence over training", f"metrics.jsonl has no {reaction[0]}")
     page.add("</div>")
@@ -1096,7 +1242,7 @@ def add_minis(page: Page, title: str, plots: dict, unfolded: bool) -> None:
     page.add(f'<details{" open" if unfolded else ""}><summary>{esc(title)}</summary><div class="minis">')
     for key, lines in plots.items():
         name = key.split("/")[-1]
-        text = HEALTHY.get(name, "A clear trend or none; no jumps.")
+        text = (HEALTHY | page.own).get(name, "A clear trend or none; no jumps.")
         if not any(np.isfinite(y).any() for _, y in lines.values()):
             text = "No number was logged (all null)."
         # pre-training has no transitions: its points are counted instead
@@ -1119,14 +1265,14 @@ def add_health(page: Page, run: Run) -> None:
     if alarms:
         title, alt = "Alarms over time", "Strip of alarms over training"
         page.plot("alarms", title, draw_alarms(alarms), SENTENCES["alarms"], alt, wide=True)
-    else:
+    elif not page.own:
         page.lack("alarms over time", "metrics.jsonl has no alarm/ key")
     if attribution:
         texts = [show(v, "small") for v in attribution.values()]
         fig = draw_bars(attribution, texts, LONG, "mean |change of action| when shuffled")
         title, alt = "What the greedy action listens to", "Bars of attribution by input group"
         page.plot("attribution", title, fig, SENTENCES["attribution"], alt)
-    else:
+    elif not page.own:
         page.lack("attribution", "summary.json has no audit.attribution")
     if phases:
         total = np.nansum(list(phases.values())) or np.nan
@@ -1134,13 +1280,13 @@ def add_health(page: Page, run: Run) -> None:
         texts = [f"{show(round(v, 1))} s · {show(100 * v / total, 'int')} %" for v in phases.values()]
         fig = draw_bars(phases, texts, "#7d8fa3", "seconds")
         title = f"Where {show(total, 'int')} seconds went"
-        page.plot("phases", title, fig, SENTENCES["phases"], "Bars of seconds by phase")
+        page.plot("phases", title, fig, (SENTENCES | page.own)["phases"], "Bars of seconds by phase")
     else:
         page.lack("time by phase", "summary.json has no phases")
     page.add("</div>")
     shown = {k: v for k, v in audit.items() if k not in ("verdict", "reasons", "attribution")}
     if shown:
-        add_pairs(page, "The audit's numbers", flat_items(shown), HEALTHY)
+        add_pairs(page, "The audit's numbers", flat_items(shown), HEALTHY | page.own)
     else:
         page.lack("the audit's numbers", "summary.json has no audit")
 
@@ -1159,9 +1305,10 @@ def add_others(page: Page, run: Run, most: int = 24) -> None:
     plots = []
     for split in ordered(run.traces):
         trace = run.traces[split]
-        x = trace.get("timestamp")
+        x = trace.get("timestamp", trace.get("time_s"))
         for name, y in trace.items():
             known = name in TRACE_COLUMNS or name.startswith(("position_", "equity_"))
+            known |= bool(page.own and "time_s" in trace and EPISODE.fullmatch(name))
             if not known and y.dtype.kind == "f":
                 plots.append((split, name, np.arange(len(y)) if x is None else x, y))
     if not plots:
@@ -1197,12 +1344,12 @@ def build(run: Run) -> tuple[str, dict]:
     """The page as text and its figures by name; a function of `run` alone: no clock, no path, no chance."""
     import matplotlib
 
-    page = Page()
+    page = Page(own=own_words(run))
     # a context, so that a caller's own plots keep their style
     with matplotlib.rc_context(RC):
         add_header(page, run)
         add_table(page, run)
-        add_traces(page, run)
+        add_episode(page, run) if page.own else add_traces(page, run)
         add_learning(page, run)
         add_health(page, run)
         add_others(page, run)
@@ -1210,7 +1357,8 @@ def build(run: Run) -> tuple[str, dict]:
     # sections are known only now: a run without traces has no link to them
     nav = "".join(f'<a href="#{a}">{esc(t)}</a>' for a, t in page.sections)
     body = "\n".join(page.parts).replace("<!--nav-->", f"<nav>{nav}</nav>", 1)
-    title = f"{run.args.get('exp_name', 'run')} · {run.args.get('data') or run.args.get('scenario') or ''}"
+    a = run.args
+    title = f"{a.get('exp_name', 'run')} · {a.get('data') or a.get('env_id') or a.get('scenario') or ''}"
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f"<title>{esc(title.strip(' ·'))}</title>\n"

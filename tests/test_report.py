@@ -219,6 +219,40 @@ def fails(run: Path, capsys) -> str:
     return err
 
 
+def make_road(path: Path, kind: str = "freeway", twin: bool = False, **flags) -> Path:
+    """A traffic run as the training script leaves it: a stop-and-go wave that fades, or two junctions."""
+    (path / "traces").mkdir(parents=True)
+    args = {"exp_name": "ppo_arz_gpu", "seed": 1, "scenario": kind, "env_id": None, "control": "outlet"} | flags
+    (path / "args.json").write_text(json.dumps(args))
+    t, freeway = np.arange(60.0), kind == "freeway"
+
+    def columns(fade: float) -> dict:
+        wave = fade**0.1 * np.exp(-t / fade) * np.sin(np.arange(51)[:, None] / 4 - t / 3)
+        road = {f"rho_{i}": 0.12 + 0.01 * w for i, w in enumerate(wave)}
+        road |= {f"v_{i}": 10 - w for i, w in enumerate(wave)}
+        town = {"phase_J1": t // 7 % 2, "phase_J2": t // 5 % 3, "inside_veh": 100 + t, "outside_veh": t / 9}
+        acts = {"action_0": np.exp(-t / fade), "reward": -np.exp(-t / fade)}
+        return {"time_s": t if freeway else 5 * t} | (road if freeway else town) | acts
+
+    pd.DataFrame(columns(9.0)).to_parquet(path / "traces" / f"{kind}.parquet")
+    if twin:
+        pd.DataFrame(columns(300.0)).to_parquet(path / "traces" / f"{kind}_constant.parquet")
+    row = {"delay_veh_s": 900.0, "throughput_veh": 280.0, "mean_speed": 9.5, "switches": 1.34, "std": 2.0}
+    row |= {"mass_error": 1e-7, "max_cfl": 0.6, "floor_veh": 0.0}
+    base = {k: row | {"episode_return": r} for k, r in (("constant", -383.0), ("p", -108.5), ("pi", -107.9))}
+    base["p"], base["constant"] = base["p"] | {"delay_veh_s": 870.0}, base["constant"] | {"delay_veh_s": 880.0}
+    split = {"agent": row | {"episode_return": -90.0}, "baselines": base, "partial": False}
+    audit = {"verdict": "healthy", "reasons": [], "state_dependence": 0.08}
+    summary = {"status": "timeout", "updates": 9, "global_step": 64, "selected_by": "validation", "audit": audit}
+    summary |= {"eval": {"validation": split, "published": split, "heldout": split}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    stats = {f"env/{k}": v for k, v in row.items()} | {f"eval/heldout/{k}": v for k, v in split["agent"].items()}
+    stats |= {"losses/clipfrac": 0.01, "losses/entropy": -1.0, "policy/state_dependence": 0.08, "policy/saturation": 0}
+    lines = [json.dumps({"global_step": 32 * i} | stats) for i in (1, 2)]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
 class Balance(HTMLParser):
     """Raises on a closing tag that does not match; text outside of <style> is kept."""
 
@@ -536,3 +570,69 @@ def test_text_from_files_is_escaped(tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page
     for _, svg in figures_in(page):
         assert "<script" not in svg
+
+
+def test_road_in_space_and_time_beside_the_road_without_control(tmp_path):
+    run = make_road(tmp_path / "run", twin=True)
+    page = page_of(run)
+    titles = re.findall(r"<h3>(.*?)</h3>", page)
+    assert 'id="road">On the road</h2>' in page and "freeway: density and speed over one episode" in titles
+    # one picture in place of 104 lines, and the second trace only beside the first
+    assert not [t for t in titles if re.search(r"rho|\bv \d|constant|action|reward", t)]
+    traces = report.load_run(str(run)).traces
+    free = traces.pop("freeway_constant")
+    sides = {"agent": traces["freeway"], "without control": free}
+    fig = report.draw_episode(sides, 500.0, {"action_0": "outlet"})
+    panels = np.array(fig.axes[:8]).reshape(4, 2)
+    for row, stem, unit in ((0, "rho", "density, veh/m"), (1, "v", "speed, m/s")):
+        images = [ax.images[0] for ax in panels[row]]
+        for image, trace in zip(images, sides.values(), strict=True):
+            assert np.array_equal(image.get_array(), np.stack([trace[f"{stem}_{i}"] for i in range(51)]))
+            assert image.get_extent() == [0, 60, 0, 500] and image.origin == "lower"
+        both = np.concatenate([image.get_array() for image in images])
+        assert all(image.get_clim() == (both.min(), both.max()) for image in images)
+        assert fig.axes[8 + row].get_ylabel() == unit and panels[row, 0].get_ylabel() == "position, m"
+    for row, key in ((2, "action_0"), (3, "reward")):
+        for ax, trace in zip(panels[row], sides.values(), strict=True):
+            assert np.array_equal(ax.lines[0].get_ydata()[:-1], trace[key])
+    assert {ax.get_xlim() for ax in panels.ravel()} == {(0, 60)}
+    assert [ax.get_title() for ax in panels[0]] == list(sides) and panels[3, 0].get_xlabel() == "time, s"
+    # metres are known of the freeway alone
+    assert report.draw_episode(sides, None, {}).axes[0].get_ylabel() == "point of road"
+
+
+def test_network_shows_vehicles_phases_and_reward(tmp_path):
+    run = make_road(tmp_path / "run", "corridor")
+    page = page_of(run)
+    assert "<h3>corridor: vehicles and signals over one episode</h3>" in page and 'id="traces"' not in page
+    trace = report.load_run(str(run)).traces["corridor"]
+    vehicles, phases, reward, bar = report.draw_episode({"agent": trace}, None, {}).axes
+    for line, key in zip(vehicles.lines, ("inside_veh", "outside_veh"), strict=True):
+        assert line.get_label() == key[:-4] and np.array_equal(line.get_ydata()[:-1], trace[key])
+    image = phases.images[0]
+    assert np.array_equal(image.get_array(), [trace["phase_J1"], trace["phase_J2"]])
+    assert [t.get_text() for t in phases.get_yticklabels()] == ["J1", "J2"] and phases.yaxis_inverted()
+    # every phase its own colour, and the bar says which
+    assert len({image.to_rgba(x) for x in (0, 1, 2)}) == 3
+    assert [t.get_text() for t in bar.get_yticklabels()] == ["0", "1", "2"]
+    assert np.array_equal(reward.lines[0].get_ydata()[:-1], trace["reward"])
+    assert reward.get_ylabel() == "reward of\nJ1, veh s" and reward.get_xlim() == (0, 300)
+
+
+def test_words_of_traffic(tmp_path):
+    page = page_of(make_road(tmp_path / "run"))
+    text = Balance(page).text
+    assert not re.search(r"market|position(?!, m)|bars|trad|equity|target entropy|Q over actions", text)
+    for want in ("the policy reacts to the state of the road", "Does it react to the state of the road?",
+                 "picked on validation", "1e-5 or less in float32, 1e-10 or less in float64.", "1 or less: above it",
+                 "Below 0.2", "max Courant number", "added by the floor, veh", "phase changes of all junctions"):
+        assert want in text, want
+    # the split that chose nothing, its best two baselines, best first: the return's highest, the delay's lowest
+    tiles = re.findall(r'class="of">(.*?)</span><b>(.*?)</b><span>(.*?)</span>', page)
+    assert tiles[:2] == [("heldout: return", "−90", "pi −107.9 · p −108.5"),
+                         ("heldout: delay, veh s", "900", "p 870 · constant 880")]
+    assert page.index("<th>heldout</th>") < page.index("<th>validation</th>")
+    # a Gymnasium environment has no road
+    text = Balance(page_of(make_road(tmp_path / "gym", env_id="CartPole-v1"))).text
+    assert "ppo_arz_gpu on CartPole-v1" in text and "reacts to the state" in text
+    assert not re.search(r"state of the road|market|On the road", text)
