@@ -777,6 +777,8 @@ def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
 
 def draw_curves(lines: dict, levels: dict, best_step, label: str):
     """One evaluated metric over global_step, a line a split; levels are horizontal references."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     levels = {name: y for name, y in levels.items() if np.isfinite(y)}
     entries = len(lines) + len(levels) + (best_step == best_step)
     fig, (ax,) = canvas(4.9, 3.0, top=0.36 if entries <= 4 else 0.56, bottom=0.42)
@@ -785,6 +787,10 @@ def draw_curves(lines: dict, levels: dict, best_step, label: str):
         curve(ax, x, y, color=color, label=name, lw=1.6 if name == "eval" else 1.1)
     # before the reference lines, which would count as data
     step_axis(ax)
+    # six digits would push the axis' name off the figure
+    if np.isfinite(ax.dataLim.y0) and np.abs(ax.dataLim.intervaly).max() >= 1e4:
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
     for i, (name, y) in enumerate(levels.items()):
         ax.axhline(y, color=color_of(name, i), lw=1.0, ls="--", label=words(name))
     if best_step == best_step:
@@ -885,7 +891,7 @@ def draw_episode(sides: dict, length: float | None, names: dict):
     heights = [row[-1] for row in rows]
     fig = Figure((10.4, height := sum(heights) + 0.16 * len(rows) + 0.7))
     grid = fig.subplots(len(rows), len(sides), squeeze=False, sharex=True, sharey="row", height_ratios=heights)
-    fig.subplots_adjust(0.075, 0.44 / height, 0.89, 1 - 0.28 / height, 0.05, 0.14)
+    fig.subplots_adjust(0.075, 0.44 / height, 0.89, 1 - 0.28 / height, 0.08, 0.14)
     for (label, keys, colours, unit, _), axes in zip(rows, grid, strict=True):
         axes[0].set_ylabel(label)
         everyone = np.concatenate([t[k] for t in sides.values() for k in keys])
