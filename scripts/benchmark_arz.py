@@ -11,7 +11,6 @@ Training: the script itself on the freeway, its rate read from its own log, besi
 with the same layers, minibatch share and epochs. In turns, medians shown; what ran is counted and checked. CPU only.
 """
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ except ImportError as e:
 
 from cleanrl_crypto import ppo_arz_gpu as arz  # noqa: E402
 from common.timeout_guard import write_json_atomic  # noqa: E402
+from scripts.machine import machine  # noqa: E402
 
 CELLS = arz.NODES - 1
 
@@ -233,9 +233,7 @@ def main(argv: list[str] | None = None) -> dict:
         check(seen[0] == seen[1], f"{key} differ: {seen[0]} and {seen[1]}")
     middle = {k: median(r["cell_updates_per_second"] for r in v) for k, v in rates.items()}
     middle |= {f"train {k}": median(r["transitions_per_second"] for r in v) for k, v in train.items()}
-    versions = {m.__name__: m.__version__ for m in (torch, np, nb, stable_baselines3)}
-    result = {"machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads,
-                          "versions": versions | {"python": platform.python_version()}},
+    result = {"machine": machine(threads, torch, np, nb, stable_baselines3),
               "quick": args.quick, "difference": difference, "simulators": rates, "training": train, "median": middle}
     if args.out:
         write_json_atomic(result, args.out)
@@ -243,16 +241,9 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def cpu_name() -> str:
-    try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def show(result: dict):
-    machine, middle = result["machine"], result["median"]
-    table = Table(title=f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    where, middle = result["machine"], result["median"]
+    table = Table(title=f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
                   + (" (--quick: these numbers mean nothing)" if result["quick"] else ""))
     for name in ("what", "lanes", "a second, median", "of the peer", "target"):
         table.add_column(name, justify="left" if name == "what" else "right")

@@ -11,7 +11,6 @@ peer in its own batches of 32). In turns, medians shown. What ran is counted and
 parameters; a wrong count ends the benchmark with exit code 1. CPU only.
 """
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ except ImportError as e:
 
 from cleanrl_crypto import dqn_forex_subproc as dqn  # noqa: E402
 from common.timeout_guard import write_json_atomic  # noqa: E402
+from scripts.machine import machine  # noqa: E402
 
 TARGETS = {"in process": 50e6, "2 workers": 20e6, "training": 10.0}  # lane-steps/s, lane-steps/s, peers
 
@@ -175,9 +175,7 @@ def main(argv: list[str] | None = None) -> dict:
     check(train["ours, plain DQN"][0]["parameters"] == train["SB3 DQN"][0]["parameters"], "the networks differ")
     middle = {k: median(r["lane_steps_per_second"] for r in v) for k, v in lanes_of.items()}
     middle |= {k: median(r["transitions_per_second"] for r in v) for k, v in train.items()}
-    versions = {m.__name__: m.__version__ for m in (torch, np, nb, stable_baselines3)}
-    versions |= {"python": platform.python_version()}
-    result = {"machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads, "versions": versions},
+    result = {"machine": machine(threads, torch, np, nb, stable_baselines3),
               "quick": args.quick, "lanes": lanes_of, "training": train, "median": middle}
     if args.out:
         write_json_atomic(result, args.out)
@@ -185,16 +183,9 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def cpu_name() -> str:
-    try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def show(result: dict):
-    machine, middle = result["machine"], result["median"]
-    table = Table(title=f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    where, middle = result["machine"], result["median"]
+    table = Table(title=f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
                   + (" (--quick: these numbers mean nothing)" if result["quick"] else ""))
     for name in ("what", "lanes", "a second, median", "of the peer", "target"):
         table.add_column(name, justify="left" if name == "what" else "right")

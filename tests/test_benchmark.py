@@ -98,3 +98,14 @@ def test_an_unknown_flag_is_refused(repo):
     command = [sys.executable, str(repo / "scripts" / "benchmark.py"), "--quik"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "--quik" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["benchmark_dqn", "benchmark_arz"])
+def test_the_other_benchmarks_run(name, tmp_path, repo):
+    argv = [sys.executable, str(repo / "scripts" / f"{name}.py"), "--quick", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["quick"] and min(result["median"].values()) > 0
+    assert {"cpu", "cores", "threads", "versions"} <= set(result["machine"])
