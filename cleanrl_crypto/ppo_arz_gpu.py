@@ -506,17 +506,35 @@ def relax_nb(rho, z, keep, law, c, gamma, rho_max, v_max):
 
 
 @fast
-def primitives(rho, z, r, v, left, right, law, c, gamma, rho_max):
-    """r, v (M + 4, W): density and speed of the cells rho, z (M, W), two ghost cells at either end."""
-    m = rho.shape[0]
-    for i in range(m):
-        for j in range(rho.shape[1]):
-            r[i + 2, j] = rho[i, j]
-            v[i + 2, j] = z[i, j] / rho[i, j] - pressure_nb(rho[i, j], law, c, gamma, rho_max)
+def ghosts(r, v, left, right):
+    """Two cells beyond either end of r, v (M + 4, W): of the other end on a ring, else the last one again."""
+    m = r.shape[0] - 4
     for i in range(2):
         first, last = (m + i, 2 + i) if left == RING else (2, m + 1)
         r[i], r[m + 2 + i] = r[first], r[last]
         v[i], v[m + 2 + i] = v[first], v[last]
+
+
+@fast
+def primitives(rho, z, r, v, left, right, law, c, gamma, rho_max):
+    """r, v (M + 4, W): density and speed of the cells rho, z (M, W), two ghost cells at either end."""
+    for i in range(rho.shape[0]):
+        for j in range(rho.shape[1]):
+            r[i + 2, j] = rho[i, j]
+            v[i + 2, j] = z[i, j] / rho[i, j] - pressure_nb(rho[i, j], law, c, gamma, rho_max)
+    ghosts(r, v, left, right)
+
+
+@fast
+def relax_primitives(rho, z, keep, r, v, left, right, law, c, gamma, rho_max, v_max):
+    """relax() and primitives() in one pass over the memory."""
+    for i in range(rho.shape[0]):
+        for j in range(rho.shape[1]):
+            new = relax_nb(rho[i, j], z[i, j], keep[j], law, c, gamma, rho_max, v_max)
+            z[i, j] = new
+            r[i + 2, j] = rho[i, j]
+            v[i + 2, j] = new / rho[i, j] - pressure_nb(rho[i, j], law, c, gamma, rho_max)
+    ghosts(r, v, left, right)
 
 
 @fast
@@ -634,10 +652,9 @@ def advance(u, work, lane, totals, par, seconds, order, left, right, law):
             totals[8, j] = a[j] * speed[j] if a[j] * speed[j] > totals[8, j] else totals[8, j]
             totals[12, j] += ONE if step > ZERO else ZERO
             into[j], out[j], added[j] = ZERO, ZERO, ZERO
-        relax(rho, z, keep, law, c, gamma, rho_max, v_max)
         for stage in range(len(order)):
             if stage == 0:
-                primitives(rho, z, r, v, left, right, law, c, gamma, rho_max)
+                relax_primitives(rho, z, keep, r, v, left, right, law, c, gamma, rho_max, v_max)
             else:
                 primitives(half_rho, half_z, r, v, left, right, law, c, gamma, rho_max)
             faces(r, v, f, g, order, law, c, gamma, rho_max)
