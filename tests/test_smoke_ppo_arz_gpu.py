@@ -151,7 +151,7 @@ def test_two_processes_follow_one(tmp_path):
     """The same lanes, noise and minibatches: the losses of every logged step are the same but for rounding."""
     same = dict(norm_obs=True, norm_reward=True, eval_interval=128, total_timesteps=384)
     assert ppo.main(flags(tmp_path / "one", **same))["exit_code"] == 0
-    argv = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29581"]
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # a free port
     code, _, err = command(tmp_path / "two", *argv, **same)
     assert code == 0, err[-2000:]
     one, two = ([r for r in records(tmp_path / x) if "losses/policy_loss" in r] for x in ("one", "two"))
