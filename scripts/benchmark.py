@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -55,6 +54,7 @@ except ImportError as e:
 
 from cleanrl_crypto import tqc_film_batch as tqc  # noqa: E402
 from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
+from scripts.machine import check, machine  # noqa: E402
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of each loss of the first update
 TARGETS = {"updates": 40.0, "transitions": 40.0, "without_observations": 20e6}  # the first two in peers
@@ -85,11 +85,6 @@ class Args:
     """write everything to this file as JSON"""
     quick: bool = False
     """tiny networks, few steps: a test that it runs"""
-
-
-def check(ok: bool, message: str):
-    if not ok:
-        raise RuntimeError(f"benchmark: {message}")
 
 
 # ------------------------------------------------------------------------------------- the peer: sb3-contrib's TQC
@@ -403,16 +398,6 @@ def run_env(market, args: Args, observations: bool) -> dict:
     return {"lane_steps": 3 * steps * args.num_envs, "lane_steps_per_second": rates[1:]}
 
 
-def machine(threads: int) -> dict:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
-    modules = (torch, np, nb, gym, stable_baselines3, sb3_contrib)
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "torch_threads": threads,
-            "numba_threads": nb.get_num_threads(), "bf16_hardware": tqc.cpu_has_bf16(), "platform": platform.platform(),
-            "versions": {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}}
-
-
 def main(argv: list[str] | None = None) -> dict:
     """Run everything, print the table, write --out; returns what it wrote."""
     args = tyro.cli(Args, args=argv, description=__doc__)
@@ -425,7 +410,9 @@ def main(argv: list[str] | None = None) -> dict:
     nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
     # without bf16 matrix instructions it would be emulated: slower than float32, and nobody runs it
     precisions = ("fp32", "bf16") if tqc.cpu_has_bf16() or args.quick else ("fp32",)
-    result = {"machine": machine(threads), "data": args.data, "num_envs": args.num_envs,
+    where = machine(threads, torch, np, nb, gym, stable_baselines3, sb3_contrib) | {
+        "numba_threads": nb.get_num_threads(), "bf16_hardware": tqc.cpu_has_bf16()}
+    result = {"machine": where, "data": args.data, "num_envs": args.num_envs,
               "batch_size": args.batch_size, "quick": args.quick}
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "versions"))
     print(", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()), flush=True)

@@ -37,7 +37,7 @@ except ImportError as e:
 
 from cleanrl_crypto import ppo_arz_gpu as arz  # noqa: E402
 from common.timeout_guard import write_json_atomic  # noqa: E402
-from scripts.machine import machine  # noqa: E402
+from scripts.machine import check, machine  # noqa: E402
 
 CELLS = arz.NODES - 1
 
@@ -60,11 +60,6 @@ class Args:
     """write everything to this file as JSON"""
     quick: bool = False
     """tiny sizes: a test that it runs"""
-
-
-def check(ok: bool, message: str):
-    if not ok:
-        raise RuntimeError(f"benchmark_arz: {message}")
 
 
 class NumpyRoad:

@@ -38,9 +38,7 @@ except ImportError as e:
 
 from cleanrl_crypto import dqn_forex_subproc as dqn  # noqa: E402
 from common.timeout_guard import write_json_atomic  # noqa: E402
-from scripts.machine import machine  # noqa: E402
-
-TARGETS = {"in process": 50e6, "2 workers": 20e6, "training": 10.0}  # lane-steps/s, lane-steps/s, peers
+from scripts.machine import check, machine  # noqa: E402
 
 
 @dataclass
@@ -63,11 +61,6 @@ class Args:
     """write everything to this file as JSON"""
     quick: bool = False
     """tiny sizes: a test that it runs"""
-
-
-def check(ok: bool, message: str):
-    if not ok:
-        raise RuntimeError(f"benchmark_dqn: {message}")
 
 
 def rate_of_lanes(env, lanes: int, seconds: float) -> dict:

@@ -1,4 +1,4 @@
-"""What a benchmark says about where it ran."""
+"""What the benchmarks share: what they say about where they ran, and how they refuse a wrong count."""
 import os
 import platform
 
@@ -11,3 +11,8 @@ def machine(threads: int, *modules) -> dict:
         cpu = platform.processor()
     versions = {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "versions": versions}
+
+
+def check(ok: bool, message: str):
+    if not ok:
+        raise RuntimeError(message)

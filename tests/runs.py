@@ -4,6 +4,11 @@ import time
 
 import torch
 
+SUMMARY = {  # what every script's summary.json holds
+    "status", "global_step", "updates", "replay_ratio", "samples_per_transition", "wall_seconds", "phases",
+    "env_builds", "buffer_allocations", "sps", "eval", "audit", "versions", "device", "data",
+}
+
 
 def flags_of(tiny: dict, run_dir=None, /, **changes) -> list[str]:
     """{field: value} -> command line; None leaves a flag out."""

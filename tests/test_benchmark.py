@@ -26,8 +26,8 @@ def test_keys(quick):
     _, out = quick
     assert set(out) == KEYS
     assert out["quick"] and out["data"] == "synthetic:regime?bars=3000"
-    assert {"cpu", "cores", "torch_threads", "numba_threads", "bf16_hardware", "versions"} <= set(out["machine"])
-    assert out["machine"]["torch_threads"] == out["machine"]["numba_threads"] == 1
+    assert {"cpu", "cores", "threads", "numba_threads", "bf16_hardware", "versions"} <= set(out["machine"])
+    assert out["machine"]["threads"] == out["machine"]["numba_threads"] == 1
     assert {"torch", "numpy", "numba", "sb3_contrib", "stable_baselines3", "python"} <= set(out["machine"]["versions"])
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import assert_same, flags_of, wait_until
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.timeout_guard import CheckpointError, load_checkpoint
+from runs import assert_same, flags_of, wait_until
 
 SCRIPT = Path(tqc.__file__)
 TINY = dict(

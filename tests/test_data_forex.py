@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_leakage import leaks, market, refits
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common import features, markets, scoring
 from common.cli import UsageError, check, parse_args
 from common.data import COLUMNS, DataError, load_bars
 from common.features import FAMILIES, LEAST, MOST, TABLE, ColumnModel, asset_views, find_column, fit_asset, fit_columns
+from test_leakage import leaks, market, refits
 
 BARS = 900
 FEW = ("ret_1", "log_volume")  # columns that need few rows

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import flags_of
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.data import COLUMNS, load_bars
 from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint
+from runs import flags_of
 
 SCRIPT = Path(tqc.__file__)
 TINY = dict(

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import assert_same, flags_of, load_summary, records, wait_until
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.data import COLUMNS, load_bars
 from common.timeout_guard import load_checkpoint
+from runs import SUMMARY, assert_same, flags_of, load_summary, records, wait_until
 
 SCRIPT = Path(dqn.__file__)
 TINY = dict(
@@ -33,10 +33,7 @@ POLE = dict(
 )
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
-KEYS = {
-    "status", "global_step", "updates", "replay_ratio", "samples_per_transition", "wall_seconds", "phases",
-    "env_builds", "buffer_allocations", "sps", "eval", "audit", "versions", "device", "data", "performance",
-}
+KEYS = SUMMARY | {"performance"}
 METRICS = {
     "mean_reward_bps", "total_return", "sharpe", "max_drawdown", "turnover", "exposure", "trades", "mean_expected_bps",
 }
@@ -464,41 +461,35 @@ def test_an_interrupt_leaves_a_checkpoint_and_a_kill_nothing_else(made, tmp_path
     assert_same_run(whole, run_dir)
 
 
-def test_resumed_from_any_checkpoint_it_has_the_bits_of_the_uninterrupted_run(made, tmp_path, monkeypatch):
-    """Plain DQN with n-step returns, drift and the drawdown limit: stop after a checkpoint, go on in another mode."""
-    whole, _ = made("plain", **PLAIN)
-    run_dir, steps = tmp_path / "run", []
-    step = dqn.ForexVectorEnv.send
+def interrupt(monkeypatch, step: int, argv):
+    """Run until the vector step of that number, which is not made."""
+    send, steps = dqn.ForexVectorEnv.send, []
 
     def stop(env, half, actions):
         steps.append(1)
-        if len(steps) == 71:
+        if len(steps) == step:
             raise KeyboardInterrupt
-        return step(env, half, actions)
+        return send(env, half, actions)
 
     monkeypatch.setattr(dqn.ForexVectorEnv, "send", stop)
     with pytest.raises(KeyboardInterrupt):
-        dqn.main(flags(run_dir, **PLAIN, checkpoint_interval=0.0))
+        dqn.main(argv)
     monkeypatch.undo()
+
+
+def test_resumed_from_any_checkpoint_it_has_the_bits_of_the_uninterrupted_run(made, tmp_path, monkeypatch):
+    """Plain DQN with n-step returns, drift and the drawdown limit: stop after a checkpoint, go on in another mode."""
+    whole, _ = made("plain", **PLAIN)
+    run_dir = tmp_path / "run"
+    interrupt(monkeypatch, 71, flags(run_dir, **PLAIN, checkpoint_interval=0.0))
     assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["global_step"] == 70 * 16
     dqn.main(flags(run_dir, **PLAIN, resume="auto", vec_mode="dummy", num_workers=2))
     assert_same_run(whole, run_dir)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(made, tmp_path, monkeypatch):
-    run_dir, steps = tmp_path / "run", []
-    step = dqn.ForexVectorEnv.send
-
-    def stop(env, half, actions):
-        steps.append(1)
-        if len(steps) == 40:
-            raise KeyboardInterrupt
-        return step(env, half, actions)
-
-    monkeypatch.setattr(dqn.ForexVectorEnv, "send", stop)
-    with pytest.raises(KeyboardInterrupt):
-        dqn.main(flags(run_dir))
-    monkeypatch.undo()
+    run_dir = tmp_path / "run"
+    interrupt(monkeypatch, 40, flags(run_dir))
     dqn.main(flags(run_dir, resume="auto"))
     assert_same_run(made("single")[0], run_dir)  # monitor.csv too: no episode twice
 

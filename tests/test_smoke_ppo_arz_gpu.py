@@ -16,14 +16,11 @@ import torch
 
 from cleanrl_crypto import ppo_arz_gpu as ppo
 from common.timeout_guard import CheckpointError, load_checkpoint
-from runs import flags_of, records
+from runs import SUMMARY, flags_of, records
 
 SCRIPT = Path(ppo.__file__)
 TINY = dict(num_envs=16, num_steps=8, num_minibatches=2, update_epochs=2, hidden=16, episode_seconds=10,
             total_timesteps=512, eval_interval=256, report=False, torch_threads=1, cuda=False)
-KEYS = {
-    "status", "global_step", "updates", "replay_ratio", "samples_per_transition", "wall_seconds", "phases",
-    "env_builds", "buffer_allocations", "sps", "eval", "audit", "versions", "device", "data"}
 STATS = {"episode_return", "delay_veh_s", "throughput_veh", "mean_speed", "switches"}
 LOGGED = {
     "charts/episodic_return", "charts/SPS", "charts/updates", "charts/replay_ratio", "charts/learning_rate",
@@ -44,7 +41,7 @@ def command(run_dir, *before, **changes):
 
 
 def check_run(run_dir, summary):
-    assert KEYS <= set(summary) and summary["updates"] > 0
+    assert SUMMARY <= set(summary) and summary["updates"] > 0
     assert summary["replay_ratio"] == pytest.approx(summary["updates"] / summary["global_step"])
     assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
     assert summary["env_builds"] == 2

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import flags_of, load_summary, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.data import COLUMNS, load_bars
 from common.timeout_guard import load_checkpoint
+from runs import SUMMARY, flags_of, load_summary, records
 
 SCRIPT = Path(tqc.__file__)
 TINY = dict(
@@ -31,10 +31,6 @@ TINY = dict(
 )
 LAST_STEPS = dict(learning_rate=0, learning_rate_fusion=0, learning_rate_film=0)
 
-KEYS = {
-    "status", "global_step", "updates", "replay_ratio", "samples_per_transition", "wall_seconds", "phases",
-    "env_builds", "buffer_allocations", "sps", "eval", "audit", "versions", "device", "data",
-}
 METRICS = {
     "mean_reward_bps", "total_return", "sharpe", "max_drawdown", "turnover", "exposure", "trades",
 }
@@ -72,7 +68,7 @@ def refused(refusal_of):
 
 def check_summary(summary, updates=True):
     """Every key of the contract's table, with values that can be."""
-    assert KEYS <= set(summary)
+    assert SUMMARY <= set(summary)
     assert summary["status"] in ("finished", "timeout", "interrupted")
     steps = summary["global_step"]
     assert not updates or (summary["updates"] > 0 and summary["sps"] is None or summary["sps"] > 0)

@@ -11,9 +11,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from test_env_forex import OUT, draws, make_pairs, outputs
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
+from test_env_forex import OUT, draws, make_pairs, outputs
 
 LAW = dict(position_mode="drift", leverage=3.0, daily_drawdown=0.02, episode_length=9)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
