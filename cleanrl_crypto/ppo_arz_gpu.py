@@ -71,7 +71,7 @@ from torch.utils.tensorboard import SummaryWriter
 try:
     from common.cli import UsageError, check, flag, parse_args
     from common.gpu_pool import pool, probe_cuda
-    from common.networks import CELL, JAM, V_C, Network, NetworkError, find_network
+    from common.networks import CELL, CELL_LENGTH, JAM, V_C, Network, NetworkError, find_network
     from common.timeout_guard import (
         CheckpointError,
         TimeoutGuard,
@@ -110,6 +110,7 @@ RHO_FLOOR = 1e-4  # veh/m
 # a tuple's length is part of its type, None too: each of these is compiled on its own, without the others' branches
 LINEAR, POWER, SINGULAR = (0,), (0, 0), (0, 0, 0)  # laws of the pressure
 FIRST, SECOND, PUBLISHED = (0,), (0, 0), None  # schemes: order of the finite volumes, or Richtmyer's on nodes
+CFL = {"godunov": 0.9, "muscl": 0.45, "richtmyer": math.nan}  # Courant numbers; the published step is fixed
 FLUX, OPEN, RING, DEMAND = range(4)  # kinds of a road's end: prescribed flux, free, joined to the other, queue outside
 
 
@@ -155,21 +156,24 @@ class Args:
     """lanes, over all processes (None: 1024 on the freeway, 128 on a network)"""
     control: str = "outlet"
     """freeway: the end whose flux is the action: outlet, inlet or both (then outlet first)"""
-    scheme: str = "richtmyer"
-    """freeway: richtmyer (the published scheme on 51 nodes), godunov or muscl (finite volumes, 50 cells)"""
+    scheme: str | None = None
+    """godunov or muscl (finite volumes of first and second order); on the freeway also richtmyer, the published scheme
+    (None: richtmyer on the freeway, godunov on a network)"""
     decision_interval: float | None = None
     """**seconds** between decisions (None: 1 on the freeway, where it is a multiple of 0.25, 5 on a network)"""
     episode_seconds: float | None = None
     """**seconds** after which an episode is truncated (None: 240 on the freeway, 450 on a network)"""
     pressure: str | None = None
-    """gap (V(0) - V(rho), the published law), power; on a freeway singular (at the jam density), on a network ancestor
-    (K of 5 and 10 m/s) (None: gap, on a network power)"""
+    """gap (V(0) - V(rho), the published law), power, singular (at the jam density; stiff: many small steps), on a
+    network ancestor (K of 5 and 10 m/s) (None: gap, on a network power)"""
     pressure_scale: float = 40.0
-    """**m/s**: of the laws power (at the jam density) and singular (at half of it)"""
+    """**m/s**, freeway: of the laws power (at the jam density) and singular (at half of it)"""
     pressure_exponent: float = 2.0
-    """of the laws power and singular"""
+    """freeway: of the laws power and singular"""
     cfl: float | None = None
     """Courant number of a finite-volume step (None: 0.9 for godunov, 0.45 for muscl)"""
+    cell_length: float = CELL_LENGTH
+    """**m**, networks: of a cell, as near as a segment's length allows"""
     precision: str = "float32"
     """of the simulator: float32 or float64"""
     sanity: bool = True
@@ -245,13 +249,16 @@ class Args:
         check(self, CHOICES, RANGES)
         interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
         fields = self.__dataclass_fields__
-        changed = [name for name in FREEWAY_ONLY if getattr(self, name) != fields[name].default]
+        names = SCENARIO_ONLY if self.env_id else NETWORK_ONLY if road else FREEWAY_ONLY
+        of = "the scenarios" if self.env_id else "networks" if road else "the freeway"
+        usual = {name: DEFAULTS[name][0] if name in DEFAULTS else fields[name].default for name in names}
+        changed = [flag(name) for name, value in usual.items() if getattr(self, name) != value]
         all_red = 4.0
         for wrong, why in (
             (self.env_id and self.scenario != "freeway", f"--env-id {self.env_id} and --scenario exclude each other"),
-            (changed and (self.env_id or not road), f"{', '.join(flag(n) for n in changed)}: of the freeway alone"),
-            (self.pressure == ("ancestor" if road else "singular"),
-             f"--pressure {self.pressure}: of {'networks' if road else 'the freeway'} alone"),
+            (changed, f"{', '.join(changed)}: of {of} alone"),
+            (road and self.pressure == "ancestor", "--pressure ancestor: of networks alone"),
+            (not road and self.scheme == "richtmyer", "--scheme richtmyer: of the freeway alone"),
             (not road and interval < all_red and all_red % interval,
              f"--decision-interval {interval}: on a network at least the {all_red} s of all-red, or a part of them"),
             (road and interval % SAMPLE, f"--decision-interval {interval}: must be a multiple of {SAMPLE} s"),
@@ -259,6 +266,7 @@ class Args:
              f"--pressure {self.pressure} needs --scheme godunov or muscl: the published scheme has its own"),
             (road and self.scheme == "richtmyer" and self.backend == "cuda",
              "--backend cuda needs --scheme godunov or muscl"),
+            (self.scheme == "richtmyer" and self.cfl, f"--cfl {self.cfl} needs --scheme godunov or muscl"),
             (self.scheme == "muscl" and (self.cfl or 0) > 0.5, f"--cfl {self.cfl}: at most 0.5 with --scheme muscl"),
             (episode % interval, f"--episode-seconds {episode} must be a multiple of --decision-interval {interval}"),
             (rows % self.num_minibatches,
@@ -276,8 +284,12 @@ class Args:
 DEFAULTS = {  # of flags left at None: on the freeway (and with --env-id), on a network
     "num_envs": (1024, 128), "decision_interval": (1.0, 5.0), "episode_seconds": (240.0, 450.0), "gamma": (0.95, 0.97),
     "ent_coef": (0.0, 0.01), "eval_interval": (1_000_000, 200_000), "pressure": ("gap", "power"),
+    "scheme": ("richtmyer", "godunov"),
 }
-FREEWAY_ONLY = "control", "scheme", "pressure_scale", "pressure_exponent", "cfl"
+FREEWAY_ONLY = "control", "pressure_scale", "pressure_exponent"
+NETWORK_ONLY = ("cell_length",)
+SCENARIO_ONLY = (
+    *FREEWAY_ONLY, *NETWORK_ONLY, "scheme", "pressure", "cfl", "decision_interval", "episode_seconds", "precision")
 CHOICES = {
     "wandb_mode": ("online", "offline", "disabled"), "backend": ("auto", "cpu", "cuda"),
     "control": ("outlet", "inlet", "both"), "scheme": ("richtmyer", "godunov", "muscl"),
@@ -288,7 +300,7 @@ RANGES = {name: (low, high) for low, high, names in (  # of numeric flags, both 
     (0, 100, "ent_coef vf_coef"), (1e-6, 1e9, "max_grad_norm target_kl"), (-20, 5, "log_std_init"),
     (0, 1e9, "checkpoint_interval"), (0, 10**6, "keep_checkpoints"), (0, 10**12, "total_timesteps"),
     (1, 2**20, "num_envs num_steps"), (1, 2**16, "num_minibatches update_epochs hidden"), (1, 10**12, "eval_interval"),
-    (0.05, 1, "cfl"), (0.1, 1000, "pressure_scale"),
+    (0.05, 1, "cfl"), (0.1, 1000, "pressure_scale"), (1, 1000, "cell_length"),
     (0.1, 10, "pressure_exponent"), (0.25, 3600, "decision_interval"), (0.25, 86400, "episode_seconds"),
     (1, 4096, "torch_threads"),
     (1, 1e9, "timeout"), (0.1, 1e9, "eval_timeout"), (1e-6, 1e9, "sim_timeout"),
@@ -296,7 +308,7 @@ RANGES = {name: (low, high) for low, high, names in (  # of numeric flags, both 
 # flags that shape the agent or the data: a resumed run must agree on them
 SHAPING = (
     "seed", "scenario", "env_id", "num_envs", "control", "scheme", "decision_interval", "episode_seconds", "precision",
-    "pressure", "pressure_scale", "pressure_exponent", "cfl",
+    "pressure", "pressure_scale", "pressure_exponent", "cfl", "cell_length",
     "num_steps", "gamma", "gae_lambda", "num_minibatches", "hidden", "norm_obs", "norm_reward",
 )
 
@@ -934,7 +946,7 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
         self.obs, self.final = (take((blocks, width, 2 * NODES), np.float32) for _ in range(2))
         self.reward, self.flags = take((blocks, width), np.float64), take((blocks, 2, width), np.bool_)
         self.par = take((10,), real)
-        cfl = cfl or (0.9 if scheme == "godunov" else 0.45)
+        cfl = cfl or CFL[scheme]
         self.write(self.par, np.array([DX, V_MAX, RHO_MAX, RELAX, RHO_FLOOR, SAMPLE, SWING, c, gamma, cfl], real))
         self.decide, self.start = decide_cpu, start_cpu
         if backend == "cuda":
@@ -1188,9 +1200,10 @@ TAU = (1.0, 1.5)  # s, relaxation
 ALPHA = 0.6  # of a motorcycle's pressure: what a car counts
 CREEP = 5 / 3.6  # m/s, motorcycles between standing cars
 # p = K x (a + c x), x the weighted density over jam density: gap is V(0) - V for the Greenshields law
-PRESSURES = {"power": (0.0, 1.0), "gap": (1.0, 0.0), "ancestor": (0.0, 1.0)}
-NET_CFL = 0.9
-NET_BLOCK = 32  # lanes whose state fits a core's cache
+# singular is K x / (1 - x), and beyond x = TANGENT its tangent, so that a wave's speed has a bound
+PRESSURES = {"power": (0.0, 1.0), "gap": (1.0, 0.0), "ancestor": (0.0, 1.0), "singular": (0.0, 0.0)}
+TANGENT = 0.9
+NET_BLOCK = 128  # most lanes that a CPU task simulates together
 TRAIN_LEVELS = (1.0, 1.3)  # range of the demand level of a training episode
 KNOT, BIN = 300.0, 60.0  # s between knots of the slow demand, and length of a bin of the fast one
 DEMAND_SLOW, DEMAND_FAST = (0.4, 1.6), 0.5  # range of the knots' factor, half width of the bins'
@@ -1203,17 +1216,55 @@ FLOW, TIME, DIST = range(3)  # rows of Lanes' sums
 net_jit = partial(nb.njit, cache=True, error_model="numpy")
 
 
+def network_law(pressure: str, dtype, cfl: float) -> tuple:
+    """The kernels' constants in the dtype of the state; the last one's length is the kind of pressure."""
+    (a, c), f = PRESSURES[pressure], np.dtype(dtype).type
+    thin = 1e-12 if f is np.float64 else 1e-5  # below it rounding makes w = (rho w) / rho meaningless
+    values = 0, 1, 1e-30, thin, a, a / 2, c, 2 * c, 3 * c, ALPHA, CREEP, 10, 0.5, TANGENT, cfl
+    return (*map(f, values), SINGULAR if pressure == "singular" else POWER)
+
+
 @net_jit
 def class_pressure_nb(x, k, law):
     """p (m/s) at x = (own density + cross * other density) / jam density."""
-    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten = law
+    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
+    if len(kind) == 3:
+        u = one - tangent
+        return k * x / (one - x) if x < tangent else k * (tangent / u + (x - tangent) / (u * u))
     return k * x * (a + c * x)
 
 
 @net_jit
-def capacity_nb(n, b, law):
-    """Own density over jam density at which rho (w - p) is largest, n = (w - p(b)) / K, b the other class's share."""
-    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten = law
+def class_slope_nb(x, k, law):
+    """dp/dx, m/s."""
+    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
+    if len(kind) == 3:
+        u = one - (x if x < tangent else tangent)
+        return k / (u * u)
+    return k * (a + c2 * x)
+
+
+@net_jit
+def class_filling_nb(q, law):
+    """x of pressure q K, q >= 0: the inverse of class_pressure_nb."""
+    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
+    if len(kind) == 3:
+        u = one - tangent
+        x = q / (one + q)
+        return x if x < tangent else tangent + (q - tangent / u) * u * u
+    return q / (half_a + math.sqrt(half_a * half_a + c * q) + tiny)
+
+
+@net_jit
+def capacity_nb(w, b, k, law):
+    """Own density over jam density at which rho (w - p) is largest, b the other class's share."""
+    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
+    if len(kind) == 3:  # (1 + w / K) (1 - x)^2 = 1 - b
+        free, u = one - (b if b < one else one), one - tangent
+        x = one - math.sqrt(free / (one + w / k))
+        y = x - b if x < tangent and b < tangent else half * ((w / k - tangent / u) * u * u + tangent - b)
+        return y if y > zero else zero
+    n = w / k - b * (a + c * b)
     n = n if n > zero else zero
     h = a + c2 * b
     return n / (h + math.sqrt(h * h + c3 * n) + tiny)
@@ -1225,20 +1276,16 @@ def class_demand_nb(y, b, v, w, k, law):
 
     y: own density / jam density; b: cross * other density / jam density; v, w, k in m/s.
     """
-    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten = law
-    y_c = capacity_nb(w / k - b * (a + c * b), b, law)
+    y_c = capacity_nb(w, b, k, law)
     return y * v if y <= y_c else y_c * (w - class_pressure_nb(y_c + b, k, law))
 
 
 @net_jit
 def class_supply_nb(w, b, v, k, law):
     """What a class that arrives with w can enter where its vehicles drive v and the other class fills b."""
-    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten = law
-    n = w / k - b * (a + c * b)
-    y_c = capacity_nb(n, b, law)
+    y_c = capacity_nb(w, b, k, law)
     q = (w - v) / k
-    q = q if q > zero else zero
-    y = q / (half_a + math.sqrt(half_a * half_a + c * q) + tiny) - b  # p(y + b) = w - v
+    y = class_filling_nb(q if q > law[0] else law[0], law) - b  # p(y + b) = w - v
     y = y if y > y_c else y_c
     return y * (w - class_pressure_nb(y + b, k, law))
 
@@ -1259,7 +1306,7 @@ def class_relax_nb(w, p, goal, gain, law):
 @net_jit
 def goals_nb(y_m, y_c, v_m, v_c, law):
     """Equilibrium speeds (m/s). Motorcycles creep only where they have room: else a red light would pack them."""
-    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten = law
+    zero, one, alpha, creep, ten = law[0], law[1], law[9], law[10], law[11]
     g = one - y_m - y_c
     g = g if g > zero else zero
     room = (one - y_m - alpha * y_c) * ten
@@ -1271,7 +1318,7 @@ def goals_nb(y_m, y_c, v_m, v_c, law):
 @net_jit
 def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_j, v_m, v_c, k_m, k_c, law):
     """Relax one cell: densities (veh/m) and rho w (veh/s) -> speeds, w, changes of w (m/s), bound of |lambda|."""
-    zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten = law
+    thin, alpha = law[3], law[9]
     y_m, y_c = r_m * inv_j, r_c * inv_j
     x_m, x_c = y_m + alpha * y_c, y_m + y_c
     w_m = q_m / r_m if y_m > thin else v_m
@@ -1281,7 +1328,7 @@ def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_j, v_m, v_c, k_m, k_c, law):
     now_m, d_m = class_relax_nb(w_m, p_m, goal_m, gain_m, law)
     now_c, d_c = class_relax_nb(w_c, p_c, goal_c, gain_c, law)
     # trace of the 2 x 2 block rho_k dp_k/drho_j: above its larger eigenvalue, for both are >= 0
-    back = k_m * y_m * (a + c2 * x_m) + k_c * y_c * (a + c2 * x_c)
+    back = y_m * class_slope_nb(x_m, k_m, law) + y_c * class_slope_nb(x_c, k_c, law)
     fast = now_m if now_m > now_c else now_c
     fast = fast if fast > goal_m else goal_m
     fast = fast if fast > goal_c else goal_c
@@ -1291,11 +1338,19 @@ def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_j, v_m, v_c, k_m, k_c, law):
 
 @net_jit
 def interface_nb(r, other_l, other_r, v_l, w_l, v_r, inv_j, jam, k, law):
-    """Godunov flux of one class (veh/s) between two cells of a segment; other_*: cross * the other class's density."""
+    """Godunov flux of one class (veh/s) between two states of a segment; other_*: cross * the other's density."""
     b_l, b_r = other_l * inv_j, other_r * inv_j
     demand = class_demand_nb(r * inv_j, b_l, v_l, w_l, k, law)
     supply = class_supply_nb(w_l, b_r, v_r, k, law)
     return (demand if demand < supply else supply) * jam
+
+
+@net_jit
+def upto_nb(before, here, after, law):
+    """Value at the face between `here` and `after`: minmod's slope."""
+    one, other = here - before, after - here
+    small = one if abs(one) < abs(other) else other
+    return here + law[12] * (small if one * other > law[0] else law[0])
 
 
 @net_jit
@@ -1310,25 +1365,51 @@ def demand_factor_nb(seed, lane, episode, entry, second, low, high, jitter):
 
 
 @net_jit
-def class_flux_nb(lanes, c, n, own, other, v, w, flow, s, k, net, law):
-    """Flux of class k (veh/s) between cells c and n of segment s, all lanes -> flow (L,)."""
-    par = net[7]
+def class_flux_nb(lanes, c, s, k, own, other, v, w, flow, mom, net, order, law):
+    """Flux of class k (veh/s) between cells c and c + 1 of segment s -> flow (L,); of order 2 that of rho w -> mom too.
+
+    Order 2 has minmod slopes of densities and speed, none in the first and the last cell of a segment.
+    """
+    first, par, n = net[0], net[7], c + 1
     inv_j, jam, stiff, cross = par[s, 0], par[s, 7], par[s, 5 + k], (law[9] if k == 0 else law[1])
-    for ln in range(lanes):
-        flow[ln] = interface_nb(own[c, ln], cross * other[c, ln], cross * other[n, ln], v[c, ln], w[c, ln], v[n, ln],
-                               inv_j, jam, stiff, law)
+    if len(order) == 1:
+        for ln in range(lanes):
+            flow[ln] = interface_nb(own[c, ln], cross * other[c, ln], cross * other[n, ln], v[c, ln], w[c, ln],
+                                    v[n, ln], inv_j, jam, stiff, law)
+    else:
+        before, after = (c - 1 if c > first[s] else c), (n + 1 if n + 1 < first[s + 1] else n)
+        for ln in range(lanes):
+            r = upto_nb(own[before, ln], own[c, ln], own[n, ln], law)
+            b_l = cross * upto_nb(other[before, ln], other[c, ln], other[n, ln], law)
+            b_r = cross * upto_nb(other[after, ln], other[n, ln], other[c, ln], law)
+            v_l = upto_nb(v[before, ln], v[c, ln], v[n, ln], law)
+            v_r = upto_nb(v[after, ln], v[n, ln], v[c, ln], law)
+            at_face = class_pressure_nb((r + b_l) * inv_j, stiff, law)
+            inside = class_pressure_nb((own[c, ln] + cross * other[c, ln]) * inv_j, stiff, law)
+            w_l = w[c, ln] + (v_l - v[c, ln]) + (at_face - inside)
+            flow[ln] = interface_nb(r, b_l, b_r, v_l, w_l, v_r, inv_j, jam, stiff, law)
+            mom[ln] = flow[ln] * w_l
 
 
 @net_jit
-def transport_nb(lanes, c, own, mom, w, dt, inv_dx, flow_l, mom_l, flow_r, lost, zero):
-    """Update cell c of one class by its fluxes; the right ones become the next cell's left ones."""
+def transport_nb(lanes, c, own, mom, w, new, new_mom, dt, inv_dx, flow_l, mom_l, flow_r, mom_r, lost, keep, order, law):
+    """Cell c of one class after its fluxes, in place, or of order 2 into new, new_mom, `keep` of what they were.
+
+    The right fluxes become the next cell's left ones; of first order their momentum is flow_r w.
+    """
+    zero, part = law[0], law[1] - keep
     for ln in range(lanes):
-        h, out = dt[ln] * inv_dx, flow_r[ln] * w[c, ln]
-        mom[c, ln] += h * (mom_l[ln] - out)
+        h, out = dt[ln] * inv_dx, flow_r[ln] * w[c, ln] if len(order) == 1 else mom_r[ln]
+        z = mom[c, ln] + h * (mom_l[ln] - out)
         r = own[c, ln] + h * (flow_l[ln] - flow_r[ln])
         low = r if r < zero else zero
-        own[c, ln] = r - low
         lost[ln] -= low
+        if len(order) == 1:
+            own[c, ln] = r - low
+            mom[c, ln] = z
+        else:
+            new[c, ln] = keep * new[c, ln] + part * (r - low)
+            new_mom[c, ln] = keep * new_mom[c, ln] + part * z
         flow_l[ln] = flow_r[ln]
         mom_l[ln] = out
 
@@ -1348,12 +1429,13 @@ def settle_nb(lanes, c, r_m, r_c, q_m, q_c, gain_m, gain_c, speed, s, par, law):
 
 
 @net_jit
-def junctions_nb(lanes, k, own, other, v, w, want, share, in_flow, in_mom, s0, s1, dt, gate, queue, rate, delay,
-                 time_, arrived, departed, lost, net, law):
+def junctions_nb(lanes, k, weight, own, other, v, w, want, share, in_flow, in_mom, s0, s1, dt, gate, queue, rate,
+                 delay, time_, arrived, departed, lost, net, law):
     """Fluxes of class k over the ends of all segments: want (S, L) out, in_flow and in_mom (S, L) in.
 
     A stop line sends its demand, or nothing at red; an outgoing segment takes the share of it that its supply allows,
     at the flow-weighted mean of the incoming w; the smallest share of those it turns into holds for all (FIFO).
+    weight: this stage's part of the time step, of which delay, time_ and the ledger are sums.
     """
     first, mov_in, mov_out, in_ptr, by_out, out_ptr, entry, par, beta = net
     zero, one, tiny, cross = law[0], law[1], law[2], (law[9] if k == 0 else law[1])
@@ -1378,10 +1460,10 @@ def junctions_nb(lanes, k, own, other, v, w, want, share, in_flow, in_mom, s0, s
                 after = queue[k, e, ln] + came - dt[ln] * in_flow[s, ln]
                 low = after if after < 0.0 else 0.0  # rounding
                 queue[k, e, ln] = after - low
-                lost[k, ln] -= low
-                arrived[k, ln] += came
-                delay[s, ln] += dt[ln] * (after - low)
-                time_[s, ln] += dt[ln] * (after - low)
+                lost[k, ln] -= weight * low
+                arrived[k, ln] += weight * came
+                delay[s, ln] += weight * dt[ln] * (after - low)
+                time_[s, ln] += weight * dt[ln] * (after - low)
             continue
         for ln in range(lanes):
             s0[ln] = zero
@@ -1408,7 +1490,7 @@ def junctions_nb(lanes, k, own, other, v, w, want, share, in_flow, in_mom, s0, s
             want[s, ln] = want[s, ln] * s0[ln]
         if in_ptr[s] == in_ptr[s + 1]:  # an exit
             for ln in range(lanes):
-                departed[k, ln] += dt[ln] * want[s, ln]
+                departed[k, ln] += weight * dt[ln] * want[s, ln]
     for s in range(first.size - 1):
         if entry[s] < 0:
             top = par[s, 3 + k]
@@ -1425,23 +1507,109 @@ def junctions_nb(lanes, k, own, other, v, w, want, share, in_flow, in_mom, s0, s
 
 
 @net_jit
-def advance_nb(lanes, duration, cells, ends, work, queue, rate, sums, ledger, stat, net, law):
-    """Advance lanes [l0, l1) of these arrays by `duration` (s), every lane with time steps of its own.
+def stage_nb(lanes, stage, cells, new, speeds, ends, work, queue, rate, sums, ledger, net, order, law):
+    """One stage of a time step: new = cells after dt of transport; the last stage relaxes too.
 
-    Real: cells = r_m, r_c (veh/m), q_m, q_c (rho w, veh/s), scratch v_m, v_c, w_m, w_c, each (cells, L); ends =
-    gate (0 at a red stop line, else 1) and scratch, each (segments, L); work: scratch, each (L,). float64:
-    queue (2, entries, N) veh waiting outside, rate (2, entries, N) veh/s; sums = delay (veh s), time (veh s), distance
-    (veh m), each (segments, N), entries with their queue; ledger = arrived, departed, lost (rounding), each (2, N) veh;
-    stat = largest Courant number, steps, each (N,). Strang: relax dt/2, transport dt, relax dt/2.
+    The first stage relaxes `cells` before (dt/2). FIRST has one stage, in place. SSPRK2's second stage leaves the mean
+    of what `new` was, the state at the start, and of its own result, of queues too.
     """
-    r_m, r_c, q_m, q_c, v_m, v_c, w_m, w_c = cells
+    r_m, r_c, q_m, q_c = cells
+    n_m, n_c, z_m, z_c = new if len(order) == 2 else cells
+    v_m, v_c, w_m, w_c = speeds
     gate, out_m, out_c, share, in_m, in_c, mom_m, mom_c = ends
-    dt, left, speed, gain_m, gain_c, f_m, f_c, g_m, g_c, s0, s1, s2, lost_m, lost_c = work
+    dt, left, speed, gain_m, gain_c, f_m, f_c, g_m, g_c, s0, s1, s2, s3, lost_m, lost_c, none = work
     delay, time_, distance = sums
     arrived, departed, lost = ledger
+    first, par, zero = net[0], net[7], law[0]
+    weight, last = 1.0 / len(order), stage == len(order) - 1
+    mean, start = len(order) == 2 and last, len(order) == 1 or stage == 0
+    keep, relax_m, relax_c = law[12] if mean else zero, gain_m if start else none, gain_c if start else none
+    for ln in range(lanes):
+        none[ln] = zero
+    for s in range(first.size - 1):
+        inv_j, top_m, top_c, k_m, k_c = par[s, 0], par[s, 3], par[s, 4], par[s, 5], par[s, 6]
+        for ln in range(lanes):
+            s0[ln] = zero
+            s1[ln] = zero
+            s2[ln] = zero
+        for c in range(first[s], first[s + 1]):
+            for ln in range(lanes):
+                a, b = r_m[c, ln], r_c[c, ln]
+                now_m, now_c, big_m, big_c, d_m, d_c, _ = cell_nb(
+                    a, b, q_m[c, ln], q_c[c, ln], relax_m[ln], relax_c[ln], inv_j, top_m, top_c, k_m, k_c, law)
+                v_m[c, ln] = now_m
+                v_c[c, ln] = now_c
+                w_m[c, ln] = big_m
+                w_c[c, ln] = big_c
+                q_m[c, ln] += a * d_m
+                q_c[c, ln] += b * d_c
+            for ln in range(lanes):
+                s0[ln] += r_m[c, ln] + r_c[c, ln]
+                s1[ln] += r_m[c, ln] * v_m[c, ln]
+                s2[ln] += r_c[c, ln] * v_c[c, ln]
+        for ln in range(lanes):
+            step = weight * dt[ln] * par[s, 1]
+            delay[s, ln] += step * (s0[ln] - s1[ln] / top_m - s2[ln] / top_c)
+            time_[s, ln] += step * s0[ln]
+            distance[s, ln] += step * (s1[ln] + s2[ln])
+    for k in range(2):
+        own, other, v, w = (r_m, r_c, v_m, w_m) if k == 0 else (r_c, r_m, v_c, w_c)
+        out, flow, mom = (out_m, in_m, mom_m) if k == 0 else (out_c, in_c, mom_c)
+        if len(order) == 2 and stage == 0:
+            for e in range(queue.shape[1]):
+                for ln in range(lanes):
+                    rate[2 + k, e, ln] = queue[k, e, ln]
+        junctions_nb(lanes, k, weight, own, other, v, w, out, share, flow, mom, s0, s1, dt, gate, queue, rate, delay,
+                     time_, arrived, departed, lost, net, law)
+        if mean:
+            for e in range(queue.shape[1]):
+                for ln in range(lanes):
+                    queue[k, e, ln] = rate[2 + k, e, ln] + 0.5 * (queue[k, e, ln] - rate[2 + k, e, ln])
+    for s in range(first.size - 1):
+        inv_dx, end = par[s, 2], first[s + 1] - 1
+        for ln in range(lanes):
+            f_m[ln] = in_m[s, ln]
+            f_c[ln] = in_c[s, ln]
+            g_m[ln] = mom_m[s, ln]
+            g_c[ln] = mom_c[s, ln]
+            lost_m[ln] = zero
+            lost_c[ln] = zero
+        for c in range(first[s], first[s + 1]):
+            if c < end:
+                class_flux_nb(lanes, c, s, 0, r_m, r_c, v_m, w_m, s0, s2, net, order, law)
+                class_flux_nb(lanes, c, s, 1, r_c, r_m, v_c, w_c, s1, s3, net, order, law)
+            else:
+                for ln in range(lanes):
+                    s0[ln] = out_m[s, ln]
+                    s1[ln] = out_c[s, ln]
+                    if len(order) == 2:
+                        s2[ln] = out_m[s, ln] * w_m[c, ln]
+                        s3[ln] = out_c[s, ln] * w_c[c, ln]
+            transport_nb(lanes, c, r_m, q_m, w_m, n_m, z_m, dt, inv_dx, f_m, g_m, s0, s2, lost_m, keep, order, law)
+            transport_nb(lanes, c, r_c, q_c, w_c, n_c, z_c, dt, inv_dx, f_c, g_c, s1, s3, lost_c, keep, order, law)
+            if last:
+                settle_nb(lanes, c, n_m, n_c, z_m, z_c, gain_m, gain_c, speed, s, par, law)
+        for ln in range(lanes):
+            lost[0, ln] += weight * lost_m[ln] * par[s, 1]
+            lost[1, ln] += weight * lost_c[ln] * par[s, 1]
+
+
+@net_jit
+def advance_nb(lanes, duration, cells, half, speeds, ends, work, queue, rate, sums, ledger, stat, net, order, law):
+    """Advance lanes [l0, l1) of these arrays by `duration` (s), every lane with time steps of its own.
+
+    Real: cells = r_m, r_c (veh/m), q_m, q_c (rho w, veh/s), half: the same after a stage (order 2), speeds: scratch
+    v_m, v_c, w_m, w_c, each (cells, L); ends = gate (0 at a red stop line, else 1) and scratch, each (segments, L);
+    work: scratch, each (L,). float64: queue (2, entries, N) veh waiting outside, rate (4, entries, N) veh/s and
+    scratch; sums = delay (veh s), time (veh s), distance (veh m), each (segments, N), entries with their queue; ledger
+    = arrived, departed, lost (rounding), each (2, N) veh; stat = largest Courant number, steps, each (N,). Strang:
+    relax dt/2, transport dt (Euler, or SSPRK2 where order is SECOND), relax dt/2.
+    """
+    r_m, r_c, q_m, q_c = cells
+    dt, left, speed, gain_m, gain_c = work[:5]
     max_cfl, steps = stat
     first, par = net[0], net[7]
-    zero, one = law[0], law[1]
+    zero, one, cfl = law[0], law[1], law[14]
     for ln in range(lanes):
         left[ln] = one * duration
         speed[ln] = zero
@@ -1453,7 +1621,7 @@ def advance_nb(lanes, duration, cells, ends, work, queue, rate, sums, ledger, st
     while True:
         busy = False
         for ln in range(lanes):
-            n = math.ceil(left[ln] * speed[ln] / NET_CFL)
+            n = math.ceil(left[ln] * speed[ln] / cfl)
             n = n if n > 1 else 1
             dt[ln] = left[ln] / n
             left[ln] = left[ln] - dt[ln] if n > 1 else zero
@@ -1467,60 +1635,9 @@ def advance_nb(lanes, duration, cells, ends, work, queue, rate, sums, ledger, st
             speed[ln] = zero
         if not busy:
             break
-        for s in range(first.size - 1):
-            inv_j, top_m, top_c, k_m, k_c = par[s, 0], par[s, 3], par[s, 4], par[s, 5], par[s, 6]
-            for ln in range(lanes):
-                s0[ln] = zero
-                s1[ln] = zero
-                s2[ln] = zero
-            for c in range(first[s], first[s + 1]):
-                for ln in range(lanes):
-                    a, b = r_m[c, ln], r_c[c, ln]
-                    now_m, now_c, big_m, big_c, d_m, d_c, _ = cell_nb(
-                        a, b, q_m[c, ln], q_c[c, ln], gain_m[ln], gain_c[ln], inv_j, top_m, top_c, k_m, k_c, law)
-                    v_m[c, ln] = now_m
-                    v_c[c, ln] = now_c
-                    w_m[c, ln] = big_m
-                    w_c[c, ln] = big_c
-                    q_m[c, ln] += a * d_m
-                    q_c[c, ln] += b * d_c
-                for ln in range(lanes):
-                    s0[ln] += r_m[c, ln] + r_c[c, ln]
-                    s1[ln] += r_m[c, ln] * v_m[c, ln]
-                    s2[ln] += r_c[c, ln] * v_c[c, ln]
-            for ln in range(lanes):
-                step = dt[ln] * par[s, 1]
-                delay[s, ln] += step * (s0[ln] - s1[ln] / top_m - s2[ln] / top_c)
-                time_[s, ln] += step * s0[ln]
-                distance[s, ln] += step * (s1[ln] + s2[ln])
-        for k in range(2):
-            own, other, v, w = (r_m, r_c, v_m, w_m) if k == 0 else (r_c, r_m, v_c, w_c)
-            out, flow, mom = (out_m, in_m, mom_m) if k == 0 else (out_c, in_c, mom_c)
-            junctions_nb(lanes, k, own, other, v, w, out, share, flow, mom, s0, s1, dt, gate, queue, rate, delay,
-                         time_, arrived, departed, lost, net, law)
-        for s in range(first.size - 1):
-            inv_dx = par[s, 2]
-            for ln in range(lanes):
-                f_m[ln] = in_m[s, ln]
-                f_c[ln] = in_c[s, ln]
-                g_m[ln] = mom_m[s, ln]
-                g_c[ln] = mom_c[s, ln]
-                lost_m[ln] = zero
-                lost_c[ln] = zero
-            for c in range(first[s], first[s + 1]):
-                if c + 1 < first[s + 1]:
-                    class_flux_nb(lanes, c, c + 1, r_m, r_c, v_m, w_m, s0, s, 0, net, law)
-                    class_flux_nb(lanes, c, c + 1, r_c, r_m, v_c, w_c, s1, s, 1, net, law)
-                else:
-                    for ln in range(lanes):
-                        s0[ln] = out_m[s, ln]
-                        s1[ln] = out_c[s, ln]
-                transport_nb(lanes, c, r_m, q_m, w_m, dt, inv_dx, f_m, g_m, s0, lost_m, zero)
-                transport_nb(lanes, c, r_c, q_c, w_c, dt, inv_dx, f_c, g_c, s1, lost_c, zero)
-                settle_nb(lanes, c, r_m, r_c, q_m, q_c, gain_m, gain_c, speed, s, par, law)
-            for ln in range(lanes):
-                lost[0, ln] += lost_m[ln] * par[s, 1]
-                lost[1, ln] += lost_c[ln] * par[s, 1]
+        stage_nb(lanes, 0, cells, half, speeds, ends, work, queue, rate, sums, ledger, net, order, law)
+        if len(order) == 2:
+            stage_nb(lanes, 1, half, cells, speeds, ends, work, queue, rate, sums, ledger, net, order, law)
 
 
 @net_jit
@@ -1570,8 +1687,8 @@ def zones_nb(lanes, r_m, r_c, q_m, q_c, still, zones, zone_of, weight, net, law)
 
 
 @net_jit
-def decide_nb(lanes, action, cells, ends, work, rate, state, sums, ledger, stat, zones, episode, rules, seed, data, net,
-              law):
+def decide_nb(lanes, action, cells, half, speeds, ends, work, rate, state, sums, ledger, stat, zones, episode, rules,
+              seed, data, net, order, law):
     """One decision interval of these lanes: signals, demand, traffic, what is observed. Arrays: NetworkVectorEnv."""
     phase, age, queue, clock, levels = state
     n_phases, signal, green, base, zone_of, weight = data
@@ -1593,7 +1710,7 @@ def decide_nb(lanes, action, cells, ends, work, rate, state, sums, ledger, stat,
     for _ in range(2):
         if part > 0.0:
             gates_nb(lanes, ends[0], phase, age, signal, green, all_red, law)
-            advance_nb(lanes, part, cells, ends, work, queue, rate, sums, ledger, stat, net, law)
+            advance_nb(lanes, part, cells, half, speeds, ends, work, queue, rate, sums, ledger, stat, net, order, law)
             for g in range(n_phases.size):
                 for ln in range(lanes):
                     age[g, ln] += part
@@ -1607,49 +1724,90 @@ def decide_nb(lanes, action, cells, ends, work, rate, state, sums, ledger, stat,
             episode[2, ln] += distance[s, ln]
 
 
-@nb.njit(parallel=True, cache=True, error_model="numpy")
-def decide_network_cpu(block, action, u, state, sums, ledger, stat, zones, episode, rules, seed, data, net, law_array):
-    """All lanes, in blocks that a core's cache holds, lanes innermost. Arrays as in NetworkVectorEnv."""
-    lanes, n_cells, n_seg, real = u.shape[2], u.shape[1], sums.shape[1], u.dtype
+@net_jit
+def blank_nb(rows, n, like):
+    return np.zeros((rows, n), like.dtype)
+
+
+@net_jit
+def four_nb(rows, n, like):
+    return blank_nb(rows, n, like), blank_nb(rows, n, like), blank_nb(rows, n, like), blank_nb(rows, n, like)
+
+
+@net_jit
+def load_nb(array, a, b):
+    """Columns a to b of array (rows, N), an array of their own."""
+    part = np.empty((array.shape[0], b - a), array.dtype)
+    for i in range(array.shape[0]):
+        for j in range(b - a):
+            part[i, j] = array[i, a + j]
+    return part
+
+
+@net_jit
+def store_nb(array, a, part):
+    """load_nb's way back."""
+    for i in range(part.shape[0]):
+        for j in range(part.shape[1]):
+            array[i, a + j] = part[i, j]
+
+
+@net_jit
+def decide_block_nb(a, b, action, u, state, sums, ledger, stat, zones, episode, rules, seed, data, net, order, law):
+    """Lanes a to b: their state into arrays of their own, one decision, and back."""
     phase, age, queue, clock, levels = state
+    n, like, cells, segments = b - a, u[0], u.shape[1], sums.shape[1]
+    # apart from each other: what is a row of one array, the compiler does not vectorise for fear of overlap
+    now = load_nb(u[0], a, b), load_nb(u[1], a, b), load_nb(u[2], a, b), load_nb(u[3], a, b)
+    half, speeds = four_nb(cells if len(order) == 2 else 0, n, like), four_nb(cells, n, like)
+    ends = four_nb(segments, n, like) + four_nb(segments, n, like)
+    w, x, y, z = four_nb(4, n, like)
+    work = (w[0], w[1], w[2], w[3], x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], z[0], z[1], z[2], z[3])
+    q, rate = np.empty((2, queue.shape[1], n)), np.empty((4, queue.shape[1], n))
+    here = load_nb(phase, a, b), load_nb(age, a, b), q, load_nb(clock, a, b), load_nb(levels, a, b)
+    total = load_nb(sums[0], a, b), load_nb(sums[1], a, b), load_nb(sums[2], a, b)
+    book = load_nb(ledger[0], a, b), load_nb(ledger[1], a, b), load_nb(ledger[2], a, b)
+    seen, part, ep = np.empty((6, segments, n), like.dtype), load_nb(stat, a, b), load_nb(episode, a, b)
+    for k in range(2):
+        for e in range(queue.shape[1]):
+            for j in range(n):
+                q[k, e, j] = queue[k, e, a + j]
+    decide_nb(n, load_nb(action, a, b), now, half, speeds, ends, work, rate, here, total, book, (part[0], part[1]),
+              seen, ep, rules, seed, data, net, order, law)
+    for k in range(4):
+        store_nb(u[k], a, now[k])
+    for k in range(3):
+        store_nb(sums[k], a, total[k])
+        store_nb(ledger[k], a, book[k])
+    for k in range(2):
+        store_nb(queue[k], a, q[k])
+    for k in range(6):
+        store_nb(zones[k], a, seen[k])
+    store_nb(phase, a, here[0])
+    store_nb(age, a, here[1])
+    store_nb(clock, a, here[3])
+    store_nb(stat, a, part)
+    store_nb(episode, a, ep)
+
+
+@nb.njit(parallel=True, cache=True, error_model="numpy")
+def decide_network_cpu(block, action, u, state, sums, ledger, stat, zones, episode, rules, seed, data, net, order,
+                       numbers, kind):
+    """All lanes, in blocks that a core's cache holds, lanes innermost. Arrays as in NetworkVectorEnv."""
+    lanes = u.shape[2]
     for i in nb.prange((lanes + block - 1) // block):
-        a, b = i * block, min((i + 1) * block, lanes)
-        n = b - a
-        # arrays of their own: what is a row of one array, the compiler does not vectorise for fear of overlap
-        x0, x1, x2, x3 = u[0, :, a:b].copy(), u[1, :, a:b].copy(), u[2, :, a:b].copy(), u[3, :, a:b].copy()
-        cells = (x0, x1, x2, x3, np.empty((n_cells, n), real), np.empty((n_cells, n), real),
-                 np.empty((n_cells, n), real), np.empty((n_cells, n), real))
-        ends = (np.empty((n_seg, n), real), np.empty((n_seg, n), real), np.empty((n_seg, n), real),
-                np.empty((n_seg, n), real), np.empty((n_seg, n), real), np.empty((n_seg, n), real),
-                np.empty((n_seg, n), real), np.empty((n_seg, n), real))
-        work = (np.empty(n, real), np.empty(n, real), np.empty(n, real), np.empty(n, real), np.empty(n, real),
-                np.empty(n, real), np.empty(n, real), np.empty(n, real), np.empty(n, real), np.empty(n, real),
-                np.empty(n, real), np.empty(n, real), np.empty(n, real), np.empty(n, real))
-        law = (law_array[0], law_array[1], law_array[2], law_array[3], law_array[4], law_array[5], law_array[6],
-               law_array[7], law_array[8], law_array[9], law_array[10], law_array[11])
-        here = (phase[:, a:b].copy(), age[:, a:b].copy(), queue[:, :, a:b].copy(), clock[:, a:b].copy(),
-                levels[:, a:b].copy())
-        s0, s1, s2 = np.empty((n_seg, n)), np.empty((n_seg, n)), np.empty((n_seg, n))
-        m0, m1, m2 = ledger[0, :, a:b].copy(), ledger[1, :, a:b].copy(), ledger[2, :, a:b].copy()
-        t0, t1 = stat[0, a:b].copy(), stat[1, a:b].copy()
-        seen, ep = np.empty((6, n_seg, n), real), episode[:, a:b].copy()
-        decide_nb(n, action[:, a:b].copy(), cells, ends, work, np.empty((2, queue.shape[1], n)), here, (s0, s1, s2),
-                  (m0, m1, m2), (t0, t1), seen, ep, rules, seed, data, net, law)
-        u[0, :, a:b], u[1, :, a:b], u[2, :, a:b], u[3, :, a:b] = x0, x1, x2, x3
-        phase[:, a:b], age[:, a:b], queue[:, :, a:b], clock[:, a:b] = here[0], here[1], here[2], here[3]
-        sums[0, :, a:b], sums[1, :, a:b], sums[2, :, a:b] = s0, s1, s2
-        ledger[0, :, a:b], ledger[1, :, a:b], ledger[2, :, a:b] = m0, m1, m2
-        stat[0, a:b], stat[1, a:b], zones[:, :, a:b], episode[:, a:b] = t0, t1, seen, ep
+        decide_block_nb(i * block, min((i + 1) * block, lanes), action, u, state, sums, ledger, stat, zones, episode,
+                        rules, seed, data, net, order, numbers + (kind,))
 
 
 def cuda_decide():
-    """decide_network_cpu on the GPU, one thread a lane; scratch: 4 x (cells, N), 8 x (segments, N), 14 x (N,), rates.
+    """decide_network_cpu on the GPU, one thread a lane; scratch: 8 x (cells, N), 8 x (segments, N), 16 x (N,), rates.
 
     What takes arrays is compiled again for the device, from the same code; scalar functions are called as they are.
     """
     names = {}
     for f in (
-            class_flux_nb, transport_nb, settle_nb, junctions_nb, advance_nb, signals_nb, gates_nb, zones_nb,
+            class_flux_nb, transport_nb, settle_nb, junctions_nb, stage_nb, advance_nb, signals_nb, gates_nb, zones_nb,
             decide_nb):
         f = getattr(f, "py_func", f)  # NUMBA_DISABLE_JIT=1 leaves the function itself
         names[f.__name__] = cuda.jit(device=True)(types.FunctionType(f.__code__, globals() | names))
@@ -1657,24 +1815,25 @@ def cuda_decide():
 
     @cuda.jit
     def decide_cuda(
-            action, u, x, y, z, rate, state, sums, ledger, stat, zones, episode, rules, seed, data, net, law_array):
+            action, u, x, y, z, rate, state, sums, ledger, stat, zones, episode, rules, seed, data, net, order,
+            numbers, kind):
         ln = cuda.grid(1)
         if ln < u.shape[2]:
             m = ln + 1
-            law = (law_array[0], law_array[1], law_array[2], law_array[3], law_array[4], law_array[5], law_array[6],
-                   law_array[7], law_array[8], law_array[9], law_array[10], law_array[11])
-            cells = (u[0, :, ln:m], u[1, :, ln:m], u[2, :, ln:m], u[3, :, ln:m], x[0, :, ln:m], x[1, :, ln:m],
-                     x[2, :, ln:m], x[3, :, ln:m])
+            cells = (u[0, :, ln:m], u[1, :, ln:m], u[2, :, ln:m], u[3, :, ln:m])
+            speeds = (x[0, :, ln:m], x[1, :, ln:m], x[2, :, ln:m], x[3, :, ln:m])
+            half = (x[4, :, ln:m], x[5, :, ln:m], x[6, :, ln:m], x[7, :, ln:m])
             ends = (y[0, :, ln:m], y[1, :, ln:m], y[2, :, ln:m], y[3, :, ln:m], y[4, :, ln:m], y[5, :, ln:m],
                     y[6, :, ln:m], y[7, :, ln:m])
             work = (z[0, ln:m], z[1, ln:m], z[2, ln:m], z[3, ln:m], z[4, ln:m], z[5, ln:m], z[6, ln:m], z[7, ln:m],
-                    z[8, ln:m], z[9, ln:m], z[10, ln:m], z[11, ln:m], z[12, ln:m], z[13, ln:m])
+                    z[8, ln:m], z[9, ln:m], z[10, ln:m], z[11, ln:m], z[12, ln:m], z[13, ln:m], z[14, ln:m],
+                    z[15, ln:m])
             phase, age, queue, clock, levels = state
             here = (phase[:, ln:m], age[:, ln:m], queue[:, :, ln:m], clock[:, ln:m], levels[:, ln:m])
-            one(1, action[:, ln:m], cells, ends, work, rate[:, :, ln:m], here,
+            one(1, action[:, ln:m], cells, half, speeds, ends, work, rate[:, :, ln:m], here,
                 (sums[0, :, ln:m], sums[1, :, ln:m], sums[2, :, ln:m]),
                 (ledger[0, :, ln:m], ledger[1, :, ln:m], ledger[2, :, ln:m]), (stat[0, ln:m], stat[1, ln:m]),
-                zones[:, :, ln:m], episode[:, ln:m], rules, seed, data, net, law)
+                zones[:, :, ln:m], episode[:, ln:m], rules, seed, data, net, order, numbers + (kind,))
 
     return decide_cuda
 
@@ -1768,24 +1927,25 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         level: tuple[float, float] = (1.0, 1.0), slow: tuple[float, float] = DEMAND_SLOW, jitter: float = DEMAND_FAST,
         fill: float = START_FILL, all_red: float = 4.0, min_green: float = 6.0, team: float = 0.0,
         seed: int = 1, dtype: str = "float32", backend: str = "cpu", lane0: int = 0, cases: str | None = None,
-        pressure: str = "power", block: int = NET_BLOCK,
+        pressure: str = "power", scheme: str = "godunov", cfl: float | None = None, dx: float = CELL_LENGTH,
+        block: int | None = None,
     ):
         NetworkVectorEnv.builds += 1
-        net = self.network = find_network(network, pressure)
+        net = self.network = find_network(network, pressure, dx)
         steps = seconds / interval
         if not interval > 0 or steps != round(steps) or (all_red > interval and all_red % interval):
             raise ValueError(f"interval {interval} s must divide the episode's {seconds} s and, if it is shorter, the "
                              f"all-red time of {all_red} s")
         if not len(net.n_phases):
             raise NetworkError(f"{net.name}: no signal to control")
-        self.num_envs, self.interval, self.length, self.block = num_envs, interval, int(steps), block
+        self.num_envs, self.interval, self.length = num_envs, interval, int(steps)
+        self.block = block or min(NET_BLOCK, -(-num_envs // nb.get_num_threads()))
         self.backend, self.seed, self.was_reset, self.sim_seconds = backend, seed, False, 0.0
         self.dtype, self.team, self.fill = np.dtype(dtype), team, fill
         self.agents, n_seg, entries = len(net.n_phases), len(net.ends), net.base.shape[1]
         self.rules = (float(interval), float(all_red), float(min_green), *map(float, slow), float(jitter))
-        a, c = PRESSURES[pressure]
-        thin = 1e-12 if self.dtype == np.float64 else 1e-5  # below it rounding makes w = (rho w) / rho meaningless
-        self.law = np.array([0, 1, 1e-30, thin, a, a / 2, c, 2 * c, 3 * c, ALPHA, CREEP, 10], self.dtype)
+        self.order = {"godunov": FIRST, "muscl": SECOND}[scheme]
+        self.law = network_law(pressure, self.dtype, cfl or CFL[scheme])
         static = (net.first, *net.moves, net.entry, net.par.astype(self.dtype), net.beta.astype(self.dtype))
         self.data = (net.n_phases, net.signal, net.green, net.base, net.zone_of, net.weight.astype(self.dtype))
         self.host_data, self.host_net, self.net = self.data, static, static
@@ -1803,10 +1963,9 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self.state = (self.phase, self.age, self.queue, self.clock, self.levels)
         if backend == "cuda":
             cells = net.first[-1]
-            self.scratch = tuple(take(shape, kind, zero=False) for shape, kind in (
-                ((4, cells, n), real), ((8, n_seg, n), real), ((14, n), real), ((2, entries, n), float)))
+            self.scratch = tuple(take(shape, kind) for shape, kind in (
+                ((8, cells, n), real), ((8, n_seg, n), real), ((16, n), real), ((4, entries, n), float)))
             self.data, self.net = to_device(self.data), to_device(self.net)
-            self.law = cuda.to_device(self.law)
             self.kernel = cuda_decide()[(n + 63) // 64, 64]
         self.stagger = np.zeros(n, np.int64)
         self.lane_id, self.splits = np.arange(lane0, lane0 + n), {}
@@ -1891,10 +2050,10 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
 
     def look(self, lanes):
         """Zones of lanes that have just begun."""
-        u, zones, law = self.host(self.u), self.host(self.zones), tuple(self.host(self.law))
+        u, zones = self.host(self.u), self.host(self.zones)
         part = np.empty((6, zones.shape[1], len(lanes)), self.dtype)
         zones_nb(len(lanes), *(np.ascontiguousarray(x[:, lanes]) for x in u), np.empty(len(lanes), self.dtype), part,
-                 self.network.zone_of, self.host_data[5], self.host_net, law)
+                 self.network.zone_of, self.host_data[5], self.host_net, self.law)
         zones[:, :, lanes] = part
         self.to_state(self.zones, zones)
 
@@ -1951,11 +2110,12 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self.to_state(self.action, actions.T)
         if self.backend == "cuda":
             self.kernel(self.action, self.u, *self.scratch, self.state, self.sums, self.ledger, self.stat, self.zones,
-                        self.episode, self.rules, self.seed, self.data, self.net, self.law)
+                        self.episode, self.rules, self.seed, self.data, self.net, self.order, self.law[:-1],
+                        self.law[-1])
         else:
             in_blocks(decide_network_cpu, -(-self.num_envs // self.block), self.block, self.action, self.u, self.state,
                       self.sums, self.ledger, self.stat, self.zones, self.episode, self.rules, self.seed, self.data,
-                      self.net, self.law)
+                      self.net, self.order, self.law[:-1], self.law[-1])
         delay = self.host(self.sums)[0]
         if not np.isfinite(delay).all():
             s, lane = np.argwhere(~np.isfinite(delay))[0]
@@ -2642,7 +2802,7 @@ def make_env(args: Args, backend: str, num_envs: int, lane0: int = 0, cases: str
         lanes = EVAL_LANES if cases else num_envs
         return Junctions(lanes, args.scenario, args.decision_interval, args.episode_seconds, seed=args.seed,
                          level=TRAIN_LEVELS, dtype=args.precision, backend=backend, lane0=lane0, cases=cases,
-                         pressure=args.pressure)
+                         pressure=args.pressure, scheme=args.scheme, cfl=args.cfl, dx=args.cell_length)
     return FreewayVectorEnv(num_envs, args.control, args.scheme, args.decision_interval, args.episode_seconds,
                             args.precision, args.pressure, args.pressure_scale, args.pressure_exponent, args.cfl,
                             args.seed, backend, lane0, cases)
@@ -2664,7 +2824,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         if args.num_envs % world:
             raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of the {world} processes")
         if args.scenario != "freeway" and not args.env_id:
-            find_network(args.scenario, args.pressure)  # refused before anything is written
+            find_network(args.scenario, args.pressure, args.cell_length)  # refused before anything is written
         run_dir, source, state = open_run(args)
         data = data_of(args)
         threads = args.torch_threads or max(1, (os.cpu_count() or 1) // world)

@@ -20,6 +20,7 @@ VMAX = (100 * KMH, 120 * KMH)  # m/s, empty road without a limit
 RHO_JAM = 0.2  # veh/m and lane
 K_ANCESTOR = (5.0, 10.0)  # m/s
 ROADS = {"motorway": 120.0, "primary": 60.0, "secondary": 50.0, "tertiary": 40.0, "residential": 30.0}  # km/h
+CELL_LENGTH = 25.0  # m
 ZONES = (50.0, 150.0)  # m upstream of the stop line: near, middle, far
 INV_J, CELL, INV_DX, V_M, V_C, K_M, K_C, JAM = range(8)  # columns of Network.par
 
@@ -58,7 +59,7 @@ def near(name: str, names) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
-def build_network(name: str, segments: list[dict], plan: dict, dx: float = 25.0, pressure: str = "power",
+def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_LENGTH, pressure: str = "power",
                   where: tuple[str, str] = ("segments", "plan")) -> Network:
     """Records of segments (from, to, length_m, class, lanes, limit km/h or None for the class's) and a plan -> Network.
 
@@ -176,7 +177,7 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = 25.0,
 COLUMNS = {"from": str, "to": str, "length_m": float, "class": str, "lanes": int, "limit": float}
 
 
-def load_network(path: str, dx: float = 25.0, pressure: str = "power") -> Network:
+def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
     """A segments CSV (from, to, length_m, class, lanes, limit km/h or empty) and the JSON of that stem."""
     path = Path(path)
     plan_path = path.with_suffix(".json")
@@ -232,7 +233,7 @@ def both_ways(a, b, length, road, lanes, limit=None) -> list[dict]:
     return [{"from": a, "to": b, **row}, {"from": b, "to": a, **row}]
 
 
-def corridor_network(dx: float = 25.0, pressure: str = "power") -> Network:
+def corridor_network(dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
     """5 signalised junctions on an arterial of two lanes a direction, side streets of one: 32 segments, 12 entries."""
     segments, plan = [], {"signals": {}, "demand": {}, "turns": {}}
     chain = ["W", "J1", "J2", "J3", "J4", "J5", "E"]
@@ -253,7 +254,7 @@ def corridor_network(dx: float = 25.0, pressure: str = "power") -> Network:
     return build_network("corridor", segments, plan, dx, pressure)
 
 
-def town_network(n: int, dx: float = 25.0, pressure: str = "power") -> Network:
+def town_network(n: int, dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
     """A grid of n x n signalised junctions 200 m apart with an entry and an exit at every end of a street."""
     segments, plan = [], {"signals": {}, "demand": {}}
     inside = {(i, j): f"J{i}_{j}" for i in range(n) for j in range(n)}
@@ -273,14 +274,14 @@ def town_network(n: int, dx: float = 25.0, pressure: str = "power") -> Network:
     return build_network(f"town{n}", segments, plan, dx, pressure)
 
 
-def find_network(spec, pressure: str = "power") -> Network:
+def find_network(spec, pressure: str = "power", dx: float = CELL_LENGTH) -> Network:
     """corridor, townN (a grid of N x N junctions), or the path of a segments CSV."""
     if isinstance(spec, Network):
         return spec
     if spec == "corridor":
-        return pool.static(("network", spec, pressure), lambda: corridor_network(pressure=pressure))
+        return pool.static(("network", spec, dx, pressure), lambda: corridor_network(dx, pressure))
     if spec.startswith("town") and spec[4:].isdigit() and int(spec[4:]) > 0:
-        return pool.static(("network", spec, pressure), lambda: town_network(int(spec[4:]), pressure=pressure))
+        return pool.static(("network", spec, dx, pressure), lambda: town_network(int(spec[4:]), dx, pressure))
     if not spec.endswith(".csv"):
         raise NetworkError(f"--scenario {spec}: must be freeway, corridor, townN such as town5, or a segments CSV")
-    return load_network(spec, pressure=pressure)
+    return load_network(spec, dx, pressure)

@@ -1,16 +1,17 @@
 """Is the traffic of ppo_arz_gpu.py right? Its kernels beside exact solutions, linear theory and a real freeway.
 
     python scripts/validate_arz.py                                # all of it, two minutes on one core
-    python scripts/validate_arz.py --parts riemann stability      # needs no record
+    python scripts/validate_arz.py --parts riemann stability network  # needs no record
     python scripts/validate_arz.py --ngsim other.npz --out there  # another record of the same format
     python scripts/validate_arz.py --quick                        # coarse grids and a short calibration
 
-Three parts: (1) Riemann problems of p = C rho^gamma against exact cell averages, smooth waves, conservation; (2) the
+Four parts: (1) Riemann problems of p = C rho^gamma against exact cell averages, smooth waves, conservation; (2) the
 growth rate of a small wave on the relaxed equilibrium against linear theory, and the pressure at which it changes
-sign; (3) a record of density and speed: what its two ends saw goes in, what the road between them did is predicted,
-by ARZ and by LWR, both calibrated on the first half and scored on the second. Everything is computed by the functions
-of ppo_arz_gpu.py. Writes validate_arz.html (one self-contained page) and validate_arz.json. Exit code 1: a number of
-parts 1 and 2, or a ledger of part 3, is not what it must be; which one is said. 2: bad flags or a broken record.
+sign; (3) networks: a smooth wave, the delay of one red light, a corridor's delay on finer grids; (4) a record of
+density and speed: what its two ends saw goes in, what the road between them did is predicted, by ARZ and by LWR, both
+calibrated on the first half and scored on the second. Everything is computed by the functions of ppo_arz_gpu.py.
+Writes validate_arz.html (one self-contained page) and validate_arz.json. Exit code 1: a number of parts 1 to 3, or a
+ledger of part 4, is not what it must be; which one is said. 2: bad flags or a broken record.
 
 The record is a .npz: x_m (M,), t_s (T,) centres of equal cells and bins; density_veh_per_m, speed_m_per_s,
 flow_veh_per_s (M, T).
@@ -36,11 +37,12 @@ from rich.table import Table  # noqa: E402
 from cleanrl_crypto import ppo_arz_gpu as arz  # noqa: E402
 from cleanrl_crypto.ppo_arz_gpu import FIRST, LINEAR, OPEN, POWER, RING, SECOND  # noqa: E402
 from common.cli import UsageError, parse_args  # noqa: E402
+from common.networks import JAM, build_network  # noqa: E402
 from common.timeout_guard import write_json_atomic  # noqa: E402
 from scripts.report import CSS, CYCLE, GREY, INK, RC, Page, canvas, esc  # noqa: E402
 
 RECORD = ROOT.parent / "shared" / "data" / "traffic" / "ngsim_us101.npz"
-PARTS = ("riemann", "stability", "record")
+PARTS = ("riemann", "stability", "network", "record")
 SCHEMES = {"godunov": (FIRST, 0.9), "muscl": (SECOND, 0.45)}  # order, Courant number
 FAR = 1e30  # s, a relaxation that never ends
 FLOOR = 1e-4  # veh/m, of the record's simulations
@@ -70,7 +72,7 @@ class Args:
     figures: Path | None = None
     """write every plot as a PNG file into this folder too"""
     parts: tuple[str, ...] = PARTS
-    """of riemann, stability, record"""
+    """of riemann, stability, network, record"""
     ngsim: Path = RECORD
     """the record (.npz)"""
     cells: tuple[int, int] | None = None
@@ -327,7 +329,83 @@ def stability_part(quick: bool, checks: list) -> dict:
     return result
 
 
-# ---------------------------------------------------------------------------------------- 3. a freeway's record
+# -------------------------------------------------------------------------------------------------- 3. networks
+STREET = dict(slow=(1.0, 1.0), jitter=0.0, fill=0.0, all_red=0.0, min_green=0.0, dtype="float64", pressure="gap")
+RED = 25 / 3  # veh s: q r^2 / (2 (1 - q / q_m)) of q .1, q_m .25 veh/s and r 10 s
+
+
+def street(dx: float, length: float, flow: float, limit: float, interval: float, scheme: str):
+    """One lane of cars through a signal (phase 1 is a side street's): equilibrium-gap pressure and w = Vmax are LWR."""
+    rows = [{"from": a, "to": b, "length_m": length, "class": "residential", "lanes": 1, "limit": limit}
+            for a, b in (("A", "J"), ("J", "B"), ("X", "J"))]
+    plan = {"signals": {"J": [["A"], ["X"]]}, "demand": {"A": {"car": flow}, "X": {}}}
+    env = arz.NetworkVectorEnv(
+        1, build_network("street", rows, plan, dx, "gap"), interval=interval, seconds=400.0, scheme=scheme, **STREET)
+    env.reset(seed=0)
+    return env
+
+
+def smooth_street(scheme: str, dx: float) -> float:
+    """L1 error (m of jam) of a smooth wave of cars before it breaks: rho is constant along x + Vmax (1 - 2 rho) t."""
+    seconds, top = 20.0, 10.0
+    env = street(dx, 800.0, 0.0, 36.0, seconds, scheme)
+    cells, jam = slice(*env.network.first[:2]), env.network.par[0, JAM]
+
+    def wave(x):
+        return 0.12 * np.exp(-(((x - 300.0) / 70.0) ** 2))
+
+    x = (np.arange(round(800 / dx))[:, None] + (np.arange(20) + 0.5) / 20) * dx
+    env.u[1, cells, 0] = wave(x).mean(1) * jam
+    env.u[3, cells, 0] = env.u[1, cells, 0] * top
+    env.step_lanes([0])
+    start = x - top * seconds
+    for _ in range(60):
+        start = x - top * (1 - 2 * wave(start)) * seconds
+    return float(np.abs(env.u[1, cells, 0] / jam - wave(start).mean(1)).sum() * dx)
+
+
+def red_light(scheme: str, dx: float) -> float:
+    """What one red of 10 s adds to the time (veh s) on the 200 m before it."""
+    spent = []
+    for red in (range(0), range(60, 65)):
+        env, total = street(dx, 200.0, 360.0, 18.0, 2.0, scheme), 0.0
+        for step in range(120):
+            env.step_lanes([int(step in red)])
+            total += env.sums[1, 0, 0] if step >= 60 else 0.0
+        spent.append(total)
+    return spent[1] - spent[0]
+
+
+def corridor(scheme: str, dx: float, pressure: str) -> float:
+    """Mean delay (veh s) of 16 episodes of the corridor under one fixed cycle."""
+    env = arz.NetworkVectorEnv(
+        16, "corridor", interval=5.0, seconds=450.0, scheme=scheme, dx=dx, pressure=pressure, dtype="float64")
+    env.reset(seed=5)
+    act = arz.fixed_cycle(env, 40.0, 0.55, 12.0)
+    for _ in range(env.length):
+        env.step_lanes(act(None))
+    return float(env.final_stats["delay_veh_s"].mean())
+
+
+def network_part(quick: bool, checks: list) -> dict:
+    sizes = {"wave": (10.0, 5.0, 2.5), "red": (10.0, 5.0, 2.5, 1.25), "gap": (25.0, 12.5), "power": (25.0, 12.5)}
+    if not quick:
+        sizes |= {"wave": (10.0, 5.0, 2.5, 1.25), "gap": (25.0, 12.5, 6.25, 3.125), "power": (25.0, 12.5, 6.25)}
+    result = {"dx": sizes}
+    for scheme, (low, high) in {"godunov": (0.8, 1.2), "muscl": (1.7, 2.4)}.items():
+        e = [smooth_street(scheme, dx) for dx in sizes["wave"]]
+        reds = [red_light(scheme, dx) for dx in sizes["red"]]
+        delays = {pressure: [corridor(scheme, dx, pressure) for dx in sizes[pressure]] for pressure in ("gap", "power")}
+        result[scheme] = {"wave": e, "orders": orders(e), "red": reds, **delays}
+        found = orders(e)
+        checks.append((f"orders, smooth street, {scheme}", min(found), f"from {low} to {high}",
+                       low < min(found) and max(found) < high))
+        checks.append((f"delay of one red, dx {sizes['red'][-1]:g}, {scheme}", reds[-1], f"{RED:.3f} +- .03",
+                       abs(reds[-1] - RED) < 0.03))
+    return result
+
+
+# ---------------------------------------------------------------------------------------- 4. a freeway's record
 KEYS = ("x_m", "t_s", "density_veh_per_m", "speed_m_per_s", "flow_veh_per_s")
 
 
@@ -335,7 +413,7 @@ def load_record(path: Path) -> dict:
     """The arrays of a record, float64. UsageError: one line with the file and the array, row (x) and column (t)."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file: name a record with --ngsim, or leave it out with "
-                         "--parts riemann stability")
+                         "--parts riemann stability network")
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {k: file[k] for k in file.files}
@@ -737,6 +815,19 @@ def record_part(data: dict, args: Args, checks: list) -> dict:
 UNITS = {"w": "m/s", "C": "", "gamma": "", "v_max": "m/s", "rho_max": "veh/m", "tau": "s"}
 
 
+NETWORK_TABLES = (  # anchor, key, title, format, sentence
+    ("network", "wave", "A smooth wave of cars on a street: L1 error of the density, m of jam", ".4f",
+     "First order falls by 2 a column, second by 4."),
+    ("red", "red", "Time that one red of 10 s costs the 200 m before it, veh s", ".4f",
+     f"q r^2 / (2 (1 - q / q_m)) = {RED:.4f} (LWR)."),
+    ("gap", "gap", "Delay on the corridor under one fixed cycle, --pressure gap, veh s", ".0f",
+     "Marginally stable traffic: the delay settles as cells shrink."),
+    ("power", "power", "Delay on the corridor under one fixed cycle, --pressure power, veh s", ".0f",
+     "Unstable traffic below half the jam density: finer cells resolve waves that coarser ones damp, and the delay "
+     "grows. Compare controllers on one grid."),
+)
+
+
 def words(params: dict | None) -> str:
     return ", ".join(f"{k} {v:.4g} {UNITS[k]}".strip() for k, v in (params or {}).items())
 
@@ -769,6 +860,11 @@ def tables(result: dict) -> dict[str, tuple]:
             "Growth rate of the first mode, p = c rho, V = 1 - rho, rho .5, tau .2, length 1",
             ["c", *(f"N {n}" for n in part["N"]), "limit", "linear theory"], rows,
             f"Bisected on the extrapolated rate, it changes sign at c = {part['threshold']:.4f}; theory: 1.")
+    if "network" in result:
+        part = result["network"]
+        for anchor, key, title, form, sentence in NETWORK_TABLES:
+            rows = [[scheme, *(format(x, form) for x in part[scheme][key])] for scheme in SCHEMES]
+            out[anchor] = (title, ["scheme", *(f"dx {dx:g}" for dx in part["dx"][key])], rows, sentence)
     if "record" in result:
         part, rows = result["record"], []
         for name, e in part["models"].items():
@@ -968,7 +1064,7 @@ def main(argv: list[str] | None = None) -> dict:
     data = prepare(load_record(args.ngsim), args) if "record" in args.parts else None
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {"riemann": partial(riemann_part, args.quick), "stability": partial(stability_part, args.quick),
-            "record": partial(record_part, data, args)}
+            "network": partial(network_part, args.quick), "record": partial(record_part, data, args)}
     for name in (p for p in PARTS if p in args.parts):
         console.print(f"{name} ...")
         result[name] = runs[name](checks)

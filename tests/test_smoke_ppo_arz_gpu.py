@@ -160,6 +160,20 @@ def test_two_processes_follow_one(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize("changes, words", [
+    (dict(scenario="corridor", control="both"), "--control: of the freeway alone"),
+    (dict(scenario="corridor", scheme="richtmyer"), "--scheme richtmyer: of the freeway alone"),
+    (dict(cell_length=10.0), "--cell-length: of networks alone"),
+    (dict(scheme="muscl", pressure="ancestor"), "--pressure ancestor: of networks alone"),
+    (dict(cfl=0.5), "--cfl 0.5 needs --scheme"),
+    (dict(scenario="corridor", scheme="muscl", cfl=0.7), "--cfl 0.7: at most 0.5"),
+    (dict(env_id="CartPole-v1", scheme="muscl", decision_interval=2.0), "--scheme, --decision-interval: of the scen"),
+    (dict(env_id="CartPole-v1", scenario="corridor"), "exclude each other")])
+def test_a_flag_that_would_do_nothing_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ppo.Args(**changes)
+
+
+@pytest.mark.parametrize("changes, words", [
     (dict(num_envs=0), "--num-envs"), (dict(gamma=1.5), "--gamma"), (dict(scheme="upwind"), "--scheme"),
     (dict(decision_interval=0.3), "--decision-interval"), (dict(episode_seconds=10.5), "--episode-seconds"),
     (dict(num_minibatches=3), "--num-minibatches"), (dict(eval_only=True), "--checkpoint"),
