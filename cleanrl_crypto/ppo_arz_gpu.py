@@ -897,7 +897,38 @@ def in_blocks(kernel, blocks: int, *args):
 WORST = "mass_error", "max_cfl"  # the largest of the lanes is shown, of the others the mean
 
 
-class FreewayVectorEnv(gym.vector.VectorEnv):
+class Lanes(gym.vector.VectorEnv):
+    """What both scenarios share: arrays on CPU or CUDA that go back to the pool, and Gymnasium's info."""
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def host(self, array) -> np.ndarray:
+        """A state array (a copy of it on CUDA)."""
+        return array.copy_to_host() if self.backend == "cuda" else array
+
+    def write(self, array, values):
+        if self.backend == "cuda":
+            array.copy_to_device(np.ascontiguousarray(values, array.dtype))
+        else:
+            array[...] = values
+
+    def info(self, done, final_obs) -> dict:
+        """Of a step that ended the episodes of lanes done (N,), with final_obs (N, ...)."""
+        if not done.any():
+            return {}
+        stats, final = self.final_stats, np.full(self.num_envs, None, object)
+        for lane in np.flatnonzero(done):
+            final[lane] = final_obs[lane].copy()
+        episode = {k: np.where(done, v, 0.0) for k, v in stats.items()}
+        episode |= {"r": episode["episode_return"], "l": np.where(done, stats.get("episode_length", self.length), 0)}
+        return {"final_obs": final, "_final_obs": done,
+                "final_info": {"episode": episode, "_episode": done}, "_final_info": done}
+
+    def close_extras(self, **kwargs):
+        self.lease.close()
+
+
+class FreewayVectorEnv(Lanes):
     """Lanes of the freeway. Same-step autoreset; truncation at `length` decisions.
 
     Observation (102,) float32: rho/rho* - 1, then v/v* - 1, at 51 points. Action (1,) or (2,) in [-1, 1]: flux
@@ -905,7 +936,6 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
     validation waves, the last 50 held-out ones, lane 50 is the published wave.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
     builds, agents, obs_scale, tuned = 0, 1, 10.0, "tuned on training waves"
 
     def __init__(
@@ -959,16 +989,6 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
             waves = np.zeros((3, num_envs))
             waves[:, 50] = WAVE
             self.spread(self.waves, waves)
-
-    def host(self, array) -> np.ndarray:
-        """A state array (a copy of it on CUDA)."""
-        return array.copy_to_host() if self.backend == "cuda" else array
-
-    def write(self, array, values):
-        if self.backend == "cuda":
-            array.copy_to_device(np.ascontiguousarray(values))
-        else:
-            array[...] = values
 
     def lanes(self, array) -> np.ndarray:
         """(blocks, ..., width) -> (..., num_envs), a copy."""
@@ -1059,16 +1079,7 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
             lane = int(np.flatnonzero(~np.isfinite(actions).all(1))[0])
             raise ValueError(f"action of lane {lane} is not finite")
         obs, reward, terminated, truncated = (x.copy() for x in self.step_lanes(actions))
-        info, done = {}, terminated | truncated
-        if done.any():
-            final = np.full(self.num_envs, None, object)
-            for i in np.flatnonzero(done):
-                final[i] = self.final_obs[i].copy()
-            stats = {k: np.where(done, v, 0.0) for k, v in self.final_stats.items()}
-            episode = {"r": stats["episode_return"], "l": np.where(done, self.lanes(self.finals)[12], 0)} | stats
-            info = {"final_obs": final, "_final_obs": done,
-                    "final_info": {"episode": episode, "_episode": done}, "_final_info": done}
-        return obs, reward, terminated, truncated, info
+        return obs, reward, terminated, truncated, self.info(terminated | truncated, self.final_obs)
 
     def get_state(self) -> dict:
         names = ("u", "lane", "totals", "ints", "waves", "obs")
@@ -1079,9 +1090,6 @@ class FreewayVectorEnv(gym.vector.VectorEnv):
             self.write(getattr(self, name), state[name].numpy())
         self.seed, self.was_reset = state["seed"], True
         return self.rows(self.obs).copy()
-
-    def close_extras(self, **kwargs):
-        self.lease.close()
 
 
 def make_vec(num_envs: int = 1, **kwargs) -> FreewayVectorEnv:
@@ -1908,7 +1916,7 @@ def pay_nb(pay, delay, reward):
 
 
 # ------------------------------------------------------------------------------------- networks: environment
-class NetworkVectorEnv(gym.vector.VectorEnv):
+class NetworkVectorEnv(Lanes):
     """Lanes of signalised traffic; the junctions of a lane are agents that share one network. Same-step autoreset.
 
     Observation (agents, D) float32 a lane. For up to A approaches: filling of its last 50 m, of the next 100 and of the
@@ -1919,7 +1927,6 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
     segments that end there, and of exits that begin there; `team` of it shared evenly. Its sum is the lane's.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
     builds = 0
 
     def __init__(
@@ -1974,7 +1981,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
             low_high, self.lane_id, self.splits = self.eval_cases(n)
         elif cases is not None:
             raise ValueError(f"cases {cases!r}: must be eval or None")
-        self.to_state(self.levels, low_high)
+        self.write(self.levels, low_high)
         self.layout()
 
     @staticmethod
@@ -2018,16 +2025,6 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         self.obs_scale, self.everyone = 1.0, np.arange(self.num_envs)
         self.final_stats = {}
 
-    def host(self, array) -> np.ndarray:
-        """A NumPy view of a state array (a copy on CUDA)."""
-        return array.copy_to_host() if self.backend == "cuda" else array
-
-    def to_state(self, array, values):
-        if self.backend == "cuda":
-            array.copy_to_device(np.ascontiguousarray(values, array.dtype))
-        else:
-            array[...] = values
-
     def start(self, lanes):
         """The next episode of these lanes (the first where the clock's episode is set so)."""
         parts = (self.u, *self.state, self.ledger, self.episode)
@@ -2036,7 +2033,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
                  self.fill, self.stagger)
         if self.backend == "cuda":
             for array, values in zip(parts, host):
-                self.to_state(array, values)
+                self.write(array, values)
 
     def observe(self, lanes) -> np.ndarray:
         net = self.network
@@ -2055,7 +2052,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         zones_nb(len(lanes), *(np.ascontiguousarray(x[:, lanes]) for x in u), np.empty(len(lanes), self.dtype), part,
                  self.network.zone_of, self.host_data[5], self.host_net, self.law)
         zones[:, :, lanes] = part
-        self.to_state(self.zones, zones)
+        self.write(self.zones, zones)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """All lanes to their first (seed given) or next episode -> obs (N, agents, D); builds nothing.
@@ -2069,7 +2066,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         clock[2] = self.lane_id
         late = bool(options and options.get("stagger"))  # golden ratio: even, whatever share of the lanes is here
         self.stagger = (self.lane_id * 0.6180339887498949 % 1 * self.length * late).astype(np.int64)
-        self.to_state(self.clock, clock)
+        self.write(self.clock, clock)
         self.was_reset = True
         self.start(self.everyone)
         self.look(self.everyone)
@@ -2107,7 +2104,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         """
         begin = time.perf_counter()
         actions = np.asarray(actions, np.int64).reshape(self.num_envs, self.agents)
-        self.to_state(self.action, actions.T)
+        self.write(self.action, actions.T)
         if self.backend == "cuda":
             self.kernel(self.action, self.u, *self.scratch, self.state, self.sums, self.ledger, self.stat, self.zones,
                         self.episode, self.rules, self.seed, self.data, self.net, self.order, self.law[:-1],
@@ -2134,7 +2131,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
             self.final_stats = self.stats()
             clock[1, lanes] += 1
             self.stagger[lanes] = 0
-            self.to_state(self.clock, clock)
+            self.write(self.clock, clock)
             self.start(lanes)
             self.look(lanes)
             self.observe(lanes)
@@ -2153,15 +2150,8 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
         if actions.shape != shape or (actions < 0).any() or (actions >= phases).any():
             raise ValueError(f"actions must be {shape} phases below {phases}")
         obs, reward, terminated, truncated = self.step_lanes(actions)
-        done, info = self.done.copy(), {}
-        if done.any():
-            final = np.full(self.num_envs, None, object)
-            for lane in np.flatnonzero(done):
-                final[lane] = self.last_obs[lane].copy()
-            episode = {k: np.where(done, v, 0.0) for k, v in self.final_stats.items()}
-            episode |= {"r": episode["episode_return"], "l": np.where(done, self.length, 0)}
-            info = {"final_obs": final, "_final_obs": done,
-                    "final_info": {"episode": episode, "_episode": done}, "_final_info": done}
+        done = self.done.copy()
+        info = self.info(done, self.last_obs)
         return self.obs.copy(), reward.reshape(self.num_envs, -1).sum(1), np.zeros_like(done), done, info
 
     def get_state(self) -> dict:
@@ -2172,7 +2162,7 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
     def set_state(self, state: dict):
         for name, values in state.items():
             if name not in ("stagger", "seed"):
-                self.to_state(getattr(self, name), values.numpy())
+                self.write(getattr(self, name), values.numpy())
         self.stagger, self.seed, self.was_reset = state["stagger"].numpy().copy(), state["seed"], True
         self.observe(self.everyone)
 
@@ -2190,9 +2180,6 @@ class NetworkVectorEnv(gym.vector.VectorEnv):
     def baselines(self, train_env=None) -> dict:
         """name -> make(env) -> act(obs): the controllers of the literature, with constants tuned on training seeds."""
         return {name: partial(by_level, name) for name in CONTROLLERS}
-
-    def close_extras(self, **kwargs):
-        self.lease.close()
 
 
 def to_device(data):
@@ -2741,17 +2728,19 @@ def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
     if not source:
         return run_dir, None, None
     state = load_agent(source)
+    there, here = state["args"], asdict(args)
+    wrong = [f"{flag(k)} {there.get(k)} there, {here[k]} here" for k in SHAPING if there.get(k) != here[k]]
     if args.resume:
         if "optimizer" not in state:
             raise CheckpointError(f"{source}: holds the agent alone (for evaluation); resume from last.pt")
-        there, here = state["args"], asdict(args)
-        wrong = [f"{flag(k)} {there.get(k)} there, {here[k]} here" for k in SHAPING if there.get(k) != here[k]]
         if wrong:
             raise UsageError(f"{source} was made with other flags: {'; '.join(wrong)}")
         if state["data"] != data_of(args):
             raise UsageError(f"{source} was made with other content of {args.scenario} or of the JSON beside it")
-    elif state["args"]["control"] != args.control:
-        raise UsageError(f"{source} acts on --control {state['args']['control']}, not on {args.control}")
+    elif there["control"] != args.control:
+        raise UsageError(f"{source} acts on --control {there['control']}, not on {args.control}")
+    elif wrong:
+        print(f"{source} was trained with other flags: {'; '.join(wrong)}")
     return run_dir, source, state
 
 

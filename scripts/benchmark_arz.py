@@ -8,7 +8,8 @@ cell over one whole time step (both stages, relaxation, Courant number and floor
 counts the steps of every lane. Beside it the same scheme for one road in NumPy, one solver step a call, as published
 environments do it; before it is timed, both simulate 60 s of one wave in float64 and must agree to 1e-9.
 Training: the script itself on the freeway, its rate read from its own log, beside SB3's PPO on the same environment
-with the same layers, minibatch share and epochs. In turns, medians shown; what ran is counted and checked. CPU only.
+with the same layers, minibatch share and epochs. Networks: corridor and town5, two classes, random phases; no peer.
+In turns, medians shown; what ran is counted and checked. CPU only.
 """
 import os
 import sys
@@ -46,6 +47,8 @@ CELLS = arz.NODES - 1
 class Args:
     lanes: int = 1024
     """roads of ours"""
+    network_lanes: int = 128
+    """lanes of the networks"""
     seconds: float = 3.0
     """**seconds** of one measurement of a simulator"""
     repeats: int = 3
@@ -161,6 +164,30 @@ def rate_of_ours(args: Args, scheme: str, seconds: float) -> dict:
             "cell_updates_per_second": made * cells / spent}
 
 
+def rate_of_network(args: Args, spec: str, scheme: str, seconds: float) -> dict:
+    """Cell updates/s (both classes at once) of a network's step_lanes() with random phases, as the kernel counts."""
+    env = arz.NetworkVectorEnv(args.network_lanes, spec, interval=5.0, seconds=450.0, scheme=scheme, seed=1,
+                               level=arz.TRAIN_LEVELS)
+    env.reset(seed=1, options={"stagger": True})
+    asked = np.random.default_rng(0).integers(0, 2, (8, args.network_lanes, env.agents))
+    for k in range(2):
+        env.step_lanes(asked[k])
+    before, decisions, spent = env.stat[1].sum(), 0, 0.0
+    while spent < seconds:
+        began = time.perf_counter()
+        env.step_lanes(asked[decisions % 8])
+        spent += time.perf_counter() - began
+        decisions += 1
+    made, cells, limit = int(env.stat[1].sum() - before), int(env.network.first[-1]), float(env.law[14])
+    check(made >= decisions * args.network_lanes, f"{spec}: {made} solver steps in {decisions} decisions of all lanes")
+    check(float(env.stat[0].max()) <= limit * (1 + 1e-6), f"{spec}: a Courant number above {limit}")
+    check(float(env.stats()["mass_error"].max()) < 1e-5, f"{spec}: vehicles are not conserved")
+    env.close()
+    return {"lanes": args.network_lanes, "cells": cells, "solver_steps": made, "decisions": decisions,
+            "cell_updates_per_second": made * cells / spent,
+            "traffic_seconds_per_second": decisions * args.network_lanes * env.interval / spent}
+
+
 def rate_of_numpy(seconds: float) -> dict:
     road = NumpyRoad(arz.RHO_STAR * (1 + 0.1 * np.sin(3 * np.pi * (np.arange(CELLS) + 0.5) / CELLS)), 1.2)
     began, left = time.perf_counter(), 0.0
@@ -210,17 +237,21 @@ def main(argv: list[str] | None = None) -> dict:
     args = tyro.cli(Args, args=argv)
     if args.quick:
         args.lanes, args.seconds, args.repeats, args.train_steps, args.peer_steps = 64, 0.1, 1, 8_192, 2_048
+        args.network_lanes = 8
     threads = args.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
     difference = same_result()
     check(difference < 1e-9, f"the simulators differ by {difference:.1e} after 60 s")
     rates = {"ours, muscl": [], "ours, godunov": [], "ours, richtmyer": [], "NumPy, muscl": []}
+    networks = {"corridor, godunov": [], "corridor, muscl": [], "town5, godunov": []}
     train = {"ours": [], "SB3 PPO": []}
     for _ in range(args.repeats):
         for name in list(rates)[:3]:
             rates[name].append(rate_of_ours(args, name.split()[1], args.seconds))
         rates["NumPy, muscl"].append(rate_of_numpy(args.seconds))
+        for name in networks:
+            networks[name].append(rate_of_network(args, *name.split(", "), args.seconds))
     for _ in range(args.repeats):
         train["ours"].append(train_ours(args, threads))
         train["SB3 PPO"].append(train_peer(args, threads))
@@ -228,9 +259,11 @@ def main(argv: list[str] | None = None) -> dict:
         seen = [train[name][0][key] for name in train]
         check(seen[0] == seen[1], f"{key} differ: {seen[0]} and {seen[1]}")
     middle = {k: median(r["cell_updates_per_second"] for r in v) for k, v in rates.items()}
+    middle |= {k: median(r["cell_updates_per_second"] for r in v) for k, v in networks.items()}
     middle |= {f"train {k}": median(r["transitions_per_second"] for r in v) for k, v in train.items()}
     result = {"machine": machine(threads, torch, np, nb, stable_baselines3),
-              "quick": args.quick, "difference": difference, "simulators": rates, "training": train, "median": middle}
+              "quick": args.quick, "difference": difference, "simulators": rates, "networks": networks,
+              "training": train, "median": middle}
     if args.out:
         write_json_atomic(result, args.out)
     show(result)
@@ -246,6 +279,10 @@ def show(result: dict):
     for name, runs in result["simulators"].items():
         table.add_row(f"cell updates, {name}", str(runs[0]["lanes"]), f"{middle[name]:,.0f}",
                       f"{middle[name] / middle['NumPy, muscl']:.0f} x", "400 M" if name == "ours, muscl" else "")
+    for name, runs in result["networks"].items():
+        traffic = median(r["traffic_seconds_per_second"] for r in runs)
+        what = f"cell updates, {name}, {runs[0]['cells']} cells ({traffic:,.0f} s of traffic)"
+        table.add_row(what, str(runs[0]["lanes"]), f"{middle[name]:,.0f}", "", "")
     for name in result["training"]:
         peer = middle["train SB3 PPO"]
         table.add_row(f"transitions trained, {name}", "", f"{middle['train ' + name]:,.0f}",

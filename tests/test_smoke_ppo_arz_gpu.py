@@ -97,7 +97,7 @@ def test_resume_gives_the_bits_of_the_uninterrupted_run(tmp_path):
     assert all(torch.equal(a["env"][k], b["env"][k]) for k in a["env"] if k != "seed")
 
 
-def test_a_policy_from_its_file_alone_acts_as_evaluated(tmp_path):
+def test_a_policy_from_its_file_alone_acts_as_evaluated(tmp_path, capsys):
     ppo.main(flags(tmp_path / "run"))
     policy = ppo.load_policy(tmp_path / "run" / "checkpoints" / "best.pt")
     env = ppo.FreewayVectorEnv(cases="eval", episode_seconds=10)
@@ -106,6 +106,10 @@ def test_a_policy_from_its_file_alone_acts_as_evaluated(tmp_path):
     assert again["eval"]["heldout"]["agent"] == result["heldout"] and again["updates"] == 0
     action = policy(np.zeros((3, 102), np.float32))
     assert action.shape == (3, 1) and action.dtype == np.float32 and np.abs(action).max() <= 1
+    assert "other flags" not in capsys.readouterr().out
+    ppo.main(flags(tmp_path / "there", eval_only=True, checkpoint=tmp_path / "run" / "checkpoints" / "best.pt",
+                   scheme="muscl"))
+    assert "was trained with other flags: --scheme richtmyer there, muscl here" in capsys.readouterr().out
 
 
 def test_sigterm_leaves_a_checkpoint_and_143(tmp_path):
@@ -139,7 +143,8 @@ def test_a_slow_simulation_call_stops_the_run(tmp_path, capsys):
 
 def test_gymnasium_tasks_run_with_the_same_agent(tmp_path):
     for env_id in ("CartPole-v1", "Pendulum-v1"):
-        summary = ppo.main(flags(tmp_path / env_id, env_id=env_id, num_envs=4, norm_obs=True, norm_reward=True))
+        summary = ppo.main(flags(tmp_path / env_id, env_id=env_id, episode_seconds=None, num_envs=4, norm_obs=True,
+                                 norm_reward=True))
         assert summary["updates"] > 0 and math.isfinite(summary["eval"]["validation"]["agent"]["episode_return"])
 
 
@@ -180,7 +185,7 @@ def test_a_flag_that_would_do_nothing_is_refused(changes, words):
     (dict(cudagraphs=True), "--compile"), (dict(resume="auto", run_dir=None), "--run-dir"),
     (dict(pressure="power"), "--pressure"), (dict(scheme="muscl", cfl=0.9), "--cfl"),
     (dict(backend="cuda", scheme="muscl"), "--backend"), (dict(scenario="motorway"), "--scenario"),
-    (dict(env_id="CartPole-v99"), "CartPole"), (dict(resume="nowhere.pt"), "nowhere.pt")])
+    (dict(env_id="CartPole-v99", episode_seconds=None), "CartPole"), (dict(resume="nowhere.pt"), "nowhere.pt")])
 def test_a_bad_flag_is_refused_in_one_line(tmp_path, monkeypatch, changes, words):
     if changes.get("backend") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has what the refusal misses")
@@ -214,7 +219,8 @@ def test_other_flags_at_resume_are_refused(tmp_path):
                                gamma=0.9, log_std_init=-0.5, norm_obs=True, norm_reward=True,
                                total_timesteps=200_000))])
 def test_known_tasks_are_solved(tmp_path, env_id, goal, more):
-    summary = ppo.main(flags(tmp_path / "run", **(dict(env_id=env_id, hidden=64, eval_interval=20_000) | more)))
+    more |= dict(env_id=env_id, episode_seconds=None, hidden=64, eval_interval=20_000)
+    summary = ppo.main(flags(tmp_path / "run", **more))
     assert summary["eval"]["validation"]["agent"]["episode_return"] >= goal
 
 
