@@ -920,7 +920,7 @@ class Lanes(gym.vector.VectorEnv):
         for lane in np.flatnonzero(done):
             final[lane] = final_obs[lane].copy()
         episode = {k: np.where(done, v, 0.0) for k, v in stats.items()}
-        episode |= {"r": episode["episode_return"], "l": np.where(done, stats.get("episode_length", self.length), 0)}
+        episode |= {"r": episode["episode_return"], "l": np.where(done, stats["episode_length"], 0)}
         return {"final_obs": final, "_final_obs": done,
                 "final_info": {"episode": episode, "_episode": done}, "_final_info": done}
 
@@ -2082,7 +2082,8 @@ class NetworkVectorEnv(Lanes):
         error = np.abs(stored + ledger[1] - came - ledger[2]).sum(0) / np.maximum(came.sum(0), 1e-9)
         return {"episode_return": -episode[0], "delay_veh_s": episode[0].copy(), "throughput_veh": ledger[1].sum(0),
                 "mean_speed": episode[2] / np.maximum(episode[1], 1e-9), "switches": episode[3].copy(),
-                "mass_error": error, "max_cfl": self.host(self.stat)[0].copy()}
+                "mass_error": error, "max_cfl": self.host(self.stat)[0].copy(),
+                "episode_length": self.host(self.clock)[0].astype(float)}
 
     running_stats = stats
 
@@ -3009,7 +3010,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
                     stats = {k: float(v[done].max() if k in WORST else v[done].mean())
                              for k, v in env.final_stats.items()}
                     averages["charts/episodic_return"] = stats.pop("episode_return")
-                    averages["charts/episodic_length"] = stats.pop("episode_length", float(env.length))
+                    averages["charts/episodic_length"] = stats.pop("episode_length")
                     averages |= {f"env/{k}": v for k, v in stats.items()}
             obs_all[steps] = torch.from_numpy(obs)
             global_step += steps * args.num_envs

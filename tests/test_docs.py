@@ -325,7 +325,8 @@ def test_numbers_in_prose_follow_from_the_code_of_arz():
         f"{(net.entry >= 0).sum()} entries", f"{width} numbers",
         f"in [{low:.1g}, {high:.2g}] every {arz.KNOT:g} s and joined by lines".replace("0.", "."),
         f"every {arz.BIN:g} s",
-        f"its level in {list(arz.TRAIN_LEVELS)}", f"(blocks of {arz.BLOCK} lanes",
+        f"its level in {list(arz.TRAIN_LEVELS)}",
+        f"(blocks of {arz.BLOCK} lanes in parallel, on networks of up to {arz.NET_BLOCK}",
         f"eval` ({few} cases", f"({2 * few} demand seeds", f"{args.num_minibatches} minibatches of "
         f"{args.num_envs * args.num_steps // args.num_minibatches}", f"gamma {args.gamma:g}".replace("0.", "."),
         f"two layers of {args.hidden} with SiLU", f"creep at {arz.CREEP * 3.6:g} km/h",
