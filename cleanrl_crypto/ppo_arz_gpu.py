@@ -314,12 +314,15 @@ SHAPING = (
 
 
 # --------------------------------------------------------------------------------------------------- kernels
+jit = partial(nb.njit, cache=True, error_model="numpy")
+
+
 def fast(function):
     """njit; left as it is under NUMBA_ENABLE_CUDASIM, where CUDA kernels are Python. A division by zero gives inf."""
-    return function if nb.config.ENABLE_CUDASIM else nb.njit(cache=True, error_model="numpy")(function)
+    return function if nb.config.ENABLE_CUDASIM else jit(function)
 
 
-@fast
+@jit
 def uniform_nb(seed, lane, episode, draw):
     """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
@@ -523,8 +526,9 @@ def ghosts(r, v, left, right):
     m = r.shape[0] - 4
     for i in range(2):
         first, last = (m + i, 2 + i) if left == RING else (2, m + 1)
-        r[i], r[m + 2 + i] = r[first], r[last]
-        v[i], v[m + 2 + i] = v[first], v[last]
+        for j in range(r.shape[1]):  # whole rows would need an allocator, which CUDA has not
+            r[i, j], r[m + 2 + i, j] = r[first, j], r[last, j]
+            v[i, j], v[m + 2 + i, j] = v[first, j], v[last, j]
 
 
 @fast
@@ -654,7 +658,7 @@ def advance(u, work, lane, totals, par, seconds, order, left, right, law):
         more = False
         fastest_wave(rho, z, speed, law, c, gamma, rho_max)
         for j in range(width):
-            n = np.ceil(rest[j] * speed[j] / (cfl * dx))
+            n = math.ceil(rest[j] * speed[j] / (cfl * dx))
             n = n if ONE < n and speed[j] < np.float32(1e4) else ONE
             step = rest[j] / n
             rest[j] = rest[j] - step if n > ONE else ZERO
@@ -1221,9 +1225,6 @@ FLOW, TIME, DIST = range(3)  # rows of Lanes' sums
 
 # -------------------------------------------------------------------------------------------- networks: kernels
 # Arithmetic is in the dtype of the state: a literal would make float32 float64, so that constants come in `law`.
-net_jit = partial(nb.njit, cache=True, error_model="numpy")
-
-
 def network_law(pressure: str, dtype, cfl: float) -> tuple:
     """The kernels' constants in the dtype of the state; the last one's length is the kind of pressure."""
     (a, c), f = PRESSURES[pressure], np.dtype(dtype).type
@@ -1232,7 +1233,7 @@ def network_law(pressure: str, dtype, cfl: float) -> tuple:
     return (*map(f, values), SINGULAR if pressure == "singular" else POWER)
 
 
-@net_jit
+@jit
 def class_pressure_nb(x, k, law):
     """p (m/s) at x = (own density + cross * other density) / jam density."""
     zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
@@ -1242,7 +1243,7 @@ def class_pressure_nb(x, k, law):
     return k * x * (a + c * x)
 
 
-@net_jit
+@jit
 def class_slope_nb(x, k, law):
     """dp/dx, m/s."""
     zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
@@ -1252,7 +1253,7 @@ def class_slope_nb(x, k, law):
     return k * (a + c2 * x)
 
 
-@net_jit
+@jit
 def class_filling_nb(q, law):
     """x of pressure q K, q >= 0: the inverse of class_pressure_nb."""
     zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
@@ -1263,7 +1264,7 @@ def class_filling_nb(q, law):
     return q / (half_a + math.sqrt(half_a * half_a + c * q) + tiny)
 
 
-@net_jit
+@jit
 def capacity_nb(w, b, k, law):
     """Own density over jam density at which rho (w - p) is largest, b the other class's share."""
     zero, one, tiny, thin, a, half_a, c, c2, c3, alpha, creep, ten, half, tangent, cfl, kind = law
@@ -1278,7 +1279,7 @@ def capacity_nb(w, b, k, law):
     return n / (h + math.sqrt(h * h + c3 * n) + tiny)
 
 
-@net_jit
+@jit
 def class_demand_nb(y, b, v, w, k, law):
     """What a class can send over an interface, veh/s over jam density: min rule of DOMAIN, the other class frozen.
 
@@ -1288,7 +1289,7 @@ def class_demand_nb(y, b, v, w, k, law):
     return y * v if y <= y_c else y_c * (w - class_pressure_nb(y_c + b, k, law))
 
 
-@net_jit
+@jit
 def class_supply_nb(w, b, v, k, law):
     """What a class that arrives with w can enter where its vehicles drive v and the other class fills b."""
     y_c = capacity_nb(w, b, k, law)
@@ -1298,7 +1299,7 @@ def class_supply_nb(w, b, v, k, law):
     return y * (w - class_pressure_nb(y + b, k, law))
 
 
-@net_jit
+@jit
 def class_relax_nb(w, p, goal, gain, law):
     """Exact relaxation of v = w - p to `goal`, gain = 1 - exp(-dt / tau) -> (v, change of w).
 
@@ -1311,7 +1312,7 @@ def class_relax_nb(w, p, goal, gain, law):
     return (v if v > law[0] else law[0]), change
 
 
-@net_jit
+@jit
 def goals_nb(y_m, y_c, v_m, v_c, law):
     """Equilibrium speeds (m/s). Motorcycles creep only where they have room: else a red light would pack them."""
     zero, one, alpha, creep, ten = law[0], law[1], law[9], law[10], law[11]
@@ -1323,7 +1324,7 @@ def goals_nb(y_m, y_c, v_m, v_c, law):
     return creep * room + (v_m - creep) * g, v_c * g
 
 
-@net_jit
+@jit
 def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_j, v_m, v_c, k_m, k_c, law):
     """Relax one cell: densities (veh/m) and rho w (veh/s) -> speeds, w, changes of w (m/s), bound of |lambda|."""
     thin, alpha = law[3], law[9]
@@ -1344,7 +1345,7 @@ def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_j, v_m, v_c, k_m, k_c, law):
     return now_m, now_c, w_m + d_m, w_c + d_c, d_m, d_c, fast
 
 
-@net_jit
+@jit
 def interface_nb(r, other_l, other_r, v_l, w_l, v_r, inv_j, jam, k, law):
     """Godunov flux of one class (veh/s) between two states of a segment; other_*: cross * the other's density."""
     b_l, b_r = other_l * inv_j, other_r * inv_j
@@ -1353,7 +1354,7 @@ def interface_nb(r, other_l, other_r, v_l, w_l, v_r, inv_j, jam, k, law):
     return (demand if demand < supply else supply) * jam
 
 
-@net_jit
+@jit
 def upto_nb(before, here, after, law):
     """Value at the face between `here` and `after`: minmod's slope."""
     one, other = here - before, after - here
@@ -1361,7 +1362,7 @@ def upto_nb(before, here, after, law):
     return here + law[12] * (small if one * other > law[0] else law[0])
 
 
-@net_jit
+@jit
 def demand_factor_nb(seed, lane, episode, entry, second, low, high, jitter):
     """Demand over its mean: slow knots joined by lines, times a fast factor a bin; counter-based."""
     knot = int(second // KNOT)
@@ -1372,7 +1373,7 @@ def demand_factor_nb(seed, lane, episode, entry, second, low, high, jitter):
     return (low + (high - low) * (first + (last - first) * share)) * (1.0 + jitter * (2.0 * fast - 1.0))
 
 
-@net_jit
+@jit
 def class_flux_nb(lanes, c, s, k, own, other, v, w, flow, mom, net, order, law):
     """Flux of class k (veh/s) between cells c and c + 1 of segment s -> flow (L,); of order 2 that of rho w -> mom too.
 
@@ -1399,7 +1400,7 @@ def class_flux_nb(lanes, c, s, k, own, other, v, w, flow, mom, net, order, law):
             mom[ln] = flow[ln] * w_l
 
 
-@net_jit
+@jit
 def transport_nb(lanes, c, own, mom, w, new, new_mom, dt, inv_dx, flow_l, mom_l, flow_r, mom_r, lost, keep, order, law):
     """Cell c of one class after its fluxes, in place, or of order 2 into new, new_mom, `keep` of what they were.
 
@@ -1422,7 +1423,7 @@ def transport_nb(lanes, c, own, mom, w, new, new_mom, dt, inv_dx, flow_l, mom_l,
         mom_l[ln] = out
 
 
-@net_jit
+@jit
 def settle_nb(lanes, c, r_m, r_c, q_m, q_c, gain_m, gain_c, speed, s, par, law):
     """Relax cell c in place and raise `speed` (1/s) to its wave speed over dx."""
     inv_j, inv_dx, top_m, top_c, k_m, k_c = par[s, 0], par[s, 2], par[s, 3], par[s, 4], par[s, 5], par[s, 6]
@@ -1436,7 +1437,7 @@ def settle_nb(lanes, c, r_m, r_c, q_m, q_c, gain_m, gain_c, speed, s, par, law):
         speed[ln] = fast if fast > speed[ln] else speed[ln]
 
 
-@net_jit
+@jit
 def junctions_nb(lanes, k, weight, own, other, v, w, want, share, in_flow, in_mom, s0, s1, dt, gate, queue, rate,
                  delay, time_, arrived, departed, lost, net, law):
     """Fluxes of class k over the ends of all segments: want (S, L) out, in_flow and in_mom (S, L) in.
@@ -1514,7 +1515,7 @@ def junctions_nb(lanes, k, weight, own, other, v, w, want, share, in_flow, in_mo
                     in_mom[s, ln] += flow * (w[last, ln] if w[last, ln] < top else top)  # no faster than its limit
 
 
-@net_jit
+@jit
 def stage_nb(lanes, stage, cells, new, speeds, ends, work, queue, rate, sums, ledger, net, order, law):
     """One stage of a time step: new = cells after dt of transport; the last stage relaxes too.
 
@@ -1602,7 +1603,7 @@ def stage_nb(lanes, stage, cells, new, speeds, ends, work, queue, rate, sums, le
             lost[1, ln] += weight * lost_c[ln] * par[s, 1]
 
 
-@net_jit
+@jit
 def advance_nb(lanes, duration, cells, half, speeds, ends, work, queue, rate, sums, ledger, stat, net, order, law):
     """Advance lanes [l0, l1) of these arrays by `duration` (s), every lane with time steps of its own.
 
@@ -1648,7 +1649,7 @@ def advance_nb(lanes, duration, cells, half, speeds, ends, work, queue, rate, su
             stage_nb(lanes, 1, half, cells, speeds, ends, work, queue, rate, sums, ledger, net, order, law)
 
 
-@net_jit
+@jit
 def signals_nb(lanes, action, phase, age, switches, n_phases, all_red, min_green):
     """Take the phase decisions of lanes [l0, l1): action (junctions, L) int64, the phase asked for.
 
@@ -1663,7 +1664,7 @@ def signals_nb(lanes, action, phase, age, switches, n_phases, all_red, min_green
                 switches[ln] += 1.0
 
 
-@net_jit
+@jit
 def gates_nb(lanes, gate, phase, age, signal, green, all_red, law):
     """gate (segments, L): 0 where a signal shows red or all-red, else 1. green (segments,): bit p is phase p."""
     for s in range(signal.size):
@@ -1673,7 +1674,7 @@ def gates_nb(lanes, gate, phase, age, signal, green, all_red, law):
             gate[s, ln] = law[1] if is_open else law[0]
 
 
-@net_jit
+@jit
 def zones_nb(lanes, r_m, r_c, q_m, q_c, still, zones, zone_of, weight, net, law):
     """zones (6, segments, L) <- mean filling (share of jam density) in three zones, near first, then mean standing."""
     first, par, one = net[0], net[7], law[1]
@@ -1694,7 +1695,7 @@ def zones_nb(lanes, r_m, r_c, q_m, q_c, still, zones, zone_of, weight, net, law)
                 zones[3 + z, s, ln] += still[ln]
 
 
-@net_jit
+@jit
 def decide_nb(lanes, action, cells, half, speeds, ends, work, rate, state, sums, ledger, stat, zones, episode, rules,
               seed, data, net, order, law):
     """One decision interval of these lanes: signals, demand, traffic, what is observed. Arrays: NetworkVectorEnv."""
@@ -1732,17 +1733,17 @@ def decide_nb(lanes, action, cells, half, speeds, ends, work, rate, state, sums,
             episode[2, ln] += distance[s, ln]
 
 
-@net_jit
+@jit
 def blank_nb(rows, n, like):
     return np.zeros((rows, n), like.dtype)
 
 
-@net_jit
+@jit
 def four_nb(rows, n, like):
     return blank_nb(rows, n, like), blank_nb(rows, n, like), blank_nb(rows, n, like), blank_nb(rows, n, like)
 
 
-@net_jit
+@jit
 def load_nb(array, a, b):
     """Columns a to b of array (rows, N), an array of their own."""
     part = np.empty((array.shape[0], b - a), array.dtype)
@@ -1752,7 +1753,7 @@ def load_nb(array, a, b):
     return part
 
 
-@net_jit
+@jit
 def store_nb(array, a, part):
     """load_nb's way back."""
     for i in range(part.shape[0]):
@@ -1760,7 +1761,7 @@ def store_nb(array, a, part):
             array[i, a + j] = part[i, j]
 
 
-@net_jit
+@jit
 def decide_block_nb(a, b, action, u, state, sums, ledger, stat, zones, episode, rules, seed, data, net, order, law):
     """Lanes a to b: their state into arrays of their own, one decision, and back."""
     phase, age, queue, clock, levels = state
@@ -1846,7 +1847,7 @@ def cuda_decide():
     return decide_cuda
 
 
-@net_jit
+@jit
 def start_nb(lanes, u, state, ledger, episode, rules, seed, net, fill, stagger):
     """Begin the next episode of these lanes: random filling below `fill`, the first phase, nobody outside."""
     phase, age, queue, clock, levels = state
@@ -1905,7 +1906,7 @@ def observe_cpu(obs, lanes, zones, queue, phase, age, clear, approach, exits, en
                 obs[ln, g, d + 2 + g] = 1.0
 
 
-@net_jit
+@jit
 def pay_nb(pay, delay, reward):
     """reward (N, junctions) -= pay (junctions, S) @ delay (S, N), summed in one order whatever N is (BLAS does not)."""
     for g in range(pay.shape[0]):

@@ -1,7 +1,12 @@
-"""What the tests of all three scripts do with a command line and its run directory."""
+"""What the tests of all three scripts do with a command line, its run directory and its CUDA kernels."""
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 
+import pytest
 import torch
 
 SUMMARY = {  # what every script's summary.json holds
@@ -63,3 +68,59 @@ def assert_same(a, b, where=""):
             assert_same(x, y, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+def run_code(repo, code, *argv, **environment) -> str:
+    """What `code` prints in a process of its own, for NUMBA_ENABLE_CUDASIM is read at import."""
+    path = os.pathsep.join([str(repo), str(repo / "tests"), *sys.path])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *argv], cwd=repo, text=True, capture_output=True,
+                          timeout=600, env=os.environ | {"PYTHONPATH": path} | environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+EMIT = """
+import sys
+import numba as nb
+import numpy as np
+from numba import cuda
+from types import SimpleNamespace
+try:
+    from numba.cuda.cudadrv import nvvm
+    nvvm.NVVM()
+    cuda.cudadrv.libs.get_libdevice()
+except Exception as e:
+    print("SKIP", type(e).__name__, str(e).splitlines()[0])
+    sys.exit()
+if not cuda.is_available():  # a device function asks which card it is for: the one thing that is missing here
+    cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(8, 0))
+
+def type_of(x):  # on a device every array can be written
+    if isinstance(x, tuple):
+        return nb.types.BaseTuple.from_types([type_of(y) for y in x])
+    return nb.typeof(np.array(x) if isinstance(x, np.ndarray) else x)
+
+def emit(kernel, *args):
+    ptx, result = cuda.compile(kernel.py_func, nb.void(*map(type_of, args)), cc=(8, 0), device=False, abi="numba",
+                               output="ptx")
+    assert result == nb.void, result
+    print(ptx + "// end of kernel")
+"""
+
+
+def assert_compiles_for_a_gpu(repo, folder, code: str, kernels: int):
+    """The kernels that `code` gives to emit(kernel, *arguments) become PTX, and machine code where there is ptxas."""
+    out = run_code(repo, EMIT + code, NUMBA_ENABLE_CUDASIM="0")
+    if out.startswith("SKIP"):
+        pytest.skip(f"no NVVM to compile with: {out[5:].strip()}")
+    parts = out.split("// end of kernel")[:-1]
+    assert len(parts) == kernels
+    ptxas = shutil.which("ptxas", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
+    for k, ptx in enumerate(parts):
+        assert ".target sm_80" in ptx and ptx.count(".visible .entry") == 1
+        assert ".extern .func" not in ptx  # nothing left that a GPU does not have
+        assert "st.global" in ptx or "st.f" in ptx
+        if ptxas:
+            (folder / f"{k}.ptx").write_text(ptx)
+            subprocess.run([ptxas, "-arch=sm_80", folder / f"{k}.ptx", "-o", folder / f"{k}.cubin"], check=True)
+            assert (folder / f"{k}.cubin").stat().st_size > 1000

@@ -3,9 +3,6 @@
 import dataclasses
 import io
 import math
-import os
-import subprocess
-import sys
 from decimal import Decimal, getcontext
 
 import gymnasium as gym
@@ -15,6 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
+from runs import assert_compiles_for_a_gpu, run_code
 
 MODES = pytest.mark.parametrize("mode", ["rebalance", "drift"])
 OUT = ("obs", "reward", "flags", "row", "position", "final_obs", "final_row", "stats")
@@ -545,18 +543,17 @@ print("same")
 """
 
 
-def run_cuda(repo, *args, **environment):
-    path = os.pathsep.join([str(repo), str(repo / "tests"), *sys.path])
-    done = subprocess.run([sys.executable, "-c", CUDA, *args], capture_output=True, text=True, cwd=repo,
-                          env=os.environ | environment | {"PYTHONPATH": path})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_cuda_in_the_simulator_is_the_cpu(repo):
-    assert "same" in run_cuda(repo, "24", "1e-12", NUMBA_ENABLE_CUDASIM="1")
+    assert "same" in run_code(repo, CUDA, "24", "1e-12", NUMBA_ENABLE_CUDASIM="1")
 
 
 @pytest.mark.gpu
 def test_cuda_on_a_device_is_the_cpu(repo):
-    assert "same" in run_cuda(repo, "500", "1e-6", NUMBA_ENABLE_CUDASIM="0")
+    assert "same" in run_code(repo, CUDA, "500", "1e-6", NUMBA_ENABLE_CUDASIM="0")
+
+
+def test_the_kernel_compiles_for_a_real_gpu(repo, tmp_path):
+    assert_compiles_for_a_gpu(repo, tmp_path, """
+from test_env_forex import dqn, make_pairs
+emit(dqn.cuda_step(), 0, 5, 0, *dqn.ForexVectorEnv(make_pairs(), "train", 5).arguments[0])
+""", 1)

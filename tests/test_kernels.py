@@ -1,10 +1,6 @@
 """The market kernels: one lane's arithmetic, its random numbers, and the same lane on threads and on CUDA."""
 
 import math
-import os
-import shutil
-import subprocess
-import sys
 import types
 
 import numba as nb
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 
 from cleanrl_crypto import tqc_film_batch as tqc
+from runs import assert_compiles_for_a_gpu, run_code
 
 MASK = 2**64 - 1
 MODES = pytest.mark.parametrize("drift", [False, True], ids=["rebalance", "drift"])
@@ -446,55 +443,19 @@ check(*[env.step(np.full((5, 1), 0.5, "f4"))[0] for env in envs])
 print("same", finals)
 """
 
-PTX = """
-import sys
-import numba as nb
-from numba import cuda
-from types import SimpleNamespace
-from cleanrl_crypto import tqc_film_batch as tqc
-try:
-    from numba.cuda.cudadrv import nvvm
-    nvvm.NVVM()
-    cuda.cudadrv.libs.get_libdevice()
-except Exception as e:
-    print("SKIP", type(e).__name__, str(e).splitlines()[0])
-    sys.exit()
-capability = int(sys.argv[1]), int(sys.argv[2])
-if not cuda.is_available():  # a device function asks which card it is for: the one thing that is missing here
-    cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-i, ints, f, floats, flags = nb.int64, nb.int64[:, ::1], nb.float64[::1], nb.float64[:, ::1], nb.boolean[:, ::1]
-signature = nb.void(f, f, i, i, i, f, i, ints, floats, f, flags, ints, floats)
-ptx, result = cuda.compile(tqc.cuda_step().py_func, signature, cc=capability, device=False, abi="numba", output="ptx")
-assert result == nb.void, result
-print(ptx)
-"""
-
-
-def run_cuda(repo, code, *argv, **env):
-    result = subprocess.run([sys.executable, "-c", code, *argv], cwd=repo, text=True, capture_output=True, timeout=600,
-                            env=os.environ | {"PYTHONPATH": str(repo)} | env)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 def test_cuda_on_the_simulator_is_the_cpu_bit_for_bit(repo):
-    assert run_cuda(repo, CUDA, "0", NUMBA_ENABLE_CUDASIM="1").startswith("same")
+    assert run_code(repo, CUDA, "0", NUMBA_ENABLE_CUDASIM="1").startswith("same")
 
 
 @pytest.mark.gpu
 def test_cuda_on_a_device_is_the_cpu(repo):
-    assert run_cuda(repo, CUDA, "1e-9", NUMBA_ENABLE_CUDASIM="0").startswith("same")
+    assert run_code(repo, CUDA, "1e-9", NUMBA_ENABLE_CUDASIM="0").startswith("same")
 
 
 def test_the_kernel_compiles_for_a_real_gpu(repo, tmp_path):
-    ptx = run_cuda(repo, PTX, "8", "0", NUMBA_ENABLE_CUDASIM="0")
-    if ptx.startswith("SKIP"):
-        pytest.skip(f"no NVVM to compile with: {ptx[5:].strip()}")
-    assert ".target sm_80" in ptx and ptx.count(".visible .entry") == 1
-    assert ".extern .func" not in ptx  # nothing left that a GPU does not have
-    assert "st.global.f64" in ptx or "st.f64" in ptx
-    ptxas = shutil.which("ptxas", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
-    if ptxas:
-        (tmp_path / "step.ptx").write_text(ptx)
-        subprocess.run([ptxas, "-arch=sm_80", tmp_path / "step.ptx", "-o", tmp_path / "step.cubin"], check=True)
-        assert (tmp_path / "step.cubin").stat().st_size > 1000
+    assert_compiles_for_a_gpu(repo, tmp_path, """
+from cleanrl_crypto import tqc_film_batch as tqc
+i, f = 5, np.zeros(9)
+ints, floats, flags = np.zeros((3, 3), int), np.zeros((3, 3)), np.zeros((2, 3), bool)
+emit(tqc.cuda_step(), f, f, i, i, i, f, i, ints, floats, f, flags, ints, floats)
+""", 1)

@@ -1,8 +1,5 @@
 """The Aw-Rascle-Zhang kernels of cleanrl_crypto/ppo_arz_gpu.py against exact solutions, oracles and themselves."""
 
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ from hypothesis import strategies as st
 
 from cleanrl_crypto import ppo_arz_gpu as arz
 from cleanrl_crypto.ppo_arz_gpu import FIRST, FLUX, LINEAR, OPEN, POWER, RING, SECOND, SINGULAR
+from runs import assert_compiles_for_a_gpu, run_code
 
 FAR = 1e30  # a relaxation time that never ends
 LAWS = ((LINEAR, 1.3, 1.0), (POWER, 1.0, 2.0), (POWER, 0.7, 0.5), (SINGULAR, 0.4, 1.0), (SINGULAR, 0.4, 2.0))
@@ -325,11 +323,27 @@ np.savez(sys.argv[2], **out)
 def test_the_cuda_simulator_gives_the_cpus_numbers(tmp_path, repo):
     results = {}
     for backend, simulate in (("cpu", "0"), ("cuda", "1")):
-        env = os.environ | {"NUMBA_ENABLE_CUDASIM": simulate, "PYTHONPATH": str(repo)}
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD, backend, str(tmp_path / f"{backend}.npz")],
-                              env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_code(repo, CHILD, backend, str(tmp_path / f"{backend}.npz"), NUMBA_ENABLE_CUDASIM=simulate)
         results[backend] = np.load(tmp_path / f"{backend}.npz")
     for key, cpu in results["cpu"].items():
         assert np.isfinite(cpu).all()
         np.testing.assert_allclose(results["cuda"][key], cpu, rtol=1e-6, atol=1e-9, err_msg=key)
+
+
+def test_the_kernels_compile_for_a_real_gpu(repo, tmp_path):
+    """The simulator runs Python, and so takes what CUDA has not: whole rows, np.ceil, max()."""
+    assert_compiles_for_a_gpu(repo, tmp_path, """
+from cleanrl_crypto import ppo_arz_gpu as arz
+for scheme, pressure, precision in (("muscl", "gap", "float32"), ("godunov", "singular", "float64")):
+    e = arz.FreewayVectorEnv(4, scheme=scheme, pressure=pressure, precision=precision)
+    decide, start = arz.build_cuda()
+    emit(decide, e.u, e.work, e.lane, e.totals, e.finals, e.ints, e.waves, e.par, e.order, e.law, e.control, e.action,
+         e.obs, e.final, e.reward, e.flags, e.seed, e.lane0, e.length, e.samples)
+    emit(start, e.u, e.work, e.lane, e.totals, e.ints, e.waves, e.par, e.order, e.law, e.obs, e.seed, e.lane0)
+for scheme, pressure, dtype in (("godunov", "power", "float32"), ("muscl", "singular", "float64")):
+    e = arz.NetworkVectorEnv(4, "town1", scheme=scheme, pressure=pressure, dtype=dtype)
+    z, s, q = e.u.dtype, e.sums.shape[1], e.queue.shape[1]
+    scratch = np.zeros((8, 9, 4), z), np.zeros((8, s, 4), z), np.zeros((16, 4), z), np.zeros((4, q, 4))
+    emit(arz.cuda_decide(), e.action, e.u, *scratch, e.state, e.sums, e.ledger, e.stat, e.zones, e.episode, e.rules,
+         e.seed, e.data, e.net, e.order, e.law[:-1], e.law[-1])
+""", 6)

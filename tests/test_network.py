@@ -1,15 +1,13 @@
 """Two-class ARZ on networks: fluxes, junctions, red lights, queues, conservation, files, the CUDA driver."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from cleanrl_crypto import ppo_arz_gpu as arz
 from common import networks
+from runs import run_code
 
 STEADY = dict(slow=(1.0, 1.0), jitter=0.0, fill=0.0, all_red=0.0, min_green=0.0, dtype="float64", pressure="gap")
 
@@ -369,9 +367,7 @@ for dtype, limit, scheme in (("float64", 1e-12, "godunov"), ("float32", 1e-4, "g
 
 
 def test_cuda_simulator_equals_cpu(repo):
-    env = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", CUDA], env=env, cwd=repo, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_code(repo, CUDA, NUMBA_ENABLE_CUDASIM="1")
 
 
 # ---------------------------------------------------------------------------------------------------- files

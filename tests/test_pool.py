@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.gpu_pool import Pool
+from runs import run_code
 
 
 def test_a_released_buffer_comes_back_zeroed_and_nothing_is_allocated():
@@ -212,10 +213,7 @@ print(stats["allocations"], stats["acquires"], stats["in_use"], stats["static_bu
 
 
 def run_cuda(repo, **env):
-    result = subprocess.run([sys.executable, "-c", CUDA], cwd=repo, text=True, capture_output=True,
-                            env=os.environ | {"PYTHONPATH": str(repo)} | env, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["7", "9", "3", "1"]
+    assert run_code(repo, CUDA, **env).split() == ["7", "9", "3", "1"]
 
 
 def test_cuda_on_the_simulator(repo):
