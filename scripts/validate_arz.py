@@ -940,6 +940,20 @@ def draw_growth(part: dict):
     return fig
 
 
+def draw_delays(part: dict):
+    fig, (ax,) = canvas(4.6, 3.6)
+    for pressure, color in (("gap", BLUE), ("power", ORANGE)):
+        for scheme, dash in zip(SCHEMES, ("--", "-")):
+            ax.semilogx(part["dx"][pressure], part[scheme][pressure], dash, color=color, marker="o", ms=3,
+                        label=f"{pressure}, {scheme}")
+    ax.set_xticks(part["dx"]["gap"], [f"{dx:g}" for dx in part["dx"]["gap"]])
+    ax.xaxis.set_minor_formatter("")
+    ax.set_xlabel("length of a cell, m")
+    ax.set_ylabel("delay, veh s")
+    ax.legend()
+    return fig
+
+
 def draw_diagram(part: dict):
     fig, (ax,) = canvas(4.6, 3.6)
     rho, v = part["plots"]["data"]["points"]
@@ -1018,7 +1032,7 @@ def build_page(result: dict, shown: dict) -> tuple[str, dict]:
     """The self-contained page, and its figures by name."""
     import matplotlib
 
-    page, part_of = Page(), {"riemann": "riemann", "smooth": "riemann", "stability": "stability", "record": "record"}
+    page, part_of = Page(), {"smooth": "riemann", "power": "network"}
     failed = [c for c in result["checks"] if not c[3]]
     state = f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed"
     page.add(f'<h1>Aw-Rascle-Zhang kernels: validation</h1><div class="chips"><span class="chip '
@@ -1026,6 +1040,7 @@ def build_page(result: dict, shown: dict) -> tuple[str, dict]:
     page.add(f"<pre>{esc(result['command'])}</pre><!--nav-->")
     plots = {"riemann": [("errors", "Errors and grids", draw_errors, "Dashed: godunov, solid: muscl.")],
              "stability": [("growth", "Growth of small waves", draw_growth, "Measured points lie on the line.")],
+             "power": [("delays", "Delay and cells", draw_delays, "Only marginally stable traffic settles.")],
              "record": [("diagram", "Fundamental diagram", draw_diagram, "One dot a block; the curves were fitted."),
                         ("scores", "Errors", draw_scores, "Shorter is better; only the second half counts.")]}
     with matplotlib.rc_context(RC):
@@ -1037,7 +1052,7 @@ def build_page(result: dict, shown: dict) -> tuple[str, dict]:
                     page.plot(name, name, draw_case(name), f"t {CASES[name][3]}, 100 cells.",
                               f"density of the case {name}: both schemes and the exact solution")
             for key, heading, draw, caption in plots.get(anchor, ()):
-                page.plot(key, heading, draw(result[part_of[anchor]]), caption, heading)
+                page.plot(key, heading, draw(result[part_of.get(anchor, anchor)]), caption, heading)
             if anchor == "record":
                 page.plot("maps", "Speed", draw_maps(result["record"]), "Red is slow. Waves run down and to the right: "
                           "upstream.", "speed over time and space: record and models", wide=True)

@@ -8,6 +8,7 @@ import pytest
 from cleanrl_crypto import ppo_arz_gpu as arz
 from common import networks
 from runs import run_code
+from scripts import validate_arz as val
 
 STEADY = dict(slow=(1.0, 1.0), jitter=0.0, fill=0.0, all_red=0.0, min_green=0.0, dtype="float64", pressure="gap")
 
@@ -186,21 +187,10 @@ def test_delay_of_one_red_matches_lwr():
     assert extra > 8.3333 * 0.97
 
 
-def section_time(red, dx):
-    """Vehicle seconds on the section before the stop line over 100 s, `red` of them closed."""
-    env = arz.NetworkVectorEnv(1, street(dx=dx), interval=2.0, seconds=302.0, **STEADY)
-    env.reset(seed=0)
-    steps(env, [0], 120)
-    s, total = env.network.ends.index(("A", "J")), 0.0
-    for k in range(50):
-        steps(env, [1 if 2 * k < red else 0], 2)
-        total += env.sums[1, s, 0]
-    return total
-
-
-def test_delay_of_one_red_on_its_section():
-    errors = [abs(section_time(10.0, dx) - section_time(0.0, dx) - 8.33333) for dx in (5.0, 2.5)]
-    assert errors[0] < 0.25 and errors[1] < 0.15
+@pytest.mark.parametrize("scheme", ["godunov", "muscl"])
+def test_delay_of_one_red_on_its_section(scheme):
+    errors = [val.red_light(scheme, dx) - val.RED for dx in (5.0, 2.5, 1.25)]
+    assert errors[0] < 0.25 and errors[1] < 0.1 and abs(errors[2]) < 0.03
 
 
 def test_discharge_is_the_capacity():
@@ -242,36 +232,9 @@ def test_motorcycles_move_between_standing_cars():
 
 
 # ------------------------------------------------------------------------------------------ order of the schemes
-def smooth_error(scheme, dx):
-    """L1 error (relative to jam density) of a smooth wave of cars on a road before it breaks.
-
-    Equilibrium-gap pressure and w = Vmax: LWR with Greenshields, rho constant along x + (Vmax - 2 Vmax rho / jam) t.
-    """
-    rows = [{"from": a, "to": b, "length_m": 800.0, "class": "residential", "lanes": 1, "limit": 36.0}
-            for a, b in (("A", "J"), ("X", "J"), ("J", "B"))]
-    net = networks.build_network(
-        "road", rows, {"signals": {"J": [["A"], ["X"]]}, "demand": {"A": {}, "X": {}}}, dx, "gap")
-    env = arz.NetworkVectorEnv(1, net, interval=5.0, seconds=100.0, scheme=scheme, **STEADY)
-    env.reset(seed=0)
-    cells, top, jam, end = slice(net.first[0], net.first[1]), 10.0, 0.2, 20.0
-    edges = np.arange(0.0, 800.0 + dx / 2, dx)
-
-    def wave(x):  # smooth, and without vehicles at both ends of the road
-        return 0.12 * jam * np.exp(-(((x - 300.0) / 70.0) ** 2))
-
-    fine = (edges[:-1, None] + (np.arange(20) + 0.5) / 20 * dx)
-    env.u[1, cells, 0] = wave(fine).mean(1)
-    env.u[3, cells, 0] = env.u[1, cells, 0] * top
-    steps(env, [0], end)
-    start = fine - top * end
-    for _ in range(60):  # x = start + speed(rho(start)) t
-        start = fine - top * (1 - 2 * wave(start) / jam) * end
-    return np.abs(env.u[1, cells, 0] - wave(start).mean(1)).sum() * dx / jam
-
-
 @pytest.mark.parametrize("scheme, low, high", [("godunov", 0.8, 1.2), ("muscl", 1.7, 2.4)])
 def test_order_on_a_smooth_wave(scheme, low, high):
-    errors = [smooth_error(scheme, dx) for dx in (10.0, 5.0, 2.5)]
+    errors = [val.smooth_street(scheme, dx) for dx in (10.0, 5.0, 2.5)]
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert (orders > low).all() and (orders < high).all(), (errors, orders)
 

@@ -325,7 +325,7 @@ def test_refusals_of_the_command(refusal, record, tmp_path):
     bits[20_000:20_100] = bytes(100)
     (tmp_path / "bits.npz").write_bytes(bits)
     assert "bits.npz: not a readable .npz file" in refusal(["--ngsim", tmp_path / "bits.npz"])
-    assert "--parts weather: must be one of riemann, stability, record" in refusal(["--parts", "weather"])
+    assert "--parts weather: must be one of riemann, stability, network, record" in refusal(["--parts", "weather"])
     assert "--split 2.0: must be from 0.1 to 0.9" in refusal(["--split", 2])
     assert "unknown flag --ngsm: did you mean --ngsim" in refusal(["--ngsm", "x"])
     path = tmp_path / "record.npz"
@@ -341,10 +341,11 @@ def test_the_whole_command(record, tmp_path, capsys):
     assert result["failed"] == []
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["validate_arz.html", "validate_arz.json"]
     saved = json.loads((tmp_path / "out" / "validate_arz.json").read_text())
-    assert set(saved) == {"command", "quick", "riemann", "stability", "record", "checks", "failed", "seconds"}
+    assert set(saved) == {"command", "quick", "riemann", "stability", "network", "record", "checks", "failed",
+                          "seconds"}
     assert saved["quick"] and set(saved["record"]["models"]) > set(val.MODELS) | {"straight line"}
     page = (tmp_path / "out" / "validate_arz.html").read_text()
-    assert page.count("<img") == 11 and not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count("<img") == 12 and not re.search(r'(src|href)="(?!data:|#)', page)
     assert "FAILED" not in page and f"{len(saved['checks'])} of {len(saved['checks'])} checks passed" in page
     said = capsys.readouterr().out
     assert "5.44e-03 (5.44e-03)" in said and "checks passed" in said
