@@ -2032,8 +2032,10 @@ class NetworkVectorEnv(Lanes):
         host = [self.host(x) for x in parts]
         start_nb(lanes, host[0], tuple(host[1:6]), host[6], host[7], self.rules, self.seed, self.host_net,
                  self.fill, self.stagger)
+        stat = self.host(self.stat)
+        stat[0, lanes] = 0.0  # the largest Courant number is an episode's, the steps are counted on
         if self.backend == "cuda":
-            for array, values in zip(parts, host):
+            for array, values in zip((*parts, self.stat), (*host, stat)):
                 self.write(array, values)
 
     def observe(self, lanes) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 
 from cleanrl_crypto import ppo_arz_gpu as ppo
 from common.timeout_guard import CheckpointError, load_checkpoint
-from runs import SUMMARY, flags_of, records
+from runs import SUMMARY, assert_same, flags_of, records, wait_until
 
 SCRIPT = Path(ppo.__file__)
 TINY = dict(num_envs=16, num_steps=8, num_minibatches=2, update_epochs=2, hidden=16, episode_seconds=10,
@@ -95,6 +95,34 @@ def test_resume_gives_the_bits_of_the_uninterrupted_run(tmp_path):
     assert a["global_step"] == b["global_step"] == 512 and a["updates"] == b["updates"]
     assert all(torch.equal(a["learner"][k], b["learner"][k]) for k in a["learner"])
     assert all(torch.equal(a["env"][k], b["env"][k]) for k in a["env"] if k != "seed")
+
+
+@pytest.mark.parametrize("changes", [
+    dict(norm_obs=True, control="both"), dict(scenario="town1", episode_seconds=50, num_envs=8, eval_interval=128)])
+def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(tmp_path, changes):
+    """SIGKILL after some checkpoint; the same command goes on from there, and nobody can tell from what it leaves."""
+    changes = changes | dict(checkpoint_interval=0, total_timesteps=4096, resume="auto")
+    ppo.main(flags(tmp_path / "whole", **changes))
+    argv = [sys.executable, str(SCRIPT), *flags(tmp_path / "parts", **changes)]
+    child = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    rotated = tmp_path / "parts" / "checkpoints"
+    wait_until(child, lambda: len(list(rotated.glob("step_*.pt"))) >= 2)
+    child.kill()
+    child.communicate()
+    reached = load_checkpoint(rotated / "last.pt")["global_step"]
+    assert 0 < reached < 4096 and not (tmp_path / "parts" / "summary.json").exists()
+    ppo.main(flags(tmp_path / "parts", **changes))
+    a, b = (load_checkpoint(tmp_path / x / "checkpoints" / "last.pt") for x in ("whole", "parts"))
+    for state in (a, b):
+        state.pop("args")
+        state["env"].pop("seed", None)  # of the same episodes: a resumed environment is told by its state
+        state["averages"] = {k: v for k, v in state["averages"].items() if not k.startswith("time/")}
+    assert_same(a, b)
+    one, two = ([{k: v for k, v in r.items() if k not in ("wall", "charts/SPS") and not k.startswith("time/")}
+                 for r in records(tmp_path / x)] for x in ("whole", "parts"))
+    for x, y in zip(one, two):
+        assert x == y, {k: (v, y.get(k)) for k, v in x.items() if y.get(k) != v}
+    assert len(one) == len(two) and one[-1]["global_step"] == 4096
 
 
 def test_a_policy_from_its_file_alone_acts_as_evaluated(tmp_path, capsys):
