@@ -89,7 +89,7 @@ except ModuleNotFoundError as e:
 # literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
 ZERO, HALF, ONE, TWO = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(2.0)
 BLOCK = 64  # lanes a CPU task simulates together: SIMD width times a few, and the state of a block stays in the cache
-SCHEMA = 2  # of the checkpoint (1 had tanh layers)
+SCHEMA = 3  # of the checkpoint (1 had tanh layers, 2 not the step of the last evaluation)
 RESERVE = 6.0  # s of --timeout kept for the table and the report; the last evaluations come on top
 EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
 
@@ -2928,10 +2928,10 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             agent.load_state_dict(state["agent"])
             best |= {"agent": cpu_state(agent), "step": state["global_step"]}
         if step0:
-            lr = optimizer.param_groups[0]["lr"]
             agent.load_state_dict(state["learner"])
             optimizer.load_state_dict(state["optimizer"])
-            optimizer.param_groups[0]["lr"] = lr
+            if not args.anneal_lr:  # the flag may differ from that of the run that is continued
+                optimizer.param_groups[0]["lr"] = args.learning_rate
             obs = env.set_state(state["env"])
             draws.set_state(state["rng"])
             running_return = state["running_return"].to(device)
@@ -2948,8 +2948,8 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
         if args.compile:
             loss_of = torch.compile(loss_of, mode="reduce-overhead" if args.cudagraphs else None)
 
-    def save(name: str, whole: bool = False):
-        """The agent alone, or everything that a resumed run needs."""
+    def save(name: str, whole: bool = False, log_lines: int = 0):
+        """The agent alone, or everything that a resumed run needs; log_lines: of metrics.jsonl that it will keep."""
         state = {
             "schema": SCHEMA, "algorithm": "ppo", "data": data, "config": config, "args": asdict(args),
             "agent": cpu_state(agent), "global_step": global_step, "updates": updates}
@@ -2957,16 +2957,17 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             state |= {
                 "learner": cpu_state(agent), "optimizer": optimizer.state_dict(), "env": env.get_state(),
                 "rng": draws.get_state(), "running_return": running_return.cpu(), "best": best, "averages": averages,
-                "iteration": iteration, "log_lines": lines}
+                "iteration": iteration, "evaluated": evaluated, "log_lines": log_lines}
         with guard.phase("io"):
             save_atomic(state, run_dir / "checkpoints" / name)
 
     def evaluate_and_choose():
         """Evaluate on the validation cases, log, keep the best agent."""
         nonlocal eval_seconds
-        began = time.monotonic()
-        result, _, cut = evaluate(lambda _: greedy(agent, device), eval_env, args.eval_timeout)
-        seen = diagnose(agent, obs_all[:-1].reshape(-1, env.row_obs)[:: max(1, steps * rows // 4096)])
+        began, states = time.monotonic(), []
+        result, _, cut = evaluate(lambda _: greedy(agent, device, states), eval_env, args.eval_timeout)
+        states = np.concatenate(states)
+        seen = diagnose(agent, torch.from_numpy(states[:: max(1, len(states) // 4096)]).to(device))
         record = {f"eval/{split}/{k}": v for split, r in result.items() for k, v in r.items()}
         record |= {f"policy/{k}": v for k, v in seen.items() if k != "v_mean"} | {"value/v_mean": seen["v_mean"]}
         log(record, global_step)
@@ -2983,7 +2984,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
 
     # the loop
     saved = marked = time.monotonic()
-    evaluated = step_marked = global_step
+    evaluated, step_marked = state["evaluated"] if step0 else global_step, global_step
     while not args.eval_only and global_step < args.total_timesteps:
         if args.sim_timeout is not None and env.sim_seconds > args.sim_timeout:
             print(f"one simulation call took {env.sim_seconds:.2f} s, --sim-timeout is {args.sim_timeout}: stopping")
@@ -3103,7 +3104,7 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             with guard.phase("eval"):
                 evaluate_and_choose()
         if rank == 0 and time.monotonic() - saved > args.checkpoint_interval:
-            save("last.pt", whole=True)
+            save("last.pt", whole=True, log_lines=lines)
             if args.keep_checkpoints:
                 save(f"step_{global_step}.pt")
                 rotate(run_dir / "checkpoints", args.keep_checkpoints)
@@ -3114,8 +3115,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
     # the best agent on the validation cases is what is reported
     with guard.phase("eval"):
         if not args.eval_only:
+            before = lines
             evaluate_and_choose()
-            save("last.pt", whole=True)
+            save("last.pt", whole=True, log_lines=before)  # resumed, it evaluates again
             if best["agent"]:
                 agent.load_state_dict(best["agent"])
             if not (run_dir / "checkpoints" / "best.pt").exists():

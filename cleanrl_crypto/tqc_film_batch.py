@@ -1641,8 +1641,9 @@ def run(args: Args, guard: TimeoutGuard) -> dict:
             best |= {"agent": cpu_state(averaged), "step": state["global_step"]}
         if step0:
             agent.load_state_dict(state["learner"])
-            for key, o in optimizers.items():
-                flags = [{k: group[k] for k in ("lr", "base_lr", "weight_decay")} for group in o.param_groups]
+            for key, o in optimizers.items():  # "lr" itself follows a schedule, but for alpha's
+                names = ("base_lr", "weight_decay") + ("lr",) * (key == "alpha")
+                flags = [{k: group[k] for k in names} for group in o.param_groups]
                 o.load_state_dict(state["optimizers"][key])
                 for group, flag_values in zip(o.param_groups, flags, strict=True):
                     group.update(flag_values)  # these may differ from the run that is continued

@@ -172,6 +172,12 @@ def test_kills_at_random_moments(grid, run_dir, attempt):
     assert_same_run(grid[0], run_dir)
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(grid, run_dir):
+    shutil.copytree(grid[0], run_dir, dirs_exist_ok=True)
+    tqc.main(flags(run_dir, **GRID, resume="auto"))
+    assert_same_run(grid[0], run_dir)
+
+
 @POSIX
 @pytest.mark.parametrize("signum, code, name, changes", [
     (signal.SIGTERM, 143, "actor", ACTOR), (signal.SIGINT, 130, "drift", DRIFT)])

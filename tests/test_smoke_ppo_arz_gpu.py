@@ -112,6 +112,7 @@ def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(tmp_path, c
     reached = load_checkpoint(rotated / "last.pt")["global_step"]
     assert 0 < reached < 4096 and not (tmp_path / "parts" / "summary.json").exists()
     ppo.main(flags(tmp_path / "parts", **changes))
+    ppo.main(flags(tmp_path / "parts", **changes))  # there is nothing left to do: nothing changes
     a, b = (load_checkpoint(tmp_path / x / "checkpoints" / "last.pt") for x in ("whole", "parts"))
     for state in (a, b):
         state.pop("args")
