@@ -5,9 +5,11 @@
 """
 import csv
 import difflib
+import io
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,23 @@ def near(name: str, names) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
+SHAPES = {"signals": (dict, list, list, str), "demand": (dict, dict, float), "turns": (dict, dict, dict, float)}
+MEANING = {dict: "an object", list: "a list", str: "a node's name", float: "a number >= 0"}
+
+
+def check_shape(value, shape: tuple, at: str):
+    """Raises NetworkError where value is not what `shape` says, level by level, and names the place."""
+    kind, *inner = shape
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        raise NetworkError(f"{at}: {value!r} must be {MEANING[kind]}")
+    for key, part in value.items() if kind is dict else enumerate(value, 1) if kind is list else ():
+        check_shape(part, inner, f"{at}: {key}")
+
+
 def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_LENGTH, pressure: str = "power",
                   where: tuple[str, str] = ("segments", "plan")) -> Network:
     """Records of segments (from, to, length_m, class, lanes, limit km/h or None for the class's) and a plan -> Network.
@@ -79,6 +98,7 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
     for key in plan:
         if key not in ("signals", "demand", "turns"):
             raise NetworkError(f"{text}: unknown key {key!r}, must be signals, demand or turns")
+        check_shape(plan[key], SHAPES[key], f"{text}: {key}")
     signals, demand, turns = (plan.get(key, {}) for key in ("signals", "demand", "turns"))
     into = {node: [s for s in range(n) if ends[s][1] == node] for node in nodes}
     out_of = {node: [s for s in range(n) if ends[s][0] == node] for node in nodes}
@@ -105,11 +125,9 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
             shares = {ends[j][1]: par[j, JAM] * par[j, V_C] for j in ways}
         else:
             shares = given
-            for to, share in shares.items():
+            for to in shares:
                 if to not in {ends[j][1] for j in out_of[node]}:
                     raise NetworkError(f"{text}: turns: {node}: {start}: no segment {node} > {to}{near(to, nodes)}")
-                if not share >= 0:
-                    raise NetworkError(f"{text}: turns: {node}: {start}: {to}: share {share} must be a number >= 0")
         total = sum(shares.values())
         if ways and not total > 0:
             raise NetworkError(f"{text}: turns: {node}: {start}: the shares add up to {total}, must be above 0")
@@ -130,11 +148,9 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
     entry, base = np.full(n, -1, np.int64), []
     for node in demand:
         known(node, "demand")
-        for kind, flow in demand[node].items():
+        for kind in demand[node]:
             if kind not in CLASSES:
                 raise NetworkError(f"{text}: demand: {node}: unknown class {kind!r}, must be motorcycle or car")
-            if not isinstance(flow, (int, float)) or not 0 <= flow < math.inf:
-                raise NetworkError(f"{text}: demand: {node}: {kind}: {flow!r} must be a number >= 0, in veh/h")
         if not any(ptr[1][s] == ptr[1][s + 1] for s in out_of[node]):
             raise NetworkError(f"{text}: demand: {node}: no entry begins there (nothing leads into an entry)")
     for s, (start, _) in enumerate(ends):
@@ -150,8 +166,8 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
     signal, green, n_phases = np.full(n, -1, np.int64), np.zeros(n, np.int64), []
     for g, (node, phases) in enumerate(signals.items()):
         known(node, "signals")
-        if len(phases) < 2:
-            raise NetworkError(f"{text}: signals: {node}: {len(phases)} phase, a signal needs at least 2")
+        if not 2 <= len(phases) <= 62:  # bits of a whole number
+            raise NetworkError(f"{text}: signals: {node}: {len(phases)} phases, a signal needs 2 to 62")
         for p, starts in enumerate(phases):
             for start in starts:
                 if (start, node) not in ends:
@@ -174,7 +190,17 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
     return net
 
 
+MOST = {"length_m": 1e5, "lanes": 100, "limit": 1e3}  # m, lanes, km/h: beyond it is a slip
 COLUMNS = {"from": str, "to": str, "length_m": float, "class": str, "lanes": int, "limit": float}
+
+
+def unique(where: Path, pairs: list) -> dict:
+    """JSON would take the last of two equal keys in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise NetworkError(f"{where}: the key {max(keys, key=keys.count)!r} is there twice")
+    return found
 
 
 def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
@@ -185,7 +211,14 @@ def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") ->
         if not p.is_file():
             raise NetworkError(f"{p}: no such file (a network is NAME.csv with its segments and NAME.json beside it)")
     rows = []
-    with open(path, newline="") as file:
+    texts = []
+    for p in (path, plan_path):
+        try:
+            texts.append(p.read_text("utf-8-sig"))
+        except UnicodeDecodeError as e:
+            raise NetworkError(f"{p}: byte {e.start + 1} is not UTF-8") from None
+    table, plan_text = texts
+    with io.StringIO(table, newline="") as file:
         reader = csv.DictReader(file)
         got = reader.fieldnames or []
         for column in COLUMNS:
@@ -196,6 +229,8 @@ def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") ->
                 raise NetworkError(f"{path}: unknown column {column!r}{near(column, COLUMNS)}")
         for number, raw in enumerate(reader, 2):
             row = {}
+            if None in raw:
+                raise NetworkError(f"{path}: line {number}: more values than the {len(COLUMNS)} columns")
             for column, kind in COLUMNS.items():
                 value = (raw[column] or "").strip()
                 at = f"{path}: line {number}: {column}"
@@ -208,6 +243,8 @@ def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") ->
                     raise NetworkError(f"{at}: is empty")
                 if kind is not str and row[column] is not None and not 0 < row[column] < math.inf:
                     raise NetworkError(f"{at}: {value} must be above 0")
+                if kind is not str and (row[column] or 0) > MOST[column]:
+                    raise NetworkError(f"{at}: {value} must be at most {MOST[column]:g}")
             if row["class"] not in ROADS:
                 raise NetworkError(
                     f"{path}: line {number}: class: unknown {row['class']!r}, must be {', '.join(ROADS)}")
@@ -220,7 +257,7 @@ def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") ->
     if not rows:
         raise NetworkError(f"{path}: no segments")
     try:
-        plan = json.loads(plan_path.read_text())
+        plan = json.loads(plan_text, object_pairs_hook=partial(unique, plan_path))
     except json.JSONDecodeError as e:
         raise NetworkError(f"{plan_path}: line {e.lineno}: not JSON: {e.msg}") from None
     if not isinstance(plan, dict):

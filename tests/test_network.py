@@ -1,6 +1,7 @@
 """Two-class ARZ on networks: fluxes, junctions, red lights, queues, conservation, files, the CUDA driver."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -343,8 +344,9 @@ PLAN = {"signals": {"J": [["A"], ["B"]]}, "demand": {"A": {"car": 600, "motorcyc
 
 
 def write(folder, table=TABLE, plan=PLAN):
-    (folder / "net.csv").write_text(table)
-    (folder / "net.json").write_text(plan if isinstance(plan, str) else json.dumps(plan))
+    plan = plan if isinstance(plan, (str, bytes)) else json.dumps(plan)
+    for name, text in (("net.csv", table), ("net.json", plan)):
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(folder / "net.csv")
 
 
@@ -378,7 +380,23 @@ def edit(**change):
     (TABLE, "[]", "net.json: must be an object"),
     (TABLE, edit(signal={}), "unknown key 'signal'"),
     (TABLE, edit(signals={"K": [["A"], ["B"]]}), "signals: no segment touches node 'K'"),
-    (TABLE, edit(signals={"J": [["A"]]}), "signals: J: 1 phase, a signal needs at least 2"),
+    (TABLE, edit(signals={"J": [["A"]]}), "signals: J: 1 phases, a signal needs 2 to 62"),
+    (TABLE, edit(signals={"J": [["A"], ["B"]] * 35}), "signals: J: 70 phases, a signal needs 2 to 62"),
+    (TABLE, edit(signals=[]), "signals: [] must be an object"),
+    (TABLE, edit(signals={"J": ["A", "B"]}), "signals: J: 1: 'A' must be a list"),
+    (TABLE, edit(signals={"J": [[1], ["B"]]}), "signals: J: 1: 1: 1 must be a node's name"),
+    (TABLE, edit(demand={"A": 5, "B": {}}), "demand: A: 5 must be an object"),
+    (TABLE, edit(demand={"A": {"car": True}, "B": {}}), "demand: A: car: True must be a number >= 0"),
+    (TABLE, edit(demand={"A": {"car": math.nan}, "B": {}}), "demand: A: car: nan must be a number >= 0"),
+    (TABLE, edit(turns={"J": ["A"]}), "turns: J: ['A'] must be an object"),
+    (TABLE, edit(turns={"J": {"A": {"C": "all"}}}), "turns: J: A: C: 'all' must be a number >= 0"),
+    (TABLE, '{"signals": {}, "signals": {}}', "the key 'signals' is there twice"),
+    (TABLE.replace("A,J", "\N{LATIN CAPITAL LETTER A WITH DIAERESIS},J").encode("latin1"), PLAN,
+     "net.csv: byte 36 is not UTF-8"),
+    (TABLE, json.dumps(PLAN).encode("utf-16"), "net.json: byte 1 is not UTF-8"),
+    (TABLE + "J,D,50,secondary,1,30,99\n", PLAN, "line 5: more values than the 6 columns"),
+    (TABLE.replace("200,", "1e12,", 1), PLAN, "line 2: length_m: 1e12 must be at most 100000"),
+    (TABLE.replace("tertiary,1", "tertiary,1000"), PLAN, "line 3: lanes: 1000 must be at most 100"),
     (TABLE, edit(signals={"J": [["A"], ["C"]]}), "signals: J: phase 2: no segment C > J"),
     (TABLE, edit(signals={"J": [["A"], ["A"]]}), "B > J is green in no phase"),
     (TABLE, edit(demand={"A": {"car": 1}}), "segment 2, B > J, is an entry"),
