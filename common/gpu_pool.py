@@ -12,7 +12,6 @@ reset() writes into the buffers it has; a second build of the same size allocate
 import math
 import threading
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -38,8 +37,7 @@ def _freeze(obj):
 class Pool:
     """Free buffers by (shape, dtype, device). Thread-safe.
 
-    device: "cpu" (numpy array), "pinned" (the same, page-locked for fast copies where there is CUDA) or
-    "cuda" (numba device array on the current device). Queue work on device buffers on the default stream:
+    device: "cpu" (numpy array) or "cuda" (numba device array on the current device). Queue work on device buffers on the default stream:
     what still runs when a buffer is released is then over before its next owner's work begins.
     """
 
@@ -61,8 +59,8 @@ class Pool:
 
             cuda.current_context()  # makes one where there is none yet
             return *key, f"cuda:{cuda.gpus.current.id}"
-        if device not in ("cpu", "pinned"):
-            raise ValueError(f"device must be cpu, pinned or cuda, got {device!r}")
+        if device != "cpu":
+            raise ValueError(f"device must be cpu or cuda, got {device!r}")
         return *key, device
 
     @staticmethod
@@ -73,8 +71,6 @@ class Pool:
             return raw[skip: skip + raw.size - 64].view(dtype).reshape(shape)
         from numba import cuda
 
-        if device == "pinned":
-            return cuda.pinned_array(shape, dtype) if cuda.is_available() else np.empty(shape, dtype)
         return cuda.device_array(shape, dtype)
 
     def acquire(self, shape, dtype, device: str = "cpu", zero: bool = True):
@@ -107,15 +103,6 @@ class Pool:
             self._counts["bytes_in_use"] -= math.prod(key[0]) * key[1].itemsize
             self._free[key].append(array)
 
-    @contextmanager
-    def borrow(self, shape, dtype, device: str = "cpu", zero: bool = True):
-        """acquire() for the length of a with block."""
-        array = self.acquire(shape, dtype, device, zero)
-        try:
-            yield array
-        finally:
-            self.release(array)
-
     def lease(self) -> "Lease":
         return Lease(self)
 
@@ -134,14 +121,6 @@ class Pool:
         """allocations really made, acquires, bytes held, in_use (buffers), bytes_in_use, static_builds."""
         with self._lock:
             return {**self._counts, "in_use": len(self._used)}
-
-    def trim(self):
-        """Give the memory of free buffers and of static data back; what is in use stays."""
-        with self._lock:
-            for key, arrays in self._free.items():
-                self._counts["bytes"] -= len(arrays) * math.prod(key[0]) * key[1].itemsize
-            self._free.clear()
-            self._static.clear()
 
 
 class Lease:
@@ -171,8 +150,9 @@ class Lease:
 pool = Pool()  # the process's one
 
 
-def probe_cuda() -> tuple[bool, bool]:
-    """Does a real kernel run: (torch, numba). is_available() alone has been wrong; a failure is printed."""
+def probe_cuda(device: int = 0) -> tuple[bool, bool]:
+    """Does a real kernel run on this GPU, which is then selected: (torch, numba). is_available() alone has been wrong;
+    a failure is printed."""
     import torch
     from numba import cuda
 
@@ -180,10 +160,13 @@ def probe_cuda() -> tuple[bool, bool]:
         return False, False
     works = [False, False]
     try:
+        torch.cuda.set_device(device)
         works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
     except RuntimeError as e:
         print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
     try:
+        cuda.select_device(device)
+
         @cuda.jit
         def double(x):
             x[cuda.grid(1)] *= 2.0

@@ -19,32 +19,29 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
-_IMPORTED = time.monotonic_ns()
-
 
 class CheckpointError(RuntimeError):
     """One line that names the checkpoint that could not be written or read."""
 
+    exit_code = 2
+
 
 def process_age() -> float:
-    """Seconds since this process started; where there is no /proc, since this module was first imported."""
-    try:
-        # field 22 counts clock ticks since boot; the name (field 2) may itself hold spaces and brackets
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return (time.monotonic_ns() - _IMPORTED) / 1e9
+    """Seconds since this process started."""
+    import psutil
+
+    return max(time.time() - psutil.Process().create_time(), 0.0)
 
 
 class TimeoutGuard:
     """Deadline and signals of one run, and where its wall clock went.
 
     timeout: seconds (> 0, else ValueError) or None = no limit. They count from the start of this process,
-    imports included (macOS, Windows: from the first import of this module), or from the guard's creation.
+    imports included, or from the guard's creation.
     from_process_start: None means True only for the first guard of a process that runs a script (`__main__`
     has a file) and is younger than 60 s: a notebook's or a second main()'s guard counts from its creation.
-    signals: the first SIGINT or SIGTERM only sets `signal` (its number), the second raises KeyboardInterrupt.
-    Python allows no handlers outside the main thread: `handles_signals` tells. phase() is for one thread.
+    signals: the first SIGINT, SIGTERM or SIGHUP only sets `signal` (its number), the second raises KeyboardInterrupt.
+    Python allows no handlers outside the main thread: `handles_signals` tells. Phases are for one thread.
     """
 
     _first = True
@@ -64,7 +61,10 @@ class TimeoutGuard:
         self._old = {}
         self.handles_signals = signals and threading.current_thread() is threading.main_thread()
         if self.handles_signals:
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+                signum = getattr(signal, name, signal.SIGINT)
+                if signum in self._old:
+                    continue
                 self._old[signum] = signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum, frame):
@@ -112,6 +112,16 @@ class TimeoutGuard:
         now = time.monotonic_ns()
         self._spent[self._stack[-1]] = self._spent.get(self._stack[-1], 0) + now - self._mark
         self._mark = now
+
+    @property
+    def current(self) -> str:
+        """The phase that is on."""
+        return self._stack[-1]
+
+    def mark(self, name: str):
+        """From here on the wall clock is charged to `name`, but for what phase() takes out."""
+        self._tick()
+        self._stack[0] = name
 
     @contextmanager
     def phase(self, name: str):
