@@ -20,7 +20,7 @@ run: .venv/.run
 	$(BIN)/python cleanrl_crypto/tqc_film_batch.py --ent-coef auto_0.5 --timeout 300 $(ARGS)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup $(ARGS)
 
 venv: .venv/.run
 

@@ -15,6 +15,18 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+# One worker of pytest-xdist takes all tests of a script, and compiles its kernels once.
+GROUPS = {"tqc": "tqc market encoder math kernels checkpoint", "dqn": "forex dqn subproc", "freeway": "freeway arz ppo",
+          "signals": "signals network"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        words = item.path.stem.split("_")
+        group = next((name for name, its in reversed(GROUPS.items()) if set(its.split()) & set(words)), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The repository's root, where the command lines of the docs are run."""
