@@ -423,10 +423,14 @@ class Run:
             self._eval_began = now
         self.guard.mark(name)
 
+    def reserve(self) -> float:
+        """Seconds that the end of the run takes: its evaluations and the report."""
+        return REPORT_SECONDS + self._evaluations * self.eval_seconds
+
     def out_of_time(self, more: float = 0.0) -> bool:
         """Whether to leave the loop: a signal, or no more time than the end needs (`more`: seconds beside the final
         evaluations and the report). All processes of torchrun get the same answer."""
-        stop = self.guard.should_stop(REPORT_SECONDS + self._evaluations * self.eval_seconds + more)
+        stop = self.guard.should_stop(self.reserve() + more)
         if self.world > 1:
             import torch
 
