@@ -1,0 +1,462 @@
+"""What scripts/report.py draws of a market: equity, chance, pairs, positions, values."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scripts.report import (
+    COLORS,
+    CYCLE,
+    INK,
+    POLICIES,
+    Page,
+    Record,
+    add_scores,
+    best_two,
+    canvas,
+    color_of,
+    curve,
+    ordered,
+    runs_of,
+    step_axis,
+    table_rows,
+    thin,
+    within,
+    words,
+)
+
+LONG, SHORT = "#0b62b5", "#d1622b"
+STYLE = {
+    "agent": dict(lw=1.9, zorder=6),
+    "optimum": dict(lw=1.3, ls=(0, (4, 2)), zorder=5),
+    "flat": dict(lw=0.8, ls=":"),
+    "actor": dict(lw=1.2, zorder=4),
+    "critic_grid": dict(lw=1.2, zorder=4),
+}
+COLUMNS = {
+    "timestamp",
+    "close",
+    "next_return",
+    "position",
+    "equity",
+    "expected",
+    "signal",
+    "regime",
+}
+PAST = (24, 168)  # bars
+EVAL = "eval/<split>/"  # begins the docs' names of evaluated metrics
+LAST = 500  # bars of the picture of positions under price
+DRAWS = 500  # resamples of the bootstrap
+
+
+def has_figure(column: str) -> bool:
+    return column in COLUMNS or column.startswith(("position_", "equity_"))
+
+
+def policies_of(trace: dict, stem: str) -> dict[str, np.ndarray]:
+    """{policy: its column `stem` or `stem_<policy>`}, known names first."""
+    found = {"agent": trace[stem]} if stem in trace else {}
+    found |= {k[len(stem) + 1 :]: v for k, v in trace.items() if k.startswith(stem + "_")}
+    return {k: found[k] for k in [*POLICIES, *found] if k in found}
+
+
+def time_of(trace: dict, column: str) -> np.ndarray:
+    return trace.get("timestamp", np.arange(len(trace[column])))
+
+
+def pairs_of(traces: dict, split: str) -> dict[str, dict]:
+    """{pair: its trace} of a split whose account holds several: traces/<split>_<pair>.parquet."""
+    return {k[len(split) + 1 :]: t for k, t in traces.items() if k.startswith(split + "_")}
+
+
+def accounts_of(run: Record) -> dict[str, dict]:
+    """{split: trace}, unseen data first, without the traces of single pairs."""
+    names = [k for k in run.traces if not any(k.startswith(s + "_") for s in run.traces)]
+    return {s: run.traces[s] for s in ordered(names)}
+
+
+# --------------------------------------------------------------------------------------- intervals
+def bootstrap_means(growth: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """Means (k, draws) of resamples of growth (k, n), all rows at the same bars.
+
+    The stationary bootstrap of Politis and Romano (1994): blocks of bars begin anywhere, go on
+    from the start behind the end, and have geometric lengths of mean n^(1/3).
+    """
+    rng, n = np.random.default_rng(0), growth.shape[1]
+    length = max(n ** (1 / 3), 1.0)
+    shape = draws, int(2 * n / length) + 40
+    ends = np.minimum(np.cumsum(rng.geometric(1 / length, shape), 1), n)
+    lengths = np.diff(ends, prepend=0)
+    starts = rng.integers(0, n, shape)
+    means = np.empty((len(growth), draws))
+    for row, mean in zip(growth, means):
+        total = np.concatenate([[0.0], np.cumsum(np.tile(row, 2))])
+        mean[:] = (total[starts + lengths] - total[starts]).sum(1) / n
+    return means
+
+
+def growth_of(trace: dict) -> dict[str, np.ndarray]:
+    """{policy: log growth of its equity, bar by bar}, if that is positive throughout."""
+    curves = policies_of(trace, "equity")
+    return {
+        k: np.diff(np.log(y), prepend=0.0)
+        for k, y in curves.items()
+        if np.nanmin(y, initial=1) > 0 and np.isfinite(y).all()
+    }
+
+
+def interval(sample: np.ndarray) -> tuple[float, float]:
+    low, high = 1e4 * np.quantile(sample, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def chance_rows(trace: dict) -> dict[str, dict]:
+    """{policy: its realised bp a bar and the agent's lead over it, with 95 % intervals}."""
+    growth = growth_of(trace)
+    if "agent" not in growth or len(growth["agent"]) < 20:
+        return {}
+    means = dict(zip(growth, bootstrap_means(np.array(list(growth.values())))))
+    rows = {}
+    for name, bars in growth.items():
+        low, high = interval(means[name])
+        rows[name] = {"mean_reward_bps": 1e4 * bars.mean(), "from_bps": low, "to_bps": high}
+        if name != "agent":
+            low, high = interval(means["agent"] - means[name])
+            lead = 1e4 * (growth["agent"] - bars).mean()
+            rows[name] |= {"lead_bps": lead, "lead_from_bps": low, "lead_to_bps": high}
+    return rows
+
+
+# ----------------------------------------------------------------------------------------- figures
+def draw_equity(trace: dict, lines: dict):
+    """Equity (log) over drawdown; lines: {name: equity}, all over the times of `trace`."""
+    x = time_of(trace, "equity")
+    fig, (top, low) = canvas(4.6, 3.9, 2, left=0.85, sharex=True, height_ratios=(2.2, 1))
+    for i, (name, equity) in enumerate(lines.items()):
+        style = dict(color=color_of(name, i), lw=1.0) | STYLE.get(name, {})
+        growth = np.log(equity, where=equity > 0, out=np.full(len(equity), np.nan))
+        # the last of a bucket keeps the final equity, its least the deepest drawdown: a mean
+        # would flatter both
+        top.plot(*thin(x, growth, 350, "last"), label=words(name), **style)
+        fall = 100 * np.expm1(growth - np.fmax.accumulate(growth))
+        low.plot(*thin(x, fall, 350, "min"), **style)
+    top.yaxis.set_major_formatter(lambda y, _: f"{100 * np.expm1(y):+,.1f} %")
+    top.set_ylabel("growth, log scale")
+    low.set_ylabel("drawdown, %")
+    return fig
+
+
+def draw_positions(trace: dict, bars: int):
+    """Price over position for the last bars, the regime (if known) as a tint."""
+    part = {k: v[-bars:] for k, v in trace.items()}
+    x, position = time_of(part, "position"), part["position"]
+    fig, (top, low) = canvas(10.4, 3.9, 2, sharex=True, height_ratios=(1.5, 1))
+    if "close" in part:
+        top.plot(x, part["close"], color=INK, lw=1.1, label="close")
+    regime = part.get("regime", np.zeros(len(x)))
+    for value in np.unique(regime[np.isfinite(regime)])[1:]:
+        tint = dict(
+            color=CYCLE[int(value) % 8], alpha=0.13, lw=0, label=f"regime {value:g}"
+        )
+        for start, stop in runs_of(regime == value):
+            top.axvspan(x[start], x[min(stop, len(x) - 1)], **tint)
+    for side, color, where in (
+        ("long", LONG, position >= 0),
+        ("short", SHORT, position <= 0),
+    ):
+        style = dict(step="post", color=color, alpha=0.75, lw=0, label=side)
+        low.fill_between(x, position, 0, where=where, **style)
+    if "position_optimum" in part:
+        best = part["position_optimum"]
+        low.step(x, best, where="post", color=COLORS["optimum"], lw=1.0, label="optimum")
+    top.margins(x=0)
+    top.set_ylabel("price")
+    low.set_ylabel("position")
+    return fig
+
+
+def draw_band(x: np.ndarray, rows: dict):
+    """A stripe a row over the whole split: blue long, orange short."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    tones = [SHORT, "#f7d9c9", "#ffffff", "#c8ddf2", LONG]
+    colours = LinearSegmentedColormap.from_list("position", tones)
+    fig, (ax,) = canvas(10.4, 0.55 + 0.3 * len(rows), left=1.6)
+    limit = max(1.0, *(np.nanmax(np.abs(v), initial=0) for v in rows.values()))
+    for i, position in enumerate(rows.values()):
+        some, mean = thin(x, position, 1000)
+        style = dict(cmap=colours, vmin=-limit, vmax=limit, rasterized=True)
+        ax.pcolormesh(some, [i - 0.45, i + 0.45], mean[None, :-1], **style)
+    ax.set_yticks(range(len(rows)), [words(k) for k in rows], color=INK)
+    ax.invert_yaxis()
+    ax.grid(False)
+    return fig
+
+
+def draw_histogram(traces: dict):
+    """How often the agent holds which position, by split."""
+    positions = [t["position"][np.isfinite(t["position"])] for t in traces.values()]
+    limit = max(1.0, *(np.abs(p).max(initial=0) for p in positions))
+    # bins centred on tenths of the range, so that a grid of positions fills them evenly
+    edges = limit * (np.arange(22) - 10.5) / 10
+    shares = [np.full(len(p), 100 / max(len(p), 1)) for p in positions]
+    fig, (ax,) = canvas(4.6, 3.0, bottom=0.45)
+    ax.hist(
+        positions, edges, weights=shares, label=list(traces), color=CYCLE[: len(traces)]
+    )
+    ax.set_ylabel("% of bars")
+    ax.set_xlabel("position")
+    return fig
+
+
+def draw_costs(trace: dict):
+    """Cumulative log return before and after costs; None if the trace cannot tell."""
+    growth = growth_of(trace).get("agent")
+    if growth is None or "next_return" not in trace:
+        return None
+    x = time_of(trace, "equity")
+    # costs are not in the trace: they are what the equity lacks of the position's own growth
+    gross = np.log1p(
+        np.maximum(np.nan_to_num(trace["position"] * trace["next_return"]), -0.999)
+    )
+    lines = {
+        "before costs": (gross, "#8a94a1"),
+        "costs": (growth - gross, SHORT),
+        "what is left": (growth, LONG),
+    }
+    fig, (ax,) = canvas(4.6, 3.0)
+    for label, (bars, color) in lines.items():
+        ax.plot(*thin(x, 100 * np.cumsum(bars), 350, "last"), color=color, label=label)
+    ax.set_ylabel("cumulative log return, %")
+    return fig
+
+
+def bin_means(where: np.ndarray, y: np.ndarray, n: int) -> np.ndarray:
+    """Mean of y in each of n bins; NaN where fewer than three: two bars do not make a mean."""
+    where, y = where[np.isfinite(y)], y[np.isfinite(y)]
+    count = np.bincount(where, minlength=n)
+    total = np.bincount(where, y, minlength=n)
+    return np.where(count >= 3, total / np.maximum(count, 1), np.nan)
+
+
+def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
+    """Mean position in bins of x (n,), a colour a regime (if known), the optimum dashed."""
+    regime = trace.get("regime", np.zeros(len(x)))
+    ok = np.isfinite(x) & np.isfinite(regime)
+    cuts = np.unique(np.quantile(x[ok], np.linspace(0, 1, bins + 1)))
+    where = np.searchsorted(cuts, x, "right") - 1
+    fig, (ax,) = canvas(4.6, 3.0, bottom=0.45)
+    values = np.unique(regime[ok])[:4]
+    for i, value in enumerate(values):
+        rows = ok & (regime == value)
+        tag = f", regime {value:g}" if len(values) > 1 else ""
+        # a bin lies at the mean of its x: the few states of a chain stay where they are
+        middle = bin_means(where[rows], x[rows], len(cuts))
+        for who, dash in (("position", "-"), ("position_optimum", "--")):
+            if who in trace:
+                mean = bin_means(where[rows], trace[who][rows], len(cuts))
+                style = dict(color=CYCLE[i], ls=dash, lw=1.9 if dash == "-" else 1.2)
+                name = "agent" if dash == "-" else "optimum"
+                ax.plot(
+                    middle[middle == middle],
+                    mean[middle == middle],
+                    label=name + tag,
+                    **style,
+                )
+    ax.set_xlabel(label)
+    ax.set_ylabel("mean position")
+    return fig
+
+
+def draw_spread(metrics: dict):
+    """q_action_spread beside alpha and alpha * |entropy|, log scale."""
+    lines = {
+        "value/q_action_spread": ("spread of Q over actions", LONG),
+        "policy/alpha": ("alpha", "#8a94a1"),
+        "value/alpha_entropy": ("alpha × |entropy|", SHORT),
+    }
+    fig, (ax,) = canvas(4.6, 2.7, bottom=0.45)
+    for key in [k for k in lines if k in metrics]:
+        x, y = metrics[key]
+        label, color = lines[key]
+        # an entropy that crosses 0 dives on a log axis: five decades are enough to see it
+        curve(ax, x, np.where(y > 1e-5 * np.nanmax(y), y, np.nan), color=color, label=label)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    step_axis(ax)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------- sections
+def add_traces(page: Page, run: Record):
+    """Equity, chance, pairs, positions and behaviour."""
+    accounts = accounts_of(run)
+    why = (
+        "no traces/*.parquet has the column {}"
+        if accounts
+        else "no traces/*.parquet with rows"
+    )
+    # equity on train rows says nothing about the market and dwarfs the others
+    unseen = {s: t for s, t in accounts.items() if s != "train"} or accounts
+    unseen = {s: t for s, t in unseen.items() if "equity" in t}
+    if unseen:
+        page.section("equity", "Equity and drawdown")
+        page.add('<div class="grid">')
+        for split, trace in unseen.items():
+            alt = f"Equity on a log scale and drawdown on the {split} split, agent beside baselines"
+            fig = draw_equity(trace, policies_of(trace, "equity"))
+            page.plot(
+                f"equity_{split}",
+                f"{split}: equity and drawdown",
+                fig,
+                "",
+                alt,
+                metric=EVAL + "total_return",
+            )
+        page.add("</div>")
+        add_chance(page, unseen)
+    else:
+        page.lack("equity and drawdown", why.format("equity"))
+    add_symbols(page, run)
+    held = {s: t for s, t in accounts.items() if "position" in t}
+    if held:
+        add_positions(page, run, held)
+    else:
+        page.lack("positions", why.format("position"))
+    if {"value/q_action_spread", "policy/alpha"} <= set(run.metrics):
+        add_values(page, run)
+
+
+def add_chance(page: Page, traces: dict):
+    """Realised numbers with what chance makes of them."""
+    blocks = {s: rows for s, t in traces.items() if (rows := chance_rows(t))}
+    if not blocks:
+        page.lack(
+            "intervals of realised numbers", "no trace has 20 bars of positive equity"
+        )
+        return
+    lead = (
+        f"95 % intervals of the realised bp a bar, from {DRAWS} resamples of the bars (stationary "
+        "bootstrap). An interval of the lead that holds 0: these bars cannot tell the two apart."
+    )
+    page.section("chance", "What chance could explain", lead)
+    add_scores(page, blocks, {})
+
+
+def add_symbols(page: Page, run: Record):
+    """Pair by pair: a table a split, the first unfolded, and the equity of each."""
+    results = within(run.summary, "eval")
+    splits = [s for s in ordered(results) if within(results, s, "symbols")]
+    if not splits:
+        return
+    page.section("pairs", "Pair by pair")
+    for split in splits:
+        rows, traces = {}, pairs_of(run.traces, split)
+        for pair, result in within(results, split, "symbols").items():
+            everyone = table_rows(result)
+            chance = chance_rows(traces[pair]).get("agent", {}) if pair in traces else {}
+            rival = next(
+                (k for k in best_two(everyone, "mean_reward_bps") if k != "optimum"), None
+            )
+            best = {"rival_bps": everyone[rival]["mean_reward_bps"]} if rival else {}
+            rows[pair] = everyone.get("agent", {}) | chance | best
+        page.add(
+            f"<details{'' if split != splits[0] else ' open'}><summary>{split}: the agent</summary>"
+        )
+        add_scores(page, {split: rows})
+        page.add("</details>")
+
+
+def add_positions(page: Page, run: Record, traces: dict):
+    split, trace = next(iter(traces.items()))
+    page.section("positions", "What it holds, and when")
+    page.add('<div class="grid">')
+    bars = min(LAST, len(trace["position"]))
+    fig, title = (
+        draw_positions(trace, bars),
+        f"{split}: positions under price, the last {bars} bars",
+    )
+    alt = f"Price and position, {bars} bars"
+    page.plot("positions", title, fig, "", alt, wide=True, metric=EVAL + "exposure")
+    pairs = {
+        k: t["position"] for k, t in pairs_of(run.traces, split).items() if "position" in t
+    }
+    # flat is an empty stripe
+    rows = pairs or {k: v for k, v in policies_of(trace, "position").items() if k != "flat"}
+    title = f"{split}: positions over the whole split"
+    page.plot(
+        "band",
+        title,
+        draw_band(time_of(trace, "position"), rows),
+        "Blue is long, orange short, white flat.",
+        f"Stripes of positions, {split} split",
+        wide=True,
+    )
+    title, alt = "How often it holds which position", "Histogram of positions by split"
+    page.plot(
+        "histogram",
+        title,
+        draw_histogram(traces),
+        "",
+        alt,
+        metric="policy/state_dependence",
+    )
+    add_responses(page, split, list(pairs_of(run.traces, split).values()) or [trace])
+    if fig := draw_costs(trace):
+        alt = f"Cumulative log return before costs, costs and what is left on the {split} split"
+        page.plot(
+            "costs", f"{split}: what trading costs", fig, "", alt, metric=EVAL + "turnover"
+        )
+    page.add("</div>")
+
+
+def with_past(trace: dict) -> dict:
+    """The trace, and its return over the past bars in %, as columns."""
+    out = dict(trace)
+    for bars in PAST if "close" in trace else ():
+        past = np.full(len(trace["close"]), np.nan)
+        past[bars:] = 100 * (trace["close"][bars:] / trace["close"][:-bars] - 1)
+        out[f"past_{bars}"] = past
+    return out
+
+
+def add_responses(page: Page, split: str, traces: list[dict]):
+    """Position against signal and conditional mean if known, else against past returns."""
+    traces = [with_past(t) for t in traces]
+    names = [k for k in traces[0] if all(k in t for t in traces)]
+    trace = {k: np.concatenate([t[k] for t in traces]) for k in names}
+    # on a drift market both are constants: nothing to plot against
+    varies = {k for k, v in trace.items() if len(np.unique(v[np.isfinite(v)])) > 1}
+    labels = {"signal": "signal", "expected": "expected return of the next bar, bp"}
+    if "signal" not in varies:
+        labels |= {f"past_{bars}": f"return over the past {bars} bars, %" for bars in PAST}
+    labels = {k: v for k, v in labels.items() if k in varies}
+    for key, label in labels.items():
+        x = trace[key] * (1e4 if key == "expected" else 1)
+        page.plot(
+            f"against_{key}",
+            f"{split}: position against {label}",
+            draw_response(trace, x, label),
+            "A flat line does not react to it.",
+            f"Position against {label} on the {split} split",
+        )
+    if not labels:
+        page.lack(
+            "position against signal",
+            f"traces/{split}.parquet has no signal, expected or close",
+        )
+
+
+def add_values(page: Page, run: Record):
+    """What actions are worth, beside what randomness is paid."""
+    page.section("values", "What actions are worth")
+    page.add('<div class="grid">')
+    page.plot(
+        "q_spread",
+        "Spread of Q over actions beside alpha and entropy",
+        draw_spread(run.metrics),
+        "",
+        "Spread of Q over actions, alpha, and alpha times entropy, log scale",
+        metric="value/q_action_spread",
+    )
+    page.add("</div>")
