@@ -1,6 +1,7 @@
-"""How a trader of one or more assets is judged: metrics of a path, what stands beside it, and the verdict.
+"""How a trader of one or more assets is judged: metrics of a path, its rivals, the verdict.
 
-A script hands over its assets as `Series`; walk() is the script's own accounting, so costs are the run's.
+A script hands over its assets as `Series`; walk() is the script's own accounting, so costs are the
+run's.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import empyrical
 import numpy as np
 from numba import njit
 
 BP = 1e-4  # one basis point
+BATCHES = 20  # consecutive pieces whose means give a standard error
+PENALTIES = (1e2, 1e3, 1e4)  # of the ridge policy
+SMOOTHING = (0.0, 0.7, 0.9)  # weight of its last forecast
+THRESHOLDS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of its no-trade band, in standard deviations
 
 
 @dataclass
 class Series:
     """One asset. Row t is a decision row, held to row t + 1.
 
-    walk(target (n,), start, stop) -> (reward, expected reward, |change|, held), (n,) each, of trading the exposures
-    `target` on rows [start, stop), flat before the first: log growth net of costs; and the known conditional mean of
-    the simple return in place of the realised one, NaN on real bars.
+    walk(target (n,), start, stop) -> (reward, expected reward, |change|, held), (n,) each, of
+    trading the exposures `target` on rows [start, stop), flat before the first: log growth net of
+    costs; and the known conditional mean of the simple return instead of the realised one, NaN on
+    real bars.
     """
 
     x: np.ndarray  # (T, K) float64 columns that the ridge policy sees
@@ -33,34 +38,79 @@ class Series:
 
 
 def path_metrics(reward, mean, change, held, bars_per_year: float) -> tuple[dict, np.ndarray]:
-    """Metrics of what Series.walk returned, and the equity (n,) after each bar, 1 before the first."""
+    """Metrics of what Series.walk returned, and the equity (n,) after each bar (1 before)."""
+    import empyrical  # most of a second
+
     growth = np.expm1(reward)
-    moves = growth.std() > 0
+    sharpe = 0.0
+    if growth.std() > 0:
+        sharpe = float(empyrical.sharpe_ratio(growth, annualization=bars_per_year))
     metrics = {
-        "mean_reward_bps": float(reward.mean() / BP), "total_return": math.expm1(reward.sum()),
-        "sharpe": float(empyrical.sharpe_ratio(growth, annualization=bars_per_year)) if moves else 0.0,
-        "max_drawdown": float(empyrical.max_drawdown(growth)), "turnover": float(change.mean()),
-        "exposure": float(held.mean()), "trades": int((change > 1e-9).sum())}
+        "mean_reward_bps": float(reward.mean() / BP),
+        "total_return": math.expm1(reward.sum()),
+        "sharpe": sharpe,
+        "max_drawdown": float(empyrical.max_drawdown(growth)),
+        "turnover": float(change.mean()),
+        "exposure": float(held.mean()),
+        "trades": int((change > 1e-9).sum()),
+    }
     if np.isfinite(mean).all():
         metrics["mean_expected_bps"] = float(mean.mean() / BP)
     return metrics, np.exp(np.cumsum(reward))
 
 
+def standard_error(x: np.ndarray) -> float:
+    """Of the mean of (n,) values that need not be independent: from the means of BATCHES pieces."""
+    pieces = np.array_split(x, min(BATCHES, len(x)))
+    if len(pieces) < 2:
+        return math.inf
+    means = np.array([piece.mean() for piece in pieces])
+    return float(means.std(ddof=1) / math.sqrt(len(means)))
+
+
+def usual_limit(returns: np.ndarray) -> float:
+    """Size beyond which a return is not the market's: 12 robust standard deviations.
+
+    A scale of rewards that is learned from returns clipped there survives a bad tick. inf where
+    most returns are equal.
+    """
+    low, high = np.quantile(returns, (0.25, 0.75))
+    return 12.0 * (high - low) / 1.349 or math.inf
+
+
 def best_constant(series: Series, levels) -> float:
-    """The constant exposure of `levels` that earned most on the train rows, entry paid."""
+    """The constant exposure of `levels` that earned most on the train rows, entry paid.
+
+    0 unless that is more than 2 standard errors above flat: on noise some constant is always ahead.
+    """
     a, b = series.rows["train"]
-    earned = [series.walk(np.full(b - a, float(x)), a, b)[0].mean() for x in levels]
-    return float(levels[int(np.argmax(earned))])
+    best, earned = 0.0, None
+    for level in levels:
+        path = series.walk(np.full(b - a, float(level)), a, b)[0]
+        if earned is None or path.mean() > earned.mean():
+            best, earned = float(level), path
+    visible = earned.mean() > 2 * standard_error(earned)
+    return best if visible or 0 not in levels else 0.0
 
 
 def random_path(n: int, turnover: float, seed: int, levels=None) -> np.ndarray:
-    """Exposures (n,), uniform on [-1, 1] (or on `levels`), that jump as often as this mean |change| a bar asks for."""
+    """Exposures (n,), uniform on [-1, 1] (or on `levels`), that jump to have this mean |change|."""
     rng = np.random.default_rng(seed)
-    size = 2 / 3 if levels is None else np.abs(np.subtract.outer(levels, levels)).mean()  # of a jump
+    size = 2 / 3  # of a jump, on average
+    if levels is not None:
+        size = np.abs(np.subtract.outer(levels, levels)).mean()
     jump = rng.random(n) < min(turnover / size, 1.0)
     jump[0] = True
-    drawn = rng.uniform(-1, 1, n) if levels is None else rng.choice(np.asarray(levels, float), n)
-    return drawn[np.maximum.accumulate(np.where(jump, np.arange(n), 0))]
+    if levels is None:
+        goals = rng.uniform(-1, 1, n)
+    else:
+        goals = rng.choice(np.asarray(levels, float), n)
+    return goals[last_true(jump)]
+
+
+def last_true(mask: np.ndarray) -> np.ndarray:
+    """(n,) index of the last True up to each row, 0 before the first."""
+    return np.maximum.accumulate(np.where(mask, np.arange(len(mask)), 0))
 
 
 @njit(cache=True)
@@ -74,61 +124,93 @@ def ewma_nb(x, keep):
 def band(forecast: np.ndarray, level: float) -> np.ndarray:
     """+1 above `level`, -1 below -`level`, otherwise as before (0 at first)."""
     side = np.where(np.abs(forecast) > level, np.sign(forecast), 0.0)
-    return side[np.maximum.accumulate(np.where(side != 0, np.arange(len(side)), 0))]
+    return side[last_true(side != 0)]
+
+
+def ridge_paths(assets: list[Series]) -> list[np.ndarray]:
+    """Exposures (T,) of the best ridge policy, an array an asset.
+
+    One ridge of the next return on x, fitted on the first 70 % of every asset's train rows;
+    penalty, smoothing and no-trade threshold are chosen on the rest.
+    """
+    trains = [s.rows["train"] for s in assets]
+    fits = [slice(a, a + int(0.7 * (b - a))) for a, b in trains]
+    x = np.concatenate([s.x[fit] for s, fit in zip(assets, fits)])
+    y = np.concatenate([s.ret[fit] for s, fit in zip(assets, fits)])
+    center, scale = x.mean(0), x.std(0) + 1e-9
+    x = (x - center) / scale
+    gram, rhs = x.T @ x, x.T @ (y - y.mean())
+
+    best, paths = -math.inf, []
+    for penalty in PENALTIES:
+        weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), rhs)
+        forecasts = [(s.x - center) / scale @ weights for s in assets]
+        for keep in SMOOTHING:
+            smooth = [ewma_nb(forecast, keep) for forecast in forecasts]
+            spread = np.std(np.concatenate([f[fit] for f, fit in zip(smooth, fits)]))
+            for threshold in THRESHOLDS:
+                targets = [band(f, threshold * spread) for f in smooth]
+                score = earned_on_the_rest(assets, targets, fits)
+                if score > best:
+                    best, paths = score, targets
+    return paths
+
+
+def earned_on_the_rest(assets, targets, fits) -> float:
+    """Mean reward on the train rows after each fit's."""
+    means = []
+    for series, target, fit in zip(assets, targets, fits):
+        start, stop = fit.stop, series.rows["train"][1]
+        reward = series.walk(target[start:stop], start, stop)[0]
+        means.append(reward.mean())
+    return float(np.mean(means))
 
 
 def ridge_edge(assets: list[Series], levels) -> tuple[float, float]:
-    """Edge in bp a bar, and its standard error, of the best ridge policy over the best constant, on the eval split.
+    """Edge of the ridge policy over the best constant on eval, bp a bar, and its standard error.
 
-    One ridge of the next return on x, fitted on the first 70 % of every asset's train rows; penalty, smoothing and
-    no-trade threshold chosen on the rest. Mean over assets; standard error from 20 batch means an asset; where the
-    conditional mean is known (synthetic) it stands in for the realised return.
+    Mean over assets; where the conditional mean is known (synthetic) it stands in for the realised
+    return.
     """
-    fits = [(a, a + int(0.7 * (b - a)), b) for a, b in (s.rows["train"] for s in assets)]
-    seen = np.concatenate([s.x[a:fit] for s, (a, fit, _) in zip(assets, fits)])
-    center, scale = seen.mean(0), seen.std(0) + 1e-9
-    seen = (seen - center) / scale
-    earned = np.concatenate([s.ret[a:fit] for s, (a, fit, _) in zip(assets, fits)])
-    gram, rhs = seen.T @ seen, seen.T @ (earned - earned.mean())
-
-    best, paths = -math.inf, []
-    for penalty in (1e2, 1e3, 1e4):
-        weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), rhs)
-        forecasts = [(s.x - center) / scale @ weights for s in assets]
-        for smooth in (0.0, 0.7, 0.9):
-            smoothed = [ewma_nb(f, smooth) for f in forecasts]
-            spread = np.std(np.concatenate([f[a:fit] for f, (a, fit, _) in zip(smoothed, fits)]))
-            for threshold in (0.0, 0.5, 1.0, 1.5, 2.0):
-                targets = [band(f, threshold * spread) for f in smoothed]
-                earned = (s.walk(t[fit:b], fit, b)[0].mean() for s, t, (_, fit, b) in zip(assets, targets, fits))
-                score = float(np.mean(list(earned)))
-                if score > best:
-                    best, paths = score, targets
-
     means, errors = [], []
-    for s, path in zip(assets, paths):
+    for s, path in zip(assets, ridge_paths(assets)):
         a, b = s.rows["eval"]
         constant = np.full(b - a, best_constant(s, levels))
-        edge = s.walk(path[a:b], a, b)[s.known] - s.walk(constant, a, b)[s.known]  # [0] realised, [1] expected
-        batches = np.array([x.mean() for x in np.array_split(edge, 20)])
+        which = int(s.known)  # of what walk returns: realised or expected
+        edge = s.walk(path[a:b], a, b)[which] - s.walk(constant, a, b)[which]
         means.append(edge.mean())
-        errors.append(batches.std(ddof=1) / math.sqrt(20))
-    return float(np.mean(means) / BP), float(np.sqrt(np.sum(np.square(errors))) / len(assets) / BP)
+        errors.append(standard_error(edge))
+    error = np.sqrt(np.sum(np.square(errors))) / len(assets)
+    return float(np.mean(means) / BP), float(error / BP)
 
 
-def verdict(audit: dict, agent: dict, updates: int) -> tuple[str, list[str]]:
+def verdict(
+    audit: dict, agent: dict, updates: int, rows: int | None = None
+) -> tuple[str, list[str]]:
     """healthy, collapsed, constant_is_right or untrained, and why.
 
-    audit: state_dependence, ridge_edge_bps, ridge_edge_se_bps; agent: path_metrics on the eval split.
+    audit: state_dependence, ridge_edge_bps, ridge_edge_se_bps; agent: path_metrics on the eval
+    split; rows: how many that split has, so that the opening trade alone is no turnover.
     """
     if updates == 0:
         return "untrained", ["no gradient update was made"]
-    dependence, turnover, exposure = audit["state_dependence"], agent["turnover"], agent["exposure"]
     edge, se = audit["ridge_edge_bps"], audit["ridge_edge_se_bps"]
-    found = f"ridge policy over best constant on eval: {edge:+.2f} bp a bar, standard error {se:.2f}"
-    seen = f"state_dependence {dependence:.3f}, turnover {turnover:.4f}, exposure {exposure:+.2f}"
-    if dependence >= 0.02 and turnover >= 1e-3:
-        return "healthy", [f"the position answers to the market: {seen}", found]
+    found = f"the ridge policy stands {edge:+.2f} bp a bar over the best constant on eval"
+    found += f", standard error {se:.2f}"
+    dependence = audit["state_dependence"]
+    turnover = agent["turnover"]
+    numbers = f"state_dependence {dependence:.3f}, turnover {turnover:.4f}"
+    numbers += f", exposure {agent['exposure']:+.2f}"
+    if edge == 0 and se == 0:  # a price that never moves
+        return "constant_is_right", [f"there is nothing to earn: {numbers}", found]
+
+    least = 1e-3
+    if rows:
+        least += 1.0 / rows  # the opening trade
+    moves = agent.get("trades", 2) > 1 and turnover >= least
+    if moves and dependence >= 0.02:
+        return "healthy", [f"the position answers to the market: {numbers}", found]
+    constant = f"one position whatever the market: {numbers}"
     if edge > 2 * se:
-        return "collapsed", [f"one position whatever the market: {seen}", f"yet there is an edge; {found}"]
-    return "constant_is_right", [f"one position whatever the market: {seen}", f"and no edge is to be seen; {found}"]
+        return "collapsed", [constant, f"yet there is an edge: {found}"]
+    return "constant_is_right", [constant, f"and no edge is to be seen: {found}"]
