@@ -57,7 +57,8 @@ REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
 MAY_CHANGE = {
     "run_dir", "resume", "eval_only", "checkpoint", "checkpoint_interval", "keep_checkpoints", "timeout", "eval_timeout",
     "total_timesteps", "track", "wandb_project_name", "wandb_entity", "wandb_mode", "cuda", "backend", "torch_threads",
-    "report"}
+    "report",
+    "vec_mode", "num_workers", "async_halves", "rescale", "on_worker_death", "worker_timeout"}  # same trajectories
 
 
 class UsageError(ValueError):
