@@ -4,23 +4,23 @@ On a laptop: four embedded pairs whose best policy is known, a minute on 2 cores
 
     python cleanrl_crypto/dqn_forex_subproc.py --timeout 120
 
-Real bars, {DIR}/{SYMBOL}*.parquet, spread in pips or from a file (timestamp, one column of price units a symbol):
+Real bars, a folder of {SYMBOL}*.parquet or .csv, spread in pips or from a file (timestamp, one column of price units
+a symbol):
 
-    python cleanrl_crypto/dqn_forex_subproc.py --data-dir data/forex --symbols EURUSD GBPUSD USDJPY USDCHF \
+    python cleanrl_crypto/dqn_forex_subproc.py --data data/forex --symbols EURUSD GBPUSD USDJPY USDCHF \
         --spread-file data/forex/spread_1h.parquet --weekend flat --timeout 300
 
 How the lanes step is measured at the start; or say it. The trajectories are the same in every mode:
 
     python cleanrl_crypto/dqn_forex_subproc.py --vec-mode subproc --num-workers 4 --async-halves --timeout 120
 
-Any Gymnasium environment with a Box and a Discrete space, one a lane, learned by plain DQN:
+Any Gymnasium environment with a Box and a Discrete space, one a lane, in worker processes:
 
     python cleanrl_crypto/dqn_forex_subproc.py --env-fn my_module:make_env --num-envs 8 --total-timesteps 60000
 
 GPU, Kaggle: a GPU is used where a probe shows that it works, for the lanes too.
 
-    python cleanrl_crypto/dqn_forex_subproc.py --data-dir /kaggle/input/forex --run-dir /kaggle/working/run \
-        --timeout 3600
+    python cleanrl_crypto/dqn_forex_subproc.py --data /kaggle/input/forex --run-dir /kaggle/working/run --timeout 3600
 
 Resume after whatever ended the run (the same command starts and continues it), or evaluate a checkpoint:
 
@@ -33,180 +33,156 @@ Use the agent in another program, from its checkpoint alone:
     policy = load_policy("runs/fx/checkpoints/best.pt")
     action = policy(obs)  # (B, columns + 3) as the environment gives them -> (B,) 0 short, 1 flat, 2 long
 
-The default is not textbook DQN: as the market does not answer to one small trader, every stored row is trained at
-every position and action (--all-actions). Plain DQN is --no-all-actions; docs/dqn_forex_subproc.md compares them.
-
 Every flag: --help. Every metric, and what to do when it is off: docs/dqn_forex_subproc.md
 """
+
 import gc
 import importlib
 import json
 import math
 import multiprocessing as mp
 import os
-import random
-import shlex
 import signal
 import struct
 import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gymnasium as gym
-import numba as nb
-import numpy as np
-import pandas as pd
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from gymnasium.vector import AutoresetMode
-from llvmlite import ir
-from numba import cuda, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from torch.utils.tensorboard import SummaryWriter
-
 try:
-    from common import markets
-    from common.cli import UsageError, check, flag, parse_args
-    from common.data import Bars, DataError, load_bars, split_rows
-    from common.features import ColumnModel, fit_columns
-    from common.gpu_pool import pool, probe_cuda
-    from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, verdict
-    from common.timeout_guard import (
-        CheckpointError,
-        TimeoutGuard,
-        find_last,
-        load_checkpoint,
-        rotate,
-        save_atomic,
-        write_json_atomic,
-    )
+    from common.run import CheckFailed, Run, RunArgs, UsageError, answer_help, check, exit_with
+    from common.run import experiment, flag, load_run, refuse
 except ModuleNotFoundError as e:
     if e.name != "common":
         raise
     sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {Path(__file__).resolve().parents[1]}")
 
+answer_help(__name__, __file__)
+
+import gymnasium as gym
+import numba as nb
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from numba import cuda
+
+from common import markets
+from common.data import Bars, find_file, load_bars, print_facts, read_columns, split_series, utc_times
+from common.features import ColumnModel, fit_columns
+from common.lanes import Lanes, register
+from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, verdict
+
+SCHEMA = 2  # of the checkpoint
 SPLITS = ("train", "eval", "test")
 LEVELS = np.array([-1.0, 0.0, 1.0])  # positions: short, flat, long
 HORIZON = 1  # bars between a decision and the end of its reward
 EMBARGO = 24  # bars left out between splits beside the horizon
 ROLLOVER = 22  # hour UTC at which a position is carried to the next day (17:00 in New York in winter)
-WEEKEND_HOURS = 24  # a longer step between two bars is a market that was closed
+CLOSED_HOURS = 24  # a longer step between two bars is a market that was closed
 SPREAD_PIPS = {"EURUSD": 1.6, "GBPUSD": 1.9, "USDJPY": 1.5, "USDCHF": 1.9}  # hourly medians of a retail broker, 2021-24
-SYNTHETIC_COST = 0.2  # of the bar's sigma, per unit of change: DOMAIN's hard case, where a sign policy earns little
+PIP = {  # price units, as brokers quote spreads
+    0.0001: "EURUSD GBPUSD AUDUSD NZDUSD USDCHF USDCAD USDSEK USDNOK USDDKK USDPLN USDSGD USDCNH USDHKD USDZAR USDMXN "
+            "USDTRY USDILS USDCZK",
+    0.01: "USDJPY USDHUF USDTHB USDINR XAUUSD"}
+SYNTHETIC_COST = 0.2  # of the bar's sigma, a side: so dear that a policy of signs earns little
 RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
 LOST = 3e-6  # growth at which the episode terminates: above RUIN, a fee may hit the floor in a rising bar
-STEP, FIRST, NEXT, SHOW = range(4)  # what a kernel does to its lanes
+MAX_GRAD_NORM = 10.0  # never reached in a healthy run: it stops one bad batch
+AVERAGE = 0.999  # of the averaged weights, an update: about the last 1000; they earn .01 to .03 more than the last ones
+START_E = 1.0  # first probability of a random action: nothing is known yet
+LAST_RATE = 0.02  # of --learning-rate, at the end of the cosine
+EVAL_EPISODES = 100  # of a custom environment
+EVAL_STEPS = 100_000  # vector steps after which these are cut: an episode may never end
+
+STEP, FIRST, NEXT, SHOW, LOSE = range(5)  # what is done to lanes; LOSE: their worker died, the episode is truncated
 RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, NEW_DAY, FLAT, LAST = range(8)  # columns of a bar: one cache line
+LEVERAGE, DRIFT, LIMIT, YEAR, LENGTH = range(5)  # numbers of an environment
+LANE = {  # a lane's state, one array (N,) each
+    "row": np.int64, "clock": np.int64, "episodes": np.int64, "position": np.int64,
+    "held": np.float64,  # exposure over leverage: drifts away from the position
+    "equity": np.float64, "peak": np.float64, "day_start": np.float64,  # over the episode's first equity
+    "worst": np.float64,  # largest drawdown
+    "total": np.float64, "squares": np.float64, "turnover": np.float64}  # sums of reward, reward**2, |change|
+OWN = ("exposure", "drawdown_today")  # columns that depend on the lane's path
 EPISODE = ("r", "l", "drawdown", "turnover", "sharpe_ratio", "max_drawdown")  # rows of `stats`
-# imported once by the fork server, shared by every worker
-PRELOAD = ("numpy", "numba", "pandas", "torch", "torch.utils.tensorboard", "gymnasium", "tyro",
-           "cleanrl_crypto.dqn_forex_subproc")
+
+PRELOAD = ("cleanrl_crypto.dqn_forex_subproc",)  # imported once by the fork server, shared by every worker
 FORK_SERVER = "CLEANRL_CRYPTO_FORK_SERVER"  # in the environment of the fork server and of what it starts
 ATTEMPTS = 3  # restarts of a worker without a step between them
 START_SECONDS = 60.0  # for a worker to import this file and to build its environments
-MESSAGE = struct.Struct("<BBBqq")  # mode, half, parity, first lane, end lane
-SCHEMA = 1  # of the checkpoint
+MESSAGE = struct.Struct("<BBqq")  # mode, half, first lane, end lane
 
 
-# ------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 @dataclass
-class Args:
+class Args(RunArgs):
     # experiment
     exp_name: str = Path(__file__).stem
     """name of this experiment"""
-    seed: int = 1
-    """seed of everything but the synthetic market, whose seed stands in --data"""
-    torch_deterministic: bool = True
-    """deterministic torch kernels (on a GPU: cuDNN's)"""
-    cuda: bool = True
-    """use the GPU if a probe shows that it works"""
-    track: bool = False
-    """log to Weights and Biases too"""
-    wandb_project_name: str = "cleanrl_crypto"
-    """wandb project"""
-    wandb_entity: str | None = None
-    """wandb team or user"""
-    wandb_mode: str = "online"
-    """online, offline or disabled"""
-    run_dir: str | None = None
-    """folder of this run (default: runs/{env}__{exp_name}__{seed}__{unix time})"""
-    resume: str | None = None
-    """a checkpoint to continue from, or `auto`: the one in --run-dir if there is one"""
-    checkpoint_interval: float = 60.0
-    """**seconds** between checkpoints (last.pt and a rotated copy of the agent)"""
-    keep_checkpoints: int = 3
-    """rotated checkpoints kept beside last.pt and best.pt"""
-    eval_only: bool = False
-    """evaluate --checkpoint and stop"""
-    checkpoint: str | None = None
-    """checkpoint for --eval-only"""
 
     # data
-    data: str | None = None
-    """synthetic:{signal,regime,noise,drift}[?bars=N&seed=K&...] or files, one a pair (None: synthetic:signal)"""
-    data_dir: str | None = None
-    """folder of {SYMBOL}*.parquet, in place of --data"""
+    data: str = "synthetic:signal"
+    """synthetic:{signal,regime,noise,drift}[?bars=N&seed=K&...], a folder of {SYMBOL}*.parquet or .csv, or files
+    separated by commas, one a pair"""
     symbols: tuple[str, ...] = ("EURUSD", "GBPUSD", "USDJPY", "USDCHF")
-    """pairs with the dollar on one side; on synthetic markets mere names of independent paths of one law"""
+    """pairs with the dollar on one side; on synthetic markets mere names of independent paths of one market"""
     feature_cols: tuple[str, ...] = (
         "rsi_14", "ema_10", "ema_20", "macd", "atr_14", "ret_1", "log_volume", "volume_z_24", "log_range",
         "log_range_24", "hour_sin", "hour_cos")
     """columns by name: docs/dqn_forex_subproc.md lists them; scaled on train rows, clipped at 5"""
     split: str = "0.70/0.15/0.15"
-    """train/eval/test as fractions of the rows, or the first days of eval and test: 2023-01-01/2024-01-01"""
+    """train/eval/test as shares of the rows, or the first days of eval and test: 2023-01-01/2024-01-01"""
 
     # environment
     num_envs: int | None = None
-    """lanes; lane i trades symbol i modulo their number (None: 1024, with --env-fn 8)"""
-    vec_mode: str = "auto"
-    """single (one kernel, all threads), dummy (blocks in turn), subproc (worker processes), auto: the fastest here"""
-    num_workers: int | None = None
-    """worker processes, or blocks of dummy (None: measured by auto, else one a core)"""
-    async_halves: bool = False
-    """two halves of the lanes in flight: one steps while the other is told what to do"""
-    rescale: bool = False
-    """subproc: at evaluations, measure one worker more and one less, keep the fastest"""
-    on_worker_death: str = "fail"
-    """fail, or restart: a worker that died is replaced and its lanes go on exactly; a custom episode is truncated"""
-    worker_timeout: float = 4.0
-    """**seconds** after which a worker that does not answer is taken for dead"""
-    env_fn: str | None = None
-    """module:factory of a custom environment (Box, Discrete), one a lane, in place of the market; plain DQN"""
+    """lanes; lane i trades symbol i modulo their number (default: 1024, with --env-fn 8)"""
     episode_length: int = 128
-    """**bars** after which an episode is truncated"""
+    """bars after which an episode is truncated"""
     leverage: float = 1.0
     """notional over equity of a long or short position"""
-    initial_balance: float = 100_000.0
-    """account currency (USD)"""
     position_mode: str = "rebalance"
     """rebalance: notional stays at equity x leverage; drift: units stay the same until the target changes"""
     spread_pips: tuple[float, ...] = ()
-    """**pips**, one for all or one a symbol, half paid a side (empty: what is typical of four majors); real bars"""
+    """pips, one for all or one a symbol, half paid a side; real pairs (default: what is typical of four majors)"""
     spread_file: str | None = None
-    """parquet with timestamp and one column of spread (**price units**) a symbol, in place of --spread-pips"""
-    commission_bps: float = 0.0
-    """**bp** of notional a side"""
+    """file with timestamp and one column of spread (price units) a symbol, instead of --spread-pips"""
     cost_bps: float | None = None
-    """**bp** of notional a side on synthetic markets, commission apart (None: 0.2 sigma)"""
-    swap_long_bps: float = 0.0
-    """**bp** of notional that a long pays a night (negative: receives), counted at 22:00 UTC, weekend nights too"""
-    swap_short_bps: float = 0.0
+    """bp of notional a side: all there is on synthetic pairs (default: .2 sigma), a commission on real ones (default: 0)"""
+    swap_long_bps: tuple[float, ...] = (0.0,)
+    """bp of notional that a long pays a night (negative: receives), one for all or one a symbol; 22:00 UTC, weekends
+    too"""
+    swap_short_bps: tuple[float, ...] = (0.0,)
     """the same for a short"""
     weekend: str = "hold"
     """hold: positions stay open over closed hours, the gap's return and nights are booked; flat: closed before them"""
     daily_drawdown: float = 0.0
-    """share of the day's first equity whose loss ends the episode, 0 = no limit; needs --no-all-actions"""
-    monitor: bool = True
-    """write monitor.csv, a line an episode (Stable-Baselines3's format)"""
+    """share of the day's first equity whose loss ends the episode, 0: no limit"""
+    env_fn: str | None = None
+    """module:factory of a custom environment (Box, Discrete), one a lane, instead of the market"""
+
+    # workers
+    vec_mode: str = "auto"
+    """single (one kernel, all threads), dummy (blocks in turn), subproc (worker processes), auto: the fastest here"""
+    num_workers: int | None = None
+    """worker processes, or blocks of dummy (default: measured by auto, else one a core)"""
+    async_halves: bool = False
+    """two halves of the lanes in flight: one steps while the other is told what to do"""
+    rescale: bool = False
+    """with --vec-mode subproc: at evaluations, measure one worker more and one less, keep the fastest"""
+    on_worker_death: str = "fail"
+    """fail, or restart: a worker that died is replaced and the episodes of its lanes are truncated"""
+    worker_timeout: float = 4.0
+    """seconds after which a worker that does not answer is taken for dead"""
 
     # algorithm
     total_timesteps: int = 2_000_000
@@ -214,141 +190,122 @@ class Args:
     learning_starts: int = 16_384
     """transitions with uniform random actions before the first update"""
     buffer_size: int = 1_000_000
-    """transitions kept (row indices and lane scalars: 28 bytes each)"""
+    """transitions kept (on markets row numbers and what the path adds: 27 bytes each)"""
     batch_size: int = 2048
-    """transitions drawn for an update"""
+    """transitions of an update"""
     updates_per_step: int = 4
     """gradient updates a vector step"""
-    train_frequency: int = 1
-    """vector steps between updates"""
-    all_actions: bool = True
-    """train every position and action on each drawn row (the market is exogenous); --no-all-actions: plain DQN"""
-    double_q: bool = True
-    """the online network chooses the next action, the target network judges it"""
-    dueling: bool = False
-    """value and advantage heads"""
-    n_step: int = 1
-    """transitions whose rewards are summed before the bootstrap; above 1 needs --no-all-actions"""
     gamma: float = 0.95
     """discount a transition"""
     tau: float = 0.01
     """weight of the online network when the target network is updated (1: a hard copy)"""
     target_network_frequency: int = 1
     """updates between updates of the target network"""
-    start_e: float = 1.0
-    """first probability of a random action"""
     end_e: float = 0.05
-    """last probability of a random action"""
+    """last probability of a random action, from 1"""
     exploration_fraction: float = 0.3
     """share of --total-timesteps over which it falls"""
     learning_rate: float = 3e-4
-    """Adam with decoupled weight decay; falls to 2 % by a cosine"""
+    """AdamW; falls to 2 % by a cosine"""
     weight_decay: float = 0.3
-    """AdamW"""
+    """AdamW, decoupled"""
     hidden: int = 32
     """units of each of the two hidden layers"""
-    max_grad_norm: float = 10.0
-    """gradient clipping"""
-    average: float = 0.999
-    """decay an update of the averaged weights that evaluation and checkpoints use (0: the last weights)"""
-    reward_scaling: bool = True
-    """divide rewards by the running standard deviation of a full position's reward (saved with the agent)"""
 
-    # evaluation and runtime
+    # evaluation
     eval_interval: int = 262_144
     """transitions between evaluations on the eval split"""
-    eval_episodes: int = 100
-    """episodes of an evaluation of a custom environment"""
     patience: int = 0
     """evaluations without a better one after which training stops (0: never)"""
-    select: str = "auto"
-    """what best.pt is chosen by on the eval split: expected (synthetic markets know it), realised, or auto"""
-    timeout: float | None = None
-    """**seconds** since this process started after which it has exited, None = no limit"""
-    eval_timeout: float | None = None
-    """**seconds** for one evaluation: it stops at the rows it has reached and says so"""
-    backend: str = "auto"
-    """environment kernels: auto, cpu or cuda"""
-    torch_threads: int | None = None
-    """torch and numba threads (None: all cores)"""
-    report: bool = True
-    """write report.html at the end"""
 
     def __post_init__(self):
-        check(self, CHOICES, RANGES)
-        market = self.env_fn is None
-        for wrong, why in (
-            (self.data and self.data_dir, f"--data {self.data} and --data-dir {self.data_dir}: give one of them"),
-            (self.env_fn and (self.data or self.data_dir), "--env-fn takes the place of --data and --data-dir"),
+        super().__post_init__()
+        check(self, {"position_mode": ("rebalance", "drift"), "vec_mode": ("auto", "single", "dummy", "subproc"),
+                     "on_worker_death": ("fail", "restart"), "weekend": ("hold", "flat")}, {
+            (0, 1): "end_e exploration_fraction learning_rate weight_decay", (0, 0.9999): "gamma",
+            (0, 0.99): "daily_drawdown", (1e-6, 1): "tau", (0, 1000): "cost_bps", (0.01, 100): "leverage",
+            (0, 10**6): "patience", (0, 4096): "updates_per_step", (0, 10**12): "total_timesteps learning_starts",
+            (1, 10**6): "num_envs batch_size episode_length target_network_frequency",
+            (1, 4096): "hidden num_workers", (1, 10**9): "buffer_size", (1, 10**12): "eval_interval",
+            (0.1, 1e9): "worker_timeout"})
+        twice = [name for k, name in enumerate(self.symbols) if name in self.symbols[:k]]
+        rates = (*self.swap_long_bps, *self.swap_short_bps)
+        refuse(
             (not self.symbols, "--symbols: at least one"),
-            (len(set(self.symbols)) < len(self.symbols), f"--symbols {' '.join(self.symbols)}: one is named twice"),
+            (twice, f"--symbols {' '.join(self.symbols)}: one is named twice"),
             (self.spread_pips and self.spread_file, "--spread-pips and --spread-file: give one of them"),
-            (any(not 0 <= s <= 1000 for s in self.spread_pips), f"--spread-pips {self.spread_pips}: must be 0 to 1000"),
-            (self.eval_only != (self.checkpoint is not None), "--eval-only and --checkpoint PATH go together"),
-            (self.resume == "auto" and self.run_dir is None,
-             "--resume auto needs --run-dir, the folder of the run to continue"),
-            (market and self.all_actions and self.n_step > 1,
-             f"--n-step {self.n_step} needs --no-all-actions: targets of all actions are one step long"),
-            (max(self.buffer_size // (self.num_envs or (1024 if market else 8)), 2) < self.n_step,
-             f"--buffer-size {self.buffer_size} holds fewer than --n-step {self.n_step} transitions of every lane"),
-            (market and self.all_actions and self.daily_drawdown > 0,
-             f"--daily-drawdown {self.daily_drawdown} needs --no-all-actions: its end depends on the path"),
-            (self.end_e > self.start_e, f"--end-e {self.end_e} is above --start-e {self.start_e}"),
-            (self.rescale and self.vec_mode != "subproc", f"--rescale needs --vec-mode subproc, not {self.vec_mode}"),
-            (self.rescale and not market, "--rescale: custom environments live in their worker"),
-        ):
-            if wrong:
-                raise ValueError(why)
+            (any(not 0 <= x <= 1000 for x in self.spread_pips), f"--spread-pips {self.spread_pips}: must be 0 to 1000"),
+            (any(not -100 <= x <= 100 for x in rates), f"--swap-long-bps, --swap-short-bps {rates}: must be -100 to 100"))
+        for names, meant, said in MODES:
+            said = said(self)
+            for name in names if said else ():
+                default = type(self).__dataclass_fields__[name].default
+                refuse((getattr(self, name) != default, f"{flag(name)} says nothing with {said}: it is for {meant}"))
+
+    @property
+    def lanes(self) -> int:
+        return self.num_envs or (8 if self.env_fn else 1024)
+
+    @property
+    def market_is_synthetic(self) -> bool:
+        return self.data.startswith(markets.PREFIX)
 
 
-CHOICES = {
-    "wandb_mode": ("online", "offline", "disabled"), "position_mode": ("rebalance", "drift"),
-    "vec_mode": ("auto", "single", "dummy", "subproc"), "on_worker_death": ("fail", "restart"),
-    "weekend": ("hold", "flat"), "select": ("auto", "expected", "realised"), "backend": ("auto", "cpu", "cuda"),
-}
-RANGES = {name: (low, high) for low, high, names in (  # of numeric flags, both ends allowed
-    (0, 1, "start_e end_e exploration_fraction learning_rate weight_decay"), (0, 2**32 - 1, "seed"),
-    (0, 0.9999, "gamma"), (0, 0.99999, "average"), (0, 0.99, "daily_drawdown"), (1e-6, 1, "tau"),
-    (0, 1000, "commission_bps cost_bps"), (-100, 100, "swap_long_bps swap_short_bps"), (0.01, 100, "leverage"),
-    (1e-6, 1e12, "initial_balance max_grad_norm"), (0, 10**6, "keep_checkpoints patience"),
-    (0, 1e9, "checkpoint_interval"),
-    (0, 4096, "updates_per_step"), (0, 10**12, "total_timesteps learning_starts"), (1, 1000, "n_step"),
-    (1, 10**6, "num_envs batch_size episode_length eval_episodes train_frequency target_network_frequency"),
-    (1, 4096, "hidden num_workers torch_threads"), (1, 10**9, "buffer_size"), (1, 10**12, "eval_interval"),
-    (1, 1e9, "timeout"), (0.1, 1e9, "eval_timeout worker_timeout"),
-) for name in names.split()}
-# flags that shape the agent or the data: a resumed run must agree on them
-SHAPING = (
-    "seed", "data", "data_dir", "symbols", "feature_cols", "split", "num_envs", "env_fn", "episode_length", "leverage",
-    "initial_balance", "position_mode", "spread_pips", "spread_file", "commission_bps", "cost_bps", "swap_long_bps",
-    "swap_short_bps", "weekend", "daily_drawdown", "all_actions", "dueling", "n_step", "gamma", "hidden",
-    "reward_scaling", "buffer_size",
-)
+MARKET = (  # flags that shape the pairs and their environment
+    "data", "symbols", "feature_cols", "split", "episode_length", "leverage", "position_mode", "spread_pips",
+    "spread_file", "cost_bps", "swap_long_bps", "swap_short_bps", "weekend", "daily_drawdown")
+MODES = (  # flags, what they are for, and the other mode if the arguments choose it
+    ((*MARKET, "rescale"), "currency pairs", lambda a: a.env_fn and f"--env-fn {a.env_fn}"),
+    (("spread_pips", "spread_file", "weekend"), "real pairs (--cost-bps is for synthetic ones)",
+     lambda a: a.market_is_synthetic and f"--data {a.data}"),
+    (("num_workers", "async_halves"), "blocks and workers", lambda a: a.vec_mode == "single" and "--vec-mode single"),
+    (("on_worker_death", "worker_timeout", "rescale"), "worker processes",
+     lambda a: a.vec_mode in ("single", "dummy") and f"--vec-mode {a.vec_mode}"),
+    (("rescale",), "--vec-mode subproc", lambda a: a.vec_mode == "auto" and "--vec-mode auto"),
+    (("vec_mode",), "currency pairs (a custom environment lives in workers, or in dummy)",
+     lambda a: a.env_fn and a.vec_mode == "single" and f"--env-fn {a.env_fn}"))
 
 
-# ------------------------------------------------------------------------------------------------------ data
-def load_series(args: Args) -> list[Bars]:
-    """Bars of every pair, and its name in bars.names[0]. Raises DataError, UsageError (one line)."""
-    if args.data_dir:
-        paths = []
-        for symbol in args.symbols:
-            found = sorted(Path(args.data_dir).glob(f"{symbol}*.parquet"))
-            if len(found) != 1:
-                what = "no file" if not found else f"{len(found)} files, {', '.join(p.name for p in found[:3])}"
-                raise UsageError(f"--data-dir {args.data_dir}: {what} matching {symbol}*.parquet, need exactly one")
-            paths.append(found[0])
-        return [load_bars(str(path)) for path in paths]
-    spec = args.data or "synthetic:signal"
-    if not spec.startswith(markets.PREFIX):
-        return [load_bars(path) for path in spec.split(",")]
+# --------------------------------------------------------------------------------------------- data
+class Pairs(NamedTuple):
+    """What lanes walk over: one static table, the rows of pair after pair. Row t earns the bar to row t + 1."""
+
+    names: tuple[str, ...]  # S pairs
+    series: list[Bars]
+    models: dict[str, dict]  # state_dict of the ColumnModel that made each pair's columns
+    table: np.ndarray  # (R, F) float32 columns, the last one the cost of a side in bp
+    bars: np.ndarray  # (R, 8) float64: RET next bar's return a unit of long exposure, in account currency; COST and SWAP_*
+    # shares of notional; FOREIGN return of the foreign currency; NEW_DAY the next row is of another trading day; FLAT
+    # the target is forced to 0; LAST is the environment's
+    expected: np.ndarray  # (R,) conditional mean of RET, NaN on real pairs
+    rows: dict[str, np.ndarray]  # split -> (S, 2) half-open decision rows
+    first: np.ndarray  # (S + 1,) row at which each pair begins
+
+    def of(self, k: int) -> slice:
+        """Rows of pair k."""
+        return slice(int(self.first[k]), int(self.first[k + 1]))
+
+
+def load_series(args: Args) -> dict[str, Bars]:
+    """{symbol: bars}. Raises UsageError (one line)."""
+    if not args.market_is_synthetic:
+        if Path(args.data).is_dir():
+            return {symbol: load_bars(str(find_file(args.data, symbol))) for symbol in args.symbols}
+        refuse((args.symbols != Args.symbols, f"--symbols with --data {args.data}: pairs are named by their files"))
+        paths = [part.strip() for part in args.data.split(",")]
+        names = [Path(path).stem[:6] for path in paths]
+        twice = [name for k, name in enumerate(names) if name in names[:k]]
+        refuse((twice, f"--data {args.data}: two files for {', '.join(twice)}"))
+        return {name: load_bars(path) for name, path in zip(names, paths)}
     try:
-        seed = markets.parse_law(spec).seed
+        seed = markets.parse_law(args.data).seed
     except ValueError as e:
         raise UsageError(f"--data {e}") from e
-    base, _, query = spec.partition("?")
+    base, _, query = args.data.partition("?")
     others = [pair for pair in query.split("&") if pair and not pair.startswith("seed=")]
-    seeds = [seed * len(args.symbols) + k for k in range(len(args.symbols))]  # independent paths of one law
-    return [load_bars(f"{base}?{'&'.join([*others, f'seed={k}'])}") for k in seeds]
+    seeds = [seed * len(args.symbols) + k for k in range(len(args.symbols))]  # independent paths of one market
+    specs = [f"{base}?{'&'.join([*others, f'seed={k}'])}" for k in seeds]
+    return dict(zip(args.symbols, map(load_bars, specs)))
 
 
 def account_return(symbol: str, close: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -357,116 +314,121 @@ def account_return(symbol: str, close: np.ndarray) -> tuple[np.ndarray, bool]:
     XXXUSD: u units bought at P earn u (P' - P) dollars, notional u P. USDXXX: u dollars earn u (P' - P) XXX, which are
     u (P' - P) / P' dollars.
     """
-    if len(symbol) != 6 or "USD" not in (symbol[:3], symbol[3:]):
-        raise UsageError(f"--symbols {symbol}: must be XXXUSD or USDXXX, the account is in USD")
+    has_dollar = len(symbol) == 6 and "USD" in (symbol[:3], symbol[3:])
+    refuse((not has_dollar, f"--symbols {symbol}: must be XXXUSD or USDXXX, the account is in USD"))
     inverse = symbol.startswith("USD")
     earned = np.diff(close) / (close[1:] if inverse else close[:-1])
     return np.append(earned, 0.0), inverse
 
 
-def spreads(args: Args, symbols, series: list[Bars]) -> list[np.ndarray]:
-    """Spread of every bar in price units, an array (T,) a symbol."""
+def one_a_symbol(name: str, values: tuple, symbols) -> np.ndarray:
+    """One value for all symbols, or one a symbol."""
+    many = len(values) not in (1, len(symbols))
+    refuse((many, f"{flag(name)}: {len(values)} values for {len(symbols)} symbols ({', '.join(symbols)})"))
+    return np.broadcast_to(np.asarray(values, np.float64), len(symbols))
+
+
+def spreads(args: Args, series: dict[str, Bars]) -> list[np.ndarray]:
+    """Spread of every bar in price units, an array (T,) a pair."""
+    symbols = list(series)
     if args.spread_file:
-        what = f"--spread-file {args.spread_file}"
-        try:
-            table = pd.read_parquet(args.spread_file)
-        except (OSError, ValueError) as e:
-            raise DataError(f"{what}: {str(e).splitlines()[0]}") from e
-        missing = [name for name in ("timestamp", *symbols) if name not in table]
-        if missing:
-            raise DataError(f"{what}: no column {', '.join(missing)}")
-        for name in ("timestamp", *symbols):
-            try:
-                column = table[name]
-                table[name] = pd.to_datetime(column, utc=True) if name == "timestamp" else column.astype(float)
-            except (ValueError, TypeError) as e:
-                raise DataError(f"{what}: column {name}: {str(e).splitlines()[0]}") from e
-        twice = table["timestamp"][table["timestamp"].duplicated()]
-        if len(twice):
-            raise DataError(f"{what}: column timestamp: {twice.iloc[0]} is there twice")
-        table = table.set_index(table["timestamp"].dt.tz_convert(None).astype("datetime64[ns]"))
+        times, values = read_columns(args.spread_file, symbols)
         out = []
-        for symbol, bars in zip(symbols, series):
-            spread = table[symbol].reindex(bars.timestamp).to_numpy(np.float64)
-            bad = np.flatnonzero(~(spread >= 0) | ~np.isfinite(spread))
+        for k, (symbol, bars) in enumerate(series.items()):
+            at = np.searchsorted(times, bars.timestamp).clip(max=len(times) - 1)
+            spread = np.where(times[at] == bars.timestamp, values[at, k], np.nan)
+            bad = np.flatnonzero(~(spread >= 0))
             if len(bad):
-                at = np.datetime_as_string(bars.timestamp[bad[0]], "m")
-                raise DataError(f"--spread-file {args.spread_file}: {symbol} at {at}Z is {spread[bad[0]]}, must be >= 0"
-                                f" ({len(bad)} bars)")
+                when = np.datetime_as_string(bars.timestamp[bad[0]], "m")
+                raise UsageError(f"--spread-file {args.spread_file}: {symbol} at {when}Z is {spread[bad[0]]}, must be >= "
+                                 f"0 ({len(bad)} of {len(spread)} bars)")
             out.append(spread)
         return out
-    pips = args.spread_pips
-    if not pips:
-        unknown = [s for s in symbols if s not in SPREAD_PIPS]
-        if unknown:
-            raise UsageError(f"--spread-pips: no typical spread is known for {', '.join(unknown)}; give one a symbol")
-        pips = [SPREAD_PIPS[s] for s in symbols]
-    if len(pips) not in (1, len(symbols)):
-        raise UsageError(f"--spread-pips: {len(pips)} values for {len(symbols)} symbols")
-    pips = np.broadcast_to(pips, len(symbols))
-    return [np.full(len(b.close), p * (1e-2 if s.endswith("JPY") else 1e-4)) for s, b, p in zip(symbols, series, pips)]
+    size = {symbol: pip for pip, names in PIP.items() for symbol in names.split()}
+    odd = [symbol for symbol in symbols if symbol not in size]
+    refuse((odd, f"--spread-pips: the size of a pip of {', '.join(odd)} is not known: use --spread-file, in price units"))
+    unknown = [symbol for symbol in symbols if symbol not in SPREAD_PIPS]
+    refuse((not args.spread_pips and unknown,
+            f"--spread-pips: no typical spread is known for {', '.join(unknown)}; give one a symbol"))
+    pips = args.spread_pips or tuple(SPREAD_PIPS[symbol] for symbol in symbols)
+    pips = one_a_symbol("spread_pips", pips, symbols)
+    return [np.full(len(b.close), p * size[s]) for (s, b), p in zip(series.items(), pips)]
 
 
-def load_pairs(args: Args, models: list[ColumnModel] | None = None) -> "Pairs":
-    """Bars -> columns, returns, splits; fitted on train rows unless `models` are given. DataError, UsageError."""
-    series = load_series(args)
-    synthetic = series[0].truth is not None
-    if synthetic or args.data_dir:
-        symbols = args.symbols
-    else:
-        symbols = tuple(b.names[0][:6] for b in series)
-    twice = [name for i, name in enumerate(symbols) if name in symbols[:i]]
-    for wrong, why in (
-        (twice, f"--data {args.data}: two files for {', '.join(twice)}"),
-        (models and len(models) != len(series),
-         f"--symbols: {len(series)} pairs, not the checkpoint's {len(models or ())}"),
-        (synthetic and (args.spread_pips or args.spread_file), "--spread-pips: synthetic pairs take --cost-bps"),
-        (not synthetic and args.cost_bps is not None, "--cost-bps: real pairs take --spread-pips or --spread-file"),
-    ):
-        if wrong:
-            raise UsageError(why)
-    wide = [None] * len(series) if synthetic else spreads(args, symbols, series)
-    parts, rows, fitted, start = [], {split: [] for split in SPLITS}, [], 0
-    for k, (symbol, bars) in enumerate(zip(symbols, series)):
-        t = len(bars.close)
-        try:
-            train_stop = split_rows(bars.timestamp, args.split, HORIZON + EMBARGO)["train"][1]
-            model = models[k] if models else fit_columns(bars, args.feature_cols, train_stop)
-            columns = model.transform(bars)
-        except DataError:
-            raise
-        except ValueError as e:
-            raise (UsageError if "feature" in str(e) else DataError)(f"--feature-cols: {e}") from e
-        for split, (a, b) in split_rows(bars.timestamp, args.split, HORIZON + EMBARGO, first=model.warmup).items():
-            rows[split].append((start + a, start + b))
-        if synthetic:  # quoted in account currency, a whole spread of 2 costs
-            sigma = min(bars.truth.law.sigma)
-            side = SYNTHETIC_COST * sigma if args.cost_bps is None else args.cost_bps * BP
-            cost, (earned, inverse) = np.full(t, side), account_return("XXXUSD", bars.close)
+def bar_rows(symbol: str, bars: Bars, cost, swap_long: float, swap_short: float, weekend: str) -> np.ndarray:
+    """(T, 8) of Pairs.bars, for one pair."""
+    rows = np.zeros((len(bars.close), 8))
+    earned, inverse = account_return(symbol, bars.close)
+    step = np.diff(bars.timestamp).astype("timedelta64[s]").astype(np.int64)
+    length = int(np.median(step))
+    close_at = bars.timestamp.astype("datetime64[s]").astype(np.int64) + length
+    nights = np.diff((close_at - ROLLOVER * 3600) // 86_400)
+    rows[:, RET] = earned
+    rows[:, FOREIGN] = -earned if inverse else earned
+    rows[:, COST] = cost
+    rows[:-1, SWAP_LONG] = nights * (swap_long * BP)
+    rows[:-1, SWAP_SHORT] = nights * (swap_short * BP)
+    rows[:-1, NEW_DAY] = nights != 0
+    if weekend == "flat":  # of daily bars every step has 24 hours
+        rows[:-1, FLAT] = step >= max(CLOSED_HOURS * 3600, 1.5 * length)
+    return rows
+
+
+def load_pairs(args: Args, fitted: dict[str, dict] | None = None) -> Pairs:
+    """Bars -> columns, costs, splits; fitted on train rows unless `fitted` has the pairs' models. UsageError."""
+    by_name = load_series(args)
+    names, series = tuple(by_name), list(by_name.values())
+    unknown = [name for name in names if fitted is not None and name not in fitted]
+    refuse((unknown, f"--symbols: the checkpoint knows {', '.join(fitted or ())}, not {', '.join(unknown)}"))
+    refuse((args.lanes < len(names), f"--num-envs {args.lanes}: {len(names)} pairs need a lane each"))
+    purge = HORIZON + EMBARGO
+    stops = [split["train"][1] for split in split_series(series, args.split, purge)]
+    try:
+        if fitted is None:
+            models = [fit_columns(bars, args.feature_cols, stop) for bars, stop in zip(series, stops)]
         else:
-            earned, inverse = account_return(symbol, bars.close)
-            cost = 0.5 * wide[k] / bars.close
-        cost = cost + args.commission_bps * BP
-        step = np.diff(bars.timestamp).astype("timedelta64[s]").astype(np.int64)
-        length = np.median(step)
-        closed = np.append(step >= WEEKEND_HOURS * 3600, False)
-        close_at = bars.timestamp.astype("datetime64[s]").astype(np.int64) + int(length)
-        night = (close_at - ROLLOVER * 3600) // 86_400
-        nights = np.append(np.diff(night), 0)
-        parts.append({
-            "table": np.column_stack([columns, cost / BP]).astype(np.float32), "ret": earned, "cost": cost,
-            "expected": bars.truth.expected if synthetic else np.full(t, np.nan),
-            "swap": np.stack([nights * args.swap_long_bps, nights * args.swap_short_bps]) * BP,
-            "flat": closed & (args.weekend == "flat"), "day": night.astype(np.int32), "inverse": inverse})
-        fitted.append(model)
-        start += t
-    join = {k: np.concatenate([p[k] for p in parts], axis=-1 if k == "swap" else 0) for k in parts[0] if k != "inverse"}
+            models = [ColumnModel.from_state_dict(fitted[name]) for name in names]
+        columns = [model.transform(bars) for model, bars in zip(models, series)]
+    except ValueError as e:
+        raise e if isinstance(e, UsageError) else UsageError(f"--feature-cols: {e}") from e
+    splits = split_series(series, args.split, purge, [model.warmup for model in models])
+
+    if args.market_is_synthetic:  # quoted in account currency
+        side = SYNTHETIC_COST * min(series[0].truth.law.sigma) if args.cost_bps is None else args.cost_bps * BP
+        costs, kinds = [np.full(len(bars.close), side) for bars in series], ["XXXUSD"] * len(names)
+    else:
+        half = [0.5 * spread / bars.close for spread, bars in zip(spreads(args, by_name), series)]
+        costs, kinds = [x + (args.cost_bps or 0.0) * BP for x in half], names
+    swap_long, swap_short = (one_a_symbol(name, getattr(args, name), names) for name in ("swap_long_bps", "swap_short_bps"))
+    first = np.cumsum([0, *(len(bars.close) for bars in series)])
+    bars = [bar_rows(*part, args.weekend) for part in zip(kinds, series, costs, swap_long, swap_short)]
+    expected = [b.truth.expected if b.truth else np.full(len(b.close), np.nan) for b in series]
     return Pairs(
-        names=tuple(symbols), rows={k: np.array(v, np.int64) for k, v in rows.items()},
-        inverse=np.array([p["inverse"] for p in parts]), series=series, models=fitted, **join)
+        names=names, series=series, models={name: model.state_dict() for name, model in zip(names, models)},
+        table=np.concatenate([np.column_stack([x, c / BP]) for x, c in zip(columns, costs)]).astype(np.float32),
+        bars=np.concatenate(bars), expected=np.concatenate(expected), first=first,
+        rows={split: np.array([rows[split] for rows in splits]) + first[:-1, None] for split in SPLITS})
 
 
-# --------------------------------------------------------------------------------------------------- kernels
+def describe_pairs(args: Args, pairs: Pairs) -> dict:
+    """What the run is about, for its checkpoint and summary; and said."""
+    spans = "; ".join(f"{split} {int(np.diff(rows).sum())} bars" for split, rows in pairs.rows.items())
+    cost = [np.median(pairs.bars[a:b, COST]) / BP for a, b in pairs.rows["train"]]
+    sides = ", ".join(f"{name} {x:.2f}" for name, x in zip(pairs.names, cost))
+    print(f"{args.data}: {len(pairs.names)} pairs, {spans}; {pairs.table.shape[1] - 1} columns; median cost in bp a side: "
+          f"{sides}")
+    if not args.market_is_synthetic:
+        for bars in pairs.series:
+            print_facts(bars)
+    elif any(args.swap_long_bps) or any(args.swap_short_bps) or args.position_mode == "drift":
+        print("the optimum knows neither swap nor drift: a score above 1 is possible")
+    return {
+        "spec": args.data, "names": list(pairs.names), "sha256": [bars.sha256 for bars in pairs.series],
+        "rows": pairs.rows, "bars": [len(bars.close) for bars in pairs.series],
+        "columns": [*args.feature_cols, "cost_bps", *OWN]}
+
+
+# ------------------------------------------------------------------------------------------ kernels
 @nb.njit(cache=True)
 def uniform_nb(seed, lane, episode, draw):
     """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
@@ -481,18 +443,18 @@ def uniform_nb(seed, lane, episode, draw):
 
 
 @nb.njit(error_model="numpy", cache=True)
-def trade_nb(last, held, target, ret, cost, swap_long, swap_short, foreign, leverage, drift):
-    """One decision and the bar it earns: ONE lane, all scalars.
+def trade_nb(last, held, target, bars, t, leverage, drift):
+    """One decision and the bar it earns: ONE lane, all scalars but the row t of `bars`.
 
-    last, target: positions -1, 0, 1 before and now; held: exposure before the trade over leverage (drifted in drift
-    mode); ret: return of the next bar per unit of long exposure; cost, swap_*: shares of notional; foreign: return in
-    account currency of the pair's foreign currency, ret for XXXUSD and -ret for USDXXX.
+    last, target: positions -1, 0, 1 before and now; held: exposure before the trade over leverage.
     Rebalanced: equity *= (1 - cost leverage |target - held|) (1 + x ret - |x| swap), x = target * leverage. Drifting:
     what is held are f units of the foreign currency, worth +-x of equity; they change only when the target does, then
     to what is worth x of the equity AFTER the fee: fee = cost |y - x| / (1 + cost y sign(y - x)) from exposure x to y.
     After the bar f is worth (1 + foreign) as much and equity g times: x' = x (1 + foreign) / g, for both kinds of pair.
-    Returns (factor of equity, exposure over leverage at the next decision, |change of position|).
+    Returns (growth of equity over the bar, what the fee left, exposure over leverage after the trade, at the next
+    decision, |change of exposure|).
     """
+    cost = bars[t, COST]
     change, fee, x = abs(target - held), 0.0, target * leverage
     if drift and target == last:
         change, x = 0.0, held * leverage
@@ -500,211 +462,262 @@ def trade_nb(last, held, target, ret, cost, swap_long, swap_short, foreign, leve
         fee = cost * leverage * change
         if drift:
             fee /= 1.0 + cost * x * (1.0 if target > held else -1.0)
-    growth = 1.0 + x * ret - (x * swap_long if x > 0.0 else -x * swap_short)
+    swap = x * bars[t, SWAP_LONG] if x > 0.0 else -x * bars[t, SWAP_SHORT]
+    growth = 1.0 + x * bars[t, RET] - swap
     growth = growth if growth > RUIN else RUIN  # Numba's CUDA target does not know max()
     left = 1.0 - fee if 1.0 - fee > RUIN else RUIN
-    after = x * (1.0 + foreign) / growth / leverage if drift else np.float64(target)
-    return left * growth, after, change
+    after = x * (1.0 + bars[t, FOREIGN]) / growth / leverage if drift else np.float64(target)
+    return growth, left, x / leverage, after, change
 
 
 @nb.njit(error_model="numpy", cache=True)
-def log_nb(x):
-    """log(x) to 1e-15 of itself; near 1, where factors of equity are, by the series of atanh, in line."""
-    d = x - 1.0
-    if not -0.02 < d < 0.02:
-        return math.log(x)
-    z = d / (2.0 + d)
-    y = z * z
-    return 2.0 * z * (1.0 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y / 9))))
-
-
-def lane_py(i, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward, flags, row,
-            position, final_obs, final_row, stats):
-    """Lane i from one state buffer to the other: a step, or (mode) a first or a next episode, or only its observation.
-
-    The source is never written: a step that was interrupted is redone from it, exactly.
-    law: (3,) length, seed, restarts (users' environments need them). rules: (5,) leverage, drift, daily drawdown limit,
-    initial balance, bars a year. ints (4, N): row, clock, episode, position. floats (8, N): exposure over leverage,
-    equity, its peak, its value at the start of the trading day, largest drawdown, and the episode's sums of reward,
-    reward**2 and |change of position|. flags (2, N): terminated, truncated. final_*, stats: of the episode that ended,
-    written whenever a flag is set.
-    """
-    columns = obs.shape[1] - 2  # the table's rows are padded
-    t, clock, episode, last = ints[0, i], ints[1, i], ints[2, i], ints[3, i]
-    held, equity, peak, day_start, worst = floats[0, i], floats[1, i], floats[2, i], floats[3, i], floats[4, i]
-    total, squares, turnover = floats[5, i], floats[6, i], floats[7, i]
-    done = False
-    if mode == STEP:
-        target = action[i] - 1 if bars[t, FLAT] == 0.0 else 0
-        factor, held, change = trade_nb(last, held, target, bars[t, RET], bars[t, COST], bars[t, SWAP_LONG],
-                                        bars[t, SWAP_SHORT], bars[t, FOREIGN], rules[0], rules[1] != 0.0)
-        growth = log_nb(factor)
-        equity *= factor
-        peak = equity if equity > peak else peak
-        if equity < peak * (1.0 - worst):  # a division costs more than the test
-            worst = 1.0 - equity / peak
-        total += growth
-        squares += growth * growth
-        turnover += change
-        terminated = factor <= LOST or (rules[2] > 0.0 and equity <= day_start * (1.0 - rules[2]))
-        day_start = equity if bars[t, NEW_DAY] != 0.0 else day_start
-        t, clock, last = t + 1, clock + 1, target
-        truncated = not terminated and (clock >= law[0] or bars[t - 1, LAST] != 0.0)
-        reward[i] = growth
-        flags[0, i], flags[1, i] = terminated, truncated
-        done = terminated or truncated
-        if done:
-            for k in range(columns):
-                final_obs[i, k] = table[t, k]
-            final_obs[i, columns] = held
-            final_obs[i, columns + 1] = equity / day_start - 1.0
-            final_row[i] = t
-            mean = total / clock
-            variance = squares / clock - mean * mean
-            stats[0, i], stats[1, i], stats[2, i], stats[3, i] = total, clock, 1.0 - equity / peak, turnover / clock
-            # a constant reward leaves a variance of rounding errors
-            stats[4, i] = mean * math.sqrt(rules[4] / variance) if variance > 1e-12 * mean * mean else 0.0
-            stats[5, i] = worst
-    if done or mode == FIRST or mode == NEXT:
-        episode = 0 if mode == FIRST else episode + 1
-        symbol = i % rows.shape[0]
-        start, stop = rows[symbol, 0], rows[symbol, 1]
-        t, clock, last = start + np.int64(uniform_nb(law[1], i, episode, 0) * (stop - start)), 0, 0
-        equity = rules[3]
-        peak, day_start = equity, equity
-        held, worst, total, squares, turnover = 0.0, 0.0, 0.0, 0.0, 0.0
-    new_ints[0, i], new_ints[1, i], new_ints[2, i], new_ints[3, i] = t, clock, episode, last
-    new_floats[0, i], new_floats[1, i], new_floats[2, i], new_floats[3, i] = held, equity, peak, day_start
-    new_floats[4, i], new_floats[5, i], new_floats[6, i], new_floats[7, i] = worst, total, squares, turnover
-    row[i], position[i] = t, last
+def observe_nb(obs, i, table, t, held, day_growth):
+    """Write row i of `obs`: the columns of row t of the table, and those of the lane's path (OWN)."""
+    columns = table.shape[1]
     for k in range(columns):
         obs[i, k] = table[t, k]
     obs[i, columns] = held
-    obs[i, columns + 1] = equity / day_start - 1.0
+    obs[i, columns + 1] = day_growth - 1.0
 
 
-# arrays are borrowed for a call: counting references to 18 of them for every lane would cost more than the lane
+def lane_py(i, mode, action, market, numbers, seeds, lane, out):
+    """Step lane i; or (mode) begin its first or next episode, lose the one that it is in, only show where it is.
+
+    market: table (R, F), bars (R, 8), rows (S, 2). lane: the arrays of LANE. out: obs (N, F + 2), reward, terminated,
+    truncated (N,), and of the episode that ended, written whenever a flag is set, final_obs (N, F + 2), stats (6, N).
+    """
+    table, bars, rows = market
+    row, clock, episodes, position, held, equity, peak, day_start, worst, total, squares, turnover = lane
+    obs, reward, terminated, truncated, final_obs, stats = out
+    t, done = row[i], False
+    if mode == STEP:
+        choice = action[i]
+        target = choice - 1 if bars[t, FLAT] == 0.0 else 0
+        growth, left, _, after, change = trade_nb(
+            position[i], held[i], target, bars, t, numbers[LEVERAGE], numbers[DRIFT] != 0.0)
+        factor = growth * left
+        earned = math.log(factor)
+        worth = equity[i] * factor
+        equity[i] = worth
+        if worth > peak[i]:
+            peak[i] = worth
+        if worth < peak[i] * (1.0 - worst[i]):  # a division costs more than the test
+            worst[i] = 1.0 - worth / peak[i]
+        total[i] += earned
+        squares[i] += earned * earned
+        turnover[i] += change
+        ruined = factor <= LOST or (numbers[LIMIT] > 0.0 and worth <= day_start[i] * (1.0 - numbers[LIMIT]))
+        if bars[t, NEW_DAY] != 0.0:
+            day_start[i] = worth
+        row[i], clock[i], position[i], held[i] = t + 1, clock[i] + 1, target, after
+        reward[i] = earned if 0 <= choice <= 2 else math.nan  # on a GPU nobody else looks at it
+        terminated[i] = ruined
+        truncated[i] = not ruined and (clock[i] >= numbers[LENGTH] or bars[t, LAST] != 0.0)
+        done = terminated[i] or truncated[i]
+    elif mode == LOSE:
+        reward[i], terminated[i], truncated[i] = 0.0, False, True
+        done = True
+    if done:
+        n = clock[i] if clock[i] > 0 else 1
+        mean = total[i] / n
+        variance = squares[i] / n - mean * mean
+        observe_nb(final_obs, i, table, row[i], held[i], equity[i] / day_start[i])
+        stats[0, i], stats[1, i], stats[2, i] = total[i], clock[i], 1.0 - equity[i] / peak[i]
+        stats[3, i], stats[5, i] = turnover[i] / n, worst[i]
+        # a constant reward leaves a variance of rounding errors
+        stats[4, i] = mean * math.sqrt(numbers[YEAR] / variance) if variance > 1e-12 * mean * mean else 0.0
+    if done or mode == FIRST or mode == NEXT:
+        episodes[i] = 0 if mode == FIRST else episodes[i] + 1
+        start, stop = rows[i % rows.shape[0], 0], rows[i % rows.shape[0], 1]
+        row[i] = start + np.int64(uniform_nb(seeds[0], i, episodes[i], 0) * (stop - start))
+        clock[i], position[i] = 0, 0
+        equity[i], peak[i], day_start[i] = 1.0, 1.0, 1.0
+        held[i], worst[i], total[i], squares[i], turnover[i] = 0.0, 0.0, 0.0, 0.0, 0.0
+    observe_nb(obs, i, table, row[i], held[i], equity[i] / day_start[i])
+
+
+# arrays are borrowed for a call: counting references to 24 of them for every lane would cost more than the lane
 FAST = {"error_model": "numpy", "_nrt": False}
 lane_nb = nb.njit(forceinline=True, **FAST)(lane_py)
-AHEAD = 12  # lanes: by then the row that a lane will read has come from memory
-
-
-@intrinsic
-def prefetch(context, array, row, column):
-    """Begin to load array[row, column] into the cache; reads nothing, so it may point past what will be needed."""
-    def generate(context, builder, signature, args):
-        kind, word = signature.args[0], ir.IntType(32)
-        values = context.make_array(kind)(context, builder, args[0])
-        address = cgutils.get_item_pointer(context, builder, kind, values, args[1:], wraparound=False)
-        address = builder.bitcast(address, ir.IntType(8).as_pointer())
-        load = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
-        load = cgutils.get_or_insert_function(builder.module, load, "llvm.prefetch.p0i8")
-        builder.call(load, [address, word(0), word(3), word(1)])  # to read, into all caches, data
-        return context.get_dummy_value()
-
-    return types.void(array, row, column), generate
-
-
-@nb.njit(forceinline=True, **FAST)
-def announce(j, hi, ints, bars, table):
-    """Lanes lie anywhere in the tables: without this a step waits for memory more than it computes."""
-    t = ints[0, j if j < hi else hi - 1]
-    prefetch(bars, t, 0)
-    prefetch(table, t + 1, 0)
 
 
 @nb.njit(cache=True, **FAST)
-def step_block(lo, hi, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward,
-               flags, row, position, final_obs, final_row, stats):
+def step_block(lo, hi, mode, action, market, numbers, seeds, lane, out):
     """Lanes lo to hi on this thread: the arguments of lane_py after the lanes."""
     for i in range(lo, hi):
-        announce(i + AHEAD, hi, ints, bars, table)
-        lane_nb(i, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward, flags,
-                row, position, final_obs, final_row, stats)
+        lane_nb(i, mode, action, market, numbers, seeds, lane, out)
 
 
 @nb.njit(parallel=True, cache=True, **FAST)
-def step_cpu(lo, hi, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward,
-             flags, row, position, final_obs, final_row, stats):
+def step_cpu(lo, hi, mode, action, market, numbers, seeds, lane, out):
     """step_block on all threads."""
     for i in nb.prange(lo, hi):
-        announce(i + AHEAD, hi, ints, bars, table)
-        lane_nb(i, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward, flags,
-                row, position, final_obs, final_row, stats)
+        lane_nb(i, mode, action, market, numbers, seeds, lane, out)
 
 
+@lru_cache(None)
 def cuda_step():
     """The same lane on the GPU: a kernel with step_block's arguments, one thread a lane."""
-    lane = cuda.jit(device=True)(lane_py)
+    lane_cuda = cuda.jit(device=True)(lane_py)
 
     @cuda.jit
-    def step_cuda(lo, hi, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward,
-                  flags, row, position, final_obs, final_row, stats):
+    def step_cuda(lo, hi, mode, action, market, numbers, seeds, lane, out):
         i = lo + cuda.grid(1)
         if i < hi:
-            lane(i, mode, action, table, bars, rows, law, rules, ints, floats, new_ints, new_floats, obs, reward, flags,
-                 row, position, final_obs, final_row, stats)
+            lane_cuda(i, mode, action, market, numbers, seeds, lane, out)
 
     return step_cuda
 
 
-# ------------------------------------------------------------------------------------------------ environment
-@dataclass
-class Pairs:
-    """What lanes walk over: one static table, the rows of symbol after symbol. Row t earns the bar to row t + 1."""
+class MarketBlock:
+    """Steps a block of the market's lanes in their arrays."""
 
-    names: tuple[str, ...]  # S symbols
-    table: np.ndarray  # (R, F) float32 features
-    ret: np.ndarray  # (R,) float64 next bar's return per unit of long exposure, account currency: see `inverse`
-    expected: np.ndarray  # (R,) float64 its conditional mean, NaN on real bars
-    cost: np.ndarray  # (R,) float64 share of notional paid per unit of |change of exposure|: half spread + commission
-    swap: np.ndarray  # (2, R) float64 share of notional that a long, a short pays until the next row
-    flat: np.ndarray  # (R,) bool: the target is forced to 0 at this row
-    day: np.ndarray  # (R,) int32 trading day
-    rows: dict[str, np.ndarray]  # split -> (S, 2) int64 half-open decision rows of each symbol
-    series: list[Bars]  # of each symbol
-    models: list[ColumnModel]  # what made its columns
-    inverse: np.ndarray  # (S,) bool: USDXXX in a USD account, ret = 1 - P/P'; else XXXUSD, ret = P'/P - 1
+    def __init__(self, kernel, arrays: dict):
+        names = ("obs", "reward", "terminated", "truncated", "final_obs", "stats")
+        market, lane, out = (tuple(arrays[k] for k in part) for part in (("table", "bars", "rows"), LANE, names))
+        self.kernel, self.rest = kernel, (arrays["action"], market, arrays["numbers"], arrays["seeds"], lane, out)
 
-    def bars(self, split: str) -> np.ndarray:
-        """(R, 8) float64: what a step reads of its row; LAST marks the split's last decision row of each symbol."""
-        first = np.min([rows[:, 0] for rows in self.rows.values()], axis=0)
-        symbol = np.searchsorted(first, np.arange(len(self.ret)), side="right") - 1
-        bars = np.zeros((len(self.ret), 8))
-        for column, values in ((RET, self.ret), (COST, self.cost), (SWAP_LONG, self.swap[0]), (FLAT, self.flat),
-                               (SWAP_SHORT, self.swap[1]),
-                               (FOREIGN, np.where(self.inverse[symbol.clip(0)], -self.ret, self.ret))):
-            bars[:, column] = values
-        bars[:-1, NEW_DAY] = self.day[1:] != self.day[:-1]
-        bars[np.asarray(self.rows[split])[:, 1] - 1, LAST] = 1.0
-        return bars
+    def __call__(self, lo: int, hi: int, mode: int):
+        self.kernel(lo, hi, mode, *self.rest)
+
+    def close(self):
+        pass
 
 
-class WorkerError(RuntimeError):
-    """A worker failed; `worker` is its number, `lanes` its (first, end) of each half, `why` its traceback or fate."""
+# -------------------------------------------------------------------------- a user's environments
+def make_user_env(env_fn: str) -> gym.Env:
+    """`module:factory` -> factory(). ValueError for a spec, an environment or spaces that do not fit."""
+    module, _, factory = env_fn.partition(":")
+    if not module or not factory:
+        raise ValueError("must be module:factory")
+    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
+        sys.path.insert(0, os.getcwd())
+    make = getattr(importlib.import_module(module), factory, None)
+    if make is None:
+        raise ValueError(f"{module} has no {factory}")
+    env = make()
+    if not isinstance(env, gym.Env):
+        raise ValueError(f"returned {type(env).__name__}, not a gymnasium.Env")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or not isinstance(action, gym.spaces.Discrete):
+        raise ValueError(f"needs a Box and a Discrete space, has {obs} and {action}")
+    return env
+
+
+def checked_step(env: gym.Env, action: int) -> tuple[np.ndarray, float, bool, bool]:
+    """(obs (width,) float32, reward, terminated, truncated). ValueError for what is no step."""
+    found = env.step(action)
+    if not isinstance(found, tuple) or len(found) != 5:
+        raise ValueError("step() must return (obs, reward, terminated, truncated, info)")
+    obs, reward, terminated, truncated, _ = found
+    if not math.isfinite(reward):
+        raise ValueError(f"step() returned the reward {reward}")
+    return flat(env, obs), float(reward), bool(terminated), bool(truncated)
+
+
+def flat(env: gym.Env, obs) -> np.ndarray:
+    shape = env.observation_space.shape
+    if np.shape(obs) != shape:
+        raise ValueError(f"an observation has shape {np.shape(obs)}, its space {shape}")
+    out = np.asarray(obs, np.float32).reshape(-1)
+    if not np.isfinite(out).all():
+        raise ValueError("an observation is not finite")
+    return out
+
+
+def one_line(e: BaseException) -> str:
+    """What was raised, and where: of a user's code one wants to know both."""
+    at = traceback.extract_tb(e.__traceback__)[-1]
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]} ({at.filename}:{at.lineno} in {at.name})"
+
+
+def try_user_env(pipe, env_fn: str):
+    """In a process of its own: build one, reset it, step it; send what the spaces are, or why it does not fit."""
+    be_a_worker()
+    try:
+        env = make_user_env(env_fn)
+        box, action = env.observation_space, env.action_space
+        obs, _ = env.reset(seed=0)
+        flat(env, obs)
+        checked_step(env, int(action.start))
+        image = box.dtype == np.uint8 and box.shape and (box.high == 255).all()
+        reply = {"low": np.float32(box.low).reshape(-1), "high": np.float32(box.high).reshape(-1),
+                 "actions": int(action.n), "start": int(action.start), "scale": 1 / 255 if image else 1.0}
+        env.close()
+    except BaseException as e:  # also a sys.exit() of the user's
+        reply = one_line(e)
+    pipe.send(reply)
+
+
+@lru_cache(None)
+def user_spaces(env_fn: str) -> dict:
+    """What the spaces of a user's environment are, from a process that may die or hang. UsageError."""
+    context = worker_context()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=try_user_env, args=(theirs, env_fn), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        reply = ours.recv() if ours.poll(START_SECONDS) else f"no first step in {START_SECONDS:g} s"
+    except EOFError:
+        process.join(1.0)
+        reply = f"its process ended before the first step (exit code {process.exitcode})"
+    process.kill()
+    process.join()
+    refuse((isinstance(reply, str), f"--env-fn {env_fn}: {reply}"))
+    return reply
+
+
+class UserBlock:
+    """Steps a block of a user's environments, one a lane, one after the other, into the arrays of the lanes."""
+
+    def __init__(self, env_fn: str, lanes, arrays: dict):
+        self.a, self.envs = arrays, {i: make_user_env(env_fn) for i in lanes}
+
+    def __call__(self, lo: int, hi: int, mode: int):
+        a = self.a
+        seed, starts = (int(x) for x in a["seeds"])
+        for i in range(lo, hi):
+            done = True
+            if mode == STEP:
+                done = self.step(i)
+            elif mode == LOSE:  # the episode went down with a worker
+                a["reward"][i], a["terminated"][i], a["truncated"][i] = 0.0, False, True
+                a["final_obs"][i] = a["obs"][i]
+            if done:
+                a["stats"][:, i] = np.nan
+                a["stats"][:2, i] = a["total"][i], a["clock"][i]
+                a["total"][i], a["clock"][i] = 0.0, 0
+                again = mode in (FIRST, LOSE)  # a lane that starts anew does not repeat its first episodes
+                obs, _ = self.envs[i].reset(seed=seed + i + starts * len(a["obs"]) if again else None)
+                a["obs"][i] = flat(self.envs[i], obs)
+
+    def step(self, i: int) -> bool:
+        a, env = self.a, self.envs[i]
+        obs, reward, terminated, truncated = checked_step(env, int(a["action"][i]) + int(env.action_space.start))
+        a["reward"][i], a["terminated"][i], a["truncated"][i] = reward, terminated, truncated
+        a["total"][i] += reward
+        a["clock"][i] += 1
+        done = terminated or truncated
+        a["final_obs" if done else "obs"][i] = obs
+        return done
+
+    def close(self):
+        for env in self.envs.values():
+            env.close()
+
+
+# ------------------------------------------------------------------------------------------ workers
+class WorkerError(CheckFailed):
+    """A worker failed; `worker` is its number, `why` what it raised, or its fate."""
 
     def __init__(self, worker: int, lanes: list[tuple[int, int]], why: str):
-        self.worker, self.lanes, self.why = worker, lanes, why
+        self.worker, self.why = worker, why
         super().__init__(f"worker {worker}, lanes {' and '.join(f'{lo}-{hi - 1}' for lo, hi in lanes)}: {why}")
 
 
-def shapes(pairs_shape: tuple, symbols: int, n: int, width: int) -> dict[str, tuple]:
-    """name -> (shape, dtype) of everything that the processes of an environment share; the first four are static.
-
-    A row of the table fills whole cache lines, of 16 float32."""
-    r, f = pairs_shape
-    m = n + (72 - n) % 512  # rows of state a power of two apart would share cache sets
-    return {
-        "table": ((r, -(-f // 16) * 16), np.float32), "bars": ((r, 8), np.float64), "rows": ((symbols, 2), np.int64),
-        "rules": ((5,), np.float64), "law": ((3,), np.int64), "action": ((n,), np.int64),
-        "ints": ((2, 4, m), np.int64), "floats": ((2, 8, m), np.float64), "obs": ((n, width), np.float32),
-        "reward": ((n,), np.float64), "flags": ((2, n), np.bool_), "row": ((n,), np.int64),
-        "position": ((n,), np.int8), "final_obs": ((n, width), np.float32), "final_row": ((n,), np.int64),
-        "stats": ((len(EPISODE), n), np.float64), "lost": ((n,), np.uint8)}
-
-
 def carve(raw, layout: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """Arrays (views) of a layout in a block of shared memory, each at a multiple of 64 bytes."""
+    """Arrays (views) of a layout {name: (shape, dtype)} in a block of shared memory, each from a cache line's start."""
     block, arrays = np.frombuffer(raw, np.uint8), {}
     at = -block.ctypes.data % 64
     for name, (shape, dtype) in layout.items():
@@ -713,82 +726,33 @@ def carve(raw, layout: dict[str, tuple]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def kernel_arguments(a: dict) -> list[tuple]:
-    """The kernels' arguments after (lo, hi, mode), for a step from state buffer 0 and from buffer 1."""
-    static = [a[k] for k in ("action", "table", "bars", "rows", "law", "rules")]
-    out = [a[k] for k in ("obs", "reward", "flags", "row", "position", "final_obs", "final_row", "stats")]
-    return [(*static, a["ints"][p], a["floats"][p], a["ints"][1 - p], a["floats"][1 - p], *out) for p in (0, 1)]
+def worker_context():
+    """How workers start: never by fork, which kills a process with threads. The fork server runs when this returns."""
+    methods = mp.get_all_start_methods()
+    if "forkserver" not in methods:
+        return mp.get_context("spawn")
+    from multiprocessing import forkserver  # not on Windows
+
+    context = mp.get_context("forkserver")
+    path, root = os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[1])
+    os.environ |= {"PYTHONPATH": root + (os.pathsep + path if path else ""), FORK_SERVER: "1"}
+    try:
+        context.set_forkserver_preload(list(PRELOAD))
+        forkserver.ensure_running()
+    finally:
+        del os.environ[FORK_SERVER], os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+    return context
 
 
-def make_user_env(env_fn: str) -> gym.Env:
-    """`module:factory` -> factory(). ValueError for a spec, an environment or spaces that do not fit."""
-    module, _, factory = env_fn.partition(":")
-    if not module or not factory:
-        raise ValueError(f"--env-fn {env_fn}: must be module:factory")
-    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
-        sys.path.insert(0, os.getcwd())
-    make = getattr(importlib.import_module(module), factory, None)
-    if make is None:
-        raise ValueError(f"--env-fn {env_fn}: {module} has no {factory}")
-    env = make()
-    if not isinstance(env, gym.Env):
-        raise ValueError(f"--env-fn {env_fn}: returned {type(env).__name__}, not a gymnasium.Env")
-    obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or not isinstance(action, gym.spaces.Discrete):
-        raise ValueError(f"--env-fn {env_fn}: needs a Box and a Discrete space, has {obs} and {action}")
-    return env
-
-
-class UserEnvs:
-    """A user's environments, one a lane, stepped one after the other into the same arrays as the kernel's lanes."""
-
-    def __init__(self, env_fn: str, lanes, arrays: dict, n_actions: int):
-        self.a, self.envs = arrays, {i: make_user_env(env_fn) for i in lanes}
-        for i, env in self.envs.items():
-            size, n = math.prod(env.observation_space.shape), int(env.action_space.n)
-            if (size, n) != (arrays["obs"].shape[1], n_actions):
-                expected = f"{arrays['obs'].shape[1]} and {n_actions}"
-                raise ValueError(f"--env-fn {env_fn}: lane {i} has {size} observations and {n} actions, not {expected}")
-
-    def __call__(self, lo: int, hi: int, mode: int):
-        a, seed = self.a, int(self.a["law"][1])
-        for i in range(lo, hi):
-            env, done = self.envs[i], True
-            lost = mode == STEP and int(a["lost"][i]) == 1  # its episode went down with a worker
-            a["lost"][i] = 2 * lost
-            if mode == STEP:
-                reward, terminated, truncated, last = 0.0, False, True, a["obs"][i]
-                if not lost:
-                    action = int(a["action"][i]) + int(env.action_space.start)
-                    last, reward, terminated, truncated, _ = env.step(action)
-                a["reward"][i], a["flags"][0, i], a["flags"][1, i] = reward, terminated, truncated
-                a["floats"][0, 5, i] += reward
-                a["ints"][0, 1, i] += 1
-                done = terminated or truncated
-                if done:
-                    a["final_obs"][i] = np.asarray(last, np.float32).reshape(-1)
-                    a["stats"][:, i] = np.nan
-                    a["stats"][:2, i] = a["floats"][0, 5, i], a["ints"][0, 1, i]
-            if done:
-                again = int(a["law"][2]) * len(self.a["lost"]) * lost  # a lost lane does not begin as at first
-                last, _ = env.reset(seed=seed + i + again if lost or mode == FIRST else None)
-                a["floats"][0, 5, i], a["ints"][0, 1, i] = 0.0, 0
-            a["obs"][i] = np.asarray(last, np.float32).reshape(-1)
-
-    def close(self):
-        for env in self.envs.values():
-            env.close()
-
-
-def die_with_parent():
-    """End this worker when its parent ends, however that ends and whatever this worker is doing."""
+def be_a_worker():
+    """Signals are the parent's to handle; a worker ends when its parent says so, or is gone, whatever it is doing."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sentinel = mp.parent_process().sentinel
-
-    def watch():
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_after, args=(sentinel,), daemon=True).start()
     if sys.platform != "win32":  # that thread never runs if a user's C code keeps the interpreter lock: SIGIO then
         import fcntl
 
@@ -796,160 +760,85 @@ def die_with_parent():
         fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def start_fork_server(context):
-    """Start it, unless it runs, with this repository on its path: it imports PRELOAD, and then no collection of garbage
-    will write to what the workers share."""
-    from multiprocessing import forkserver  # not on Windows
-
-    path, root = os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[1])
-    os.environ |= {"PYTHONPATH": root + (os.pathsep + path if path else ""), FORK_SERVER: "1"}
-    try:
-        context.set_forkserver_preload(list(PRELOAD))
-        forkserver.ensure_running()
-    finally:
-        del os.environ[FORK_SERVER]
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
+def end_after(sentinel):
+    connection.wait([sentinel])
+    os._exit(1)
 
 
-def work(pipe, raw, layout: dict, env_fn: str | None, lanes: list, n_actions: int):
-    """A worker: carries out messages (mode, half, parity, lo, hi) until the pipe closes; it holds no lane's state."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    die_with_parent()
+def work(pipe, raw, layout: dict, env_fn: str | None, lanes: list):
+    """A worker: carries out messages (mode, half, lo, hi) until the pipe closes."""
+    be_a_worker()
+    block = None
     try:
         arrays = carve(raw, layout)
-        arguments = kernel_arguments(arrays)
-        users = UserEnvs(env_fn, lanes, arrays, n_actions) if env_fn else None
-        if not users:
-            step_block(0, 0, STEP, *arguments[0])  # from the cache, before the first step's deadline runs
+        block = UserBlock(env_fn, lanes, arrays) if env_fn else MarketBlock(step_block, arrays)
+        block(0, 0, STEP)  # compiled, or read from the cache, before the first step's deadline runs
         pipe.send_bytes(b"k\xff")
         while True:
-            mode, half, parity, lo, hi = MESSAGE.unpack(pipe.recv_bytes())
-            if users:
-                users(lo, hi, mode)
-            else:
-                step_block(lo, hi, mode, *arguments[parity])
+            mode, half, lo, hi = MESSAGE.unpack(pipe.recv_bytes())
+            block(lo, hi, mode)
             pipe.send_bytes(b"k%c" % half)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except Exception:  # the parent raises it: WorkerError carries this traceback
-        pipe.send_bytes(b"e" + traceback.format_exc().encode())
+        pass
+    except Exception as e:  # the parent raises it as a WorkerError
+        try:
+            pipe.send_bytes(b"e" + one_line(e).encode())
+        except OSError:
+            pass
+    finally:
+        if block:
+            block.close()
 
 
-class ForexVectorEnv(gym.vector.VectorEnv):
-    """Lanes that trade currency pairs, lane i symbol i % S. Same-step autoreset; truncation at `episode_length` bars
-    or at the end of the split's rows; termination at ruin or at the daily drawdown limit.
+class WorkerLanes(Lanes):
+    """Lanes in blocks, stepped in this process or by worker processes that share their arrays.
 
-    Observation (F + 2,) float32: the row's features, exposure / leverage, equity over its value at the start of the
-    trading day - 1. Action: 0 short, 1 flat, 2 long. Reward: log growth of equity net of costs.
-    step_lanes(), or send() and recv() by halves, return views that the next step overwrites: obs (N, F + 2), reward
-    (N,) float64, terminated, truncated (N,) bool; row (N,) int64 and position (N,) int8 stand beside them, final_obs,
-    final_row and stats (6, N: EPISODE) hold the last episode of every lane that ended.
-    env_fn "module:factory": a user's environments in place of ours, lane i seeded with seed + i.
+    step_lanes(), or send() and recv() by halves: an action is a tensor (lanes,) of int64; reward (float64), terminated
+    and truncated (bool) are views that the next step overwrites, `obs` (N, width) float32 stands beside them, final_obs
+    (N, width) and stats (6, N: EPISODE) hold the last episode of every lane that ended.
+    vec_mode: single (all threads), dummy (blocks in turn), subproc.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
-    builds = 0
-
     def __init__(
-        self, pairs: Pairs | None, split: str = "train", num_envs: int = 1024, *, vec_mode: str = "single",
-        num_workers: int = 1, async_halves: bool = False, leverage: float = 1.0, initial_balance: float = 100_000.0,
-        position_mode: str = "rebalance", daily_drawdown: float = 0.0, episode_length: int = 128,
-        bars_per_year: float = 6_240.0, seed: int = 1, backend: str = "cpu", on_worker_death: str = "fail",
-        timeout: float = 4.0, env_fn: str | None = None, monitor: str | Path | None = None,
+        self, layout: dict[str, tuple], low, high, actions: int, num_envs: int, seed: int = 1, *, env_fn: str | None = None,
+        vec_mode: str = "single", num_workers: int = 1, async_halves: bool = False, backend: str = "cpu",
+        on_worker_death: str = "fail", worker_timeout: float = 4.0,
     ):
-        self.closed, self.processes, self.pipes, self.lease, self.users, self.log = True, [], [], None, None, None
-        for name, value, known in (
-                ("vec_mode", vec_mode, ("single", "dummy", "subproc")), ("backend", backend, ("cpu", "cuda")),
-                ("position_mode", position_mode, ("rebalance", "drift")),
-                ("on_worker_death", on_worker_death, ("fail", "restart"))):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}: must be one of {', '.join(known)}")
         halves = 2 if async_halves else 1
-        if vec_mode == "single":
-            num_workers = 1
-        for wrong, why in (
-                (backend == "cuda" and (vec_mode != "single" or env_fn or async_halves),
-                 "backend cuda steps our lanes in one process: it needs vec_mode single, no env_fn and no halves"),
-                (num_envs < 1 or num_workers < 1 or num_envs < halves * num_workers,
-                 f"num_envs {num_envs}: {num_workers} workers in {halves} halves need a lane each"),
-                (num_envs % halves, f"num_envs {num_envs}: two halves need an even number"),
-                (not 0 <= daily_drawdown < 1, f"daily_drawdown {daily_drawdown}: must be in [0, 1)"),
-                (episode_length < 1, f"episode_length {episode_length}: must be at least 1"),
-                (not leverage > 0 or not initial_balance > 0, "leverage and initial_balance must be above 0"),
-                (not timeout > 0, f"timeout {timeout}: must be above 0 s")):
-            if wrong:
-                raise ValueError(why)
-        ForexVectorEnv.builds += 1
-        self.pairs, self.split, self.num_envs, self.vec_mode, self.backend = pairs, split, num_envs, vec_mode, backend
-        self.num_workers, self.halves, self.timeout, self.env_fn = num_workers, halves, timeout, env_fn
-        self.on_worker_death, self.restarts, self.seed, self.was_reset = on_worker_death, 0, int(seed), False
-        if env_fn:
-            probe_env = make_user_env(env_fn)
-            space, action = probe_env.observation_space, probe_env.action_space
-            probe_env.close()
-            self.n_actions, width, size, symbols = int(action.n), math.prod(space.shape), (0, 0), 1
-            low, high = (np.asarray(x, np.float32).reshape(-1) for x in (space.low, space.high))
-        else:
-            symbols, size, self.n_actions = len(pairs.names), pairs.table.shape, 3
-            rows, width, low, high = np.asarray(pairs.rows[split], np.int64), size[1] + 2, -np.inf, np.inf
-            if rows.shape != (symbols, 2) or (np.diff(rows) <= 0).any() or rows.min() < 0 or rows.max() >= size[0]:
-                why = f"must be a range for each of {symbols} symbols, none empty, that ends before {size[0]}"
-                raise ValueError(f"split {split}: decision rows {rows.tolist()} {why}")
-            if leverage * pairs.cost.max(initial=0) >= 1:
-                raise ValueError(f"leverage {leverage}: a trade would cost {leverage * pairs.cost.max():.3g} of equity")
-        self.single_observation_space = gym.spaces.Box(low, high, (width,), np.float32)
-        self.single_action_space = gym.spaces.Discrete(self.n_actions)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-
-        self.layout = shapes(size, symbols, num_envs, width)
+        num_workers = 1 if vec_mode == "single" else num_workers
+        refuse((vec_mode not in ("single", "dummy", "subproc"), f"vec_mode {vec_mode!r}: single, dummy or subproc"),
+               (on_worker_death not in ("fail", "restart"), f"on_worker_death {on_worker_death!r}: fail or restart"),
+               (num_envs < halves * num_workers or num_workers < 1 or num_envs % halves,
+                f"num_envs {num_envs}: {num_workers} workers in {halves} halves need a lane each, halves the same number"),
+               (backend == "cuda" and (vec_mode != "single" or async_halves),
+                "backend cuda steps all lanes in this process: vec_mode single, no halves"))
+        width = len(low)
+        super().__init__(num_envs, gym.spaces.Box(low, high, (width,), np.float32), gym.spaces.Discrete(actions), backend,
+                         seed)
+        self.env_fn, self.vec_mode, self.halves, self.actions = env_fn, vec_mode, halves, actions
+        self.on_worker_death, self.worker_timeout, self.restarts = on_worker_death, worker_timeout, 0
+        self.processes, self.pipes, self.failures, self.block = [], [], [], None
+        self.flying, self.sent = [False] * halves, [0.0] * halves
+        self.waiting, self.lost = ([set() for _ in range(halves)] for _ in range(2))  # workers
+        n = num_envs
+        self.layout = layout | {
+            "seeds": ((2,), np.int64),  # the seed, and how often everything started anew
+            "action": ((n,), np.int64), "obs": ((n, width), np.float32), "final_obs": ((n, width), np.float32),
+            "reward": ((n,), np.float64), "terminated": ((n,), np.bool_), "truncated": ((n,), np.bool_),
+            "stats": ((len(EPISODE), n), np.float64)} | {name: ((n,), kind) for name, kind in LANE.items()}
         if vec_mode == "subproc":
-            # a file without a name behind file descriptors: the kernel frees it when the last process ends
-            bytes_ = 64 + sum(-(-math.prod(s) * np.dtype(d).itemsize // 64) * 64 for s, d in self.layout.values())
-            self.context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-            self.raw = self.context.RawArray("b", bytes_)
+            self.context = worker_context()
+            # a file without a name behind file descriptors: the system frees it when the last process ends
+            size = sum(-(-math.prod(shape) * np.dtype(kind).itemsize // 64) * 64 for shape, kind in self.layout.values())
+            self.raw = self.context.RawArray("b", size + 64)
             self.arrays = carve(self.raw, self.layout)
+            for name, array in self.arrays.items():
+                setattr(self, name, torch.from_numpy(array))
         else:
-            self.lease = pool.lease()
-            take = partial(self.lease.acquire, device=backend)
-            self.arrays = {name: take(shape, dtype) for name, (shape, dtype) in self.layout.items()}
-        for name in ("obs", "reward", "flags", "row", "position", "final_obs", "final_row", "stats", "lost", "action"):
-            setattr(self, name, self.arrays[name])
-        if not env_fn:
-            for name, values in (("table", np.pad(pairs.table, ((0, 0), (0, -size[1] % 16)))),
-                                 ("bars", pairs.bars(split)), ("rows", rows)):
-                self.put(name, values)
-        drift = position_mode == "drift"
-        self.put("rules", np.array([leverage, drift, daily_drawdown, initial_balance, bars_per_year]))
-        self.put("law", np.array([episode_length, self.seed, 0]))
-        self.arguments = kernel_arguments(self.arrays)
-        self.terminated, self.truncated = self.flags[0], self.flags[1]
-        self.parity, self.flying, self.sent = [0] * halves, [False] * halves, [0.0] * halves
-        self.waiting = [set() for _ in range(halves)]
+            for name, (shape, kind) in self.layout.items():
+                self.take(name, shape, kind)
+        self.seeds[0] = self.seed
         self.divide(num_workers)
-        self.closed = False
-        try:
-            if backend == "cuda":
-                self.kernel = cuda_step()[(num_envs + 127) // 128, 128]
-            elif vec_mode != "single" and not env_fn:
-                step_block(0, 0, STEP, *self.arguments[0])  # compiled and cached before the workers start
-            if vec_mode == "subproc":
-                if self.context.get_start_method() == "forkserver":
-                    start_fork_server(self.context)
-                self.processes, self.pipes = [None] * num_workers, [None] * num_workers
-                self.failures = [0] * num_workers
-                for failure in self.start(range(num_workers)):
-                    self.fail(*failure)
-            elif env_fn:
-                self.users = UserEnvs(env_fn, range(num_envs), self.arrays, self.n_actions)
-        except BaseException:
-            self.close()
-            raise
-        if monitor is not None:
-            self.open_monitor(Path(monitor))
 
     def divide(self, num_workers: int):
         """Lanes of half h and worker w: blocks[h][w] = (lo, hi); lanes of half h: spans[h]."""
@@ -959,17 +848,13 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         self.spans = [slice(c[0], c[-1]) for c in cuts]
         self.num_workers = num_workers
 
-    def put(self, name: str, values):
-        if self.backend == "cuda":
-            self.arrays[name].copy_to_device(np.ascontiguousarray(values, self.arrays[name].dtype))
-        else:
-            self.arrays[name][...] = values
+    # processes
+    def start_workers(self):
+        self.processes, self.pipes = [None] * self.num_workers, [None] * self.num_workers
+        self.failures = [0] * self.num_workers
+        for failure in self.start(range(self.num_workers)):
+            self.fail(*failure)
 
-    def host(self, array) -> np.ndarray:
-        """A NumPy view of an array (a copy on CUDA)."""
-        return array.copy_to_host() if self.backend == "cuda" else array
-
-    # workers
     def lanes_of(self, w: int) -> list[tuple[int, int]]:
         return [self.blocks[h][w] for h in range(self.halves)]
 
@@ -978,11 +863,9 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         for w in workers:
             self.pipes[w], theirs = self.context.Pipe()
             lanes = [i for lo, hi in self.lanes_of(w) for i in range(lo, hi)] if self.env_fn else []
-            process = self.context.Process(
-                target=work, daemon=True, name=f"forex-{w}",
-                args=(theirs, self.raw, self.layout, self.env_fn, lanes, self.n_actions))
-            process.start()
-            self.processes[w] = process
+            self.processes[w] = self.context.Process(
+                target=work, daemon=True, name=f"lanes-{w}", args=(theirs, self.raw, self.layout, self.env_fn, lanes))
+            self.processes[w].start()
             theirs.close()  # or the worker's death would not close the pipe
         deadline, failures = time.monotonic() + START_SECONDS, []
         for w in workers:
@@ -1008,10 +891,12 @@ class ForexVectorEnv(gym.vector.VectorEnv):
             return f"died (exit code {self.processes[w].exitcode})"
         if reply[:1] == b"e":
             return reply[1:].decode()
-        if reply[1] < self.halves:
-            self.waiting[reply[1]].discard(w)
-            if not any(self.lost[lo:hi].any() for lo, hi in self.lanes_of(w)):  # a lost step proves nothing
+        half = reply[1]
+        if half < self.halves:
+            self.waiting[half].discard(w)
+            if w not in self.lost[half]:  # a lost step proves nothing
                 self.failures[w] = 0
+            self.lost[half].discard(w)
         return ""
 
     def stop(self, w: int):
@@ -1020,36 +905,37 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         self.processes[w].join()
         self.processes[w].close()
 
-    def failed(self, w: int, why: str):
-        """Replace worker w and give it its messages again, or raise WorkerError."""
+    def replace(self, w: int, why: str):
+        """A new worker w, in which the episodes of the steps that the old one owed are lost; or WorkerError."""
         failures = [(w, why)]
         while failures:
             self.failures[w] += 1
             if self.on_worker_death == "fail" or self.failures[w] > ATTEMPTS:
                 self.fail(*failures[0])
             self.restarts += 1
+            self.seeds[1] += 1
             self.stop(w)
-            if self.env_fn:
-                self.arrays["law"][2] = self.restarts
-                for lo, hi in self.lanes_of(w):
-                    self.lost[lo:hi] = 1
             failures = self.start([w])
         for half in sorted(range(self.halves), key=lambda h: self.sent[h]):
-            if w in self.waiting[half]:
+            owed = w in self.waiting[half]
+            if owed or self.env_fn:  # the market's lanes live in the arrays, a user's in their worker
+                self.lost[half].add(w)
+            if owed:
                 self.tell(w, half)
 
     def tell(self, w: int, half: int):
+        mode = LOSE if self.mode == STEP and w in self.lost[half] else self.mode
         try:
-            self.pipes[w].send_bytes(MESSAGE.pack(self.mode, half, self.parity[half], *self.blocks[half][w]))
+            self.pipes[w].send_bytes(MESSAGE.pack(mode, half, *self.blocks[half][w]))
         except OSError:  # it is dead: collecting its answer finds out
             pass
 
     def rescale(self, num_workers: int):
         """Add or retire workers between steps; the trajectories stay the same."""
-        if self.vec_mode != "subproc" or self.env_fn:
-            raise ValueError("rescale: needs vec_mode subproc and our own lanes, whose state no worker holds")
-        if any(self.flying) or not 1 <= num_workers <= self.num_envs // self.halves:
-            raise ValueError(f"rescale to {num_workers}: between steps only, from 1 to {self.num_envs // self.halves}")
+        most = self.num_envs // self.halves
+        refuse((self.vec_mode != "subproc" or self.env_fn, "rescale: needs vec_mode subproc and the market's own lanes"),
+               (any(self.flying) or not 1 <= num_workers <= most,
+                f"rescale to {num_workers}: between steps only, from 1 to {most}"))
         before = self.num_workers
         for w in range(num_workers, before):
             self.stop(w)
@@ -1060,17 +946,15 @@ class ForexVectorEnv(gym.vector.VectorEnv):
             self.fail(*failure)
 
     def worker_usage(self) -> list[dict]:
-        """Per worker: pid, cpu_seconds, rss and uss in bytes (None where /proc does not tell)."""
+        """Per worker: pid, cpu_seconds, rss and uss (its own memory) in bytes; a dead one only its pid."""
         usage = []
         for process in self.processes:
-            row = {"pid": process.pid, "cpu_seconds": None, "rss": None, "uss": None}
+            row = {"pid": process.pid}
             try:
-                fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-                row["cpu_seconds"] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-                kb = [line.split() for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]]
-                kb = {name: 1024 * int(value) for name, value, _ in kb}
-                row |= {"rss": kb["Rss:"], "uss": kb["Private_Clean:"] + kb["Private_Dirty:"]}
-            except OSError:
+                found = psutil.Process(process.pid)
+                times, memory = found.cpu_times(), found.memory_full_info()
+                row |= {"cpu_seconds": times.user + times.system, "rss": memory.rss, "uss": memory.uss}
+            except psutil.Error:
                 pass
             usage.append(row)
         return usage
@@ -1078,91 +962,56 @@ class ForexVectorEnv(gym.vector.VectorEnv):
     # stepping
     def go(self, half: int, mode: int):
         """Start a kernel, or the workers, on the lanes of a half."""
-        if not self.was_reset and mode == STEP:
-            raise RuntimeError("call reset() before the first step")
-        self.mode, self.flying[half], parity = mode, True, self.parity[half]
-        if self.vec_mode == "subproc" and (mode == STEP or self.env_fn):
+        self.mode, self.flying[half] = mode, True
+        if self.processes and (mode == STEP or self.block is None):
             self.sent[half] = time.monotonic()
             self.waiting[half] = set(range(self.num_workers))
             for w in range(self.num_workers):
                 self.tell(w, half)
             return
         for lo, hi in self.blocks[half]:
-            if self.users:
-                self.users(lo, hi, mode)
-            elif self.vec_mode != "single":
-                step_block(lo, hi, mode, *self.arguments[parity])
-            elif self.backend == "cuda":
-                self.kernel(lo, hi, mode, *self.arguments[parity])
-            else:
-                step_cpu(lo, hi, mode, *self.arguments[parity])
+            self.block(lo, hi, mode)
 
-    def send(self, half: int, actions):
-        """Start the step of a half (0 or 1 with async_halves, else 0); actions (lanes of the half,) of integers."""
+    def send(self, half: int, action: torch.Tensor):
+        """Start the step of a half (0 or 1 with async_halves, else 0). On CUDA nobody waits to check the action: one out
+        of range makes the reward NaN."""
+        if not self.was_reset:
+            raise gym.error.ResetNeeded("call reset() before the first step")
         if self.flying[half]:
             raise RuntimeError(f"send: half {half} is in flight, recv({half}) comes first")
-        if self.backend == "cuda":
-            actions = cuda.as_cuda_array(actions) if hasattr(actions, "__cuda_array_interface__") else actions
-            self.action.copy_to_device(actions)
-        else:
-            mine = self.action[self.spans[half]]
-            mine[:] = actions
-            seen = mine.view(np.uint64)  # one pass: what is negative is huge
-            if seen.max() >= self.n_actions:
-                lane = np.flatnonzero(seen >= self.n_actions)[0] + self.spans[half].start
-                raise ValueError(f"action of lane {lane} is not in 0..{self.n_actions - 1}")
+        if self.backend == "cpu":
+            bad = (action < 0) | (action >= self.actions)
+            if bad.any():
+                lane = self.spans[half].start + int(bad.int().argmax())
+                raise ValueError(f"action of lane {lane} is not in 0..{self.actions - 1}")
+        self.action[self.spans[half]] = action
         self.go(half, STEP)
 
     def recv(self, half: int = 0):
-        """Wait for a half's step: (obs, reward, terminated, truncated), views of its lanes."""
+        """Wait for the step of a half: (reward, terminated, truncated), views of its lanes."""
         if not self.flying[half]:
-            raise RuntimeError(f"recv: half {half} is not in flight, send({half}, actions) comes first")
-        deadline = time.monotonic() + self.timeout
+            raise RuntimeError(f"recv: half {half} is not in flight, send({half}, action) comes first")
+        patience = self.worker_timeout if self.mode == STEP else START_SECONDS
+        deadline = time.monotonic() + patience
         while self.waiting[half]:
             pipes = {self.pipes[w]: w for w in self.waiting[half]}
             ready = connection.wait(pipes, max(deadline - time.monotonic(), 0.0))
             failures = [(pipes[p], why) for p in ready if (why := self.answer(pipes[p]))]
             if not ready:
-                failures = [(w, f"no answer in {self.timeout:g} s") for w in pipes.values()]
+                failures = [(w, f"no answer in {patience:g} s") for w in pipes.values()]
             for w, why in failures:
-                self.failed(w, why)
-                deadline = time.monotonic() + self.timeout
+                self.replace(w, why)
+                deadline = time.monotonic() + patience
         self.flying[half] = False
-        self.parity[half] ^= 1
         span = self.spans[half]
-        if self.log and self.mode == STEP:
-            self.monitor(span)
-        if self.halves == 1:
-            return self.obs, self.reward, self.terminated, self.truncated
-        return self.obs[span], self.reward[span], self.terminated[span], self.truncated[span]
+        return self.reward[span], self.terminated[span], self.truncated[span]
 
-    def step_lanes(self, actions):
-        """Step all lanes: actions (N,) integers -> obs, reward, terminated, truncated: views (CUDA: device arrays)."""
-        if self.halves == 1:
-            self.send(0, actions)
-            return self.recv(0)
+    def step_lanes(self, action: torch.Tensor):
         for half, span in enumerate(self.spans):
-            self.send(half, actions[span])
+            self.send(half, action[span])
         for half in range(self.halves):
             self.recv(half)
-        return self.obs, self.reward, self.terminated, self.truncated
-
-    def step(self, actions):
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
-            raise ValueError(f"actions: need {self.num_envs} integers, got {actions.dtype} {actions.shape}")
-        obs, reward, terminated, truncated = (self.host(x).copy() for x in self.step_lanes(actions))
-        info, done = {}, terminated | truncated
-        if done.any():
-            last, final = self.host(self.final_obs), np.full(self.num_envs, None, object)
-            for i in np.flatnonzero(done):
-                final[i] = last[i].copy()
-            episode = {k: np.where(done, v, 0.0) for k, v in zip(EPISODE, self.host(self.stats))}
-            info = {"final_obs": final, "_final_obs": done,
-                    "final_info": {"episode": episode, "_episode": done}, "_final_info": done}
-        if self.env_fn and (self.lost == 2).any():
-            info |= {"lost": self.lost == 2, "_lost": self.lost == 2}
-        return obs, reward, terminated, truncated, info
+        return self.reward, self.terminated, self.truncated
 
     def all_lanes(self, mode: int):
         if any(self.flying):
@@ -1172,440 +1021,557 @@ class ForexVectorEnv(gym.vector.VectorEnv):
         for half in range(self.halves):
             self.recv(half)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """All lanes to their first (seed given) or next episode; builds nothing."""
-        if seed is not None:
-            self.seed = int(seed)
-            law = self.host(self.arrays["law"])
-            law[1] = self.seed
-            self.put("law", law)
-        mode = FIRST if seed is not None or not self.was_reset else NEXT
-        self.all_lanes(mode)
-        self.was_reset = True
-        return self.host(self.obs).copy(), {}
+    def reset_lanes(self, first: bool, options: dict):
+        self.seeds[0] = self.seed
+        self.all_lanes(FIRST if first else NEXT)
 
-    def get_state(self) -> dict:
-        """Tensors and plain Python, with which set_state() continues exactly; of users' environments only the seed."""
-        state = {"seed": self.seed, "was_reset": self.was_reset}
-        if self.env_fn:
-            return state
-        for name in ("ints", "floats"):
-            both = self.host(self.arrays[name])
-            parts = [both[p][:, span] for p, span in zip(self.parity, self.spans)]
-            state[name] = torch.from_numpy(np.concatenate(parts, axis=1))
-        return state
+    def observe(self):
+        return self.obs
 
-    def set_state(self, state: dict):
-        """Continue from get_state(), whatever the mode and the workers were; users' environments start anew."""
-        if self.env_fn:
-            self.reset(seed=state["seed"])
-            return
-        self.seed, self.was_reset = state["seed"], state["was_reset"]
-        law = self.host(self.arrays["law"])
-        law[1] = self.seed
-        self.put("law", law)
-        for name in ("ints", "floats"):
-            both = np.zeros(self.arrays[name].shape, self.arrays[name].dtype)
-            both[..., :self.num_envs] = state[name].numpy()
-            self.put(name, both)
-        self.all_lanes(SHOW)
+    def observe_final(self, lanes):
+        return self.final_obs[lanes]
+
+    def episode(self):
+        return dict(zip(EPISODE, self.stats))
 
     def close_extras(self, **kwargs):
         for pipe in self.pipes:
             if pipe is not None:
-                pipe.close()  # a worker that is well ends by itself
+                pipe.close()  # a worker that is well closes its environments and ends
         for process in self.processes:
             if process is not None:
                 process.join(1.0)
                 process.kill()
                 process.join()
                 process.close()
-        if self.users:
-            self.users.close()
-        if self.lease:
-            self.lease.close()
-        if self.log:
-            self.log.close()
-        self.processes, self.pipes, self.log = [], [], None
-
-    # monitor.csv
-    def open_monitor(self, path: Path):
-        """Stable-Baselines3's format; a file that exists is continued."""
-        new = not path.exists() or path.stat().st_size == 0
-        self.log, self.t_start, self.flushed = path.open("a"), time.time(), 0.0
-        if new:
-            name = self.env_fn or "cleanrl_crypto/Forex-v0"
-            self.log.write(f"#{json.dumps({'t_start': self.t_start, 'env_id': name})}\n")
-            self.log.write("r,l,t,drawdown,turnover,sharpe_ratio,max_drawdown\n")
-        self.log.flush()
-
-    def monitor(self, span: slice):
-        done = np.flatnonzero(self.host(self.terminated)[span] | self.host(self.truncated)[span]) + span.start
-        now = time.time() - self.t_start
-        for r, length, *rest in self.host(self.stats)[:, done].T.tolist():
-            self.log.write(f"{r:.9g},{length:.0f},{now:.6f},{','.join(f'{x:.6g}' for x in rest)}\n")
-        if now - self.flushed > 1.0:
-            self.log.flush()
-            self.flushed = now
+        if self.block:
+            self.block.close()
+        self.processes, self.pipes = [], []
+        super().close_extras(**kwargs)
 
 
-def probe(make, candidates: list[dict], seconds: float = 0.5) -> list[dict]:
-    """Lane-steps/s of make(mode=, workers=, lanes=) environments, each stepped for `seconds`, observations written.
+class ForexVectorEnv(WorkerLanes):
+    """Lanes that trade currency pairs, lane i pair i % S. Same-step autoreset; truncation at `episode_length` bars or at
+    the end of the split's rows; termination at ruin or at the daily drawdown limit.
 
-    Returns the candidates with steps_per_s; one that cannot run here has 0 and its error.
+    Observation (F + 2,) float32: the row's columns, exposure / leverage, equity over its value at the start of the
+    trading day - 1. Action: 0 short, 1 flat, 2 long. Reward: log growth of equity net of costs.
     """
-    rows = []
-    for candidate in candidates:
-        try:
-            env = make(**candidate)
-        except (WorkerError, OSError) as e:
-            rows.append(candidate | {"steps_per_s": 0.0, "error": str(e)})
-            continue
-        env.reset()
-        actions = np.random.default_rng(0).integers(env.n_actions, size=(8, env.num_envs))
-        for k in range(3):
-            env.step_lanes(actions[k])
-        steps, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            env.step_lanes(actions[steps % 8])
-            steps += 1
-        rows.append(candidate | {"steps_per_s": steps * env.num_envs / (time.perf_counter() - began)})
-        env.close()
-    return rows
+
+    SAVED = tuple(LANE)
+
+    def __init__(
+        self, pairs: Pairs, split: str = "train", num_envs: int = 1024, *, leverage: float = 1.0,
+        position_mode: str = "rebalance", daily_drawdown: float = 0.0, episode_length: int = 128, **kwargs,
+    ):
+        rows, size = np.asarray(pairs.rows[split], np.int64), len(pairs.table)
+        dearest = leverage * pairs.bars[:, COST].max(initial=0)
+        bad_rows = rows.shape != (len(pairs.names), 2) or (np.diff(rows) <= 0).any() or rows.min() < 0
+        refuse((position_mode not in ("rebalance", "drift"), f"position_mode {position_mode!r}: rebalance or drift"),
+               (not 0 <= daily_drawdown < 1, f"daily_drawdown {daily_drawdown}: must be in [0, 1)"),
+               (episode_length < 1 or not leverage > 0, "episode_length must be at least 1, leverage above 0"),
+               (bad_rows or rows.max() >= size,
+                f"split {split}: decision rows {rows.tolist()} must be a range a pair, none empty, that ends before {size}"),
+               (dearest >= 1, f"leverage {leverage}: a trade would cost {dearest:.3g} of equity"))
+        width = pairs.table.shape[1] + len(OWN)
+        layout = {"table": (pairs.table.shape, np.float32), "bars": (pairs.bars.shape, np.float64),
+                  "rows": (rows.shape, np.int64), "numbers": ((5,), np.float64)}
+        everything = np.full(width, np.inf, np.float32)
+        super().__init__(layout, -everything, everything, len(LEVELS), num_envs, **kwargs)
+        bars = pairs.bars.copy()
+        bars[rows[:, 1] - 1, LAST] = 1.0
+        numbers = [leverage, position_mode == "drift", daily_drawdown, pairs.series[0].bars_per_year, episode_length]
+        for name, values in (("table", pairs.table), ("bars", bars), ("rows", rows), ("numbers", numbers)):
+            getattr(self, name).copy_(torch.as_tensor(np.asarray(values)))
+        if self.backend == "cuda":
+            kernel = cuda_step()[(num_envs + 127) // 128, 128]
+        else:
+            kernel = step_cpu if self.vec_mode == "single" else step_block
+        self.block = MarketBlock(kernel, self.arrays)
+        if self.vec_mode == "subproc":
+            self.block(0, 0, STEP)  # compiled and cached before the workers start
+            self.start_workers()
+
+    def load_state_dict(self, state: dict):
+        """Continue exactly, whatever the mode and the workers were."""
+        super().load_state_dict(state)
+        self.seeds[0] = self.seed
+        self.all_lanes(SHOW)
 
 
-def make_vec(num_envs: int = 1, split_name: str = "train", **kwargs) -> ForexVectorEnv:
-    """gymnasium.make_vec("cleanrl_crypto/Forex-v0", num_envs=8, split_name="train", data=..., leverage=2, ...).
+class CustomVectorEnv(WorkerLanes):
+    """A user's environments, lane i seeded with seed + i; in worker processes, or (dummy) in this one to debug them."""
 
-    Keywords: fields of Args, arguments of ForexVectorEnv, or pairs= of an earlier load_pairs().
-    """
-    ours = {k: kwargs.pop(k) for k in ("vec_mode", "num_workers", "async_halves", "backend") if k in kwargs}
-    pairs = kwargs.pop("pairs", None)
-    args = Args(**{k: kwargs.pop(k) for k in list(kwargs) if k in Args.__dataclass_fields__})
-    return ForexVectorEnv(pairs or load_pairs(args), split_name, num_envs, **env_flags(args), **ours, **kwargs)
+    def __init__(self, env_fn: str, num_envs: int = 8, seed: int = 1, **kwargs):
+        self.spaces = spaces = user_spaces(env_fn)
+        super().__init__({}, spaces["low"], spaces["high"], spaces["actions"], num_envs, seed, env_fn=env_fn, **kwargs)
+        if self.vec_mode == "subproc":
+            self.start_workers()
+        else:
+            self.block = UserBlock(env_fn, range(num_envs), self.arrays)
 
+    def state_dict(self) -> dict:
+        return {"seed": self.seed, "starts": int(self.seeds[1])}
 
-class ForexEnv(gym.Env):
-    """One lane as an ordinary environment: gymnasium.make("cleanrl_crypto/Forex-v0", symbols=("EURUSD",))."""
-
-    metadata = {"render_modes": []}
-
-    def __init__(self, render_mode: None = None, **kwargs):
-        self.render_mode = render_mode
-        self.lane = make_vec(1, **kwargs)
-        self.observation_space, self.action_space = self.lane.single_observation_space, self.lane.single_action_space
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        return self.lane.reset(seed=seed)[0][0], {}
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.lane.step(np.array([action]))
-        obs = info["final_obs"][0] if "final_obs" in info else obs[0]
-        return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
-
-    def close(self):
-        self.lane.close()
+    def load_state_dict(self, state: dict):
+        """New episodes, with seeds that no earlier start had."""
+        self.seeds[1] = state["starts"] + 1
+        self.reset(seed=state["seed"])
 
 
 def env_flags(args: Args) -> dict:
     """Keyword arguments of ForexVectorEnv that the market's flags decide."""
-    return {k: getattr(args, k) for k in ("leverage", "initial_balance", "position_mode", "daily_drawdown",
-                                          "episode_length", "seed")}
+    names = ("leverage", "position_mode", "daily_drawdown", "episode_length", "seed")
+    return {name: getattr(args, name) for name in names}
 
 
-if "cleanrl_crypto/Forex-v0" not in gym.registry:  # __main__ and an import of it may be two modules
-    gym.register("cleanrl_crypto/Forex-v0", entry_point=ForexEnv, vector_entry_point=make_vec)
+def make_vec(num_envs: int = 8, split_name: str = "train", pairs: Pairs | None = None, **kwargs) -> WorkerLanes:
+    """gymnasium.make_vec("cleanrl_crypto/Forex-v0", num_envs=8, split_name="train", data=..., leverage=2, ...).
 
-
-# --------------------------------------------------------------------------------------------------- networks
-class QNetwork(nn.Module):
-    """Two hidden layers; dueling: Q = V + A - mean A (Wang et al. 2016)."""
-
-    def __init__(self, inputs: int, hidden: int, actions: int, dueling: bool):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        self.advantage = nn.Linear(hidden, actions)
-        self.value = nn.Linear(hidden, 1) if dueling else None
-
-    def forward(self, x):  # (B, inputs) -> (B, actions)
-        x = self.body(x)
-        a = self.advantage(x)
-        return a if self.value is None else self.value(x) + a - a.mean(1, keepdim=True)
-
-
-class Agent(nn.Module):
-    """Everything that learns, and the statistics it needs: one state_dict. config: plain values that rebuild it.
-
-    all_actions: the network sees the market alone and gives G(row, position after the trade); Q(row, position, a) =
-    G(row, a) + scale log(1 - cost leverage |a - position|), exactly, as a proportional cost separates. Otherwise the
-    network sees the whole observation and gives Q.
+    Keywords: the market's flags, seed, the workers' arguments, and pairs= of an earlier load_pairs() or env_fn=.
     """
+    workers = ("vec_mode", "num_workers", "async_halves", "backend", "on_worker_death", "worker_timeout")
+    ours = {k: kwargs.pop(k) for k in workers if k in kwargs}
+    if "env_fn" in kwargs:
+        return CustomVectorEnv(num_envs=num_envs, **{"vec_mode": "subproc"} | kwargs | ours)
+    odd = [k for k in kwargs if k not in (*MARKET, "seed")]
+    if odd:
+        raise TypeError(f"make_vec: unknown keyword {', '.join(odd)}; known: {', '.join((*MARKET, 'seed', *workers))}")
+    symbols = kwargs.get("symbols", Args.symbols)
+    args = Args(num_envs=max(num_envs, len(symbols)), **kwargs)
+    return ForexVectorEnv(pairs or load_pairs(args), split_name, num_envs, **env_flags(args), **ours)
+
+
+register("cleanrl_crypto/Forex-v0", make_vec)
+
+
+# ------------------------------------------------------------------------------------- how lanes step
+def candidates(args: Args, backend: str) -> list[tuple[str, int]]:
+    """Modes and numbers of workers to try: the fastest that runs here is taken."""
+    most = args.lanes // (2 if args.async_halves else 1)
+    cores = min(os.cpu_count() or 1, most)
+    counts = [args.num_workers] if args.num_workers else sorted({1, cores})
+    if backend == "cuda":
+        return [("single", 1)]
+    if args.vec_mode == "auto":
+        workers = [("subproc", w) for w in counts]
+        return workers if args.env_fn else [("single", 1), ("dummy", 1), *workers]
+    return [(args.vec_mode, args.num_workers or cores)]
+
+
+def measure(env: WorkerLanes, seconds: float) -> float:
+    """Lane-steps/s with random actions, observations written."""
+    draws = torch.from_numpy(np.random.default_rng(0).integers(env.actions, size=(8, env.num_envs)))
+    for action in draws[:3]:
+        env.step_lanes(action.to(env.torch_device))
+    steps, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        env.step_lanes(draws[steps % 8].to(env.torch_device))
+        steps += 1
+    return steps * env.num_envs / (time.perf_counter() - began)
+
+
+def probe(make, modes: list[tuple[str, int]], seconds: float = 0.25) -> list[dict]:
+    """Every mode measured; one that cannot run here has 0 and its error."""
+    table = []
+    for mode, workers in modes:
+        row = {"vec_mode": mode, "num_workers": workers, "steps_per_s": 0.0}
+        env = None
+        try:
+            env = make(vec_mode=mode, num_workers=workers)
+            env.reset()
+            row["steps_per_s"] = measure(env, seconds)
+        except (WorkerError, OSError) as e:
+            row["error"] = str(e)
+        if env:
+            env.close()
+        table.append(row)
+    return table
+
+
+def build_lanes(run: Run, pairs: Pairs | None) -> tuple[WorkerLanes, dict]:
+    """The training environment, and how its mode was found."""
+    args = run.args
+    backend = run.backend if args.vec_mode in ("auto", "single") and not (args.env_fn or args.async_halves) else "cpu"
+    refuse((args.backend == "cuda" and backend == "cpu", "--backend cuda steps currency pairs in one process: --vec-mode "
+            "single, no --async-halves"))
+    shared = dict(async_halves=args.async_halves, backend=backend, on_worker_death=args.on_worker_death,
+                  worker_timeout=args.worker_timeout)
+    if args.env_fn:
+        make = partial(CustomVectorEnv, args.env_fn, args.lanes, args.seed, **shared)
+    else:
+        make = partial(ForexVectorEnv, pairs, "train", args.lanes, **env_flags(args), **shared)
+    modes, table = candidates(args, backend), []
+    if len(modes) > 1:
+        builds = Lanes.builds
+        table = probe(make, modes, min(0.25, max(0.01 * run.guard.remaining(), 0.02)))
+        Lanes.builds = builds  # the probe's do not count
+        modes = [max((row["steps_per_s"], row["vec_mode"], row["num_workers"]) for row in table)[1:]]
+        for row in table:
+            failed = f"  ({row['error']})" if "error" in row else ""
+            print(f"  {row['vec_mode']:8} {row['num_workers']} worker(s) {row['steps_per_s']:>14,.0f} lane-steps/s{failed}")
+    mode, workers = modes[0]
+    try:
+        envs = make(vec_mode=mode, num_workers=workers)
+    except (WorkerError, OSError) as e:
+        if mode != "subproc" or args.env_fn:
+            raise
+        print(f"--vec-mode subproc does not run here ({e}): the same trajectories in this process", file=sys.stderr)
+        mode, workers = "dummy", 1
+        envs = make(vec_mode=mode, num_workers=workers)
+    print(f"vec-mode {mode}, {args.lanes} lanes" + (f", {workers} worker(s)" if mode == "subproc" else ""))
+    envs.reset(seed=args.seed)
+    return envs, {"mode": mode, "lanes": args.lanes, "backend": backend, "probe": table, "rescaled": []}
+
+
+def rescale_by_measure(envs: WorkerLanes, seconds: float = 0.2) -> list[dict]:
+    """One worker less and one more, measured between steps; the fastest stays. The trajectories are not touched."""
+    state = envs.state_dict()
+    now, most = envs.num_workers, min(envs.num_envs // envs.halves, 2 * (os.cpu_count() or 1))
+    table = []
+    for workers in sorted({max(now - 1, 1), now, min(now + 1, max(most, now))}):
+        envs.rescale(workers)
+        table.append({"workers": workers, "steps_per_s": measure(envs, seconds)})
+    envs.rescale(max(table, key=lambda row: row["steps_per_s"])["workers"])
+    envs.load_state_dict(state)
+    return table
+
+
+# ----------------------------------------------------------------------------------------- networks
+class QNetwork(nn.Module):
+    """Q of every action. config: plain values that rebuild it; scale: 1/255 where observations are images."""
 
     def __init__(self, config: dict):
         super().__init__()
-        c = self.config = config
-        self.market = c["columns"] if c["all_actions"] else c["inputs"]  # leading columns that the network sees
-        self.online = QNetwork(self.market, c["hidden"], c["actions"], c["dueling"])
-        self.target = QNetwork(self.market, c["hidden"], c["actions"], c["dueling"]).requires_grad_(False)
-        self.target.load_state_dict(self.online.state_dict())
-        self.register_buffer("levels", torch.tensor([-1.0, 0.0, 1.0]))
-        self.register_buffer("reward_stats", torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
+        self.scale = config["scale"]
+        hidden = config["hidden"]
+        self.network = nn.Sequential(
+            nn.Linear(config["inputs"], hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, config["actions"]))
 
-    def watch_rewards(self, rewards: np.ndarray):
-        """Welford's update with a batch (Chan et al. 1983) of full-position rewards, which no policy can shrink."""
-        count, mean, m2 = self.reward_stats.tolist()
-        n, new = len(rewards), float(rewards.mean())
-        total = count + n
-        m2 += float(((rewards - new) ** 2).sum()) + (new - mean) ** 2 * count * n / total
-        self.reward_stats.copy_(torch.tensor([total, mean + (new - mean) * n / total, m2], dtype=torch.float64))
-
-    @property
-    def reward_scale(self) -> float:
-        count, _, m2 = self.reward_stats.tolist()
-        return 1.0 / math.sqrt(m2 / count) if self.config["reward_scaling"] and count > 1 and m2 > 0 else 1.0
-
-    def forward(self, obs):
-        """Q of every action at observations (B, inputs) -> (B, actions), scaled reward."""
-        q = self.online(obs[:, : self.market])
-        if not self.config["all_actions"]:
-            return q
-        cost, held = obs[:, self.market - 1], obs[:, self.market]  # the last market column is the cost in bp
-        return q + self.reward_scale * move_reward(cost * BP * self.config["leverage"], held, self.levels)
+    def forward(self, obs):  # (B, inputs) -> (B, actions)
+        return self.network(obs * self.scale)
 
 
-# -------------------------------------------------------------------------------------------------- algorithm
-def move_reward(cost, position, levels):
-    """log(1 - cost |level - position|) of going from position (B,) to each of levels (A,); cost (B,) a unit: (B, A)."""
-    return torch.log1p(-(cost[:, None] * (levels - position[:, None]).abs()).clamp_max(1 - RUIN))
+class RewardScale(nn.Module):
+    """1 / running standard deviation of a full position's reward, which no policy can shrink (Chan et al. 1983)."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("count", "mean", "squares"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def watch(self, reward):
+        """Take in a batch (n,) of float64; nothing waits for the device."""
+        n, mean = len(reward), reward.mean()
+        total = self.count + n
+        change = mean - self.mean
+        self.squares += ((reward - mean) ** 2).sum() + change**2 * self.count * n / total
+        self.mean += change * n / total
+        self.count += n
+
+    def forward(self, reward):
+        variance = self.squares / self.count.clamp_min(1)
+        return reward * torch.where(variance > 0, variance, 1.0).rsqrt()
 
 
-def hold_reward(ret, swap_long, swap_short, leverage: float):
-    """log growth of a bar held at -1, 0, +1 times leverage: (B,) each -> (B, 3). Same formula as trade_nb."""
-    short, long = 1 - leverage * ret - leverage * swap_short, 1 + leverage * ret - leverage * swap_long
-    return torch.stack([short, torch.ones_like(ret), long], 1).clamp_min(RUIN).log()
+def agent_config(args: Args, pairs: Pairs | None, envs: WorkerLanes) -> dict:
+    """Plain values that rebuild the network, and the scalers of its columns, from a checkpoint alone."""
+    spaces = {"start": 0, "scale": 1.0} if pairs else {k: envs.spaces[k] for k in ("start", "scale")}
+    return spaces | {
+        "inputs": envs.obs.shape[1], "actions": envs.actions, "hidden": args.hidden, "market": pairs is not None,
+        "models": pairs.models if pairs else {}}
 
 
-def td_target(reward, done, discount, next_target, next_online=None):
-    """DQN's target (B,): r + discount (1 - done) Q'(a*), a* by the online network if given (van Hasselt et al. 2016).
+def load_policy(checkpoint: str | Path, device: str = "cpu"):
+    """policy(obs) -> actions (B,) int64 from a checkpoint file alone: the greedy policy that evaluation reports.
 
-    reward, done, discount (B,); next_target, next_online (B, A): Q at the next state.
+    obs (B, ...): the environment's own batch, NumPy. Raises CheckpointError (one line).
     """
-    best = (next_target if next_online is None else next_online).argmax(1, keepdim=True)
-    return reward + discount * (1 - done) * next_target.gather(1, best)[:, 0]
+    state = load_run(checkpoint, Path(__file__), SCHEMA, device)
+    network = QNetwork(state["config"]).to(device).eval().requires_grad_(False)
+    network.load_state_dict(state["agent"])
+    return partial(greedy_action, network, state["config"]["start"], device)
 
 
-def all_action_target(reward, done, gamma: float, next_target, next_online, moves, forced):
-    """Targets (B, A) of holding each position over a bar.
+def greedy_action(network: QNetwork, start: int, device: str, obs) -> np.ndarray:
+    obs = torch.as_tensor(np.asarray(obs, np.float32), device=device).flatten(1)
+    return network(obs).argmax(1).cpu().numpy() + start
 
-    reward, done (B, A); next_target, next_online (B, A): G at the next row; moves (B, A, A'): reward of going from a to
-    a' there; forced (B,) bool: only flat is possible there. The next position maximises G + move.
+
+# ---------------------------------------------------------------------------------------- algorithm
+def linear_schedule(start: float, end: float, duration: float, t: float) -> float:
+    """From `start` to `end` over `duration`, then `end`."""
+    return max(end, start + (end - start) * t / max(duration, 1))
+
+
+def cosine(t: float, total: float) -> float:
+    """From 1 to LAST_RATE."""
+    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, t / max(total, 1))))
+
+
+def td_target(reward, done, gamma: float, next_target, next_online):
+    """Double DQN's target (B,): reward + gamma (1 - done) Q'(a*), a* of the online network (van Hasselt et al. 2016).
+
+    reward, done (B,); next_target, next_online (B, A): Q at the next state.
     """
-    blocked = torch.zeros_like(moves)
-    blocked[:, :, [0, 2]] = torch.where(forced[:, None, None], -torch.inf, 0.0)
-    best = (next_online[:, None] + moves + blocked).argmax(2, keepdim=True)  # (B, A, 1)
-    value = (next_target[:, None] + moves).gather(2, best)[..., 0]
-    return reward + gamma * (1 - done) * value
-
-
-def dqn_loss(q, action, target):
-    """Smooth L1 of the taken actions' values, mean over the batch: (B, A), (B,), (B,)."""
-    return F.smooth_l1_loss(q.gather(1, action[:, None])[:, 0], target)
-
-
-class Replay:
-    """Ring of transitions, lanes innermost. On the market `row` and what the path adds to it, never features.
-
-    The next row is row + 1 (an episode's end included: rows do not jump). state, next_state (n, width) float32:
-    exposure and drawdown; of custom environments the whole observation.
-    """
-
-    def __init__(self, size: int, lanes: int, width: int):
-        self.steps, self.lanes, self.total = max(size // lanes, 2), lanes, 0  # total: vector steps seen
-        n = self.steps * lanes
-        self.row, self.action, self.reward = np.zeros(n, np.int32), np.zeros(n, np.int16), np.zeros(n, np.float32)
-        self.state, self.next_state = np.zeros((n, width), np.float32), np.zeros((n, width), np.float32)
-        self.terminated, self.truncated = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
-
-    def put(self, step: int, span: slice, **values):
-        """Write the lanes of `span` at vector step `step`."""
-        at = (step % self.steps) * self.lanes
-        for name, value in values.items():
-            getattr(self, name)[at + span.start : at + span.stop] = value
-
-    def __len__(self) -> int:
-        return min(self.total, self.steps)  # whole vector steps
-
-    def sample(self, rng, n: int, n_step: int = 1) -> np.ndarray:
-        """Indices (n,) of transitions that have n_step - 1 later ones."""
-        oldest = self.total - len(self)
-        step = rng.integers(oldest, self.total - n_step + 1, n) % self.steps
-        return step * self.lanes + rng.integers(0, self.lanes, n)
-
-    def n_step_return(self, at, n_step: int, gamma: float):
-        """Summed rewards (n,), last index, whether it terminated, the bootstrap's discount; an end stops it."""
-        total, weight, last = np.zeros(len(at), np.float32), np.ones(len(at), np.float32), at.copy()
-        alive = np.ones(len(at), bool)
-        for k in range(n_step):
-            here = (at + k * self.lanes) % len(self.row)
-            last = np.where(alive, here, last)
-            total += np.where(alive, weight * self.reward[here], 0)
-            weight = np.where(alive, weight * np.float32(gamma), weight)
-            alive &= ~(self.terminated[here] | self.truncated[here])
-        return total, last, self.terminated[last].astype(np.float32), weight
-
-    FIELDS = ("row", "action", "reward", "state", "next_state", "terminated", "truncated")
-
-    def get_state(self) -> dict:
-        n = len(self) * self.lanes
-        return {"total": self.total} | {k: torch.from_numpy(getattr(self, k)[:n].copy()) for k in self.FIELDS}
-
-    def set_state(self, state: dict):
-        self.total = state["total"]
-        for k in self.FIELDS:
-            getattr(self, k)[: len(state[k])] = state[k].numpy()
-
-
-class Table:
-    """The market's rows on the learner's device."""
-
-    def __init__(self, pairs: Pairs, device):
-        tensor = partial(torch.as_tensor, device=device)
-        self.x, self.flat = tensor(pairs.table), tensor(pairs.flat)
-        self.ret, self.cost = tensor(pairs.ret, dtype=torch.float32), tensor(pairs.cost, dtype=torch.float32)
-        self.swap = tensor(pairs.swap, dtype=torch.float32)
-
-
-def all_action_loss(agent: Agent, table: Table, rows, double: bool):
-    """Loss of G at every position on rows (B,), whoever visited them; returns (loss, mean G, mean target)."""
-    c, scale = agent.config, agent.reward_scale
-    x, after = table.x[rows], table.x[rows + 1]
-    g = agent.online(x)  # (B, 3)
-    with torch.no_grad():
-        reward = hold_reward(table.ret[rows], *table.swap[:, rows], c["leverage"])  # (B, 3)
-        next_target = agent.target(after)
-        next_online = agent.online(after) if double else next_target
-        cost = (table.cost[rows + 1] * c["leverage"]).repeat_interleave(3)
-        moves = scale * move_reward(cost, agent.levels.repeat(len(rows)), agent.levels).view(-1, 3, 3)
-        done = (reward <= math.log(LOST)).float()
-        forced = table.flat[rows + 1]
-        target = all_action_target(scale * reward, done, c["gamma"], next_target, next_online, moves, forced)
-    return F.smooth_l1_loss(g, target), g.detach().mean(), target.mean()
-
-
-def replay_loss(agent: Agent, replay: Replay, table: Table | None, at, n_step: int, double: bool, device):
-    """DQN's loss on stored transitions at (n,); returns (loss, mean Q, mean target)."""
-    reward, last, done, discount = replay.n_step_return(at, n_step, agent.config["gamma"])
-    tensor = partial(torch.as_tensor, device=device)
-    obs, after = tensor(replay.state[at]), tensor(replay.next_state[last])
-    if table is not None:
-        obs = torch.cat([table.x[tensor(replay.row[at].astype(np.int64))], obs], 1)
-        after = torch.cat([table.x[tensor(replay.row[last].astype(np.int64)) + 1], after], 1)
-    q = agent.online(obs)
-    with torch.no_grad():
-        next_target = agent.target(after)
-        next_online = agent.online(after) if double else None
-        reward = agent.reward_scale * tensor(reward)
-        target = td_target(reward, tensor(done), tensor(discount), next_target, next_online)
-    return dqn_loss(q, tensor(replay.action[at].astype(np.int64)), target), q.detach().mean(), target.mean()
-
-
-# -------------------------------------------------------------------------------------- evaluation, diagnostics
-@nb.njit(cache=True)
-def greedy_walk_nb(value, scale, ret, cost, swap, flat, inverse, leverage, drift):
-    """Greedy positions (n,) of an afterstate network: value (n, 3) of holding -1, 0, 1 after the trade.
-
-    argmax value + scale log(1 - cost leverage |level - held|); a tie keeps the nearest position.
-    """
-    n = len(value)
-    target = np.zeros(n)
-    held, last = 0.0, 0.0
-    for t in range(n):
-        best, best_q, best_change = 0.0, -np.inf, 0.0
-        for j in range(3):
-            change = abs(j - 1.0 - held)
-            q = value[t, j] + scale * math.log(max(1.0 - cost[t] * leverage * change, RUIN))
-            if q > best_q or (q == best_q and change < best_change):
-                best, best_q, best_change = j - 1.0, q, change
-        target[t] = 0.0 if flat[t] else best
-        foreign = -ret[t] if inverse else ret[t]
-        _, held, _ = trade_nb(
-            last, held, target[t], ret[t], cost[t], swap[0, t], swap[1, t], foreign, leverage, drift)
-        last = target[t]
-    return target
+    best = next_online.argmax(1, keepdim=True)
+    return reward + gamma * (1 - done) * next_target.gather(1, best)[:, 0]
 
 
 @torch.no_grad()
-def target_paths(agent: Agent, pairs: Pairs, split: str, args: Args, device, deadline: float = math.inf) -> list:
-    """Greedy positions (n,) of every pair along a split, flat before the first.
+def move_towards(follower: nn.Module, leader: nn.Module, weight: float):
+    """follower += weight (leader - follower), in place; no graph may grow behind it."""
+    torch._foreach_lerp_(list(follower.parameters()), list(leader.parameters()), weight)
 
-    Plain DQN sees its position, so it walks bar by bar, all pairs in one batch, until `deadline`; after the daily
-    drawdown limit its position is flat until the next trading day.
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, inputs)
+    action: torch.Tensor  # (B,)
+    reward: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor  # (B,) float: a truncated episode bootstraps
+
+
+class Replay:
+    """Ring of transitions on the learner's device, lanes innermost; begin() when an action is sent, end() afterwards.
+
+    On a market a row number stands for the columns (the next row is row + 1, also at an episode's end: rows do not
+    jump), and `state`, `next_state` (n, width) hold what depends on the lane's path; elsewhere the whole observation.
     """
-    rows, drift, limit = pairs.rows[split], args.position_mode == "drift", args.daily_drawdown
-    if agent.config["all_actions"]:
-        paths = []
-        for (a, b), inverse in zip(rows, pairs.inverse):
-            x = torch.from_numpy(pairs.table[a:b]).to(device)
-            value = torch.cat([agent.online(part) for part in x.split(8192)]).cpu().numpy().astype(np.float64)
-            bars = (np.ascontiguousarray(x[..., a:b]) for x in (pairs.ret, pairs.cost, pairs.swap, pairs.flat))
-            paths.append(greedy_walk_nb(value, agent.reward_scale, *bars, bool(inverse), args.leverage, drift))
-        return paths
-    n, s = np.diff(rows)[:, 0], len(rows)
-    paths = np.zeros((s, n.max()))
-    held, last, day_growth = np.zeros(s), np.zeros(s), np.ones(s)
-    inverse = np.where(pairs.inverse, -1.0, 1.0)
-    for t in range(n.max()):
-        if time.monotonic() > deadline:
-            return [path[: min(t, k)] for path, k in zip(paths, n)]
-        at = np.minimum(rows[:, 0] + t, rows[:, 1] - 1)
-        state = np.stack([held, day_growth - 1], 1).astype(np.float32)
-        obs = torch.from_numpy(np.concatenate([pairs.table[at], state], 1)).to(device)
-        target = agent(obs).argmax(1).cpu().numpy() - 1.0
-        target[pairs.flat[at] | ((limit > 0) & (day_growth <= 1 - limit))] = 0.0
-        for k, row in enumerate(at):
-            ret = pairs.ret[row]
-            factor, held[k], _ = trade_nb(last[k], held[k], target[k], ret, pairs.cost[row], *pairs.swap[:, row],
-                                          inverse[k] * ret, args.leverage, drift)
-            day_growth[k] = 1.0 if pairs.day[row + 1] != pairs.day[row] else day_growth[k] * factor
-        last = paths[:, t] = target
-    return [path[:k] for path, k in zip(paths, n)]
+
+    FIELDS = ("row", "action", "reward", "state", "next_state", "terminated")
+
+    def __init__(self, size: int, lanes: int, width: int, table: torch.Tensor | None, device):
+        self.steps, self.lanes, self.width, self.table, self.device = max(size // lanes, 2), lanes, width, table, device
+        self.total = 0  # vector steps that are complete
+        n = (self.steps + 1) * lanes  # one more: the step in flight
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+        each = 11 + 8 * width
+        refuse((n * each > 0.8 * free, f"--buffer-size {size}: {n * each / 2**30:.1f} GiB at {each} bytes a transition, "
+                f"{free / 2**30:.1f} GiB are free: {int(0.5 * free / each)} would fit"))
+        self.row = torch.zeros(n, dtype=torch.int32, device=device)
+        self.action = torch.zeros(n, dtype=torch.int16, device=device)
+        self.reward = torch.zeros(n, device=device)
+        self.state, self.next_state = (torch.zeros((n, width), device=device) for _ in range(2))
+        self.terminated = torch.zeros(n, dtype=torch.bool, device=device)
+
+    def slot(self, step: int, lanes: slice | None = None) -> slice:
+        """Where the lanes of a vector step lie."""
+        at = step % (self.steps + 1) * self.lanes
+        return slice(at + lanes.start, at + lanes.stop) if lanes else slice(at, at + self.lanes)
+
+    def begin(self, step: int, lanes: slice, row, obs, action):
+        at = self.slot(step, lanes)
+        self.row[at], self.state[at], self.action[at] = row, obs[:, -self.width :], action
+
+    def end(self, step: int, lanes: slice, reward, next_obs, terminated):
+        at = self.slot(step, lanes)
+        self.reward[at], self.next_state[at], self.terminated[at] = reward, next_obs[:, -self.width :], terminated
+
+    def __len__(self) -> int:
+        return min(self.total, self.steps) * self.lanes
+
+    def sample(self, rng, n: int) -> Batch:
+        oldest = self.total - min(self.total, self.steps)
+        step = rng.integers(oldest, self.total, n) % (self.steps + 1)
+        at = torch.from_numpy(step * self.lanes + rng.integers(0, self.lanes, n)).to(self.device)
+        obs, next_obs = self.state[at], self.next_state[at]
+        if self.table is not None:
+            row = self.row[at].long()
+            obs, next_obs = (torch.cat(x, 1) for x in ((self.table[row], obs), (self.table[row + 1], next_obs)))
+        return Batch(obs, self.action[at].long(), self.reward[at], next_obs, self.terminated[at].float())
+
+    def state_dict(self) -> dict:
+        n = min(self.total, self.steps + 1) * self.lanes
+        return {"total": self.total} | {name: getattr(self, name)[:n].cpu().clone() for name in self.FIELDS}
+
+    def load_state_dict(self, state: dict):
+        self.total = state["total"]
+        for name in self.FIELDS:
+            getattr(self, name)[: len(state[name])] = state[name].to(self.device)
+
+
+class Monitor:
+    """monitor.csv in Stable-Baselines3's format, a line an episode. What ended is kept on the lanes' device, and written
+    at log points (and when the buffer is full)."""
+
+    def __init__(self, path: Path, name: str, envs: WorkerLanes, resumed: bool):
+        n, self.path = envs.num_envs, path
+        self.room, self.used, self.sums = max(1, min(256, 2**18 // n)), 0, [0.0, 0.0, 0.0]
+        self.done = torch.zeros((self.room, n), dtype=torch.bool, device=envs.torch_device)
+        self.stats = torch.zeros((self.room, len(EPISODE), n), dtype=torch.float64, device=envs.torch_device)
+        self.times = np.zeros(self.room)
+        self.start = time.time()
+        old = resumed and path.exists() and path.stat().st_size > 0
+        if old:  # t goes on from the first start, which load_results() adds to it
+            with path.open() as f:
+                self.start = json.loads(f.readline()[1:])["t_start"]
+        self.file = path.open("a" if old else "w")
+        if not old:
+            self.file.write(f"#{json.dumps({'t_start': self.start, 'env_id': name})}\n")
+            self.file.write("r,l,t,drawdown,turnover,sharpe_ratio,max_drawdown\n")
+            self.file.flush()
+
+    def add(self, lanes: slice, done, stats):
+        """The lanes of a half after a step; the last half makes the vector step whole."""
+        self.done[self.used, lanes] = done
+        self.stats[self.used, :, lanes] = stats
+        if lanes.stop == self.done.shape[1]:
+            self.times[self.used] = time.time() - self.start
+            self.used += 1
+            if self.used == self.room:
+                self.flush()
+
+    def flush(self):
+        done, stats = (x[: self.used].cpu().numpy() for x in (self.done, self.stats))
+        for k, lane in np.argwhere(done):
+            r, length, *rest = stats[k, :, lane].tolist()
+            self.sums = [a + b for a, b in zip(self.sums, (r, length, 1.0))]
+            self.file.write(f"{r:.9g},{length:.0f},{self.times[k]:.6f},{','.join(f'{x:.6g}' for x in rest)}\n")
+        self.used = 0
+        self.file.flush()
+
+    def charts(self) -> dict:
+        """Means of the episodes that ended since the last call; none if none did."""
+        self.flush()
+        (r, length, n), self.sums = self.sums, [0.0, 0.0, 0.0]
+        return {"charts/episodic_return": r / n, "charts/episodic_length": length / n} if n else {}
+
+    def state_dict(self) -> dict:
+        self.flush()
+        return {"bytes": self.path.stat().st_size, "sums": self.sums}
+
+    def load_state_dict(self, state: dict):
+        self.sums = state["sums"]
+        os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+
+    def close(self):
+        self.flush()
+        self.file.close()
+
+
+class Collector:
+    """Between lanes and replay: what was sent off is taken in a loop later, while the learner works."""
+
+    def __init__(self, envs: WorkerLanes, rb: Replay, monitor: Monitor):
+        self.envs, self.rb, self.monitor, self.step = envs, rb, monitor, 0  # step: vector steps sent off
+
+    def send(self, half: int, obs, action):
+        envs, lanes = self.envs, self.envs.spans[half]
+        self.rb.begin(self.step, lanes, envs.row[lanes], obs, action)
+        envs.send(half, action.to(envs.torch_device))
+        if half == envs.halves - 1:
+            self.rb.total = self.step  # what is in flight is not in replay
+            self.step += 1
+
+    def take_in(self, half: int):
+        envs, lanes = self.envs, self.envs.spans[half]
+        if not envs.flying[half]:
+            return
+        reward, terminated, truncated = envs.recv(half)
+        done = terminated | truncated
+        after = torch.where(done[:, None], envs.final_obs[lanes], envs.obs[lanes])
+        self.rb.end(self.step - 1, lanes, reward, after, terminated)
+        self.monitor.add(lanes, done, envs.stats[:, lanes])
+
+    def land(self):
+        for half in range(self.envs.halves):
+            self.take_in(half)
+        self.rb.total = self.step
+
+    def charts(self, bars) -> dict:
+        """Episodes since the last call, and on a market what the last step of all lanes was like."""
+        self.land()
+        record = self.monitor.charts() | {"env/restarts": self.envs.restarts}
+        if bars is not None:
+            at = self.rb.slot(self.step - 1)
+            held, move = self.rb.next_state[at, 0], (self.rb.next_state[at, 0] - self.rb.state[at, 0]).abs()
+            paid = bars[self.rb.row[at].long(), COST] * move / BP
+            record |= {"env/turnover": move.mean(), "env/exposure": held.mean(), "env/costs": paid.mean()}
+        return record
+
+    def state_dict(self) -> dict:
+        self.land()  # before the lanes and the replay say what they hold
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict):
+        self.step = state["step"]
+
+
+# --------------------------------------------------------------------------- evaluation, diagnostics
+@nb.njit(cache=True)
+def greedy_nb(layers, table, bars, start, stop, account, leverage, drift, limit, path):
+    """Greedy positions path[start:stop] of a network on rows of its pair, from account (3,): last position, exposure
+    over leverage, growth since the day began; it is left as it is after the last row.
+
+    The account at the daily drawdown limit is flat until the next trading day.
+    """
+    w1, b1, w2, b2, w3, b3 = layers
+    obs = np.empty((1, table.shape[1] + 2), np.float32)
+    last, held, day = account[0], account[1], account[2]
+    for t in range(start, stop):
+        observe_nb(obs, 0, table, t, held, day)
+        h = np.maximum(np.dot(obs, w1) + b1, np.float32(0))
+        h = np.maximum(np.dot(h, w2) + b2, np.float32(0))
+        q = np.dot(h, w3) + b3  # (1, 3)
+        target = float(np.argmax(q)) - 1.0
+        if bars[t, FLAT] != 0.0 or (limit > 0.0 and day <= 1.0 - limit):
+            target = 0.0
+        growth, left, _, held, _ = trade_nb(last, held, target, bars, t, leverage, drift)
+        day = 1.0 if bars[t, NEW_DAY] != 0.0 else day * growth * left
+        last = path[t] = target
+    account[0], account[1], account[2] = last, held, day
 
 
 @nb.njit(cache=True)
-def walk_nb(target, ret, expected, cost, swap, flat, inverse, leverage, drift):
-    """Trade positions `target` (n,) along one pair's bars: Series.walk's four arrays, exposure held over leverage."""
+def walk_nb(target, bars, expected, leverage, drift):
+    """Trade positions `target` (n,) along one pair's rows: Series.walk's four arrays, exposure held over leverage."""
     n = target.size
     reward, mean, change, exposure = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
     held, last = 0.0, 0.0
     for t in range(n):
-        aim = 0.0 if flat[t] else target[t]
-        foreign = -ret[t] if inverse else ret[t]
-        fee = trade_nb(last, held, aim, 0.0, cost[t], 0.0, 0.0, 0.0, leverage, drift)[0]
-        exposure[t] = held if drift and aim == last else aim
+        aim = 0.0 if bars[t, FLAT] != 0.0 else target[t]
+        growth, left, exposure[t], held, change[t] = trade_nb(last, held, aim, bars, t, leverage, drift)
         x = exposure[t] * leverage
-        mean[t] = x * expected[t] - (x * swap[0, t] if x > 0 else -x * swap[1, t]) - (1.0 - fee)
-        factor, held, change[t] = trade_nb(
-            last, held, aim, ret[t], cost[t], swap[0, t], swap[1, t], foreign, leverage, drift)
-        reward[t] = math.log(factor)
+        swap = x * bars[t, SWAP_LONG] if x > 0 else -x * bars[t, SWAP_SHORT]
+        reward[t] = math.log(growth * left)
+        mean[t] = x * expected[t] - swap - (1.0 - left)
         last = aim
     return reward, mean, change, exposure
 
 
+def walk(bars, expected, leverage: float, drift: bool, target, a: int, b: int):
+    """Series.walk of one pair."""
+    return walk_nb(np.asarray(target, np.float64), bars[a:b], expected[a:b], leverage, drift)
+
+
+def greedy_paths(network: QNetwork, pairs: Pairs, split: str, args: Args, seconds: float = math.inf) -> list[np.ndarray]:
+    """Greedy positions (n,) of every pair along a split, flat before the first; shorter, all by as much, after
+    `seconds`."""
+    layers = tuple(
+        np.ascontiguousarray(p.detach().cpu().numpy().T) for p in network.network.parameters())  # w1, b1, w2, ...
+    rows, drift, until = pairs.rows[split], args.position_mode == "drift", time.monotonic() + seconds
+    paths, accounts = np.zeros(len(pairs.table)), np.tile([0.0, 0.0, 1.0], (len(rows), 1))
+    longest, done = int(np.diff(rows).max()), 0
+    while done < longest and (done == 0 or time.monotonic() < until):
+        for (a, b), account in zip(rows, accounts):
+            part = min(a + done, b), min(a + done + 1024, b)
+            greedy_nb(layers, pairs.table, pairs.bars, *part, account, args.leverage, drift, args.daily_drawdown, paths)
+        done += 1024
+    return [paths[a : min(b, a + done)] for a, b in rows]
+
+
 def series_of(pairs: Pairs, args: Args) -> list[Series]:
     """The pairs as scoring sees them; rows count from each pair's own first."""
-    out, starts = [], np.cumsum([0] + [len(b.close) for b in pairs.series])
-    for k, first in enumerate(starts[:-1]):
-        cut = slice(first, starts[k + 1])
-        columns = [x[..., cut] for x in (pairs.ret, pairs.expected, pairs.cost, pairs.swap, pairs.flat)]
-        rest = bool(pairs.inverse[k]), args.leverage, args.position_mode == "drift"
-
-        def walk(target, a, b, columns=columns, rest=rest):
-            return walk_nb(np.asarray(target, np.float64), *(np.ascontiguousarray(x[..., a:b]) for x in columns), *rest)
-
+    out = []
+    for k, first in enumerate(pairs.first[:-1]):
+        cut = pairs.of(k)
+        own = partial(walk, pairs.bars[cut], pairs.expected[cut], args.leverage, args.position_mode == "drift")
         rows = {split: tuple(int(x) - int(first) for x in r[k]) for split, r in pairs.rows.items()}
         known = pairs.series[k].truth is not None
-        out.append(Series(pairs.table[cut].astype(np.float64), columns[0], rows, walk, known))
+        out.append(Series(pairs.table[cut].astype(np.float64), pairs.bars[cut, RET], rows, own, known))
     return out
 
 
@@ -1615,70 +1581,18 @@ def optimum_path(policy: np.ndarray, truth, start: int, stop: int) -> np.ndarray
     return LEVELS[[position := row[position] for row in table]]
 
 
-class Judge:
-    """Evaluates on the market: the agent, pair by pair and equally weighted, beside its baselines."""
-
-    def __init__(self, pairs: Pairs, args: Args, device):
-        self.pairs, self.args, self.device, self.series = pairs, args, device, series_of(pairs, args)
-        self.constants = [best_constant(s, LEVELS) for s in self.series]
-        truths = [b.truth for b in pairs.series]
-        cost = float(pairs.cost[0])
-        self.optimum = markets.optimum(truths[0].law, cost, actions=LEVELS) if truths[0] else None
-
-    def evaluate(self, agent: Agent, split: str, deadline: float = math.inf) -> tuple[dict, dict]:
-        """{"agent", "baselines", "symbols": {name: {"agent", "baselines"}}, "partial"} and traces {name: columns}.
-
-        The equally weighted account is put back to equal parts at every bar; a pair without a bar earns nothing there.
-        """
-        paths = target_paths(agent, self.pairs, split, self.args, self.device, deadline)
-        partial_ = any(len(p) < s.rows[split][1] - s.rows[split][0] for p, s in zip(paths, self.series))
-        out, traces, walks = {"symbols": {}, "partial": partial_}, {}, {}
-        for k, (name, bars, s) in enumerate(zip(self.pairs.names, self.pairs.series, self.series)):
-            a, b = s.rows[split][0], s.rows[split][0] + max(len(paths[k]), 1)
-            path = paths[k] if len(paths[k]) else np.zeros(1)
-            n, turnover = b - a, float(np.abs(np.diff(path, prepend=0.0)).mean())
-            targets = {"agent": path, "flat": np.zeros(n), "buy_and_hold": np.ones(n),
-                       "best_constant": np.full(n, self.constants[k]),
-                       "random_same_turnover": random_path(n, turnover, self.args.seed + k, LEVELS)}
-            if self.optimum is not None:
-                targets["optimum"] = optimum_path(self.optimum, bars.truth, a, b)
-            columns = {"timestamp": bars.timestamp[a:b], "close": bars.close[a:b], "next_return": s.ret[a:b]}
-            if s.known:
-                columns |= {"expected": self.pairs.expected[self.row(k, a) : self.row(k, b)],
-                            "signal": bars.truth.signal[a:b], "regime": bars.truth.regime[a:b]}
-            mine = {}
-            for who, target in targets.items():
-                walked = s.walk(target, a, b)
-                mine[who], equity = path_metrics(*walked, bars.bars_per_year)
-                tail = "" if who == "agent" else f"_{who}"
-                columns |= {f"position{tail}": walked[3], f"equity{tail}": equity}
-                walks.setdefault(who, []).append(pd.DataFrame(
-                    dict(zip(("reward", "mean", "change", "held"), walked)), index=bars.timestamp[a:b]))
-            out["symbols"][name] = with_score(mine)
-            traces[name] = columns
-        joint = {}
-        for who, frames in walks.items():
-            joint[who], traces_equity, held, index = equal_weights(frames, self.pairs.series[0].bars_per_year)
-            tail = "" if who == "agent" else f"_{who}"
-            traces.setdefault("", {"timestamp": index})
-            traces[""] |= {f"position{tail}": held, f"equity{tail}": traces_equity}
-        traces[""] |= {"close": traces[""]["equity_buy_and_hold"]}
-        traces[""]["next_return"] = np.append(np.diff(traces[""]["close"]) / traces[""]["close"][:-1], 0.0)
-        return with_score(joint) | out, traces
-
-    def row(self, k: int, t: int) -> int:
-        return t + sum(len(b.close) for b in self.pairs.series[:k])
-
-
-def equal_weights(frames: list[pd.DataFrame], bars_per_year: float):
-    """Metrics, equity, mean position and times of an account split equally over pairs, evened out at every bar."""
-    column = {c: pd.concat([f[c] for f in frames], axis=1) for c in ("reward", "mean", "change", "held")}
+def equal_weights(walks: list[pd.DataFrame], bars_per_year: float) -> tuple[dict, pd.DataFrame]:
+    """Metrics, and position and equity by time, of an account split equally over pairs, evened out at every bar; a pair
+    without a bar earns nothing there."""
+    column = {name: pd.concat([w[name] for w in walks], axis=1) for name in ("reward", "mean", "change", "held")}
+    known = not any(w["mean"].isna().any() for w in walks)
     growth = np.expm1(column["reward"]).fillna(0.0).mean(axis=1).to_numpy()
-    known = not any(f["mean"].isna().any() for f in frames)
-    mean, change, held = (column[c].fillna(0.0).mean(axis=1).to_numpy() for c in ("mean", "change", "held"))
+    mean, change, held = (column[name].fillna(0.0).mean(axis=1).to_numpy() for name in ("mean", "change", "held"))
     metrics, equity = path_metrics(np.log1p(growth), mean if known else mean * np.nan, change, held, bars_per_year)
     metrics["trades"] = int((column["change"] > 1e-9).to_numpy().sum())
-    return metrics, equity, held, column["reward"].index.to_numpy()
+    if known:  # log growth: what a constant position of sigma costs, sigma**2 / 2, is in it
+        metrics["expected_growth_bps"] = metrics["mean_expected_bps"] - float(growth.var() / 2 / BP)
+    return metrics, pd.DataFrame({"position": held, "equity": equity}, index=column["reward"].index)
 
 
 def with_score(metrics: dict) -> dict:
@@ -1690,641 +1604,343 @@ def with_score(metrics: dict) -> dict:
     return {"agent": agent, "baselines": metrics}
 
 
-@torch.no_grad()
-def diagnose(agent: Agent, pairs: Pairs, split: str, epsilon: float, device, n: int = 1024) -> dict:
-    """What the greedy position depends on, on n rows of a split (the same rows at every call)."""
-    rng = np.random.default_rng(0)
-    rows = np.concatenate([np.arange(a, b) for a, b in pairs.rows[split]])
-    rows = np.sort(rng.choice(rows, min(n, len(rows)), replace=False))
-    n, x = len(rows), torch.from_numpy(pairs.table[rows]).to(device)
-    held = torch.from_numpy(rng.integers(-1, 2, n).astype(np.float32)).to(device)
-    mix, zero = torch.from_numpy(rng.permutation(n)).to(device), torch.zeros(n, device=device)
+class MarketJudge:
+    """Evaluates on the market: the agent, pair by pair and equally weighted, beside its baselines."""
 
-    def q_of(x, held):
-        return agent(torch.cat([x, held[:, None], zero[:, None]], 1))
+    COLUMNS = ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "max_drawdown", "turnover", "exposure", "trades")
 
-    def act(x, held):
-        return agent.levels[q_of(x, held).argmax(1)]
+    def __init__(self, pairs: Pairs, args: Args, device):
+        self.pairs, self.args, self.device, self.series = pairs, args, device, series_of(pairs, args)
+        self.constants = [best_constant(s, LEVELS) for s in self.series]
+        truth = pairs.series[0].truth
+        self.optimum = markets.optimum(truth.law, float(pairs.bars[0, COST]), actions=LEVELS) if truth else None
+        self.by = "expected_growth_bps" if truth else "mean_reward_bps"
 
-    q, greedy = q_of(x, held), act(x, held)
-    fixed = [act(x, zero + p) for p in (-1.0, 0.0, 1.0)]  # the market alone varies
-    ordered = q.sort(1).values
-    hidden = agent.online.body(torch.cat([x, held[:, None], zero[:, None]], 1)[:, : agent.market])
-    share = epsilon / 3
-    return {
-        "state_dependence": float(torch.stack(fixed).std(1).mean()), "action_mean": float(greedy.mean()),
-        "saturation": float((greedy != 0).float().mean()), "greedy_gap": float((ordered[:, 2] - ordered[:, 1]).mean()),
-        "q_mean": float(q.mean()), "q_action_spread": float((ordered[:, 2] - ordered[:, 0]).mean()),
-        "policy_entropy": -sum(p * math.log(p) for p in (share, share, 1 - 2 * share) if p > 0),
-        "dead_units": float((hidden <= 0).all(0).float().mean()),
-        "attribution": {"technical": float((act(x[mix], held) - greedy).abs().mean()),
-                        "position": float((act(x, held[mix]) - greedy).abs().mean())}}
+    def evaluate(self, network: QNetwork, split: str, seconds: float = math.inf) -> tuple[dict, dict]:
+        """{"agent", "baselines", "symbols": {name: {"agent", "baselines"}}, "partial"} and traces {name: frame}."""
+        paths = greedy_paths(network, self.pairs, split, self.args, seconds)
+        out, traces, walks = {"symbols": {}, "partial": False}, {}, {}
+        for k, (name, path) in enumerate(zip(self.pairs.names, paths)):
+            out["partial"] |= len(path) < np.diff(self.series[k].rows[split])[0]
+            walked, frame = self.walk_pair(k, split, path)
+            metrics = {}
+            for who, walk_of in walked.items():
+                tail = "" if who == "agent" else f"_{who}"
+                metrics[who], equity = path_metrics(*walk_of.to_numpy().T, self.pairs.series[k].bars_per_year)
+                frame[f"position{tail}"], frame[f"equity{tail}"] = walk_of["held"].to_numpy(), equity
+                walks.setdefault(who, []).append(walk_of)
+            out["symbols"][name], traces[name] = with_score(metrics), frame
+        metrics, columns = {}, {}
+        for who, frames in walks.items():
+            metrics[who], joint = equal_weights(frames, self.pairs.series[0].bars_per_year)
+            tail = "" if who == "agent" else f"_{who}"
+            columns |= {f"{name}{tail}": joint[name] for name in joint}
+        close = columns["equity_buy_and_hold"]
+        columns |= {"close": close, "next_return": close.pct_change().shift(-1).fillna(0.0)}
+        traces[""] = pd.DataFrame(columns).rename_axis("timestamp").reset_index()
+        return with_score(metrics) | out, traces
 
+    def walk_pair(self, k: int, split: str, path: np.ndarray) -> tuple[dict, pd.DataFrame]:
+        """The walks of the agent and of its baselines along one pair's rows, and what the trace says of the rows."""
+        bars, series = self.pairs.series[k], self.series[k]
+        a, n = series.rows[split][0], len(path)
+        turnover = float(np.abs(np.diff(path, prepend=0.0)).mean())
+        targets = {"agent": path, "flat": np.zeros(n), "buy_and_hold": np.ones(n),
+                   "best_constant": np.full(n, self.constants[k]),
+                   "random_same_turnover": random_path(n, turnover, self.args.seed + k, LEVELS)}
+        if self.optimum is not None:
+            targets["optimum"] = optimum_path(self.optimum, bars.truth, a, a + n)
+        at, times = slice(a, a + n), utc_times(bars.timestamp[a : a + n])
+        columns = {"timestamp": times, "close": bars.close[at], "next_return": series.ret[at]}
+        if series.known:
+            columns |= {"expected": bars.truth.expected[at], "signal": bars.truth.signal[at],
+                        "regime": bars.truth.regime[at]}
+        names = ("reward", "mean", "change", "held")
+        walks = {who: pd.DataFrame(dict(zip(names, series.walk(target, a, a + n))), index=times)
+                 for who, target in targets.items()}
+        return walks, pd.DataFrame(columns)
 
-@torch.no_grad()
-def overestimation(agent: Agent, judge: Judge, split: str, path_of: list[np.ndarray], n: int = 2048) -> float:
-    """Mean of (predicted - realised) discounted value of the greedy action along its path, scaled reward a decision."""
-    gaps, gamma = [], agent.config["gamma"]
-    for k, (s, path) in enumerate(zip(judge.series, path_of)):
-        a, b = s.rows[split][0], s.rows[split][0] + min(len(path), n)
-        reward, _, _, held = s.walk(path[: b - a], a, b)
-        rows = np.arange(judge.row(k, a), judge.row(k, b))
-        before = np.append(0.0, held[:-1])
-        obs = np.concatenate([judge.pairs.table[rows], np.stack([before, 0 * before], 1)], 1).astype(np.float32)
-        value = agent(torch.from_numpy(obs).to(judge.device)).max(1).values.cpu().numpy()
-        realised, tail = np.empty(len(reward)), 0.0
-        for t in range(len(reward) - 1, -1, -1):
-            tail = realised[t] = agent.reward_scale * reward[t] + gamma * tail
-        keep = max(len(reward) - int(5 / (1 - gamma + 1e-9)), 1)  # the last ones see too little of their future
-        gaps.append(float((value - realised)[:keep].mean()))
-    return float(np.mean(gaps))
+    def score(self, result: dict, loop) -> float:
+        """What best.pt is chosen by. One realised mean is noise: the last three."""
+        value = result["agent"][self.by]
+        loop.recent = [*loop.recent[-2:], value]
+        return float(np.mean(loop.recent)) if self.by == "mean_reward_bps" else value
 
-
-@torch.no_grad()
-def play(agent: Agent, env: ForexVectorEnv, episodes: int, device, deadline: float = math.inf) -> dict:
-    """Greedy episodes of a custom environment: the first of every lane, as many as its share of `episodes`."""
-    share, done = -(-episodes // env.num_envs), [[] for _ in range(env.num_envs)]
-    obs, _ = env.reset(seed=env.seed)
-    while min(len(d) for d in done) < share and time.monotonic() < deadline:
-        action = agent(torch.from_numpy(np.array(obs)).to(device)).argmax(1).cpu().numpy()
-        obs, _, terminated, truncated = env.step_lanes(action)
-        for i in np.flatnonzero(terminated | truncated):
-            done[i].append(env.stats[:2, i].tolist())
-    kept = [episode for lane in done for episode in lane[:share]][:episodes]  # a fast lane must not count for more
-    returns = np.array([r for r, _ in kept]) if kept else np.zeros(1)
-    lengths = np.array([length for _, length in kept]) if kept else np.zeros(1)
-    return {"agent": {"episode_return": float(returns.mean()), "episode_return_std": float(returns.std()),
-                      "episode_length": float(lengths.mean()), "episodes": len(kept)}, "baselines": {},
-            "partial": len(kept) < episodes}
-
-
-def load_agent(path, device="cpu") -> dict:
-    """A checkpoint of this script. Raises CheckpointError (one line)."""
-    state = load_checkpoint(path, device)
-    if state.get("schema") != SCHEMA or not {"config", "agent", "models"} <= set(state):
-        found = f"schema {state.get('schema')}, expected {SCHEMA}; it holds {', '.join(sorted(map(str, state))[:6])}"
-        raise CheckpointError(f"{path}: not a checkpoint of {Path(__file__).name} ({found})")
-    return state
-
-
-def load_policy(checkpoint: str | Path, device: str = "cpu"):
-    """policy(obs) -> actions (B,) int64 from a checkpoint file alone: the greedy policy that evaluation reports.
-
-    obs (B, inputs) float32: the environment's own batch, NumPy. Raises CheckpointError (one line).
-    """
-    state = load_agent(checkpoint, device)
-    agent = Agent(state["config"]).to(device).eval().requires_grad_(False)
-    agent.load_state_dict(state["agent"])
+    def line(self, result: dict) -> str:
+        agent = result["agent"]
+        score = f"score {agent['score']:+.3f}  " if agent.get("score") is not None else ""
+        return f"{score}{agent[self.by]:+.2f} bp  turnover {agent['turnover']:.3f}"
 
     @torch.no_grad()
-    def policy(obs) -> np.ndarray:
-        return agent(torch.as_tensor(np.asarray(obs, np.float32), device=device)).argmax(1).cpu().numpy()
+    def diagnose(self, network: QNetwork, split: str = "eval", n: int = 1024) -> dict:
+        """What the greedy position depends on, on n rows of a split (the same rows at every call)."""
+        rng = np.random.default_rng(0)
+        rows = np.concatenate([np.arange(a, b) for a, b in self.pairs.rows[split]])
+        rows = np.sort(rng.choice(rows, min(n, len(rows)), replace=False))
+        held = torch.from_numpy(rng.integers(-1, 2, len(rows)).astype(np.float32)).to(self.device)
+        mix = torch.from_numpy(rng.permutation(len(rows))).to(self.device)
+        x = torch.from_numpy(self.pairs.table[rows]).to(self.device)
+        obs = torch.cat([x, held[:, None], torch.zeros_like(held)[:, None]], 1)
+        other_rows, other_position = torch.cat([x[mix], obs[:, -2:]], 1), obs.clone()
+        other_position[:, -2] = held[mix]
 
-    return policy
+        q = network(obs)
+        ordered, greedy = q.sort(1).values, q.argmax(1).float() - 1
+        fixed = []  # the market alone varies
+        for position in LEVELS:
+            obs[:, -2] = position
+            fixed.append(network(obs).argmax(1).float().std())
+        obs[:, -2] = held
+        hidden = network.network[:4](obs * network.scale)
+        return {
+            "policy/state_dependence": torch.stack(fixed).mean(), "policy/action_mean": greedy.mean(),
+            "policy/saturation": (greedy != 0).float().mean(), "policy/greedy_gap": (ordered[:, 2] - ordered[:, 1]).mean(),
+            "policy/dead_units": (hidden <= 0).all(0).float().mean(),
+            "policy/attribution_technical": (network(other_rows).argmax(1) - 1 - greedy).abs().mean(),
+            "policy/attribution_position": (network(other_position).argmax(1) - 1 - greedy).abs().mean(),
+            "value/q_mean": q.mean(), "value/q_action_spread": (ordered[:, 2] - ordered[:, 0]).mean()}
 
+    @torch.no_grad()
+    def overestimation(self, network: QNetwork, scale: RewardScale, gamma: float, split: str, n: int = 2048) -> float:
+        """Mean of (predicted - realised) discounted value of the greedy action along its path, scaled reward."""
+        gaps = []
+        for k, path in enumerate(greedy_paths(network, self.pairs, split, self.args)):
+            a, path = self.series[k].rows[split][0], path[:n]
+            reward, _, _, held = self.series[k].walk(path, a, a + len(path))
+            table = self.pairs.table[self.pairs.of(k)][a : a + len(path)]
+            before = np.append(0.0, held[:-1])
+            obs = np.column_stack([table, before, 0 * before]).astype(np.float32)
+            value = network(torch.from_numpy(obs).to(self.device)).max(1).values.cpu().numpy()
+            reward, tail = scale(torch.from_numpy(reward).to(self.device)).cpu().numpy(), 0.0
+            realised = np.array([tail := r + gamma * tail for r in reward[::-1]])[::-1]
+            keep = max(len(reward) - int(5 / (1 - gamma)), 1)  # the last ones see too little of their future
+            gaps.append((value - realised)[:keep].mean())
+        return float(np.mean(gaps))
 
-# ------------------------------------------------------------------------------------------------------- main
-def open_run(args: Args) -> tuple[Path, Path | str | None, dict | None]:
-    """Run directory, checkpoint to start from and its content; refuses what does not fit the flags."""
-    name = args.env_fn or args.data_dir or args.data or "synthetic:signal"
-    name = Path(name.split(",")[0].split("?")[0].replace(":", "-")).stem
-    run_dir = Path(args.run_dir or f"runs/{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    source = args.checkpoint or (find_last(run_dir) if args.resume == "auto" else args.resume)
-    if not args.resume and (run_dir / "metrics.jsonl").exists():
-        raise UsageError(f"--run-dir {run_dir} holds a run already: --resume auto continues it")
-    if not source:
-        return run_dir, None, None
-    state = load_agent(source)
-    if args.resume:
-        if "replay" not in state:
-            raise CheckpointError(f"{source}: holds the agent alone (for evaluation); resume from last.pt")
-        there, here = state["args"], json.loads(json.dumps(asdict(args)))  # tuples as they were saved
-        wrong = [f"{flag(k)} {there.get(k)} there, {here[k]} here" for k in SHAPING if there.get(k) != here[k]]
-        if wrong:
-            raise UsageError(f"{source} was made with other flags: {'; '.join(wrong)}")
-    return run_dir, source, state
+    def finish(self, run: Run, loop, network: QNetwork, scale: RewardScale) -> tuple[dict, dict]:
+        """All splits with traces, and the audit."""
+        (run.dir / "traces").mkdir(exist_ok=True)
+        results = {}
+        for split in ("test", "eval", "train"):
+            results[split], traces = self.evaluate(network, split, run.eval_limit(0.3))
+            if results[split]["partial"]:
+                print(f"{split}: evaluated on {len(traces[''])} bars only (time)")
+            for name, frame in traces.items():
+                frame.to_parquet(run.dir / "traces" / f"{split}{'_' * bool(name)}{name}.parquet")
+        audit = {name.split("/")[1]: float(x) for name, x in self.diagnose(network).items()}
+        audit["overestimation"] = self.overestimation(network, scale, run.args.gamma, "eval")
+        audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(self.series, LEVELS)
+        audit["verdict"], audit["reasons"] = verdict(audit, results["eval"]["agent"], loop.updates)
+        record = {f"eval/{split}/{k}": v for split in ("train", "test") for k, v in results[split]["agent"].items()}
+        run.log(record | {"value/overestimation": audit["overestimation"]}, loop)
+        for name, pair in results["test"]["symbols"].items():
+            best = max(pair["baselines"], key=lambda who: pair["baselines"][who]["mean_reward_bps"])
+            print(f"test {name}: agent {pair['agent']['mean_reward_bps']:+.2f} bp a bar, best baseline {best} "
+                  f"{pair['baselines'][best]['mean_reward_bps']:+.2f}")
+        return {split: results[split] for split in SPLITS}, audit
 
-
-def agent_config(args: Args, env: ForexVectorEnv) -> dict:
-    """Plain values that rebuild the agent from a checkpoint alone."""
-    inputs, market = env.single_observation_space.shape[0], args.env_fn is None
-    return {
-        "inputs": inputs, "columns": inputs - 2 if market else 0, "actions": int(env.single_action_space.n),
-        "hidden": args.hidden, "dueling": args.dueling, "all_actions": args.all_actions and market, "gamma": args.gamma,
-        "reward_scaling": args.reward_scaling and market, "leverage": args.leverage,
-        "feature_cols": list(args.feature_cols) if market else []}
-
-
-def choose_device(args: Args) -> tuple[torch.device, str]:
-    """Device of torch and backend of the environment, from the flags and what works."""
-    works = probe_cuda() if args.cuda or args.backend == "cuda" else (False, False)
-    device = torch.device("cuda" if args.cuda and works[0] else "cpu")
-    if args.backend == "cuda" and not works[1]:
-        raise UsageError("--backend cuda: no CUDA device on which a numba kernel runs")
-    if args.backend != "auto":
-        return device, args.backend
-    fits = not args.env_fn and args.vec_mode in ("auto", "single") and not args.async_halves
-    return device, "cuda" if works[1] and device.type == "cuda" and fits else "cpu"
-
-
-def build_env(args: Args, pairs: Pairs | None, lanes: int, backend: str, monitor: Path | None):
-    """The training environment and how its mode was found: (env, performance). `auto` measures every candidate."""
-    cores = os.cpu_count() or 1
-    make = partial(
-        ForexVectorEnv, pairs, "train", lanes, async_halves=args.async_halves, backend=backend, env_fn=args.env_fn,
-        bars_per_year=pairs.series[0].bars_per_year if pairs else 1.0, on_worker_death=args.on_worker_death,
-        timeout=args.worker_timeout, **env_flags(args))
-    mode, workers, table = args.vec_mode, args.num_workers or min(cores, lanes // 2 or 1), []
-    if mode == "auto" and backend == "cuda":
-        mode, workers = "single", 1
-        print("vec-mode single: the lanes step on the GPU")
-    elif mode == "auto":
-        counts = [args.num_workers] if args.num_workers else sorted({1, workers})
-        candidates = [{"vec_mode": "single", "num_workers": 1}, {"vec_mode": "dummy", "num_workers": 1}]
-        candidates += [{"vec_mode": "subproc", "num_workers": w} for w in counts]
-        table = probe(make, candidates, 0.25)
-        best = max(table, key=lambda row: row["steps_per_s"])
-        mode, workers = best["vec_mode"], best["num_workers"]
-        for row in table:
-            print(f"  {row['vec_mode']:8} {row['num_workers']} worker(s) {row['steps_per_s']:>14,.0f} lane-steps/s"
-                  + (f"  ({row['error']})" if "error" in row else ""))
-        print(f"vec-mode {mode}" + (f", {workers} workers" if mode == "subproc" else ", one process: it wins here"))
-    ForexVectorEnv.builds = 0  # the probe's do not count
-    env = make(vec_mode=mode, num_workers=workers, monitor=monitor)
-    return env, {"mode": mode, "workers": workers if mode == "subproc" else 0, "lanes": lanes, "backend": backend,
-                 "probe": table}
+    def close(self):
+        pass
 
 
-def rescale_by_measure(env: ForexVectorEnv, seconds: float = 0.2) -> list[dict]:
-    """One worker less and one more, measured between steps; the fastest stays. The trajectories are not touched."""
-    state, monitor, env.log = env.get_state(), env.log, None
-    actions = np.ones(env.num_envs, np.int64)
-    cores, table = os.cpu_count() or 1, []
-    for workers in sorted({max(env.num_workers - 1, 1), env.num_workers, min(env.num_workers + 1, 2 * cores)}):
-        env.rescale(workers)
-        env.step_lanes(actions)
-        steps, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            env.step_lanes(actions)
-            steps += 1
-        table.append({"workers": workers, "steps_per_s": steps * env.num_envs / (time.perf_counter() - began)})
-    env.rescale(max(table, key=lambda row: row["steps_per_s"])["workers"])
-    env.set_state(state)
-    env.log = monitor
-    return table
+class CustomJudge:
+    """Evaluates on a user's environments: greedy episodes in workers of their own."""
+
+    COLUMNS = ("episode_return", "episode_return_std", "episode_length", "episodes")
+    by = "episode_return"
+
+    def __init__(self, args: Args, device):
+        mode = {"vec_mode": "dummy"} if args.vec_mode == "dummy" else {"vec_mode": "subproc"}
+        self.envs, self.device = CustomVectorEnv(
+            args.env_fn, 10, args.seed + 10**6, on_worker_death=args.on_worker_death, worker_timeout=args.worker_timeout,
+            **mode), device
+
+    @torch.no_grad()
+    def evaluate(self, network: QNetwork, split: str, seconds: float = math.inf) -> tuple[dict, dict]:
+        """The first episodes of every lane, as many of each: a fast lane must not count for more."""
+        envs, until = self.envs, time.monotonic() + seconds
+        share, done = -(-EVAL_EPISODES // envs.num_envs), [[] for _ in range(envs.num_envs)]
+        envs.reset(seed=envs.seed)
+        for _ in range(EVAL_STEPS):
+            if min(map(len, done)) >= share or time.monotonic() > until:
+                break
+            _, terminated, truncated = envs.step_lanes(network(envs.obs.to(self.device)).argmax(1).cpu())
+            for i in (terminated | truncated).nonzero()[:, 0].tolist():
+                done[i].append(envs.stats[:2, i].tolist())
+        kept = np.array([episode for lane in done for episode in lane[:share]]).reshape(-1, 2)
+        partly = len(kept) < share * envs.num_envs
+        kept = kept if len(kept) else np.full((1, 2), np.nan)
+        return {"agent": {"episode_return": kept[:, 0].mean(), "episode_return_std": kept[:, 0].std(),
+                          "episode_length": kept[:, 1].mean(), "episodes": int(np.isfinite(kept[:, 0]).sum())},
+                "baselines": {}, "partial": partly}, {}
+
+    def score(self, result: dict, loop) -> float:
+        return result["agent"][self.by]
+
+    def line(self, result: dict) -> str:
+        return f"return {result['agent'][self.by]:.1f} over {result['agent']['episodes']} episodes"
+
+    def diagnose(self, network: QNetwork) -> dict:
+        return {}
+
+    def finish(self, run: Run, loop, network: QNetwork, scale: RewardScale) -> tuple[dict, dict]:
+        result, _ = self.evaluate(network, "eval", run.eval_limit(0.5))
+        found = f"mean {self.line(result)} of a custom environment"
+        return {"eval": result}, {"verdict": "healthy" if loop.updates else "untrained", "reasons": [found]}
+
+    def close(self):
+        self.envs.close()
 
 
-def cpu_state(module: nn.Module) -> dict:
-    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+def judge_and_keep(run: Run, loop, averaged: QNetwork, judge, record: dict):
+    """Evaluate on the eval split, log everything, keep the best agent."""
+    run.phase("eval")
+    result, _ = judge.evaluate(averaged, "eval", run.eval_limit(0.3))
+    record = record | judge.diagnose(averaged) | {f"eval/eval/{k}": v for k, v in result["agent"].items()}
+    run.log(record, loop)
+    score, loop.judged = judge.score(result, loop), loop.updates
+    if run.keep_best(score, loop):
+        loop.stale = 0
+    elif loop.updates:
+        loop.stale += 1
+    print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  eval "
+          f"{judge.line(result)}", flush=True)
 
 
+# --------------------------------------------------------------------------------------------- main
+@dataclass
+class Loop:
+    global_step: int = 0  # transitions sent off
+    updates: int = 0
+    judged: int = 0  # updates at the last evaluation
+    stale: int = 0  # evaluations without a better one
+    recent: list = field(default_factory=list)  # last scores
+
+
+@experiment
 def main(argv: list[str] | None = None) -> dict:
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
-    args = parse_args(Args, argv)
-    guard = TimeoutGuard(args.timeout, from_process_start=None if argv is None else False)
-    built, ForexVectorEnv.builds = [], 0
-    try:
-        return run(args, guard, built)
-    finally:
-        for env in built:
-            env.close()
-        guard.close()
+    run = Run(Args, argv, schema=SCHEMA)
+    args, device = run.args, run.device
+    pairs = None if args.env_fn else load_pairs(args, run.state["config"]["models"] if run.state else None)
+    envs, performance = build_lanes(run, pairs)
+    run.closing(envs)
+    judge = run.closing(CustomJudge(args, device) if pairs is None else MarketJudge(pairs, args, device))
+    config = agent_config(args, pairs, envs) if run.state is None else run.state["config"]
+    q_network, target_network, averaged = (QNetwork(config).to(device) for _ in range(3))
+    move_towards(target_network, q_network, 1.0)
+    move_towards(averaged, q_network, 1.0)
+    reward_scale = RewardScale().to(device)
+    optimizer = torch.optim.AdamW(q_network.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    table, bars, full_position = market_tensors(pairs, args, device)
+    rb = Replay(args.buffer_size, args.lanes, len(OWN) if pairs else config["inputs"], table, device)
+    run.open(*identity(args, pairs))
+    monitor = run.closing(Monitor(run.dir / "monitor.csv", args.env_fn or "cleanrl_crypto/Forex-v0", envs, run.resumed))
+    collector = Collector(envs, rb, monitor)
+    # all that a resumed run needs, by name; the collector first, as it takes in what is in flight
+    loop = run.restore(
+        Loop(), config, policy=dict(agent=averaged, reward_scale=reward_scale), collector=collector, learner=q_network,
+        target=target_network, optimizer=optimizer, envs=envs, replay=rb, monitor=monitor)
 
+    if run.state is None:
+        judge_and_keep(run, loop, averaged, judge, {})
+    while not args.eval_only and loop.global_step < args.total_timesteps and not finished(run, loop):
+        # ALGO LOGIC: action; every step of the lanes is sent off, the learner works, then its result is taken in
+        run.phase("rollout")
+        epsilon = linear_schedule(START_E, args.end_e, args.exploration_fraction * args.total_timesteps, loop.global_step)
+        explore = run.rng.random(args.lanes) < (epsilon if loop.global_step >= args.learning_starts else 1.0)
+        explore = torch.from_numpy(explore).to(device)
+        choices = torch.from_numpy(run.rng.integers(0, envs.actions, args.lanes)).to(device)
+        for half, lanes in enumerate(envs.spans):
+            collector.take_in(half)
+            obs = envs.obs[lanes].to(device)
+            with torch.no_grad():
+                greedy = q_network(obs).argmax(1)
+            collector.send(half, obs, torch.where(explore[lanes], choices[lanes], greedy))
+        if pairs:  # where the lanes stood, whatever they did there
+            reward_scale.watch(full_position[rb.row[rb.slot(collector.step - 1)].long()])
+        loop.global_step += args.lanes
 
-def run(args: Args, guard: TimeoutGuard, built: list) -> dict:
-    with guard.phase("setup"):
-        run_dir, source, state = open_run(args)
-        threads = args.torch_threads or os.cpu_count() or 1
-        torch.set_num_threads(threads)
-        nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
-        device, backend = choose_device(args)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # noqa: NPY002 (other libraries draw from it)
-        torch.manual_seed(args.seed)
-        torch.use_deterministic_algorithms(args.torch_deterministic and device.type == "cpu")
-        torch.backends.cudnn.deterministic = args.torch_deterministic
+        # ALGO LOGIC: training
+        if rb.total * args.lanes >= args.learning_starts and rb.total:
+            run.phase("learn")
+            rate = args.learning_rate * cosine(rb.total * args.lanes, args.total_timesteps)
+            optimizer.param_groups[0]["lr"] = rate
+            for _ in range(args.updates_per_step):
+                batch = rb.sample(run.rng, args.batch_size)
+                with torch.no_grad():
+                    reward = reward_scale(batch.reward) if pairs else batch.reward
+                    next_target, next_online = target_network(batch.next_obs), q_network(batch.next_obs)
+                    target = td_target(reward, batch.terminated, args.gamma, next_target, next_online)
+                q_values = q_network(batch.obs).gather(1, batch.action[:, None])[:, 0]
+                loss = F.smooth_l1_loss(q_values, target)
 
-        # data
-        market, pairs = args.env_fn is None, None
-        if market:
-            fitted = [ColumnModel.from_state_dict(m) for m in state["models"]] if state else None  # its own fits
-            pairs = load_pairs(args, fitted)
-            first = pairs.series[0]
-            spans = "; ".join(f"{k} {int(np.diff(r).sum())} bars" for k, r in pairs.rows.items())
-            cost = ", ".join(f"{n} {np.median(pairs.cost[a:b]) / BP:.2f}" for n, (a, b) in
-                             zip(pairs.names, pairs.rows["train"]))
-            print(f"{args.data_dir or args.data or 'synthetic:signal'}: {len(pairs.names)} pairs, {spans}; "
-                  f"{pairs.table.shape[1] - 1} columns; median cost in bp a side: {cost}")
-            for gap in (b.gaps[0] for b in pairs.series if b.gaps[0]["count"]):
-                print(f"{gap['name']}: {gap['count']} gaps, longest {gap['longest_bars']} bars at {gap['longest_at']}"
-                      f" ({args.weekend} over closed hours)")
-            if args.select == "expected" and not first.truth:
-                raise UsageError("--select expected: the conditional mean is known on synthetic markets only")
-            expected = args.select == "expected" or (args.select == "auto" and first.truth)
-            by = "mean_expected_bps" if expected else "mean_reward_bps"
-        else:
-            by = "episode_return"
-            print(f"--env-fn {args.env_fn}: plain DQN, unscaled rewards, no baselines")
-        lanes = args.num_envs or (1024 if market else 8)
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                loop.updates += 1
+                if loop.updates % args.target_network_frequency == 0:
+                    move_towards(target_network, q_network, args.tau)
+            move_towards(averaged, q_network, 1 - AVERAGE**args.updates_per_step)
 
-        # logging: metrics.jsonl is the record of truth, TensorBoard and wandb mirror it
-        step0 = state["global_step"] if args.resume and state else 0
-        if args.track:
-            try:
-                import wandb
-            except ImportError as e:
-                raise UsageError(f"--track: {e}; pip install wandb") from e
-        try:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UsageError(f"--run-dir {run_dir}: {e.strerror}") from e
-
-        # environment and agent
-        monitor = run_dir / "monitor.csv" if args.monitor and not args.eval_only else None
-        if monitor and not step0:
-            monitor.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        if args.eval_only and market:
-            env, performance = None, {}
-            config = state["config"] | {"leverage": args.leverage}
-            if config["feature_cols"] != list(args.feature_cols):
-                columns = " ".join(config["feature_cols"])
-                raise UsageError(f"--feature-cols: {source} was made with the columns {columns}")
-        else:
-            try:
-                env, performance = build_env(args, pairs, lanes, backend, monitor)
-            except (ValueError, ImportError) as e:
-                raise UsageError(str(e).splitlines()[0]) from e
-            built.append(env)
-            env.reset(seed=args.seed)
-            config = agent_config(args, env) if not args.eval_only else state["config"]
-        eval_env = None
-        if not market:
-            eval_env = ForexVectorEnv(
-                None, "eval", min(10, args.eval_episodes), vec_mode="dummy", env_fn=args.env_fn, seed=args.seed + 10**6)
-            built.append(eval_env)
-        write_json_atomic(asdict(args), run_dir / "args.json")
-        path, kept = run_dir / "metrics.jsonl", []
-        if step0 and path.exists():  # cut back to the checkpoint
-            kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n")][: state["log_lines"]]
-        path.write_text("".join(kept))
-        jsonl, lines = open(path, "a"), len(kept)
-        writer = SummaryWriter(str(run_dir), purge_step=step0 or None)
-        if not step0:
-            rows = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        if args.track:
-            wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, mode=args.wandb_mode, dir=str(run_dir),
-                config=asdict(args), name=run_dir.name, id=run_dir.name.replace("/", "_"), resume="allow")
-
-        agent = Agent(config).to(device)
-        averaged = Agent(config).to(device).eval().requires_grad_(False)  # what evaluation, checkpoints and users see
-        averaged.load_state_dict(agent.state_dict())
-        optimizer = torch.optim.AdamW(agent.online.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay,
-                                      fused=True)
-        rng = np.random.default_rng(args.seed)
-        table = Table(pairs, device) if market else None
-        judge = Judge(pairs, args, device) if market else None
-        width = 2 if market else config["inputs"]
-        replay = Replay(0 if args.eval_only else args.buffer_size, lanes, width)
-        global_step = updates = drawn = vec_step = stale = 0
-        best = {"score": -math.inf, "step": 0, "agent": None, "updates": 0}
-        averages, recent, timing, eval_seconds, rescaled = {}, [], {"steps": 0, "seconds": 0.0}, 0.0, []
-        ended = []  # (return, length) of the episodes since the last log point, (2, n) each
-        if state:
-            averaged.load_state_dict(state["agent"])
-            best |= {"agent": cpu_state(averaged), "step": state["global_step"]}
-        if step0:
-            agent.load_state_dict(state["learner"])
-            flags = {k: optimizer.param_groups[0][k] for k in ("weight_decay",)}
-            optimizer.load_state_dict(state["optimizer"])
-            optimizer.param_groups[0].update(flags)  # these may differ from the run that is continued
-            env.set_state(state["env"])
-            replay.set_state(state["replay"])
-            if not market:  # their episodes start anew: no return runs across the seam
-                last = (state["vec_step"] - 1) % replay.steps * lanes
-                replay.truncated[last : last + lanes] = True
-            rng.bit_generator.state = json.loads(state["rng_numpy"])
-            torch.set_rng_state(state["rng_torch"])
-            global_step, updates, drawn, vec_step, stale = (
-                state[k] for k in ("global_step", "updates", "drawn", "vec_step", "stale"))
-            best, averages, recent = state["best"], state["averages"], state["recent"]
-            ended = [] if state["ended"] is None else [state["ended"].numpy()]
-            if monitor and monitor.exists():
-                env.log.flush()
-                os.truncate(monitor, min(state["monitor_bytes"], monitor.stat().st_size))
-            print(f"resumed {source} at {global_step} transitions, {updates} updates")
-
-    def log(record: dict, step: int):
-        nonlocal lines
-        record = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
-        jsonl.write(json.dumps({"global_step": step, "wall": round(guard.elapsed(), 3)} | record) + "\n")
-        jsonl.flush()
-        lines += 1
-        for key, value in record.items():
-            if value is not None:
-                writer.add_scalar(key, value, step)
-        if args.track:
-            wandb.log({k: v for k, v in record.items() if v is not None}, step=step)
-
-    def save(name: str, whole: bool = False):
-        """The agent alone, or everything that a resumed run needs."""
-        state = {
-            "schema": SCHEMA, "config": config, "args": json.loads(json.dumps(asdict(args))),
-            "agent": cpu_state(averaged), "models": [m.state_dict() for m in pairs.models] if market else [],
-            "global_step": global_step, "updates": updates}
-        if whole:
-            if env.log:
-                env.log.flush()
-            state |= {
-                "learner": cpu_state(agent), "optimizer": optimizer.state_dict(), "env": env.get_state(),
-                "replay": replay.get_state(), "rng_numpy": json.dumps(rng.bit_generator.state),
-                "rng_torch": torch.get_rng_state(), "best": best, "drawn": drawn, "vec_step": vec_step, "stale": stale,
-                "averages": averages, "recent": recent, "log_lines": lines,
-                "ended": torch.from_numpy(np.concatenate(ended, 1)) if ended else None,
-                "monitor_bytes": monitor.stat().st_size if monitor else 0}
-        with guard.phase("io"):
-            save_atomic(state, run_dir / "checkpoints" / name)
-
-    def epsilon() -> float:
-        span = max(args.exploration_fraction * args.total_timesteps, 1)
-        return max(args.end_e, args.start_e + (args.end_e - args.start_e) * vec_step * lanes / span)  # of steps sent
-
-    def evaluate_and_choose():
-        """Evaluate on the eval split (or play), log, keep the best agent."""
-        nonlocal stale, eval_seconds
-        began = time.monotonic()
-        deadline = began + (args.eval_timeout or math.inf)
-        if market:
-            result, _ = judge.evaluate(averaged, "eval", deadline)
-            seen = diagnose(averaged, pairs, "eval", epsilon(), device)
-            keys = ("state_dependence", "action_mean", "saturation", "greedy_gap", "dead_units")
-            record = {"policy/entropy": seen["policy_entropy"]} | {f"policy/{k}": seen[k] for k in keys}
-            record |= {f"value/{k}": seen[k] for k in ("q_mean", "q_action_spread")}
-            record |= {f"policy/attribution_{k}": v for k, v in seen["attribution"].items()}
-            more = f"turnover {result['agent']['turnover']:.3f}  state_dependence {seen['state_dependence']:.2f}"
-        else:
-            result, record = play(averaged, eval_env, args.eval_episodes, device, deadline), {}
-            more = f"over {result['agent']['episodes']} episodes"
-        mine = result["agent"]
-        log({f"eval/eval/{k}": v for k, v in mine.items()} | record, global_step)
-        recent.append(mine[by])
-        value = float(np.mean(recent[-3:])) if by == "mean_reward_bps" else mine[by]  # one realised mean is noise
-        if updates and value > best["score"]:
-            best.update(score=value, step=global_step, updates=updates, agent=cpu_state(averaged))
-            stale = 0
-            save("best.pt")
-        elif updates:
-            stale += 1
-        eval_seconds = time.monotonic() - began
-        score = f"score {mine['score']:+.3f}  " if mine.get("score") is not None else ""
-        unit = " bp" if market else ""
-        print(f"{guard.elapsed():6.0f} s  {global_step:>9} transitions  {updates:>6} updates"
-              f"  eval {score}{value:+.2f}{unit}  {more}", flush=True)
-
-    # the loop: every step of the lanes is sent off, the learner works, then its result is taken in
-    flying = [False] * (env.halves if env else 0)
-    if env:
-        obs = torch.as_tensor(env.obs, device=device) if backend == "cuda" else torch.from_numpy(env.obs)
-        row, small = env.host(env.row).copy(), env.host(env.obs)[:, -width:].copy()
-        actions = np.zeros(lanes, np.int64)
-
-    def collect(half: int):
-        """Take in the step of a half: transitions to replay, episodes to the log."""
-        nonlocal global_step
-        _, reward, terminated, truncated = (env.host(x) for x in env.recv(half))
-        span, flying[half] = env.spans[half], False
-        after = env.host(env.obs)[span, -width:].copy()
-        following, done = after.copy(), terminated | truncated
-        if done.any():
-            following[done] = env.host(env.final_obs)[span, -width:][done]
-            ended.append(env.host(env.stats)[:2, span][:, done])
-        replay.put(vec_step - 1, span, row=row[span], state=small[span], action=actions[span], reward=reward,
-                   next_state=following, terminated=terminated, truncated=truncated)
-        row[span], small[span] = env.host(env.row)[span], after
-        global_step += span.stop - span.start
-
-    def collect_all():
-        for half in range(len(flying)):
-            if flying[half]:
-                collect(half)
-        replay.total = vec_step
-
-    if not step0 and not args.eval_only:
-        with guard.phase("eval"):
-            evaluate_and_choose()
-    saved, marked, step_marked = time.monotonic(), time.monotonic(), global_step
-    interval = max(args.eval_interval // lanes, 1)  # vector steps
-    while not args.eval_only and vec_step * lanes < args.total_timesteps:
-        if guard.should_stop(4.0 + 7.0 * eval_seconds):  # the final evaluations took 5 to 6 of these, the report 3 s
-            break
-        with guard.phase("rollout"):
-            draws, choices = rng.random(lanes), rng.integers(0, config["actions"], lanes)
-            explore = draws < (1.0 if vec_step * lanes < args.learning_starts else epsilon())
-            for half, span in enumerate(env.spans):
-                if flying[half]:
-                    collect(half)
-                if explore[span].all():
-                    greedy = choices[span]
-                else:
-                    with torch.no_grad():
-                        greedy = agent(obs[span].to(device)).argmax(1).cpu().numpy()
-                actions[span] = np.where(explore[span], choices[span], greedy)
-                env.send(half, actions[span])
-                flying[half] = True
-            if market:  # at the rows the lanes stand on: does not depend on when a step is taken in
-                agent.watch_rewards(np.log1p(np.maximum(args.leverage * pairs.ret[row], RUIN - 1)))
-            replay.total = vec_step  # what is in flight is not in replay yet
-            vec_step += 1
-
-        learning = global_step >= args.learning_starts and replay.total > args.n_step and args.updates_per_step > 0
-        if learning and vec_step % args.train_frequency == 0:
-            with guard.phase("learn"):
-                decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, global_step / args.total_timesteps)))
-                optimizer.param_groups[0]["lr"] = args.learning_rate * decay
-                for _ in range(args.updates_per_step):
-                    at = replay.sample(rng, args.batch_size, args.n_step)
-                    if config["all_actions"]:
-                        rows = torch.from_numpy(replay.row[at].astype(np.int64)).to(device)
-                        loss, q_mean, target_mean = all_action_loss(agent, table, rows, args.double_q)
-                    else:
-                        loss, q_mean, target_mean = replay_loss(
-                            agent, replay, table, at, args.n_step, args.double_q, device)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    grad_norm = nn.utils.clip_grad_norm_(agent.online.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    updates += 1
-                    drawn += args.batch_size
-                    if updates % args.target_network_frequency == 0:
-                        torch._foreach_lerp_(
-                            list(agent.target.parameters()), list(agent.online.parameters()), args.tau)
-                torch._foreach_lerp_(list(averaged.parameters()), list(agent.parameters()),
-                                     1 - args.average**args.updates_per_step)
-                averaged.reward_stats.copy_(agent.reward_stats)
-
-        if vec_step % interval == 0 and updates:
-            with guard.phase("rollout"):
-                collect_all()
-            if not math.isfinite(loss_now := float(loss.detach())):
-                raise FloatingPointError(f"the loss is not finite after {updates} updates: lower --learning-rate")
-            if ended:  # since the last log point
-                r, length = np.concatenate(ended, 1).mean(1).tolist()
-                averages |= {"charts/episodic_return": r, "charts/episodic_length": length}
-                ended.clear()
-            if market:  # of the last step
-                at = slice((vec_step - 1) % replay.steps * lanes, ((vec_step - 1) % replay.steps + 1) * lanes)
-                held, move = replay.next_state[at, 0], np.abs(replay.next_state[at, 0] - replay.state[at, 0])
-                paid = pairs.cost[replay.row[at]] * move / BP
-                averages |= {"env/turnover": float(move.mean()), "env/exposure": float(held.mean()),
-                             "env/costs": float(paid.mean())}
-            averages |= {
-                "losses/td_loss": loss_now, "losses/q_values": float(q_mean), "losses/grad_norm": float(grad_norm),
-                "losses/target_mean": float(target_mean), "charts/learning_rate": args.learning_rate * decay,
-                "charts/epsilon": epsilon(), "env/restarts": float(env.restarts)}
-            steps, seconds = global_step - step_marked, max(time.monotonic() - marked, 1e-9)
-            timing["steps"] += steps
-            timing["seconds"] += seconds
-            charts = {"SPS": steps / seconds, "updates": updates, "replay_ratio": updates / global_step,
-                      "samples_per_transition": drawn / global_step}
-            log(averages | {f"charts/{k}": v for k, v in charts.items()}
-                | {f"time/{k}": v for k, v in guard.phases().items()}, global_step)
-            with guard.phase("eval"):
-                evaluate_and_choose()
+        # evaluate, log, keep the best
+        if run.every(args.eval_interval, loop.global_step) and loop.judged < loop.updates:
+            run.phase("rollout")
+            record = collector.charts(bars)
+            record |= {
+                "losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean(),
+                "losses/target_mean": target.mean(), "losses/grad_norm": grad_norm, "charts/learning_rate": rate,
+                "charts/epsilon": epsilon} | run.charts(loop, loop.updates * args.batch_size)
+            if not math.isfinite(record["losses/td_loss"]):
+                raise CheckFailed(f"the loss is not finite after {loop.updates} updates: lower --learning-rate")
+            judge_and_keep(run, loop, averaged, judge, record)
             if args.rescale:
-                with guard.phase("setup"):
-                    rescaled.append(rescale_by_measure(env))
-            marked, step_marked = time.monotonic(), global_step
-            if args.patience and stale >= args.patience:
-                print(f"no better agent in {stale} evaluations (--patience): stopping at {global_step} transitions")
-                break
-        if time.monotonic() - saved > args.checkpoint_interval:
-            collect_all()
-            save("last.pt", whole=True)
-            if args.keep_checkpoints:
-                save(f"step_{global_step}.pt")
-                rotate(run_dir / "checkpoints", args.keep_checkpoints)
-            saved = time.monotonic()
+                performance["rescaled"].append(rescale_by_measure(envs))
+        run.checkpoint(loop)
 
-    # the best agent on the eval split is what is reported
-    if not args.eval_only:
-        collect_all()
-        save("last.pt", whole=True)
-        if best["agent"]:
-            averaged.load_state_dict(best["agent"])
-        if not (run_dir / "checkpoints" / "best.pt").exists():
-            save("best.pt")
-    made, results, audit = state["updates"] if args.eval_only else updates, {}, {}
-    with guard.phase("eval"):
-        if market:
-            (run_dir / "traces").mkdir(exist_ok=True)
-            for split in ("test", "eval", "train"):
-                seconds = min(args.eval_timeout or math.inf, max(0.3 * guard.remaining(), 0.1))
-                results[split], traces = judge.evaluate(averaged, split, time.monotonic() + seconds)
-                if results[split]["partial"]:
-                    print(f"{split}: evaluated on {len(traces['']['close'])} bars only (time)")
-                for name, columns in traces.items():
-                    pd.DataFrame(columns).to_parquet(run_dir / "traces" / f"{split}{'_' * bool(name)}{name}.parquet")
-            audit = diagnose(averaged, pairs, "eval", epsilon(), device)
-            paths = target_paths(averaged, pairs, "eval", args, device, time.monotonic() + 0.2 * guard.remaining())
-            audit["overestimation"] = overestimation(averaged, judge, "eval", paths)
-            audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(judge.series, LEVELS)
-            audit["replay_ratio"] = updates / max(global_step, 1)
-            audit["verdict"], audit["reasons"] = verdict(audit, results["eval"]["agent"], made)
-            record = {"value/overestimation": audit["overestimation"]}
-            for split in ("train", "test"):
-                record |= {f"eval/{split}/{k}": v for k, v in results[split]["agent"].items()}
-            log(record, global_step)
-        else:
-            until = time.monotonic() + 0.5 * guard.remaining()
-            results["eval"] = play(averaged, eval_env, args.eval_episodes, device, until)
-            found = f"mean return {results['eval']['agent']['episode_return']:.1f} of a custom environment"
-            audit = {"verdict": "healthy" if made else "untrained", "replay_ratio": updates / max(global_step, 1),
-                     "reasons": [found]}
-    builds = ForexVectorEnv.builds
-    if env:
-        rate = timing["steps"] / timing["seconds"] if timing["seconds"] else None
-        performance |= {"workers": len(env.processes), "steps_per_s": rate, "restarts": env.restarts,
-                        "rescaled": rescaled, "worker_usage": env.worker_usage()}
-    for one in built:
-        one.close()
-    writer.close()
-    jsonl.close()
-    if args.track:
-        wandb.finish()
-
-    summary = {
-        "status": guard.status, "command": shlex.join(sys.argv), "global_step": global_step, "updates": updates,
-        "replay_ratio": audit["replay_ratio"], "samples_per_transition": drawn / max(global_step, 1),
-        "best_step": best["step"], "best_updates": best["updates"], "selected_by": by, "env_builds": builds,
-        "buffer_allocations": pool.stats()["allocations"],
-        "sps": timing["steps"] / timing["seconds"] if timing["seconds"] else None,
-        "eval": {s: results[s] for s in SPLITS if s in results}, "audit": audit, "performance": performance,
-        "versions": {m.__name__: m.__version__ for m in (torch, np, nb, gym)} | {"python": sys.version.split()[0]},
-        "device": {"torch": str(device), "backend": backend, "threads": threads, "cpu_count": os.cpu_count()},
-        "data": {"spec": args.env_fn or args.data_dir or args.data or "synthetic:signal"}}
-    if market:
-        summary["data"] |= {
-            "names": list(pairs.names), "sha256": [b.sha256 for b in pairs.series], "rows": pairs.rows,
-            "bars": [len(b.close) for b in pairs.series], "gaps": [b.gaps[0] for b in pairs.series],
-            "columns": [*args.feature_cols, "cost_bps", "exposure", "drawdown_today"]}
-
-    def write_summary():
-        summary.update(wall_seconds=guard.elapsed(), phases=guard.phases())
-        write_json_atomic(summary, run_dir / "summary.json")
-
-    write_summary()  # the report reads it
-    if args.report and guard.remaining() < 4:
-        print(f"no time for report.html: python scripts/report.py {run_dir}")
-    elif args.report:
-        with guard.phase("report"):
-            from scripts import report
-
-            try:
-                report.main([str(run_dir)])
-            except (SystemExit, OSError) as e:  # the run is safe: its files make the report again
-                print(f"report.html was not written ({e}); again: python scripts/report.py {run_dir}", file=sys.stderr)
-    print_table(summary)
-    print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
-    print(f"{run_dir}: summary.json" + (", report.html" if (run_dir / "report.html").exists() else ""))
-    write_summary()
-    return summary | {"run_dir": str(run_dir), "exit_code": guard.exit_code}
+    # the best agent on the eval split is what is reported; the last one is a candidate too
+    run.phase("eval")
+    collector.land()
+    if loop.judged < loop.updates and not args.eval_only:
+        judge_and_keep(run, loop, averaged, judge, collector.charts(bars) | run.charts(loop, loop.updates * args.batch_size))
+    run.use_best(loop)
+    run.phase("eval")
+    results, audit = judge.finish(run, loop, averaged, reward_scale)
+    performance |= {"workers": len(envs.processes), "restarts": envs.restarts, "worker_usage": envs.worker_usage()}
+    return run.finish(
+        loop, results, audit, judge.COLUMNS, selected_by=judge.by, performance=performance,
+        samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1))
 
 
-def print_table(summary: dict):
-    """Agent beside baselines, split by split; then pair by pair on test."""
-    from rich.console import Console
-    from rich.table import Table
+def identity(args: Args, pairs: Pairs | None) -> tuple[str, dict]:
+    """Name of the run's folder, and what the run is about."""
+    if pairs is None:
+        print(f"--env-fn {args.env_fn}: unscaled rewards, no baselines")
+        return args.env_fn.replace(":", "-"), {"spec": args.env_fn}
+    name = Path(args.data.split(",")[0].split("?")[0].replace(":", "-")).stem
+    return name, describe_pairs(args, pairs)
 
-    done = f"{summary['status']} after {summary['global_step']} transitions, {summary['updates']} updates"
-    table = Table(title=f"{summary['data']['spec']}: {done}")
-    keys = ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "max_drawdown", "turnover", "exposure", "trades")
-    if "test" not in summary["eval"]:
-        keys = ("episode_return", "episode_return_std", "episode_length", "episodes")
-    for name in ("split", "who", *keys):
-        table.add_column(name, justify="left" if name in ("split", "who") else "right")
-    blocks = list(summary["eval"].items())
-    blocks += [(f"test {name}", r) for name, r in summary["eval"].get("test", {}).get("symbols", {}).items()]
-    for split, result in blocks:
-        rows = {"agent": result["agent"]} | result["baselines"]
-        for name, metrics in rows.items():
-            values = [metrics.get(k) for k in keys]
-            cells = ["" if x is None else str(x) if isinstance(x, int) else f"{x:.3f}" for x in values]
-            table.add_row(split if name == "agent" else "", name, *cells, end_section=name == list(rows)[-1])
-    Console(width=130).print(table)
+
+def market_tensors(pairs: Pairs | None, args: Args, device):
+    """On the learner's device: the columns, the bars, and log growth of a full position (R,); None without a market."""
+    if pairs is None:
+        return None, None, None
+    growth = np.log1p(np.maximum(args.leverage * pairs.bars[:, RET], RUIN - 1))
+    return tuple(torch.from_numpy(x).to(device) for x in (pairs.table, pairs.bars, growth))
+
+
+def finished(run: Run, loop: Loop) -> bool:
+    """No more time, or (--patience) no better agent: a resumed run stops at once then."""
+    if run.args.patience and loop.stale >= run.args.patience:
+        print(f"no better agent in {loop.stale} evaluations (--patience): stopping at {loop.global_step} transitions")
+        return True
+    return run.out_of_time()
 
 
 if FORK_SERVER in os.environ:
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # or a worker's first collection of garbage would copy what it shares
 
 if __name__ == "__main__":
-    try:
-        code = main()["exit_code"]
-    except (UsageError, DataError, CheckpointError, FloatingPointError, WorkerError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 1 if isinstance(e, (FloatingPointError, WorkerError)) else 2
-    except OSError as e:  # a full disk under a log, a folder that went away
-        print(f"error: {e.filename or 'writing the run directory'}: {e.strerror}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+    exit_with(main)
