@@ -308,11 +308,15 @@ def read_json(path: Path) -> dict:
             f"{path}: broken JSON at line {e.lineno}, column {e.colno} ({e.msg})"
         ) from None
     if not isinstance(value, dict):
-        raise ReportError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ReportError(
+            f"{path}: expected a JSON object, found {type(value).__name__}"
+        )
     return value
 
 
-def read_metrics(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+def read_metrics(
+    path: Path,
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
     """metrics.jsonl as {name: (global_step int64, value float64)} and notes; null is NaN."""
     lines = read_text(path).split("\n")
     # a list a key: not every line logs every metric
@@ -341,7 +345,9 @@ def read_metrics(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], 
                 raise ReportError(
                     f"{path}: line {n}, {key} is a {kind}, expected a number or null"
                 )
-            points.setdefault(key, []).append((step, np.nan if value is None else value))
+            points.setdefault(key, []).append(
+                (step, np.nan if value is None else value)
+            )
     metrics = {}
     for key, pairs in points.items():
         steps, values = zip(*pairs)
@@ -351,8 +357,7 @@ def read_metrics(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], 
 
 def read_trace(path: Path) -> dict[str, np.ndarray]:
     """Columns of a parquet file: numbers float64 (null is NaN), times datetime64[ns], no text."""
-    # pyarrow alone, through DLPack: its to_numpy() imports pandas, which takes as long as all the
-    # rest
+    # pyarrow's buffers: its to_numpy() and fill_null() import pandas, a quarter of a second
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -363,24 +368,28 @@ def read_trace(path: Path) -> dict[str, np.ndarray]:
             f"{path}: broken parquet ({' '.join(str(e).split())[:120]})"
         ) from None
     out = {}
-    for name in table.column_names:
+    for name in table.column_names if table.num_rows else ():
         column = table[name].combine_chunks()
         kind = column.type
         if pa.types.is_timestamp(kind):
-            times = np.from_dlpack(
-                column.cast(pa.int64()).fill_null(np.iinfo(np.int64).min)
-            )
-            out[name] = times.view(f"datetime64[{kind.unit}]").astype("datetime64[ns]")
+            times = values_of(column.cast(pa.int64()), np.int64, -(2**63))
+            out[name] = times.view(f"M8[{kind.unit}]").astype("M8[ns]")
             continue
         if pa.types.is_boolean(kind):
             column = column.cast(pa.int8())
         elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
             continue
-        column = column.cast(pa.float64())
-        out[name] = np.from_dlpack(
-            column.fill_null(np.nan) if column.null_count else column
-        )
+        out[name] = values_of(column.cast(pa.float64()), np.float64, np.nan)
     return out
+
+
+def values_of(column, dtype, hole) -> np.ndarray:
+    """An Arrow array's numbers, `hole` where it holds null."""
+    import pyarrow as pa
+
+    values = np.frombuffer(column.buffers()[1], dtype, len(column), 8 * column.offset)
+    nulls = np.from_dlpack(column.is_null().cast(pa.int8()))
+    return np.where(nulls == 1, hole, values)
 
 
 def read_run(run_dir: str | Path) -> Record:
@@ -391,7 +400,9 @@ def read_run(run_dir: str | Path) -> Record:
     args = read_json(folder / "args.json")
     metrics, notes = read_metrics(folder / "metrics.jsonl")
     summary = read_json(folder / "summary.json")
-    traces = {p.stem: read_trace(p) for p in sorted((folder / "traces").glob("*.parquet"))}
+    traces = {
+        p.stem: read_trace(p) for p in sorted((folder / "traces").glob("*.parquet"))
+    }
     traces = {k: v for k, v in traces.items() if any(len(c) for c in v.values())}
     names = [p.name.split(".")[3] for p in sorted(folder.glob("events.out.tfevents.*"))]
     began = next((float(name) for name in names if name.isdigit()), None)
@@ -429,7 +440,9 @@ def plain_format(sizes: list[float]) -> str:
 def texts(values, kind: str = "plain") -> list[str]:
     """Numbers of one column with the same decimals; a dash for NaN. kind: a key of FORMATS."""
     numbers = [number(x) for x in values]
-    form = FORMATS.get(kind) or plain_format([abs(x) for x in numbers if np.isfinite(x)])
+    form = FORMATS.get(kind) or plain_format(
+        [abs(x) for x in numbers if np.isfinite(x)]
+    )
     out = []
     for x in numbers:
         if not np.isfinite(x):
@@ -468,13 +481,17 @@ def kind_of(key: str) -> str:
 
 def esc(x) -> str:
     # control characters other than white space may not appear in a page at all
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "�", str(x)), quote=True)
+    return html.escape(
+        re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "�", str(x)), quote=True
+    )
 
 
 def from_markdown(text: str) -> str:
     """A cell of a docs table as HTML: code spans stay, links lose their address."""
     text = (
-        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("\\*", "∗").replace("**", "")
+        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+        .replace("\\*", "∗")
+        .replace("**", "")
     )
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
 
@@ -513,7 +530,9 @@ def thin(x: np.ndarray, y: np.ndarray, n: int, how: str = "mean"):
 
 def runs_of(mask: np.ndarray) -> list[tuple[int, int]]:
     """Half-open index ranges in which mask (n,) holds."""
-    edge = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    edge = np.flatnonzero(
+        np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    )
     return list(zip(edge[::2].tolist(), edge[1::2].tolist(), strict=True))
 
 
@@ -547,14 +566,13 @@ class Page:
         self.add(f'<h2 id="{anchor}">{esc(title)}</h2>{lead}')
 
     def plot(
-        self, name: str, title: str, fig, caption: str, alt: str, wide=False, metric=""
+        self, name: str, title: str, fig, caption="", alt="", wide=False, metric=""
     ):
         """One figure with heading, legend and alternative text.
 
         Below it stand a sentence and the docs' row of a metric.
         """
-        # SVG with real text: sharp on every screen, a tenth of a PNG; a date inside would change
-        # the bytes
+        # SVG with real text: sharp on every screen, a tenth of a PNG; a date would change the bytes
         buffer = io.BytesIO()
         fig.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
         self.figures[re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")] = fig
@@ -567,7 +585,7 @@ class Page:
                 lines.append(label + from_markdown(text))
         self.add(
             f"<figure{' class=wide' if wide else ''}><h3>{esc(title)}</h3>{legend_of(fig)}"
-            f'<div class="scroll"><img alt="{esc(alt)}" '
+            f'<div class="scroll"><img alt="{esc(alt or title)}" '
             f'src="data:image/svg+xml;base64,{data}"></div>'
             f"<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
         )
@@ -738,7 +756,9 @@ def facts_of(run: Record) -> dict:
     hardware = dict.fromkeys(
         str(device[k]) for k in ("torch", "backend", "precision") if device.get(k)
     )
-    began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.began)) if run.began else ""
+    began = (
+        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.began)) if run.began else ""
+    )
     return {
         "began": began,
         "commit": str(summary.get("commit") or "")[:12],
@@ -823,7 +843,9 @@ def tiles_of(run: Record) -> list[tuple[str, str, str]]:
     )
     ratio = show(summary.get("samples_per_transition"), "share")
     tiles.append(("gradient updates", updates, f"{ratio} rows a transition"))
-    tiles.append(("transitions", steps, f"{speed} a second" if summary.get("sps") else ""))
+    tiles.append(
+        ("transitions", steps, f"{speed} a second" if summary.get("sps") else "")
+    )
     tiles.append(
         ("wall clock", f"{wall} s", f"limit {show(limit)} s" if limit else "no limit")
     )
@@ -839,12 +861,16 @@ def table_rows(result: dict) -> dict[str, dict]:
     }
     # the policy that acts is the agent: the same numbers twice would only be noise
     rows = {k: v for k, v in rows.items() if k == "agent" or v != rows.get("agent")}
-    rows |= {k: v for k, v in within(result, "baselines").items() if isinstance(v, dict)}
+    rows |= {
+        k: v for k, v in within(result, "baselines").items() if isinstance(v, dict)
+    }
     rows = {k: rows[k] for k in [*POLICIES, *rows] if k in rows}
     mean = {k: number(v.get("mean_expected_bps")) for k, v in rows.items()}
     span = mean.get("optimum", np.nan) - mean.get("flat", np.nan)
     if np.isfinite(number(within(rows, "agent").get("score"))) and span > 0:
-        rows = {k: {"score": (mean[k] - mean["flat"]) / span} | v for k, v in rows.items()}
+        rows = {
+            k: {"score": (mean[k] - mean["flat"]) / span} | v for k, v in rows.items()
+        }
     return rows
 
 
@@ -865,7 +891,9 @@ def add_scores(
     everyone = [metrics for rows in blocks.values() for metrics in rows.values()]
     cells = zip(*(texts([m.get(k) for m in everyone], kind_of(k)) for k in keys))
     head = "".join(f"<th>{esc(heading(k))}</th>" for k in keys)
-    page.add(f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>')
+    page.add(
+        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>'
+    )
     for block, rows in blocks.items():
         if notes is not None:
             note = f'<span class="rows">{esc(notes.get(block, ""))}</span>'
@@ -889,7 +917,9 @@ def add_table(page: Page, run: Record):
     if not columns_of(blocks):
         page.lack("the table of scores", "summary.json has no eval.<split>.agent")
         return
-    lead = "The best checkpoint is chosen on {}; the splits above it are the honest ones."
+    lead = (
+        "The best checkpoint is chosen on {}; the splits above it are the honest ones."
+    )
     page.section(
         "table",
         "Agent beside baselines",
@@ -928,7 +958,9 @@ def add_learning(page: Page, run: Record, most: int = 4) -> dict:
         page.lack("learning curves", "metrics.jsonl has no eval/<split>/<metric>")
         return {}
     summary, results = run.summary, within(run.summary, "eval")
-    split = summary.get("selected_by") if summary.get("selected_by") in results else "eval"
+    split = (
+        summary.get("selected_by") if summary.get("selected_by") in results else "eval"
+    )
     rows = table_rows(within(results, split))
     page.section(
         "learning", "Learning", "The x axis is environment transitions everywhere."
@@ -943,8 +975,8 @@ def add_learning(page: Page, run: Record, most: int = 4) -> dict:
             else {}
         )
         fig = draw_curves(curves[key], levels, number(summary.get("best_step")))
-        title, alt = f"{heading(key)}: evaluations", f"{words(key)} over training"
-        page.plot(f"curve_{key}", title, fig, "", alt, metric=f"eval/{split}/{key}")
+        title = f"{heading(key)}: evaluations"
+        page.plot(f"curve_{key}", title, fig, metric=f"eval/{split}/{key}")
     page.add("</div>")
     return {k: v for k, v in curves.items() if k not in drawn}
 
@@ -962,7 +994,9 @@ def add_rows(page: Page, title: str, rows: list[tuple], unfolded: bool):
         row = page.meaning(key)
         name = words(key.split("/", 1)[-1])
         formula = (
-            f'<span class="soft">{from_markdown(row.formula)}</span>' if row.formula else ""
+            f'<span class="soft">{from_markdown(row.formula)}</span>'
+            if row.formula
+            else ""
         )
         page.add(
             f"<tr><th><b>{esc(name)}</b>{formula}</th><td>{curve_html}</td>"
@@ -1006,7 +1040,9 @@ def add_health(page: Page, run: Record, curves: dict):
         if group not in ("eval", "time"):
             groups.setdefault(group, []).append(series_row(key, x, y))
     for key, lines in curves.items():
-        rows = [series_row(f"eval/{name}/{key}", *series) for name, series in lines.items()]
+        rows = [
+            series_row(f"eval/{name}/{key}", *series) for name, series in lines.items()
+        ]
         groups.setdefault("eval", []).extend(rows)
     for group, (title, unfolded) in GROUPS.items():
         if group in groups:
@@ -1018,12 +1054,16 @@ def add_health(page: Page, run: Record, curves: dict):
         for k, v in within(run.summary, "audit").items()
         if k not in ("verdict", "reasons")
     }
-    rows = [(k.replace(".", "_"), "", show(v), "") for k, v in flat_items(audit) if audit]
+    rows = [
+        (k.replace(".", "_"), "", show(v), "") for k, v in flat_items(audit) if audit
+    ]
     if rows:
         add_rows(page, "The audit's numbers", rows, True)
     else:
         page.lack("the audit's numbers", "summary.json has no audit")
-    add_phases(page, {str(k): number(v) for k, v in within(run.summary, "phases").items()})
+    add_phases(
+        page, {str(k): number(v) for k, v in within(run.summary, "phases").items()}
+    )
 
 
 def add_phases(page: Page, phases: dict[str, float]):
@@ -1032,7 +1072,9 @@ def add_phases(page: Page, phases: dict[str, float]):
         page.lack("time by phase", "summary.json has no phases")
         return
     rows = []
-    for name, seconds in sorted(phases.items(), key=lambda item: -np.nan_to_num(item[1])):
+    for name, seconds in sorted(
+        phases.items(), key=lambda item: -np.nan_to_num(item[1])
+    ):
         share = 100 * np.nan_to_num(seconds) / total
         bar = f'<i class="bar" style="width:{share:.1f}%"></i>'
         rows.append((f"time/{name}", bar, f"{seconds:.1f} s", f"{share:.0f} %"))
@@ -1078,7 +1120,9 @@ def add_others(page: Page, run: Record, known, most: int = 24):
 def add_details(page: Page, run: Record):
     """What ran, on what; and what this page could not show."""
     page.section("details", "Details")
-    rest = {k: v for k, v in run.summary.items() if k not in ("eval", "audit", "phases")}
+    rest = {
+        k: v for k, v in run.summary.items() if k not in ("eval", "audit", "phases")
+    }
     add_pairs(page, "Flags (args.json)", flat_items(run.args) if run.args else [])
     add_pairs(page, "Run (summary.json)", flat_items(rest) if rest else [])
     for note in run.notes:
@@ -1161,10 +1205,10 @@ def main(argv: list[str] | None = None) -> Path:
     return path
 
 
-def program() -> int:
+def program(argv: list[str] | None = None) -> int:
     """main() with its exit code and one line: the page's path, or what is wrong."""
     try:
-        print(main())
+        print(main(argv))
     except ReportError as e:
         print(f"report: {e}", file=sys.stderr)
         return 2

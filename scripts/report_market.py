@@ -56,7 +56,9 @@ def has_figure(column: str) -> bool:
 def policies_of(trace: dict, stem: str) -> dict[str, np.ndarray]:
     """{policy: its column `stem` or `stem_<policy>`}, known names first."""
     found = {"agent": trace[stem]} if stem in trace else {}
-    found |= {k[len(stem) + 1 :]: v for k, v in trace.items() if k.startswith(stem + "_")}
+    found |= {
+        k[len(stem) + 1 :]: v for k, v in trace.items() if k.startswith(stem + "_")
+    }
     return {k: found[k] for k in [*POLICIES, *found] if k in found}
 
 
@@ -66,12 +68,16 @@ def time_of(trace: dict, column: str) -> np.ndarray:
 
 def pairs_of(traces: dict, split: str) -> dict[str, dict]:
     """{pair: its trace} of a split whose account holds several: traces/<split>_<pair>.parquet."""
-    return {k[len(split) + 1 :]: t for k, t in traces.items() if k.startswith(split + "_")}
+    return {
+        k[len(split) + 1 :]: t for k, t in traces.items() if k.startswith(split + "_")
+    }
 
 
 def accounts_of(run: Record) -> dict[str, dict]:
     """{split: trace}, unseen data first, without the traces of single pairs."""
-    names = [k for k in run.traces if not any(k.startswith(s + "_") for s in run.traces)]
+    names = [
+        k for k in run.traces if not any(k.startswith(s + "_") for s in run.traces)
+    ]
     return {s: run.traces[s] for s in ordered(names)}
 
 
@@ -119,11 +125,19 @@ def chance_rows(trace: dict) -> dict[str, dict]:
     rows = {}
     for name, bars in growth.items():
         low, high = interval(means[name])
-        rows[name] = {"mean_reward_bps": 1e4 * bars.mean(), "from_bps": low, "to_bps": high}
+        rows[name] = {
+            "mean_reward_bps": 1e4 * bars.mean(),
+            "from_bps": low,
+            "to_bps": high,
+        }
         if name != "agent":
             low, high = interval(means["agent"] - means[name])
             lead = 1e4 * (growth["agent"] - bars).mean()
-            rows[name] |= {"lead_bps": lead, "lead_from_bps": low, "lead_to_bps": high}
+            rows[name] |= {
+                "lead_bps": lead,
+                "lead_from_bps": low,
+                "lead_to_bps": high,
+            }
     return rows
 
 
@@ -131,7 +145,9 @@ def chance_rows(trace: dict) -> dict[str, dict]:
 def draw_equity(trace: dict, lines: dict):
     """Equity (log) over drawdown; lines: {name: equity}, all over the times of `trace`."""
     x = time_of(trace, "equity")
-    fig, (top, low) = canvas(4.6, 3.9, 2, left=0.85, sharex=True, height_ratios=(2.2, 1))
+    fig, (top, low) = canvas(
+        4.6, 3.9, 2, left=0.85, sharex=True, height_ratios=(2.2, 1)
+    )
     for i, (name, equity) in enumerate(lines.items()):
         style = dict(color=color_of(name, i), lw=1.0) | STYLE.get(name, {})
         growth = np.log(equity, where=equity > 0, out=np.full(len(equity), np.nan))
@@ -168,7 +184,9 @@ def draw_positions(trace: dict, bars: int):
         low.fill_between(x, position, 0, where=where, **style)
     if "position_optimum" in part:
         best = part["position_optimum"]
-        low.step(x, best, where="post", color=COLORS["optimum"], lw=1.0, label="optimum")
+        low.step(
+            x, best, where="post", color=COLORS["optimum"], lw=1.0, label="optimum"
+        )
     top.margins(x=0)
     top.set_ylabel("price")
     low.set_ylabel("position")
@@ -202,7 +220,11 @@ def draw_histogram(traces: dict):
     shares = [np.full(len(p), 100 / max(len(p), 1)) for p in positions]
     fig, (ax,) = canvas(4.6, 3.0, bottom=0.45)
     ax.hist(
-        positions, edges, weights=shares, label=list(traces), color=CYCLE[: len(traces)]
+        positions,
+        edges,
+        weights=shares,
+        label=list(traces),
+        color=CYCLE[: len(traces)],
     )
     ax.set_ylabel("% of bars")
     ax.set_xlabel("position")
@@ -226,7 +248,9 @@ def draw_costs(trace: dict):
     }
     fig, (ax,) = canvas(4.6, 3.0)
     for label, (bars, color) in lines.items():
-        ax.plot(*thin(x, 100 * np.cumsum(bars), 350, "last"), color=color, label=label)
+        ax.plot(
+            *thin(x, 100 * np.cumsum(bars), 350, "last"), color=color, label=label
+        )
     ax.set_ylabel("cumulative log return, %")
     return fig
 
@@ -280,7 +304,8 @@ def draw_spread(metrics: dict):
         x, y = metrics[key]
         label, color = lines[key]
         # an entropy that crosses 0 dives on a log axis: five decades are enough to see it
-        curve(ax, x, np.where(y > 1e-5 * np.nanmax(y), y, np.nan), color=color, label=label)
+        least = 1e-5 * np.nan_to_num(y).max(initial=0)
+        curve(ax, x, np.where(y > least, y, np.nan), color=color, label=label)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     step_axis(ax)
@@ -303,16 +328,9 @@ def add_traces(page: Page, run: Record):
         page.section("equity", "Equity and drawdown")
         page.add('<div class="grid">')
         for split, trace in unseen.items():
-            alt = f"Equity on a log scale and drawdown on the {split} split, agent beside baselines"
             fig = draw_equity(trace, policies_of(trace, "equity"))
-            page.plot(
-                f"equity_{split}",
-                f"{split}: equity and drawdown",
-                fig,
-                "",
-                alt,
-                metric=EVAL + "total_return",
-            )
+            title = f"{split}: equity and drawdown"
+            page.plot(f"equity_{split}", title, fig, metric=EVAL + "total_return")
         page.add("</div>")
         add_chance(page, unseen)
     else:
@@ -354,9 +372,12 @@ def add_symbols(page: Page, run: Record):
         rows, traces = {}, pairs_of(run.traces, split)
         for pair, result in within(results, split, "symbols").items():
             everyone = table_rows(result)
-            chance = chance_rows(traces[pair]).get("agent", {}) if pair in traces else {}
+            chance = (
+                chance_rows(traces[pair]).get("agent", {}) if pair in traces else {}
+            )
             rival = next(
-                (k for k in best_two(everyone, "mean_reward_bps") if k != "optimum"), None
+                (k for k in best_two(everyone, "mean_reward_bps") if k != "optimum"),
+                None,
             )
             best = {"rival_bps": everyone[rival]["mean_reward_bps"]} if rival else {}
             rows[pair] = everyone.get("agent", {}) | chance | best
@@ -376,36 +397,27 @@ def add_positions(page: Page, run: Record, traces: dict):
         draw_positions(trace, bars),
         f"{split}: positions under price, the last {bars} bars",
     )
-    alt = f"Price and position, {bars} bars"
-    page.plot("positions", title, fig, "", alt, wide=True, metric=EVAL + "exposure")
+    page.plot("positions", title, fig, wide=True, metric=EVAL + "exposure")
     pairs = {
-        k: t["position"] for k, t in pairs_of(run.traces, split).items() if "position" in t
+        k: t["position"]
+        for k, t in pairs_of(run.traces, split).items()
+        if "position" in t
     }
     # flat is an empty stripe
-    rows = pairs or {k: v for k, v in policies_of(trace, "position").items() if k != "flat"}
+    rows = pairs or {
+        k: v for k, v in policies_of(trace, "position").items() if k != "flat"
+    }
+    fig = draw_band(time_of(trace, "position"), rows)
     title = f"{split}: positions over the whole split"
     page.plot(
-        "band",
-        title,
-        draw_band(time_of(trace, "position"), rows),
-        "Blue is long, orange short, white flat.",
-        f"Stripes of positions, {split} split",
-        wide=True,
+        "band", title, fig, "Blue is long, orange short, white flat.", wide=True
     )
-    title, alt = "How often it holds which position", "Histogram of positions by split"
-    page.plot(
-        "histogram",
-        title,
-        draw_histogram(traces),
-        "",
-        alt,
-        metric="policy/state_dependence",
-    )
+    fig, title = draw_histogram(traces), "How often it holds which position"
+    page.plot("histogram", title, fig, metric="policy/state_dependence")
     add_responses(page, split, list(pairs_of(run.traces, split).values()) or [trace])
     if fig := draw_costs(trace):
-        alt = f"Cumulative log return before costs, costs and what is left on the {split} split"
         page.plot(
-            "costs", f"{split}: what trading costs", fig, "", alt, metric=EVAL + "turnover"
+            "costs", f"{split}: what trading costs", fig, metric=EVAL + "turnover"
         )
     page.add("</div>")
 
@@ -429,17 +441,17 @@ def add_responses(page: Page, split: str, traces: list[dict]):
     varies = {k for k, v in trace.items() if len(np.unique(v[np.isfinite(v)])) > 1}
     labels = {"signal": "signal", "expected": "expected return of the next bar, bp"}
     if "signal" not in varies:
-        labels |= {f"past_{bars}": f"return over the past {bars} bars, %" for bars in PAST}
+        labels |= {
+            f"past_{bars}": f"return over the past {bars} bars, %" for bars in PAST
+        }
     labels = {k: v for k, v in labels.items() if k in varies}
     for key, label in labels.items():
         x = trace[key] * (1e4 if key == "expected" else 1)
-        page.plot(
-            f"against_{key}",
-            f"{split}: position against {label}",
+        fig, title = (
             draw_response(trace, x, label),
-            "A flat line does not react to it.",
-            f"Position against {label} on the {split} split",
+            f"{split}: position against {label}",
         )
+        page.plot(f"against_{key}", title, fig, "A flat line does not react to it.")
     if not labels:
         page.lack(
             "position against signal",
@@ -451,12 +463,9 @@ def add_values(page: Page, run: Record):
     """What actions are worth, beside what randomness is paid."""
     page.section("values", "What actions are worth")
     page.add('<div class="grid">')
-    page.plot(
-        "q_spread",
-        "Spread of Q over actions beside alpha and entropy",
+    fig, title = (
         draw_spread(run.metrics),
-        "",
-        "Spread of Q over actions, alpha, and alpha times entropy, log scale",
-        metric="value/q_action_spread",
+        "Spread of Q over actions, alpha and entropy",
     )
+    page.plot("q_spread", title, fig, metric="value/q_action_spread")
     page.add("</div>")

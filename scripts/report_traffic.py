@@ -170,7 +170,8 @@ def add_traces(page: Page, run: Record):
     traces = {s: t for s, t in run.traces.items() if "time_s" in t}
     if not traces:
         page.lack(
-            "one episode over time", "no traces/*.parquet with rows has the column time_s"
+            "one episode over time",
+            "no traces/*.parquet with rows has the column time_s",
         )
         return
     freeway = "freeway" in (
@@ -203,11 +204,6 @@ def add_traces(page: Page, run: Record):
             kind, "actions and reward"
         )
         fig = draw_episode(sides, FREEWAY_M if freeway else None, actions)
-        page.plot(
-            f"episode_{name}",
-            f"{name}: {what} over one episode",
-            fig,
-            CAPTIONS[kind],
-            f"{name}: {what} over time, {' beside '.join(sides)}",
-            wide=True,
-        )
+        title = f"{name}: {what} over one episode"
+        alt = f"{title}, {' beside '.join(sides)}"
+        page.plot(f"episode_{name}", title, fig, CAPTIONS[kind], alt, wide=True)
