@@ -60,6 +60,7 @@ RED, GREY, INK = "#c62f2f", "#e5e8ec", "#1b2430"
 COLUMNS = {
     "score": ("score", "share"),
     "mean_expected_bps": ("expected, bp / bar", "signed"),
+    "expected_growth_bps": ("expected growth, bp / bar", "signed"),
     "mean_reward_bps": ("realised, bp / bar", "signed"),
     "from_bps": ("95 % from", "signed"),
     "to_bps": ("95 % to", "signed"),
