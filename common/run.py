@@ -53,6 +53,7 @@ from common.timeout_guard import (
 )
 
 REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
+GRACE = 15.0  # seconds after --timeout, or a tenth of it, after which a call that hangs ends the process
 # A resumed run may change these; every other flag shapes the agent or what it is judged by.
 MAY_CHANGE = {
     "run_dir", "resume", "eval_only", "checkpoint", "checkpoint_interval", "keep_checkpoints", "timeout", "eval_timeout",
@@ -201,8 +202,9 @@ def print_help(path: str | Path):
     print(textwrap.fill(ast.get_docstring(ast.parse(script.read_text())).split("\n\n")[0], 100))
     groups = flag_groups(script)
     own = {row[0] for rows in groups.values() for row in rows}
-    for group, rows in flag_groups(__file__, "RunArgs").items():
-        groups[group] = groups.get(group, []) + [row for row in rows if row[0] not in own]
+    if "(RunArgs)" in script.read_text():
+        for group, rows in flag_groups(__file__, "RunArgs").items():
+            groups[group] = groups.get(group, []) + [row for row in rows if row[0] not in own]
     for group, rows in groups.items():
         print(f"\n{group}")
         for name, kind, default, text in rows:
@@ -246,7 +248,7 @@ class Run:
         self._load_state(given)
         self._set_up_device()
         if self.args.timeout and argv is None:  # a call that never comes back: stacks on stderr, exit code 1
-            late = max(self.guard.remaining(), 0) + max(15.0, 0.1 * self.args.timeout)
+            late = max(self.guard.remaining(), 0) + max(GRACE, 0.1 * self.args.timeout)
             faulthandler.dump_traceback_later(late, exit=True)
 
     def _load_state(self, given: set[str]):

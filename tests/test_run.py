@@ -1,0 +1,520 @@
+"""common/run.py and common/lanes.py, with the toy experiment of toy.py."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import toy
+from common import run as common_run
+from common.lanes import Lanes, OneLane, register
+from common.run import CheckFailed, Run, UsageError, exit_with, flag_groups, load_run
+from common.timeout_guard import CheckpointError, load_checkpoint
+from runs import SUMMARY, assert_same, load_summary, records, wait_until
+
+TOY = Path(toy.__file__)
+TINY = ["--no-report", "--torch-threads", "1", "--checkpoint-interval", "0", "--no-cuda"]
+
+
+def play(folder, *argv, **kwargs):
+    return toy.main([*TINY, "--run-dir", str(folder), *map(str, argv)], **kwargs)
+
+
+def child(*argv, code=None, **kwargs):
+    """The toy as a program of its own."""
+    command = [sys.executable, *(["-c", code] if code else [str(TOY)]), *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    path = os.pathsep.join([str(TOY.parents[1]), str(TOY.parent)])
+    return subprocess.Popen(command, **pipes | kwargs, env=os.environ | {"PYTHONPATH": path})
+
+
+def refused(kind, call, *argv):
+    """The one line of what call(*argv) raises."""
+    with pytest.raises(kind) as error:
+        call(*argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def last(folder):
+    return load_checkpoint(folder / "checkpoints" / "last.pt")
+
+
+def without_walls(folder):
+    """metrics.jsonl without what a clock decides."""
+    timed = re.compile("wall|time/.*|charts/SPS")
+    return [{k: v for k, v in row.items() if not timed.fullmatch(k)} for row in records(folder)]
+
+
+def assert_same_run(a, b):
+    """The same weights, optimizer, lanes, random numbers and history to the bit."""
+    x, y = last(a), last(b)
+    for name in ("agent", "parts", "loop", "config", "data"):
+        assert_same(x[name], y[name], name)
+    for name in ("best", "fired", "log_lines", "rng", "torch_rng"):
+        assert_same(x["run"][name], y["run"][name], name)
+    assert without_walls(a) == without_walls(b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of 200 transitions, and what main returned."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, play(folder)
+
+
+# ------------------------------------------------------------------------------------------- flags
+@pytest.mark.parametrize("argv, words", [
+    (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
+    (["--learning_rate", "7"], ["--learning-rate 7", "1e-09", "1"]),
+    (["--learning-rate", "nan"], ["--learning-rate nan"]),
+    (["--learning-rate"], ["--learning-rate"]),
+    (["--seed", "x"], ["--seed"]),
+    (["--seed", "2147483648"], ["--seed 2147483648", "2.14748e+09"]),
+    (["--kind", "c"], ["--kind c", "a, b"]),
+    (["--timeout", "0"], ["--timeout 0"]),
+    (["--sizes"], ["--sizes"]),
+    (["surplus"], ["surplus"]),
+    (["--no-seed"], ["--no-seed"]),
+    (["--eval-only"], ["--eval-only", "--checkpoint"]),
+    (["--checkpoint", "a.pt"], ["--eval-only", "--checkpoint"]),
+    (["--eval-only", "--checkpoint", "a.pt", "--resume", "b.pt"], ["--eval-only", "--resume"]),
+    (["--resume", "auto"], ["--run-dir"]),
+    (["--backend", "cuda", "--no-cuda"], ["--backend cuda"]),
+])
+def test_bad_flags_are_one_line_and_write_nothing(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused(UsageError, toy.main, argv)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir()) and Run.current is None
+
+
+def test_flags_are_parsed_as_they_are_written():
+    args, given = common_run.parse_args(toy.Args, ["--sizes", "3", "4", "--kind=b", "--no_cuda", "--seed", 7])
+    assert (args.sizes, args.kind, args.cuda, args.seed) == ((3, 4), "b", False, 7)
+    assert given == {"sizes", "kind", "cuda", "seed"}
+
+
+def test_help_comes_from_the_source_in_groups(capsys):
+    groups = flag_groups(TOY)
+    assert list(groups) == ["experiment", "data", "algorithm", "trouble"]
+    assert groups["algorithm"][1] == ("learning_rate", "float", "0.01", "Adam (> 0)")
+    with pytest.raises(SystemExit) as stop:
+        toy.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and max(map(len, out.splitlines())) <= 100
+    shown = re.findall(r"^  (--[\w-]+)", out, re.M)
+    assert sorted(shown) == sorted(common_run.flag(f.name) for f in fields(toy.Args))
+    heads = re.findall(r"^[a-z][a-z ]*$", out, re.M)
+    assert heads == ["experiment", "data", "algorithm", "trouble", "run directory", "runtime"]
+
+
+def test_help_imports_nothing_heavy():
+    code = f"""
+import runpy, sys
+sys.argv = [{str(TOY)!r}, "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    print(stop.code, {{"torch", "numpy", "numba", "tyro"}} & set(sys.modules), file=sys.stderr)
+"""
+    out, err = child(code=code).communicate(timeout=300)
+    assert err == "0 set()\n" and "--learning-rate" in out
+
+
+def test_help_of_a_program_that_is_no_run_has_its_own_flags_only(tmp_path, capsys):
+    script = tmp_path / "tool.py"
+    script.write_text('"""A tool."""\nclass Args:\n    # input\n    size: int = 3\n    """how many"""\n')
+    common_run.print_help(script)
+    out = capsys.readouterr().out
+    assert re.findall(r"^  (--[\w-]+)", out, re.M) == ["--size"]
+
+
+@pytest.mark.parametrize("error, code", [
+    (UsageError("bad"), 2),
+    (CheckpointError("bad"), 2),
+    (CheckFailed("bad"), 1),
+    (OSError(28, "No space left on device", "metrics.jsonl"), 2),
+    (None, 143),
+])
+def test_exit_codes(error, code, capsys):
+    def main():
+        if error:
+            raise error
+        return {"exit_code": 143}
+
+    with pytest.raises(SystemExit) as stop:
+        exit_with(main)
+    assert stop.value.code == code
+    err = capsys.readouterr().err
+    assert err.count("\n") == (error is not None) and err.startswith("error: " if error else "")
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        exit_with(lambda: 1 / 0)
+
+
+# ----------------------------------------------------------------------------------- what a run writes
+def test_a_run_writes_what_it_promises(whole):
+    folder, result = whole
+    assert {p.name for p in (folder / "checkpoints").glob("*.pt")} >= {"last.pt", "best.pt", "step_200.pt"}
+    assert len(list((folder / "checkpoints").glob("step_*.pt"))) == 3  # --keep-checkpoints
+    summary = load_summary(folder)
+    assert SUMMARY <= set(summary) and result["exit_code"] == 0
+    assert (summary["status"], summary["global_step"], summary["updates"]) == ("finished", 200, 50)
+    assert summary["replay_ratio"] == 0.25 and summary["env_builds"] == 1 and summary["sps"] > 0
+    assert summary["audit"]["nan"] is None and summary["audit"]["verdict"] == "healthy"
+    assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
+    assert {"setup", "rollout", "learn", "eval", "io"} <= set(summary["phases"])
+    rows = records(folder)
+    assert [row["global_step"] for row in rows] == list(range(40, 201, 40))
+    assert all(row["losses/none"] is None and row["losses/nan"] is None for row in rows)
+    assert rows[0]["charts/SPS"] is None and rows[-1]["charts/SPS"] > 0
+    assert json.loads((folder / "args.json").read_text())["sizes"] == [1, 2]
+    assert not (folder / ".pid").exists() and Run.current is None
+
+
+def test_best_holds_the_agent_and_last_everything(whole):
+    folder, _ = whole
+    best = load_checkpoint(folder / "checkpoints" / "best.pt")
+    assert set(best) == {"schema", "script", "args", "data", "config", "loop", "agent"}
+    state = last(folder)
+    assert set(state["parts"]) == {"optimizer", "envs"} and state["data"]["spec"] == "toy"
+    assert state["run"]["best"]["score"] == max(-row["losses/loss"] for row in records(folder))
+    assert_same({"agent": best["agent"]}, state["run"]["best"]["policy"])
+    assert best["loop"]["global_step"] == load_summary(folder)["best_step"]
+
+
+def test_two_starts_within_a_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common_run.time, "time", lambda: 1e9)
+    for _ in range(2):
+        toy.main([*TINY, "--total-timesteps", "8"])
+    found = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert found == ["toy__toy__1__1000000000", "toy__toy__1__1000000000-2"]
+
+
+def test_a_folder_has_one_owner(tmp_path):
+    run = Run(toy.Args, [*TINY, "--run-dir", str(tmp_path / "r")], schema=1)
+    run.open("toy", {})
+    for more in ([], ["--resume", "auto"]):
+        assert str(os.getpid()) in refused(UsageError, play, tmp_path / "r", *more)
+    run.close()
+    play(tmp_path / "r", "--resume", "auto", "--total-timesteps", 8)
+    assert "r holds" in refused(UsageError, play, tmp_path / "r")
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in refused(UsageError, play, tmp_path / "file" / "r")
+
+
+def test_time_given_is_time_used(tmp_path):
+    summary = play(tmp_path / "r", "--total-timesteps", 10**9, "--timeout", 7.0)
+    assert (summary["status"], summary["exit_code"]) == ("timeout", 0) and summary["updates"] > 1
+    assert summary["wall_seconds"] < 7
+
+
+# ------------------------------------------------------------------------------------------- resume
+def test_killed_and_resumed_nobody_can_tell(tmp_path, whole):
+    folder = tmp_path / "killed"
+    argv = [*TINY, "--total-timesteps", 10**9, "--run-dir", folder]
+    log = folder / "metrics.jsonl"
+    with child(*argv, stdout=subprocess.DEVNULL) as process:
+        wait_until(process, lambda: log.exists() and log.read_text().count("\n") > 1)
+        process.kill()
+    step = last(folder)["loop"]["global_step"]
+    total = 200 if step < 200 else step + 40
+    reference = whole[0] if total == 200 else tmp_path / "reference"
+    if total != 200:
+        play(reference, "--total-timesteps", total)
+    assert play(folder, "--resume", "auto", "--total-timesteps", total)["global_step"] == total
+    assert_same_run(folder, reference)
+
+
+def tensorboard_steps(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars("losses/loss")]
+
+
+def test_a_bug_within_an_update_keeps_the_last_whole_state(tmp_path, whole, monkeypatch):
+    """Resumed, nothing of the log is lost or there twice, TensorBoard's points neither."""
+    folder = tmp_path / "r"
+    monkeypatch.setattr(toy, "BUG_IN_UPDATE", 120)
+    with pytest.raises(ZeroDivisionError):
+        play(folder)
+    assert last(folder)["loop"]["global_step"] == 116
+    assert records(folder)[-1]["global_step"] == 120  # logged after the last checkpoint
+    monkeypatch.undo()
+    play(folder, "--resume", "auto")
+    assert_same_run(folder, whole[0])
+    assert tensorboard_steps(folder) == list(range(40, 201, 40)) == tensorboard_steps(whole[0])
+
+
+def test_a_bug_at_a_log_point_saves_a_state_that_is_whole(tmp_path, whole, monkeypatch):
+    folder = tmp_path / "r"
+    monkeypatch.setattr(toy, "BUG_IN_EVALUATION", 80)
+    with pytest.raises(ZeroDivisionError):
+        play(folder, "--checkpoint-interval", 1e6)
+    state = last(folder)
+    assert state["loop"]["global_step"] == 80 and state["run"]["log_lines"] == 2
+    assert not (folder / ".pid").exists() and Run.current is None
+    monkeypatch.undo()
+    play(folder, "--resume", "auto")
+    assert_same_run(folder, whole[0])
+
+
+def test_metrics_are_cut_back_and_come_along_into_a_new_folder(tmp_path, whole):
+    old, new = tmp_path / "old", tmp_path / "new"
+    play(old, "--total-timesteps", 120)
+    with (old / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 160}\n{"global_step": 20')  # after last.pt, and a torn line
+    before = (old / "metrics.jsonl").read_bytes()
+    play(new, "--resume", old / "checkpoints" / "last.pt")
+    assert (old / "metrics.jsonl").read_bytes() == before
+    assert_same_run(new, whole[0])
+    play(old, "--resume", "auto")
+    assert_same_run(old, whole[0])
+
+
+def test_refusals_to_resume(tmp_path, whole):
+    data = tmp_path / "bars.csv"
+    data.write_text("1")
+    folder = tmp_path / "r"
+    play(folder, "--data", data, "--total-timesteps", 80)
+    state = last(folder)
+    resume = ["--data", data, "--resume", "auto"]
+    for more, words in (
+        (["--learning-rate", 0.1, "--kind", "b"], ["--learning-rate 0.01 there, 0.1", "--kind a there"]),
+        (["--seed", 2], ["--seed 1 there, 2 here"]),
+    ):
+        message = refused(UsageError, play, folder, *resume, *more)
+        assert all(word in message for word in words), message
+    data.write_text("1\n2")  # a row was added
+    assert "sha256" in refused(UsageError, play, folder, *resume)
+    data.write_text("1")
+    assert_same(last(folder), state)
+    best = folder / "checkpoints" / "best.pt"
+    assert "last.pt" in refused(CheckpointError, play, tmp_path / "n", "--resume", best)
+    assert str(tmp_path / "no.pt") in refused(CheckpointError, play, folder, "--resume", tmp_path / "no.pt")
+    for script, schema, word in ((Path("other.py"), 1, "other.py"), (TOY, 2, "schema 2")):
+        assert word in refused(CheckpointError, load_run, best, script, schema)
+    free = ["--checkpoint-interval", 5, "--keep-checkpoints", 1, "--total-timesteps", 120]
+    assert play(folder, *resume, *free)["global_step"] == 120
+
+
+def test_auto_starts_a_run_where_there_is_none(tmp_path, whole):
+    play(tmp_path / "r", "--resume", "auto")
+    assert_same_run(tmp_path / "r", whole[0])
+    assert play(tmp_path / "r", "--resume", "auto")["updates"] == 50  # finished: nothing is added
+    assert_same_run(tmp_path / "r", whole[0])
+
+
+# ---------------------------------------------------------------------------------------- eval only
+def test_evaluation_runs_with_the_checkpoints_flags_and_prints_differences(tmp_path, capsys):
+    folder = tmp_path / "r"
+    data = tmp_path / "bars.csv"
+    data.write_text("1")
+    trained = play(folder, "--sizes", 5, "--kind", "b", "--data", data)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    data.write_text("2")
+    evaluate = ["--eval-only", "--checkpoint", folder / "checkpoints" / "best.pt"]
+    capsys.readouterr()
+    result = play(tmp_path / "e", *evaluate, "--learning-rate", 0.5)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--learning-rate 0.01 there, 0.5 here" in out and "sha256" in out
+    assert "--kind" not in out and "--sizes" not in out
+    args = json.loads((tmp_path / "e" / "args.json").read_text())
+    assert (args["sizes"], args["kind"], args["learning_rate"]) == ([5], "b", 0.5)
+    assert result["eval"] == trained["eval"] and result["global_step"] == trained["best_step"]
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert not list((tmp_path / "e").rglob("*.pt"))
+    assert "holds a run" in refused(UsageError, play, folder, *evaluate)
+
+
+# ------------------------------------------------------------------------- signals, streams, watchdog
+def test_sigterm_ends_with_a_checkpoint_a_summary_and_143(tmp_path):
+    folder = tmp_path / "r"
+    argv = [*TINY, "--total-timesteps", 10**9, "--run-dir", folder]
+    with child(*argv, stdout=subprocess.DEVNULL) as process:
+        wait_until(process, lambda: (folder / "checkpoints" / "last.pt").exists())
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=300)[1]
+    assert process.returncode == 143 and "Traceback" not in err
+    summary = load_summary(folder)
+    assert summary["status"] == "interrupted"
+    assert last(folder)["loop"]["global_step"] == summary["global_step"]
+
+
+def test_a_closed_stdout_does_not_end_a_run(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    process = child(*TINY, "--run-dir", tmp_path / "r", stdout=write)
+    os.close(write)
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and "Traceback" not in err and "BrokenPipe" not in err
+    assert load_summary(tmp_path / "r")["status"] == "finished"
+
+
+def test_a_call_that_never_returns_is_ended_with_its_stacks(tmp_path):
+    code = "import common.run, toy; common.run.GRACE = 1.0; common.run.exit_with(toy.main)"
+    argv = [*TINY, "--run-dir", tmp_path / "r", "--hang", "--timeout", "1"]
+    process = child(*argv, code=code)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and re.search(r'toy.py", line \d+ in main', err)
+
+
+def test_kernels_are_kept_elsewhere_where_nothing_can_be_written(tmp_path):
+    """A read-only home and repository: a file stands where each cache folder would be made."""
+    package = tmp_path / "common"
+    package.mkdir()
+    shutil.copy(Path(common_run.__file__).with_name("__init__.py"), package)
+    (package / "__pycache__").touch()
+    (tmp_path / "home").touch()
+    env = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    env |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    code = "import common, os; print(os.path.isdir(os.environ['NUMBA_CACHE_DIR']))"
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=True).stdout
+    assert out.splitlines()[-1] == "True" and len(out.splitlines()) == 2
+
+
+# -------------------------------------------------------------------------------------------- wandb
+def test_wandb_needs_a_key_before_anything_is_written(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is optional")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert "WANDB_API_KEY" in refused(UsageError, play, tmp_path / "r", "--track")
+    assert not (tmp_path / "r").exists()
+
+
+def test_wandb_offline_writes_beside_the_run(tmp_path):
+    pytest.importorskip("wandb", reason="wandb is optional")
+    folder = tmp_path / "r:#1"
+    assert play(folder, "--track", "--wandb-mode", "offline")["exit_code"] == 0
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_track_without_wandb_says_what_to_install(tmp_path):
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        message = refused(UsageError, play, tmp_path / "r", "--track")
+        assert "pip install wandb" in message and not (tmp_path / "r").exists()
+    else:
+        pytest.skip("wandb is installed")
+
+
+# -------------------------------------------------------------------------------------------- lanes
+def test_an_ended_lane_begins_anew_in_the_same_step():
+    envs = toy.ToyLanes(3, seed=5)
+    with pytest.raises(gym.error.ResetNeeded):
+        envs.step(np.zeros((3, 1), np.float32))
+    first, info = envs.reset(seed=5)
+    assert info == {} and first.shape == (3, 1) and first.dtype == np.float32
+    push = np.array([[0.0], [0.9], [0.1]], np.float32)  # lane 1 passes the edge in its third step
+    obs, age = first, np.zeros(3, int)
+    for _ in range(7):
+        want, age = obs + push, age + 1
+        obs, reward, terminated, truncated, info = envs.step(push)
+        done = terminated | truncated
+        assert reward.shape == (3,) and (age[done] == np.where(terminated, 3, 5)[done]).all()
+        assert np.array_equal(terminated, np.abs(want[:, 0]) > toy.EDGE)
+        assert np.array_equal(obs[~done], want[~done])
+        if not done.any():
+            assert info == {}
+            continue
+        for lane in range(3):
+            final = info["final_obs"][lane]
+            assert np.array_equal(final, want[lane]) if done[lane] else final is None
+        assert np.abs(obs[done]).max() <= 0.1  # the next episode's first
+        episode = info["final_info"]["episode"]
+        assert np.array_equal(episode["l"], age * done)
+        for mask in (info["_final_obs"], info["_final_info"], info["final_info"]["_episode"]):
+            assert np.array_equal(mask, done)
+        age[done] = 0
+    assert age.tolist() == [2, 1, 2]
+    again, _ = envs.reset(seed=5)
+    assert np.array_equal(again, first) and not np.array_equal(envs.reset()[0], first)
+    envs.close()
+
+
+def test_lanes_go_on_exactly_from_their_state():
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (12, 3, 1)).astype(np.float32)
+    one, other = toy.ToyLanes(3, seed=1), toy.ToyLanes(3, seed=9)
+    one.reset(seed=1)
+    for action in actions[:6]:
+        one.step(action)
+    state = one.state_dict()
+    one.step(actions[0])  # a copy, not a view
+    other.load_state_dict(state)
+    one.load_state_dict(state)
+    for action in actions[6:]:
+        for a, b in zip(one.step(action)[:4], other.step(action)[:4]):
+            assert np.array_equal(a, b)
+    assert_same(one.state_dict(), other.state_dict())
+    assert np.shares_memory(one.arrays["x"], one.x.numpy())  # a kernel's array is the loop's tensor
+    before = Lanes.builds
+    for envs in (one, other):
+        envs.close()
+    assert toy.ToyLanes(3).num_envs == 3 and Lanes.builds == before + 1
+
+
+@pytest.mark.parametrize("actions, word", [
+    (np.zeros((2, 1), np.float32), r"\(3, 1\)"),
+    (np.zeros((3,), np.float32), r"\(3, 1\)"),
+    (np.array([[0], [np.nan], [0]], np.float32), "lane 1"),
+    (np.array([[0], [0], [np.inf]], np.float32), "lane 2"),
+])
+def test_actions_that_are_none(actions, word):
+    envs = toy.ToyLanes(3)
+    envs.reset()
+    with pytest.raises(ValueError, match=word):
+        envs.step(actions)
+
+
+def test_whole_numbers_are_asked_for_where_the_space_is_discrete():
+    envs = toy.ToyLanes(2)
+    envs.action_space = gym.spaces.MultiDiscrete([3, 3])
+    with pytest.raises(ValueError, match="integers"):
+        envs.check_action(np.array([0.0, 1.0]))
+    assert envs.check_action([0, 2]).tolist() == [0, 2]
+
+
+def test_one_lane_is_an_ordinary_environment():
+    from gymnasium.utils.env_checker import check_env
+
+    register("Toy-v0", toy.ToyLanes)
+    env = gym.make("Toy-v0", disable_env_checker=True).unwrapped
+    assert isinstance(env, OneLane)
+    check_env(env, skip_render_check=True)
+    obs, _ = env.reset(seed=3)
+    for step in range(1, 6):
+        want = obs + np.float32(0.1)
+        obs, reward, terminated, truncated, info = env.step(np.array([0.1], np.float32))
+        assert np.array_equal(obs, want) and isinstance(reward, float)  # the last one too
+        assert (terminated, truncated) == (False, step == toy.LENGTH)
+    env.close()
+    envs = gym.make_vec("Toy-v0", num_envs=5)
+    assert envs.num_envs == 5 and envs.metadata["autoreset_mode"].name == "SAME_STEP"
+
+
+def test_a_part_is_saved_as_plain_tensors():
+    net = torch.nn.Linear(2, 1)
+    state = common_run.state_of(net)
+    net.weight.data += 1
+    assert not torch.equal(state["weight"], net.weight)
+    rng = np.random.default_rng(3)
+    state = common_run.state_of(rng)
+    want = rng.random()
+    common_run.load_part(rng, state, "rng")
+    assert rng.random() == want
