@@ -20,7 +20,7 @@ import difflib
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ import numpy as np
 from numba import njit
 
 from common.data import DataError, iso
+from common.scoring import usual_limit
 
 if TYPE_CHECKING:
     from common.data import Bars
@@ -54,6 +55,7 @@ HMM_ROWS = 50_000  # EM sees all train rows, or this many
 STRETCHES = 10  # in so many pieces, spread evenly
 OUTLIER = 8.0  # robust standard deviations: EM sees a bad tick no farther out
 HMM_COLUMNS = (*(f"hmm_p{k}" for k in range(STATES)), "hmm_entropy")
+FALSE_DISCOVERIES = 0.01  # expected share of them among the columns that pass the screen
 
 
 # --------------------------------------------------------------------------------------- windows
@@ -555,6 +557,50 @@ def context(x, hmm):
     return np.concatenate([p, entropy], 1)
 
 
+# ----------------------------------------------------------------------------------------- screen
+def newey_west_t(x, y) -> np.ndarray:
+    """(K,) t-values of the covariance of each column of x (T, K) with y (T,).
+
+    They survive returns whose size comes in clusters: Newey and West 1987, with their lag
+    4 (T/100)^(2/9).
+    """
+    rows = len(y)
+    u = (x - x.mean(0)) * (y - y.mean())[:, None]
+    mean = u.mean(0)
+    u = u - mean
+    variance = (u**2).mean(0)
+    lags = int(4 * (rows / 100) ** (2 / 9))
+    for lag in range(1, lags + 1):
+        weight = 1 - lag / (lags + 1)
+        variance += 2 * weight * (u[lag:] * u[:-lag]).sum(0) / rows
+    return mean / np.sqrt(np.maximum(variance, 1e-300) / rows)
+
+
+def least_t(t, share) -> float:
+    """The |t| from which on at most `share` of what passes is expected to be chance, inf if none.
+
+    Benjamini and Yekutieli 2001: it holds however the columns depend on each other.
+    """
+    from scipy.stats import norm
+
+    size = np.sort(np.abs(t).ravel())[::-1]
+    rank = np.arange(1, size.size + 1)
+    bound = share * rank / (size.size * (1 / rank).sum())
+    passing = np.flatnonzero(2 * norm.sf(size) <= bound)
+    return float(size[passing[-1]]) if passing.size else math.inf
+
+
+def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
+    """Evidence that technical columns (T, K) say something about the next return (T,).
+
+    Largest |t| of each, alone and times each context column (T, 5), (K,); and the one needed.
+    """
+    t = [newey_west_t(tech, ret)]
+    for k in range(hmm.shape[1]):
+        t.append(newey_west_t(tech * hmm[:, k : k + 1], ret))
+    return np.abs(t).max(0).tolist(), least_t(np.array(t), FALSE_DISCOVERIES)
+
+
 # ----------------------------------------------------------------------------------------- models
 class Fitted:
     """A dataclass of fitted parameters that a checkpoint holds."""
@@ -581,6 +627,8 @@ class FeatureModel(Fitted):
     center, scale  (n_tech,) train median and IQR/1.349 of the raw columns
     hmm      mean, var, start (4,), trans (4, 4) of the log Garman-Klass volatility of a bar
     train_dates    open time of the first and of the last bar that was fitted on, ISO with Z
+    evidence (n_tech,) |t| of each technical column with the next train return, see screen_columns
+    least_evidence   columns below it are 0 in `transform`; 0: no screen
     """
 
     names: tuple[str, ...]
@@ -592,9 +640,20 @@ class FeatureModel(Fitted):
     scale: list[float]
     hmm: dict
     train_dates: tuple[str, ...] = ()
+    evidence: list[float] = field(default_factory=list)
+    least_evidence: float = 0.0
+
+    @property
+    def passed(self) -> np.ndarray:
+        """(n_tech,) bool: technical columns that the screen lets through."""
+        if not self.evidence:
+            return np.ones(self.n_tech, bool)
+        return np.array(self.evidence) >= self.least_evidence
 
     def transform(self, bars: Bars) -> np.ndarray:
         """(T, n_tech + 5) float32: technical columns scaled and clipped to +-5, then the context.
+
+        A column that did not pass the screen is 0.
 
         DataError: another number or order of assets than the fitted one; a column not finite.
         """
@@ -604,8 +663,8 @@ class FeatureModel(Fitted):
         if here != there and set(here) == set(there):
             raise DataError(f"{bars.spec}: features fitted on the order {', '.join(there)}")
         raw, traded = raw_columns(bars.ohlcv, bars.timestamp, self.assets)
-        out = np.concatenate([scaled(raw, self), context(traded.lg, self.hmm)], 1)
-        return finish(out, self, bars.spec)
+        tech = scaled(raw, self) * self.passed
+        return finish(np.concatenate([tech, context(traded.lg, self.hmm)], 1), self, bars.spec)
 
 
 @dataclass
@@ -640,11 +699,12 @@ def too_few(bars, train_stop, warmup, what):
 
 
 def fit_features(
-    bars: Bars, train_stop: int, seed: int = 0, seconds: float = math.inf
+    bars: Bars, train_stop: int, seed: int = 0, seconds: float = math.inf, screen: bool = False
 ) -> FeatureModel:
     """Fit on bar rows [0, train_stop) only; seed moves the HMM's later starts.
 
-    seconds: for the HMM, which stops there with what it has. DataError, one line with both numbers:
+    seconds: for the HMM, which stops there with what it has. screen: technical columns without
+    evidence on train rows are 0. DataError, one line with both numbers:
     train_stop beyond the table, or fewer rows than the windows need.
     """
     rows = len(bars.timestamp)
@@ -659,7 +719,7 @@ def fit_features(
     names = tuple(TABLE)
     if len(fits) > 1:
         names = tuple(f"{asset}/{column}" for asset in bars.names for column in TECH_10)
-    return FeatureModel(
+    model = FeatureModel(
         names=tuple(bars.names),
         columns=names + HMM_COLUMNS,
         n_tech=len(names),
@@ -670,6 +730,13 @@ def fit_features(
         hmm=fit_hmm(traded.lg[WARMUP:], seed, seconds),
         train_dates=(iso(timestamp[0]), iso(timestamp[-1])),
     )
+    if screen:
+        rows = slice(WARMUP, train_stop - 1)  # the last row's next bar is not a train row
+        tech, hmm = scaled(raw[rows], model), context(traded.lg, model.hmm)[rows]
+        ret = bars.next_return[rows]
+        limit = usual_limit(ret)
+        model.evidence, model.least_evidence = screen_columns(tech, hmm, ret.clip(-limit, limit))
+    return model
 
 
 # ---------------------------------------------------------------------------------- columns by name
