@@ -259,20 +259,18 @@ def metric_table(page: str) -> dict[str, Meaning]:
 
     Their cells: one or more names in backticks, formula, healthy range, what to do if not.
     """
-    found, inside = {}, False
+    table, inside = {}, False
     for line in page.splitlines():
-        cells = [
-            c.strip().replace("\\|", "|")
-            for c in re.split(r"(?<!\\)\|", line.strip())[1:-1]
-        ]
+        cells = re.split(r"(?<!\\)\|", line.strip())[1:-1]
+        cells = [c.strip().replace("\\|", "|") for c in cells]
         if not cells:
             inside = False
         elif cells[0].lower() == "metric":
             inside = True
         elif inside:
             row = Meaning(*(cells[1:] + ["", "", ""])[:3])
-            found |= {name: row for name in re.findall(r"`([^`]+)`", cells[0])}
-    return found
+            table |= {name: row for name in re.findall(r"`([^`]+)`", cells[0])}
+    return table
 
 
 @dataclass
@@ -284,7 +282,7 @@ class Record:
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
     traces: dict[str, dict[str, np.ndarray]]
     notes: list[str] = field(default_factory=list)
-    began: float | None = None  # unix time
+    began: str = ""  # date and time
     meanings: dict[str, Meaning] = field(default_factory=dict)
 
 
@@ -292,9 +290,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ReportError(
-            f"{path}: missing; a run that ended has one (continue it: --resume)"
-        ) from None
+        raise ReportError(f"{path}: missing; a run that ended has one") from None
     except UnicodeDecodeError:
         raise ReportError(f"{path}: broken, not UTF-8 text") from None
     except OSError as e:
@@ -405,8 +401,12 @@ def read_run(run_dir: str | Path) -> Record:
         p.stem: read_trace(p) for p in sorted((folder / "traces").glob("*.parquet"))
     }
     traces = {k: v for k, v in traces.items() if any(len(c) for c in v.values())}
-    names = [p.name.split(".")[3] for p in sorted(folder.glob("events.out.tfevents.*"))]
-    began = next((float(name) for name in names if name.isdigit()), None)
+    # TensorBoard's file is named after the second in which a run opened it
+    names = [
+        p.name.split(".")[3] for p in sorted(folder.glob("events.out.tfevents.*.*"))
+    ]
+    began = time.gmtime(int(names[0])) if names and names[0].isdigit() else None
+    began = time.strftime("%Y-%m-%d %H:%M UTC", began) if began else ""
     return Record(
         args, summary, metrics, traces, notes, began, read_meanings(args, summary)
     )
@@ -620,11 +620,11 @@ def handles_of(fig) -> dict:
     """{label: artist} of a figure's legend; {} if the figure has one of its own."""
     if fig.legends or any(ax.get_legend() for ax in fig.axes):
         return {}
-    found = {}
+    handles = {}
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    return found
+            handles.setdefault(label, handle)
+    return handles
 
 
 def legend_of(fig) -> str:
@@ -737,37 +737,27 @@ def across(x: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------- sections
 def title_of(run: Record) -> str:
-    name, data = run.args.get("exp_name") or "run", within(run.summary, "data")
-    what = (
-        run.args.get("data")
-        or data.get("spec")
-        or run.args.get("scenario")
-        or run.args.get("env_fn")
-    )
-    return f"{name} on {what}" if what else str(name)
+    name, data = str(run.args.get("exp_name") or "run"), within(run.summary, "data")
+    for what in (run.args.get("data"), data.get("spec"), run.args.get("env_fn")):
+        if what:
+            return f"{name} on {what}"
+    return name
 
 
 def facts_of(run: Record) -> dict:
     """What one asks first about a run: when, on what, with which code."""
-    summary, data, device = (
-        run.summary,
-        within(run.summary, "data"),
-        within(run.summary, "device"),
-    )
-    hardware = dict.fromkeys(
-        str(device[k]) for k in ("torch", "backend", "precision") if device.get(k)
-    )
-    began = (
-        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.began)) if run.began else ""
-    )
+    summary = run.summary
+    data, device = within(summary, "data"), within(summary, "device")
+    hardware = [device.get(k) for k in ("torch", "backend", "precision")]
+    versions = within(summary, "versions")
     return {
-        "began": began,
+        "began": run.began,
         "commit": str(summary.get("commit") or "")[:12],
         "seed": run.args.get("seed"),
-        "on": ", ".join(hardware),
+        "on": listed(list(dict.fromkeys(h for h in hardware if h))),
         "bars of": listed(data.get("names")),
         "input sha256": listed(data.get("sha256"), 8),
-        "with": ", ".join(f"{k} {v}" for k, v in within(summary, "versions").items()),
+        "with": listed([f"{k} {v}" for k, v in versions.items()]),
     }
 
 
@@ -783,11 +773,8 @@ def add_header(page: Page, run: Record):
     page.add(f"<h1>{esc(title_of(run))}</h1>")
     facts = " · ".join(f"{k} {v}" for k, v in facts_of(run).items() if v or v == 0)
     page.add(f'<p class="soft">{esc(facts)}</p><div class="chips">')
-    for kind, value in (
-        ("status", summary.get("status")),
-        ("verdict", audit.get("verdict")),
-    ):
-        value = str(value or "unknown")
+    for kind, source in (("status", summary), ("verdict", audit)):
+        value = str(source.get(kind) or "unknown")
         page.add(
             f'<span class="chip {TONES.get(value, "plain")}">'
             f"{kind} <b>{esc(words(value))}</b></span>"
@@ -838,41 +825,36 @@ def tiles_of(run: Record) -> list[tuple[str, str, str]]:
         label = f"{split}: {title.replace(', bp / bar', ' bp')}"
         tiles.append((label, show(rows["agent"][key], kind), " · ".join(rivals)))
     limit = run.args.get("timeout")
-    updates, steps, speed, wall = (
-        show(summary.get(k), "int")
-        for k in ("updates", "global_step", "sps", "wall_seconds")
-    )
+    limit = f"limit {show(limit)} s" if limit else "no limit"
     ratio = show(summary.get("samples_per_transition"), "share")
-    tiles.append(("gradient updates", updates, f"{ratio} rows a transition"))
-    tiles.append(
-        ("transitions", steps, f"{speed} a second" if summary.get("sps") else "")
-    )
-    tiles.append(
-        ("wall clock", f"{wall} s", f"limit {show(limit)} s" if limit else "no limit")
-    )
+    speed = show(summary.get("sps"), "int")
+    for label, key, small in (
+        ("gradient updates", "updates", f"{ratio} rows a transition"),
+        ("transitions", "global_step", f"{speed} a second"),
+        ("wall clock, s", "wall_seconds", limit),
+    ):
+        tiles.append((label, show(summary.get(key), "int"), small))
     return tiles
+
+
+def dicts_of(value: dict) -> dict[str, dict]:
+    return {k: v for k, v in value.items() if isinstance(v, dict)}
 
 
 def table_rows(result: dict) -> dict[str, dict]:
     """{who: metrics} of one split, known names first; everyone gets a score if the agent has."""
-    rows = {
-        k: v
-        for k, v in result.items()
-        if isinstance(v, dict) and k not in ("baselines", "symbols")
-    }
+    agent = within(result, "agent")
+    rows = dicts_of(result)
+    baselines = dicts_of(rows.pop("baselines", {}))
+    rows.pop("symbols", None)
     # the policy that acts is the agent: the same numbers twice would only be noise
-    rows = {k: v for k, v in rows.items() if k == "agent" or v != rows.get("agent")}
-    rows |= {
-        k: v for k, v in within(result, "baselines").items() if isinstance(v, dict)
-    }
-    rows = {k: rows[k] for k in [*POLICIES, *rows] if k in rows}
+    rows = {k: v for k, v in rows.items() if k == "agent" or v != agent} | baselines
     mean = {k: number(v.get("mean_expected_bps")) for k, v in rows.items()}
-    span = mean.get("optimum", np.nan) - mean.get("flat", np.nan)
-    if np.isfinite(number(within(rows, "agent").get("score"))) and span > 0:
-        rows = {
-            k: {"score": (mean[k] - mean["flat"]) / span} | v for k, v in rows.items()
-        }
-    return rows
+    flat = mean.get("flat", np.nan)
+    span = mean.get("optimum", np.nan) - flat
+    if np.isfinite(number(agent.get("score"))) and span > 0:
+        rows = {k: {"score": (mean[k] - flat) / span} | v for k, v in rows.items()}
+    return {k: rows[k] for k in [*POLICIES, *rows] if k in rows}
 
 
 def columns_of(blocks: dict[str, dict[str, dict]]) -> list[str]:
@@ -880,7 +862,7 @@ def columns_of(blocks: dict[str, dict[str, dict]]) -> list[str]:
     keys = {}
     for rows in blocks.values():
         for metrics in rows.values():
-            keys |= {k: 0 for k, v in metrics.items() if not np.isnan(number(v))}
+            keys |= {k: v for k, v in metrics.items() if not np.isnan(number(v))}
     return [k for k in COLUMNS if k in keys] + [k for k in keys if k not in COLUMNS]
 
 
@@ -921,35 +903,30 @@ def add_table(page: Page, run: Record):
     lead = (
         "The best checkpoint is chosen on {}; the splits above it are the honest ones."
     )
-    page.section(
-        "table",
-        "Agent beside baselines",
-        lead.format(chosen if chosen in results else "eval"),
-    )
-    notes = {}
-    for split in blocks:
-        rows = within(results, split).get("rows")
-        plain = (
-            isinstance(rows, list)
-            and len(rows) == 2
-            and all(isinstance(r, int) for r in rows)
-        )
-        notes[split] = f"rows {rows[0]:,} to {rows[1] - 1:,}" if plain else ""
-        notes[split] += (
-            " PARTIAL, time ran out" if within(results, split).get("partial") else ""
-        )
+    lead = lead.format(chosen if chosen in results else "eval")
+    page.section("table", "Agent beside baselines", lead)
+    notes = {split: note_of(within(results, split)) for split in blocks}
     add_scores(page, blocks, notes)
+
+
+def note_of(result: dict) -> str:
+    """Which rows a split has, and whether time cut it."""
+    note = "PARTIAL, time ran out " if result.get("partial") else ""
+    rows = result.get("rows")
+    if isinstance(rows, list) and isinstance(rows[0], int):
+        note += f"rows {rows[0]:,} to {rows[1] - 1:,}"
+    return note
 
 
 def eval_curves(metrics: dict) -> dict[str, dict]:
     """{metric: {split: (x, y)}} of the keys eval/<split>/<metric>."""
-    found = {}
+    curves = {}
     for key, series in metrics.items():
         group, _, rest = key.partition("/")
         split, _, metric = rest.partition("/")
         if group == "eval" and metric:
-            found.setdefault(metric, {})[split] = series
-    return {k: found[k] for k in [*COLUMNS, *found] if k in found}
+            curves.setdefault(metric, {})[split] = series
+    return {k: curves[k] for k in [*GOALS, *COLUMNS, *curves] if k in curves}
 
 
 def add_learning(page: Page, run: Record, most: int = 4) -> dict:
@@ -958,49 +935,36 @@ def add_learning(page: Page, run: Record, most: int = 4) -> dict:
     if not curves:
         page.lack("learning curves", "metrics.jsonl has no eval/<split>/<metric>")
         return {}
-    summary, results = run.summary, within(run.summary, "eval")
-    split = (
-        summary.get("selected_by") if summary.get("selected_by") in results else "eval"
-    )
+    results, chosen = within(run.summary, "eval"), run.summary.get("selected_by")
+    split = chosen if chosen in results else "eval"
     rows = table_rows(within(results, split))
-    page.section(
-        "learning", "Learning", "The x axis is environment transitions everywhere."
-    )
+    best_step = number(run.summary.get("best_step"))
+    lead = "The x axis is environment transitions everywhere."
+    page.section("learning", "Learning", lead)
     page.add('<div class="grid">')
-    goals = [k for k in curves if k in GOALS]
-    drawn = ([*goals, *(k for k in curves if k not in goals)])[:most]
-    for key in drawn:
-        levels = (
-            {f"{k}, {split}": rows[k][key] for k in best_two(rows, key)}
-            if key in GOALS
-            else {}
-        )
-        fig = draw_curves(curves[key], levels, number(summary.get("best_step")))
+    for key in list(curves)[:most]:
+        rivals = best_two(rows, key) if key in GOALS else []
+        levels = {f"{k}, {split}": rows[k][key] for k in rivals}
+        fig = draw_curves(curves.pop(key), levels, best_step)
         title = f"{heading(key)}: evaluations"
         page.plot(f"curve_{key}", title, fig, metric=f"eval/{split}/{key}")
     page.add("</div>")
-    return {k: v for k, v in curves.items() if k not in drawn}
+    return curves
 
 
 def add_rows(page: Page, title: str, rows: list[tuple], unfolded: bool):
     """A folded table of (metric, curve as HTML, value, small print) beside the docs' words."""
-    head = "".join(
-        f"<th>{esc(t)}</th>" for t in ("metric", "", "last", "healthy", "if not")
-    )
     page.add(
         f"<details{' open' if unfolded else ''}><summary>{esc(title)}</summary>"
-        f'<table class="health"><thead><tr>{head}</tr></thead><tbody>'
+        '<table class="health"><thead><tr><th>metric</th><th></th><th>last</th>'
+        "<th>healthy</th><th>if not</th></tr></thead><tbody>"
     )
     for key, curve_html, value, small in rows:
         row = page.meaning(key)
-        name = words(key.split("/", 1)[-1])
-        formula = (
-            f'<span class="soft">{from_markdown(row.formula)}</span>'
-            if row.formula
-            else ""
-        )
+        name, formula = words(key.split("/", 1)[-1]), from_markdown(row.formula)
         page.add(
-            f"<tr><th><b>{esc(name)}</b>{formula}</th><td>{curve_html}</td>"
+            f'<tr><th><b>{esc(name)}</b><span class="soft">{formula}</span></th>'
+            f"<td>{curve_html}</td>"
             f'<td>{esc(value)}<br><span class="soft">{esc(small)}</span></td>'
             f'<td title="healthy">{from_markdown(row.healthy)}</td>'
             f'<td title="if not">{from_markdown(row.action)}</td></tr>'
@@ -1014,71 +978,54 @@ def series_row(key: str, x: np.ndarray, y: np.ndarray) -> tuple:
     if not len(ok):
         return key, "", "–", "all null"
     if key.startswith("alarm/"):
-        return (
-            key,
-            strip(x, y),
-            show(y[-1], "int"),
-            f"{show(100 * np.mean(ok > 0), 'int')} % of log points",
-        )
+        share = show(100 * np.mean(ok > 0), "int")
+        return key, strip(x, y), show(y[-1], "int"), f"{share} % of log points"
     last, low, high = texts([y[-1], ok.min(), ok.max()])
     return key, spark(x, y), last, f"{low} to {high}"
 
 
 def add_health(page: Page, run: Record, curves: dict):
     """Every logged metric, the audit's numbers, the time by phase, beside the docs' words."""
-    page.section(
-        "health",
-        "Health",
-        "Small curves run over all transitions; below the last value, the range.",
-    )
+    lead = "Small curves run over all transitions; below the last value, the range."
+    page.section("health", "Health", lead)
     groups = {}
+    # in the order of the docs
     for key in dict.fromkeys([*page.meanings, *run.metrics]):
-        if key not in run.metrics:
-            continue
-        x, y = run.metrics[key]
         group = key.split("/")[0] if "/" in key else ""
-        group = group if group in GROUPS or group == "time" else ""
-        if group not in ("eval", "time"):
-            groups.setdefault(group, []).append(series_row(key, x, y))
+        if key in run.metrics and group not in ("eval", "time"):
+            row = series_row(key, *run.metrics[key])
+            groups.setdefault(group if group in GROUPS else "", []).append(row)
     for key, lines in curves.items():
-        rows = [
-            series_row(f"eval/{name}/{key}", *series) for name, series in lines.items()
-        ]
-        groups.setdefault("eval", []).extend(rows)
+        for split, series in lines.items():
+            row = series_row(f"eval/{split}/{key}", *series)
+            groups.setdefault("eval", []).append(row)
     for group, (title, unfolded) in GROUPS.items():
         if group in groups:
             add_rows(page, title, groups[group], unfolded)
         elif group in ("losses", "policy", "value"):
             page.lack(f"{group} over training", f"metrics.jsonl has no {group}/ key")
-    audit = {
-        k: v
-        for k, v in within(run.summary, "audit").items()
-        if k not in ("verdict", "reasons")
-    }
-    rows = [
-        (k.replace(".", "_"), "", show(v), "") for k, v in flat_items(audit) if audit
-    ]
+    audit = dict(within(run.summary, "audit"))
+    for key in ("verdict", "reasons"):
+        audit.pop(key, None)
+    rows = [(k.replace(".", "_"), "", show(v), "") for k, v in flat_items(audit) if k]
     if rows:
         add_rows(page, "The audit's numbers", rows, True)
     else:
         page.lack("the audit's numbers", "summary.json has no audit")
-    add_phases(
-        page, {str(k): number(v) for k, v in within(run.summary, "phases").items()}
-    )
+    add_phases(page, within(run.summary, "phases"))
 
 
-def add_phases(page: Page, phases: dict[str, float]):
-    total = np.nansum(list(phases.values()))
+def add_phases(page: Page, phases: dict):
+    seconds = {str(k): number(v) for k, v in phases.items()}
+    total = np.nansum(list(seconds.values()))
     if not total > 0:
         page.lack("time by phase", "summary.json has no phases")
         return
     rows = []
-    for name, seconds in sorted(
-        phases.items(), key=lambda item: -np.nan_to_num(item[1])
-    ):
-        share = 100 * np.nan_to_num(seconds) / total
+    for name in sorted(seconds, key=lambda k: -np.nan_to_num(seconds[k])):
+        share = 100 * np.nan_to_num(seconds[name]) / total
         bar = f'<i class="bar" style="width:{share:.1f}%"></i>'
-        rows.append((f"time/{name}", bar, f"{seconds:.1f} s", f"{share:.0f} %"))
+        rows.append((f"time/{name}", bar, f"{seconds[name]:.1f} s", f"{share:.0f} %"))
     add_rows(page, f"Where {total:.0f} seconds went", rows, True)
 
 
@@ -1086,13 +1033,9 @@ def add_pairs(page: Page, title: str, pairs: list[tuple[str, object]]):
     """A folded table of keys and values."""
     page.add(f'<details><summary>{esc(title)}</summary><table class="kv">')
     for key, value in pairs:
-        text = (
-            show(value)
-            if isinstance(value, float)
-            else "–"
-            if value is None
-            else str(value)
-        )
+        if isinstance(value, float):
+            value = show(value)
+        text = "–" if value is None else value
         page.add(f"<tr><th>{esc(key)}</th><td>{esc(text)}</td></tr>")
     page.add("</table></details>")
 
@@ -1103,29 +1046,22 @@ def add_others(page: Page, run: Record, known, most: int = 24):
     for split in ordered(run.traces):
         for name, y in run.traces[split].items():
             if y.dtype.kind == "f" and not known(name):
-                rows.append((split, *series_row(name, np.arange(len(y)), y)[:4]))
+                key, *rest = series_row(name, np.arange(len(y)), y)
+                rows.append((f"{split}/{split}: {key}", *rest))
     if rows:
         page.section("traces", "Other columns of the traces")
-        add_rows(
-            page,
-            f"{min(len(rows), most)} columns over the rows of their file",
-            [(f"{split}/{split}: {key}", *rest) for split, key, *rest in rows[:most]],
-            True,
-        )
+        add_rows(page, "Over the rows of their file", rows[:most], True)
     if len(rows) > most:
-        page.lack(
-            f"{len(rows) - most} more trace columns", f"only the first {most} are drawn"
-        )
+        page.lack(f"{len(rows) - most} more trace columns", f"only {most} are drawn")
 
 
 def add_details(page: Page, run: Record):
     """What ran, on what; and what this page could not show."""
     page.section("details", "Details")
-    rest = {
-        k: v for k, v in run.summary.items() if k not in ("eval", "audit", "phases")
-    }
-    add_pairs(page, "Flags (args.json)", flat_items(run.args) if run.args else [])
-    add_pairs(page, "Run (summary.json)", flat_items(rest) if rest else [])
+    elsewhere = ("eval", "audit", "phases")
+    rest = {k: v for k, v in run.summary.items() if k not in elsewhere}
+    add_pairs(page, "Flags (args.json)", flat_items(run.args))
+    add_pairs(page, "Run (summary.json)", flat_items(rest))
     for note in run.notes:
         page.add(f'<p class="note">{esc(note)}</p>')
     if page.lacks:

@@ -16,6 +16,7 @@ from scripts.report import (
     canvas,
     color_of,
     curve,
+    esc,
     ordered,
     runs_of,
     step_axis,
@@ -55,11 +56,11 @@ def has_figure(column: str) -> bool:
 
 def policies_of(trace: dict, stem: str) -> dict[str, np.ndarray]:
     """{policy: its column `stem` or `stem_<policy>`}, known names first."""
-    found = {"agent": trace[stem]} if stem in trace else {}
-    found |= {
-        k[len(stem) + 1 :]: v for k, v in trace.items() if k.startswith(stem + "_")
-    }
-    return {k: found[k] for k in [*POLICIES, *found] if k in found}
+    columns = {"agent": trace[stem]} if stem in trace else {}
+    for name, values in trace.items():
+        if name.startswith(stem + "_"):
+            columns[name.removeprefix(stem + "_")] = values
+    return {k: columns[k] for k in [*POLICIES, *columns] if k in columns}
 
 
 def time_of(trace: dict, column: str) -> np.ndarray:
@@ -193,18 +194,18 @@ def draw_positions(trace: dict, bars: int):
     return fig
 
 
-def draw_band(x: np.ndarray, rows: dict):
-    """A stripe a row over the whole split: blue long, orange short."""
+def draw_band(rows: dict):
+    """A stripe a row over the whole split, {name: (times, positions)}: blue long, orange short."""
     from matplotlib.colors import LinearSegmentedColormap
 
     tones = [SHORT, "#f7d9c9", "#ffffff", "#c8ddf2", LONG]
     colours = LinearSegmentedColormap.from_list("position", tones)
     fig, (ax,) = canvas(10.4, 0.55 + 0.3 * len(rows), left=1.6)
-    limit = max(1.0, *(np.nanmax(np.abs(v), initial=0) for v in rows.values()))
-    for i, position in enumerate(rows.values()):
-        some, mean = thin(x, position, 1000)
+    limit = max(1.0, *(np.nanmax(np.abs(p), initial=0) for _, p in rows.values()))
+    for i, (times, position) in enumerate(rows.values()):
+        x, mean = thin(times, position, 1000)
         style = dict(cmap=colours, vmin=-limit, vmax=limit, rasterized=True)
-        ax.pcolormesh(some, [i - 0.45, i + 0.45], mean[None, :-1], **style)
+        ax.pcolormesh(x, [i - 0.45, i + 0.45], mean[None, :-1], **style)
     ax.set_yticks(range(len(rows)), [words(k) for k in rows], color=INK)
     ax.invert_yaxis()
     ax.grid(False)
@@ -316,115 +317,109 @@ def draw_spread(metrics: dict):
 def add_traces(page: Page, run: Record):
     """Equity, chance, pairs, positions and behaviour."""
     accounts = accounts_of(run)
-    why = (
-        "no traces/*.parquet has the column {}"
-        if accounts
-        else "no traces/*.parquet with rows"
-    )
-    # equity on train rows says nothing about the market and dwarfs the others
-    unseen = {s: t for s, t in accounts.items() if s != "train"} or accounts
-    unseen = {s: t for s, t in unseen.items() if "equity" in t}
-    if unseen:
-        page.section("equity", "Equity and drawdown")
-        page.add('<div class="grid">')
-        for split, trace in unseen.items():
-            fig = draw_equity(trace, policies_of(trace, "equity"))
-            title = f"{split}: equity and drawdown"
-            page.plot(f"equity_{split}", title, fig, metric=EVAL + "total_return")
-        page.add("</div>")
-        add_chance(page, unseen)
+    with_equity = {s: t for s, t in accounts.items() if "equity" in t}
+    if len(with_equity) > 1:
+        # equity on train rows says nothing about the market and dwarfs the others
+        with_equity.pop("train", None)
+    if with_equity:
+        add_equity(page, with_equity)
+        add_chance(page, with_equity)
     else:
-        page.lack("equity and drawdown", why.format("equity"))
+        page.lack("equity and drawdown", "no traces/*.parquet has the column equity")
     add_symbols(page, run)
-    held = {s: t for s, t in accounts.items() if "position" in t}
-    if held:
-        add_positions(page, run, held)
+    with_position = {s: t for s, t in accounts.items() if "position" in t}
+    if with_position:
+        add_positions(page, run, with_position)
     else:
-        page.lack("positions", why.format("position"))
+        page.lack("positions", "no traces/*.parquet has the column position")
     if {"value/q_action_spread", "policy/alpha"} <= set(run.metrics):
         add_values(page, run)
 
 
+def add_equity(page: Page, traces: dict):
+    page.section("equity", "Equity and drawdown")
+    page.add('<div class="grid">')
+    for split, trace in traces.items():
+        fig = draw_equity(trace, policies_of(trace, "equity"))
+        title = f"{split}: equity and drawdown"
+        page.plot(f"equity_{split}", title, fig, metric=EVAL + "total_return")
+    page.add("</div>")
+
+
 def add_chance(page: Page, traces: dict):
     """Realised numbers with what chance makes of them."""
-    blocks = {s: rows for s, t in traces.items() if (rows := chance_rows(t))}
+    blocks = {s: chance_rows(t) for s, t in traces.items()}
+    blocks = {s: rows for s, rows in blocks.items() if rows}
     if not blocks:
-        page.lack(
-            "intervals of realised numbers", "no trace has 20 bars of positive equity"
-        )
+        page.lack("intervals", "no trace has 20 bars of positive equity")
         return
     lead = (
-        f"95 % intervals of the realised bp a bar, from {DRAWS} resamples of the bars (stationary "
-        "bootstrap). An interval of the lead that holds 0: these bars cannot tell the two apart."
+        f"95 % intervals of the realised bp a bar, from {DRAWS} resamples of the bars "
+        "(stationary bootstrap). Where the interval of the lead holds 0, these bars cannot "
+        "tell the two apart."
     )
     page.section("chance", "What chance could explain", lead)
     add_scores(page, blocks, {})
 
 
 def add_symbols(page: Page, run: Record):
-    """Pair by pair: a table a split, the first unfolded, and the equity of each."""
+    """Pair by pair: a table a split, the first unfolded."""
     results = within(run.summary, "eval")
     splits = [s for s in ordered(results) if within(results, s, "symbols")]
-    if not splits:
-        return
-    page.section("pairs", "Pair by pair")
-    for split in splits:
-        rows, traces = {}, pairs_of(run.traces, split)
+    for i, split in enumerate(splits):
+        if i == 0:
+            page.section("pairs", "Pair by pair")
+        traces, rows = pairs_of(run.traces, split), {}
         for pair, result in within(results, split, "symbols").items():
-            everyone = table_rows(result)
-            chance = (
-                chance_rows(traces[pair]).get("agent", {}) if pair in traces else {}
-            )
-            rival = next(
-                (k for k in best_two(everyone, "mean_reward_bps") if k != "optimum"),
-                None,
-            )
-            best = {"rival_bps": everyone[rival]["mean_reward_bps"]} if rival else {}
-            rows[pair] = everyone.get("agent", {}) | chance | best
+            rows[pair] = pair_row(result, traces.get(pair, {}))
         page.add(
-            f"<details{'' if split != splits[0] else ' open'}><summary>{split}: the agent</summary>"
+            f"<details{'' if i else ' open'}><summary>{esc(split)}: the agent</summary>"
         )
         add_scores(page, {split: rows})
         page.add("</details>")
 
 
+def pair_row(result: dict, trace: dict) -> dict:
+    """The agent's metrics on one pair, their interval, and the best baseline's realised mean."""
+    everyone = table_rows(result)
+    row = everyone.get("agent", {}) | chance_rows(trace).get("agent", {})
+    for name in best_two(everyone, "mean_reward_bps"):
+        if name != "optimum" and "rival_bps" not in row:
+            row["rival_bps"] = everyone[name]["mean_reward_bps"]
+    return row
+
+
 def add_positions(page: Page, run: Record, traces: dict):
     split, trace = next(iter(traces.items()))
+    pairs = {k: t for k, t in pairs_of(run.traces, split).items() if "position" in t}
     page.section("positions", "What it holds, and when")
     page.add('<div class="grid">')
     bars = min(LAST, len(trace["position"]))
-    fig, title = (
-        draw_positions(trace, bars),
-        f"{split}: positions under price, the last {bars} bars",
-    )
+    fig = draw_positions(trace, bars)
+    title = f"{split}: positions under price, the last {bars} bars"
     page.plot("positions", title, fig, wide=True, metric=EVAL + "exposure")
-    pairs = {
-        k: t["position"]
-        for k, t in pairs_of(run.traces, split).items()
-        if "position" in t
-    }
-    # flat is an empty stripe
-    rows = pairs or {
-        k: v for k, v in policies_of(trace, "position").items() if k != "flat"
-    }
-    fig = draw_band(time_of(trace, "position"), rows)
+    times, policies = time_of(trace, "position"), policies_of(trace, "position")
+    policies.pop("flat", None)  # an empty stripe
+    rows = {k: (times, position) for k, position in policies.items()}
+    if pairs:
+        rows = {k: (time_of(t, "position"), t["position"]) for k, t in pairs.items()}
     title = f"{split}: positions over the whole split"
-    page.plot(
-        "band", title, fig, "Blue is long, orange short, white flat.", wide=True
-    )
-    fig, title = draw_histogram(traces), "How often it holds which position"
+    legend = "Blue is long, orange short, white flat."
+    page.plot("band", title, draw_band(rows), legend, wide=True)
+    title, fig = "How often it holds which position", draw_histogram(traces)
     page.plot("histogram", title, fig, metric="policy/state_dependence")
-    add_responses(page, split, list(pairs_of(run.traces, split).values()) or [trace])
-    if fig := draw_costs(trace):
-        page.plot(
-            "costs", f"{split}: what trading costs", fig, metric=EVAL + "turnover"
-        )
+    add_responses(page, split, list(pairs.values()) or [trace])
+    title, fig = f"{split}: what trading costs", draw_costs(trace)
+    if fig:
+        page.plot("costs", title, fig, metric=EVAL + "turnover")
     page.add("</div>")
 
 
 def with_past(trace: dict) -> dict:
-    """The trace, and its return over the past bars in %, as columns."""
+    """The trace with its expected return in bp and its return over the past bars in %."""
     out = dict(trace)
+    if "expected" in trace:
+        out["expected"] = 1e4 * trace["expected"]
     for bars in PAST if "close" in trace else ():
         past = np.full(len(trace["close"]), np.nan)
         past[bars:] = 100 * (trace["close"][bars:] / trace["close"][:-bars] - 1)
@@ -441,31 +436,23 @@ def add_responses(page: Page, split: str, traces: list[dict]):
     varies = {k for k, v in trace.items() if len(np.unique(v[np.isfinite(v)])) > 1}
     labels = {"signal": "signal", "expected": "expected return of the next bar, bp"}
     if "signal" not in varies:
-        labels |= {
-            f"past_{bars}": f"return over the past {bars} bars, %" for bars in PAST
-        }
-    labels = {k: v for k, v in labels.items() if k in varies}
-    for key, label in labels.items():
-        x = trace[key] * (1e4 if key == "expected" else 1)
-        fig, title = (
-            draw_response(trace, x, label),
-            f"{split}: position against {label}",
-        )
+        for bars in PAST:
+            labels[f"past_{bars}"] = f"return over the past {bars} bars, %"
+    for key in [k for k in labels if k in varies]:
+        fig = draw_response(trace, trace[key], labels[key])
+        title = f"{split}: position against {labels[key]}"
         page.plot(f"against_{key}", title, fig, "A flat line does not react to it.")
-    if not labels:
-        page.lack(
-            "position against signal",
-            f"traces/{split}.parquet has no signal, expected or close",
-        )
+    if not varies & labels.keys():
+        page.lack("position against signal", "no trace has signal, expected or close")
 
 
 def add_values(page: Page, run: Record):
     """What actions are worth, beside what randomness is paid."""
     page.section("values", "What actions are worth")
     page.add('<div class="grid">')
-    fig, title = (
-        draw_spread(run.metrics),
+    title, fig = (
         "Spread of Q over actions, alpha and entropy",
+        draw_spread(run.metrics),
     )
     page.plot("q_spread", title, fig, metric="value/q_action_spread")
     page.add("</div>")

@@ -112,7 +112,9 @@ def draw_lines(panel: Panel, axes, sides: dict):
 
 
 def stack(panel: Panel, trace: dict, how: str) -> np.ndarray:
-    return np.stack([thin(trace["time_s"], trace[k], 1000, how)[1] for k in panel.keys])
+    return np.stack(
+        [thin(trace["time_s"], trace[k], 1000, how)[1] for k in panel.keys]
+    )
 
 
 def draw_images(panel: Panel, axes, sides: dict, length: float | None):
