@@ -30,6 +30,7 @@ Use the agent in another program, from its checkpoint alone:
 
 Every flag: --help. Every metric, and what to do when it is off: docs/tqc_film_batch.md
 """
+
 import functools
 import math
 import sys
@@ -64,12 +65,17 @@ from common.data import Bars, iso, load_bars, print_facts, split_rows, utc_times
 from common.features import FeatureModel, fit_features
 from common.gpu_pool import pool
 from common.lanes import Lanes, register
-from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, verdict
+from common.scoring import BP, Series, best_constant, path_metrics, random_path
+from common.scoring import ridge_edge, usual_limit, verdict
 from common.timeout_guard import CheckpointError, load_checkpoint, save_atomic
 
 SCHEMA = 2  # of the checkpoint
-SPLITS = ("train", "eval", "test")
-TABLE = ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "max_drawdown", "turnover", "exposure", "trades")
+MODES = ("rebalance", "drift")
+POLICIES = ("critic_grid", "actor")
+ENV_FLAGS = "num_envs episode_length fee_bps slippage_bps funding_bps position_mode turnover_penalty_bps seed"
+NETWORK_FLAGS = (
+    "window d_model recency film fusion_width hidden dropout n_critics n_quantiles log_std_init reward_scaling gamma")
+TABLE = "score mean_expected_bps mean_reward_bps sharpe max_drawdown turnover exposure trades"
 
 # market
 HMM_COLUMNS = 5  # 4 filtered state posteriors and their entropy
@@ -79,24 +85,27 @@ LOST = 3e-6  # growth at which the episode terminates: above RUIN, a fee may hit
 LEVELS = np.linspace(-1, 1, 21)  # exposures among which the best constant is found
 GRID = 10  # exposures on each side of flat among which the greedy policy chooses
 
-FIT_SHARE = 0.15  # of the time left, for the HMM of a long history
-
 # encoder: the shape that the scores in docs/results.md were measured with
 HEADS, LAYERS = 4, 2
 MASKED = 0.3  # share of a window's bars that pre-training hides; .15 left too easy an interpolation
 MAE_BATCH = 64  # windows a pre-training step
 MAE_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
-PRETRAIN_SHARE = 0.12  # of the time left: 150 steps take 25 s on one core, learning needs the rest
-CACHE_SHARE = 0.3  # of the time left: rows that are not encoded by then are left out, the oldest first
 BLOCK = 32  # rows encoded at once: of one size, so that a row's bits do not depend on its neighbours
+
+# shares of the time that is left; learning needs the rest
+FIT_SHARE = 0.15  # the HMM of a long history
+PRETRAIN_SHARE = 0.12  # 150 steps take 25 s on one core
+CACHE_SHARE = 0.3  # rows that are not encoded by then are left out, the oldest first
 
 # optimisation
 BUFFER = 2_000_000  # transitions in the replay: 40 MB, 30 times what a default run makes
-SCHEDULE = 65_536  # transitions over which learning rates fall, where --total-timesteps gives no other
+SCHEDULE = 65_536  # transitions over which learning rates fall if --total-timesteps gives no other
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
 MAX_GRAD_NORM = 10.0  # ten times a usual gradient: only accidents are clipped
-REWARD_CLIP = 10.0  # standard deviations of the full position's reward; the share beyond it is logged
+REWARD_CLIP = (
+    10.0  # standard deviations of the full position's reward; the share beyond it is logged
+)
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -222,30 +231,34 @@ class Args(RunArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, {
-            "position_mode": ("rebalance", "drift"), "policy": ("critic_grid", "actor"),
-            "precision": ("auto", "bf16", "fp32")}, {
-            (0, 1): "eval_w_cost learning_rate learning_rate_fusion learning_rate_film",
-            (0, 0.9999): "gamma", (0, 0.99999): "average", (0, 0.99): "dropout", (1e-6, 1): "tau",
-            (1e-3, 1e9): "recency", (0, 10): "ent_coef_lr weight_decay", (-20, 5): "log_std_init",
-            (-100, 0.68): "target_entropy", (0, 255): "counterfactuals", (0, 1024): "updates_per_step",
-            (0, 1000): "fee_bps slippage_bps turnover_penalty_bps", (-1000, 1000): "funding_bps",
-            (0, 10**6): "fill_limit patience ent_coef_min", (0, 10**7): "mae_steps",
-            (0, 10**12): "total_timesteps learning_starts w_cost_curriculum", (1, 64): "n_critics",
-            (1, 1024): "n_quantiles", (2, 4096): "window", (1, 2**16): "d_model fusion_width hidden",
-            (1, 2**20): "num_envs batch_size segment", (1, 2**31): "episode_length sde_sample_freq",
-            (1, 10**12): "eval_interval"})
+        check(self, {"position_mode": MODES, "policy": POLICIES, "precision": ("auto", "bf16", "fp32")}, {
+            (0, 1): "eval_w_cost learning_rate learning_rate_fusion learning_rate_film tau",
+            (0, 0.9999): "gamma average dropout",
+            (0, 10): "ent_coef_lr weight_decay",
+            (0, 1000): "fee_bps slippage_bps turnover_penalty_bps",
+            (0, 1023): "counterfactuals updates_per_step top_quantiles_to_drop_per_net",
+            (0, 10**12): "fill_limit mae_steps total_timesteps learning_starts w_cost_curriculum patience",
+            (1, BLOCK - 1): "segment",
+            (1, 1024): "n_critics n_quantiles",
+            (1, 2**20): "d_model fusion_width hidden num_envs batch_size",
+            (1, 10**12): "episode_length sde_sample_freq eval_interval",
+            (2, 4096): "window",
+            (1e-3, 1e9): "recency",
+            (-20, 5): "log_std_init",
+            (-100, 0.68): "target_entropy",
+            (-1000, 1000): "funding_bps",
+        })
+        batch, segment, width, floor = self.batch_size, self.segment, self.d_model, self.ent_coef_min
         drop, quantiles = self.top_quantiles_to_drop_per_net, self.n_quantiles
         _, alpha = parse_ent_coef(self.ent_coef)
         refuse(
-            (self.batch_size % self.segment,
-             f"--batch-size {self.batch_size} must be a multiple of --segment {self.segment}"),
-            (self.d_model % HEADS, f"--d-model {self.d_model} must be a multiple of {HEADS} attention heads"),
-            (not 0 <= drop < quantiles,
+            (batch % segment, f"--batch-size {batch} must be a multiple of --segment {segment}"),
+            (width % HEADS, f"--d-model {width} must be a multiple of {HEADS} attention heads"),
+            (drop >= quantiles,
              f"--top-quantiles-to-drop-per-net {drop} leaves none of --n-quantiles {quantiles}"),
             (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"),
-            (self.ent_coef_min > alpha,
-             f"--ent-coef-min {self.ent_coef_min} is above the initial coefficient {alpha}"))
+            (not 0 <= floor <= alpha,
+             f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}"))
 
 
 def parse_ent_coef(text: str) -> tuple[bool, float]:
@@ -269,16 +282,23 @@ ROW, CLOCK, EPISODE = range(3)  # rows of ints (3, lanes) int64
 POSITION, W_COST, EQUITY, RETURN, TURNOVER = range(5)  # rows of floats (5, lanes) float64
 
 
+MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # of splitmix64
+STEP = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+S27, S30, S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+
+
+@nb.njit(cache=True)
+def mix_nb(x):
+    x = (x ^ (x >> S30)) * MIX[0]
+    x = (x ^ (x >> S27)) * MIX[1]
+    return x ^ (x >> S31)
+
+
 @nb.njit(cache=True)
 def uniform_nb(seed, lane, episode, draw):
     """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
-    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = (x ^ (x >> np.uint64(31))) + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
+    x = mix_nb(np.uint64(seed) * STEP[0] + np.uint64(lane))
+    x = mix_nb(x + np.uint64(episode) * STEP[1] + np.uint64(draw))
     return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
@@ -376,7 +396,9 @@ def cuda_step():
     def step_cuda(action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats):
         i = cuda.grid(1)
         if i < action.size:
-            lane(i, action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats)
+            lane(
+                i, action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats
+            )
 
     return step_cuda
 
@@ -434,23 +456,31 @@ class Market:
     rows: dict  # split -> (start, stop), half-open decision rows
     window: int
 
+    def identity(self) -> dict:
+        """What a checkpoint must agree with."""
+        return {
+            "spec": self.bars.spec, "sha256": self.bars.sha256, "names": self.bars.names,
+            "bars": len(self.ret), "rows": self.rows, "columns": self.features.columns}
+
+    @property
+    def judged_by(self) -> str:
+        """What best.pt is chosen by: the known conditional mean, or the realised one."""
+        return "mean_expected_bps" if self.bars.truth else "mean_reward_bps"
+
     @property
     def n_tech(self) -> int:
         return self.table.shape[1] - HMM_COLUMNS
 
-    def describe(self) -> dict:
-        """What a checkpoint must agree with, as plain values."""
-        return {"spec": self.bars.spec, "names": list(self.bars.names), "sha256": self.bars.sha256,
-                "bars": len(self.ret), "rows": {k: list(v) for k, v in self.rows.items()},
-                "columns": list(self.features.columns)}
-
-    def time(self, row: int) -> str:
-        return iso(self.bars.timestamp[row])
-
 
 def load_market(
-    data: str, split: str = "0.70/0.15/0.15", window: int = 64, fill_limit: int = 24, seed: int = 1,
-    hmm: bool = True, features: FeatureModel | None = None, seconds: float = math.inf,
+    data: str,
+    split: str = "0.70/0.15/0.15",
+    window: int = 64,
+    fill_limit: int = 24,
+    seed: int = 1,
+    hmm: bool = True,
+    features: FeatureModel | None = None,
+    seconds: float = math.inf,
 ) -> Market:
     """Bars -> splits -> columns, fitted on train rows, for `seconds` at most, unless `features` are given. Raises
     DataError (one line)."""
@@ -462,7 +492,9 @@ def load_market(
     rows = split_rows(bars.timestamp, split, purge, first=features.warmup + window - 1)
     if not hmm:
         table[:, -HMM_COLUMNS:] = 0.0
-    ret = np.nan_to_num(bars.next_return)  # the last row has no next bar and is never a decision row
+    ret = np.nan_to_num(
+        bars.next_return
+    )  # the last row has no next bar and is never a decision row
     expected = bars.truth.expected if bars.truth else np.full(len(ret), np.nan)
     return Market(bars, features, table, ret, expected, rows, window)
 
@@ -478,30 +510,40 @@ class MarketVectorEnv(Lanes):
     SAVED = ("ints", "floats", "final_ints", "final_floats")
 
     def __init__(
-        self, market: Market, rows: tuple[int, int], num_envs: int = 1, episode_length: int = 128,
-        fee_bps: float = 4.0, slippage_bps: float = 1.0, funding_bps: float = 0.0, position_mode: str = "rebalance",
-        turnover_penalty_bps: float = 5.0, seed: int = 1, backend: str = "cpu",
+        self,
+        market: Market,
+        rows: tuple[int, int],
+        num_envs: int = 1,
+        episode_length: int = 128,
+        fee_bps: float = 4.0,
+        slippage_bps: float = 1.0,
+        funding_bps: float = 0.0,
+        position_mode: str = "rebalance",
+        turnover_penalty_bps: float = 5.0,
+        seed: int = 1,
+        backend: str = "cpu",
     ):
-        start, stop, last = int(rows[0]), int(rows[1]), len(market.ret)
-        if position_mode not in ("rebalance", "drift") or backend not in ("cpu", "cuda"):
-            raise ValueError(f"position_mode {position_mode!r} must be rebalance or drift, backend {backend!r} cpu or cuda")
-        if not market.window - 1 <= start < stop < last:
-            raise ValueError(f"rows {rows}: need {market.window - 1} <= start < stop < {last}")
+        self.start, self.stop, self.length = int(rows[0]), int(rows[1]), int(episode_length)
+        first, last = market.window - 1, len(market.ret)
+        if position_mode not in MODES:
+            raise ValueError(f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}")
+        if not first <= self.start < self.stop < last:
+            raise ValueError(f"rows {rows}: need {first} <= start < stop < {last}")
+        columns = market.table.shape[1]
         box = gym.spaces.Box
-        observation = gym.spaces.Dict({
-            "market": box(-np.inf, np.inf, (market.window, market.table.shape[1]), np.float32),
-            "position": box(-np.inf, np.inf, (1,), np.float32),
-            "w_cost": box(0.0, 1.0, (1,), np.float32)})
-        super().__init__(num_envs, observation, box(-1.0, 1.0, (1,), np.float32), backend, seed)
-        self.market, self.start, self.stop, self.length = market, start, stop, int(episode_length)
+        super().__init__(num_envs, gym.spaces.Dict({
+            "market": box(-np.inf, np.inf, (market.window, columns)),
+            "position": box(-np.inf, np.inf, (1,)),
+            "w_cost": box(0.0, 1.0, (1,)),
+        }), box(-1.0, 1.0, (1,)), backend, seed)
+        self.market, self.penalty, self.w_max = market, turnover_penalty_bps * BP, 1.0
         self.costs = (fee_bps + slippage_bps) * BP, funding_bps * BP, position_mode == "drift"
-        self.penalty, self.w_max = turnover_penalty_bps * BP, 1.0
-        for name, rows_of in (("ints", 3), ("final_ints", 3)):
-            self.take(name, (rows_of, num_envs), np.int64)
-        for name, rows_of in (("floats", 5), ("final_floats", 5)):
-            self.take(name, (rows_of, num_envs), np.float64)
-        self.take("action", (num_envs,), np.float64)
-        self.take("reward", (num_envs,), np.float64)
+        for name in ("ints", "final_ints"):
+            self.take(name, (3, num_envs), np.int64)
+        for name in ("floats", "final_floats"):
+            self.take(name, (5, num_envs), np.float64)
+        for name in ("action", "reward"):
+            self.take(name, (num_envs,), np.float64)
         self.take("flags", (2, num_envs), np.bool_)
         self.kernel, self.ret = step_cpu, market.ret
         if backend == "cuda":
@@ -515,19 +557,19 @@ class MarketVectorEnv(Lanes):
         return self.start, self.stop, self.length, self.w_max, self.penalty, self.seed
 
     def reset_lanes(self, first: bool, options: dict):
-        ints, floats = self.ints.cpu().numpy(), self.floats.cpu().numpy()  # on a CPU the lanes' own memory
+        ints, floats = (x.cpu().numpy() for x in (self.ints, self.floats))  # on a CPU the same memory
         ints[EPISODE] = 0 if first else ints[EPISODE] + 1
         begin_all_nb(self.rules, ints, floats)
         self.ints.copy_(torch.from_numpy(ints))
         self.floats.copy_(torch.from_numpy(floats))
 
     def step_lanes(self, action: torch.Tensor):
-        """action (N,) or (N, 1) -> reward (N,) float64, terminated, truncated (N,) bool: overwritten by the next call."""
+        """action (N,) or (N, 1) -> reward (N,) float64, terminated, truncated (N,): overwritten by the next call."""
         self.action.copy_(action.reshape(-1))
-        a = self.arrays
-        self.kernel(a["action"], self.ret, self.costs, self.rules, a["ints"], a["floats"], a["reward"], a["flags"],
-                    a["final_ints"], a["final_floats"])
-        return self.reward, self.flags[0], self.flags[1]
+        names = ("ints", "floats", "reward", "flags", "final_ints", "final_floats")
+        lanes = [self.arrays[name] for name in names]
+        self.kernel(self.arrays["action"], self.ret, self.costs, self.rules, *lanes)
+        return self.reward, *self.flags
 
     def observe(self) -> dict:
         return self.window_of(self.ints, self.floats)
@@ -537,21 +579,33 @@ class MarketVectorEnv(Lanes):
 
     def window_of(self, ints, floats) -> dict:
         market = self.table[ints[ROW][:, None] + self.offsets]  # (N, window, columns)
-        return {"market": market, "position": floats[POSITION][:, None].float(),
-                "w_cost": floats[W_COST][:, None].float()}
+        return {
+            "market": market,
+            "position": floats[POSITION][:, None].float(),
+            "w_cost": floats[W_COST][:, None].float(),
+        }
 
     def episode(self) -> dict:
         last = self.final_floats
-        return {"r": last[RETURN], "l": self.final_ints[CLOCK], "equity": last[EQUITY], "turnover": last[TURNOVER]}
+        return {
+            "r": last[RETURN],
+            "l": self.final_ints[CLOCK],
+            "equity": last[EQUITY],
+            "turnover": last[TURNOVER],
+        }
 
     def charts(self) -> dict:
         """Means over the lanes' last ended episodes; NaN while none has ended."""
         ended = self.ints[EPISODE] > 0
-        return {"charts/episodic_return": self.final_floats[RETURN][ended].mean(),
-                "charts/episodic_length": self.final_ints[CLOCK][ended].double().mean()}
+        return {
+            "charts/episodic_return": self.final_floats[RETURN][ended].mean(),
+            "charts/episodic_length": self.final_ints[CLOCK][ended].double().mean(),
+        }
 
 
-def make_vec(num_envs: int = 1, data: str = "synthetic:regime", split_name: str = "train", **kwargs) -> MarketVectorEnv:
+def make_vec(
+    num_envs: int = 1, data: str = "synthetic:regime", split_name: str = "train", **kwargs
+) -> MarketVectorEnv:
     """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train", fee_bps=4, ...)."""
     loading = {k: kwargs.pop(k) for k in ("split", "window", "fill_limit", "hmm") if k in kwargs}
     market = load_market(data, **loading)
@@ -562,22 +616,6 @@ register("cleanrl_crypto/Market-v0", make_vec)
 
 
 # --------------------------------------------------------------------------------------------------- networks
-class Block(nn.Module):
-    """Pre-LN transformer layer."""
-
-    def __init__(self, d_model: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.ff = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
-
-    def forward(self, x):  # (B, T, d)
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
-        return x + self.ff(self.norm2(x))
-
-
 class CryptoMAE(nn.Module):
     """Masked autoencoder over a window of technical columns (He et al. 2022, on bars instead of patches).
 
@@ -588,23 +626,24 @@ class CryptoMAE(nn.Module):
     def __init__(self, columns: int, window: int, d_model: int, recency: float):
         super().__init__()
         self.embed = nn.Linear(columns, d_model)
-        self.blocks = nn.ModuleList(Block(d_model) for _ in range(LAYERS))
+        layer = functools.partial(nn.TransformerEncoderLayer, d_model, HEADS, 4 * d_model)
+        how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.Sequential(*(layer(**how) for _ in range(LAYERS)))
         self.norm, self.decode = nn.LayerNorm(d_model), nn.Linear(d_model, columns)
         self.mask_token = nn.Parameter(torch.zeros(d_model))
+        age = torch.arange(window - 1, -1, -1)[:, None]  # (T, 1) bars
         at = torch.arange(window)[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)
-        self.register_buffer("positions", torch.stack([at.sin(), at.cos()], -1).flatten(1)[:, :d_model])  # (T, d)
+        waves = torch.stack([at.sin(), at.cos()], -1).flatten(1)
+        self.register_buffer("positions", waves[:, :d_model])  # (T, d)
         self.register_buffer("mean", torch.zeros(d_model))
         self.register_buffer("std", torch.ones(d_model))
-        self.register_buffer("gain", torch.exp((torch.arange(window) - (window - 1)) / recency)[:, None])  # (T, 1)
+        self.register_buffer("gain", torch.exp(-age / recency))
 
     def encode(self, x, mask=None):  # (B, T, columns), (B, T) bool -> (B, T, d)
         x = self.embed(x)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = x + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x + self.positions))
 
     def loss(self, x, mask):
         """Mean squared error of the reconstruction at the masked steps."""
@@ -636,9 +675,8 @@ class FoundationFeatureExtractor(nn.Module):
         if self.film is not None:
             gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
             scale = scale + gamma
-        if self.training and self.dropout:  # whole channels, so that no neighbouring bar gives them away
-            keep = torch.rand(scale.shape, device=z.device) >= self.dropout
-            scale = scale * (keep / (1 - self.dropout)).to(z.dtype)
+        # whole channels, so that no neighbouring bar gives them away
+        scale = F.dropout(scale, self.dropout, self.training)
         x = torch.addcmul(beta, z, scale).flatten(1)  # one pass over the large tensor
         if self.film is None:
             x = torch.cat([x, hmm.to(z.dtype)], 1)
@@ -652,16 +690,18 @@ class Fusion(nn.Module):
         super().__init__()
         self.scalars = nn.Linear(2, width, bias=False)
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.scalars.weight, std=0.5)  # a step of position must be as visible as a step of the market
+        # a step of position must be as visible as a step of the market
+        nn.init.normal_(self.scalars.weight, std=0.5)
 
     def forward(self, market, position, w_cost):  # (B, width), (B, K), (B, 1) -> (B, K, width)
         p, w = self.scalars.weight.unbind(1)
-        return F.leaky_relu(self.norm(market[:, None] + position[..., None] * p + w_cost[..., None] * w))
+        x = market[:, None] + position[..., None] * p + w_cost[..., None] * w
+        return F.leaky_relu(self.norm(x))
 
 
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
-    layers = nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out)
-    return nn.Sequential(*layers)
+    first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, out))
 
 
 class Critic(nn.Module):
@@ -675,7 +715,8 @@ class Critic(nn.Module):
         self.fusion = Fusion(width)
         self.nets = nn.ModuleList(mlp(width, hidden, n_quantiles) for _ in range(n_critics))
 
-    def forward(self, market, after, w_cost):  # (B, width), (B, K), (B, 1) -> (B, K, critics, quantiles)
+    # (B, width), (B, K), (B, 1) -> (B, K, critics, quantiles)
+    def forward(self, market, after, w_cost):
         x = self.fusion(market, after, w_cost)
         return torch.stack([net(x) for net in self.nets], 2).float()
 
@@ -690,7 +731,8 @@ class Actor(nn.Module):
         self.mu = nn.Linear(hidden, 1)
         self.log_std = nn.Parameter(torch.full((hidden,), log_std_init))
 
-    def forward(self, market, position, w_cost):  # (B, width), (B, 1), (B, 1) -> mean (B,), latent (B, hidden)
+    # (B, width), (B, 1), (B, 1) -> mean (B,), latent (B, hidden)
+    def forward(self, market, position, w_cost):
         latent = self.latent(self.fusion(market, position, w_cost)[:, 0]).float()
         return F.hardtanh(self.mu(latent)[:, 0].float(), -2.0, 2.0), latent
 
@@ -701,36 +743,34 @@ class Agent(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         c = self.config = config
-        width, hidden, critics = c["fusion_width"], c["hidden"], (c["n_critics"], c["n_quantiles"])
         self.costs = c["cost"], c["funding"], c["drift"]
-        self.extractor = FoundationFeatureExtractor(c["window"], c["d_model"], width, c["dropout"], c["film"])
-        self.critic = Critic(width, hidden, *critics)
-        self.target = Critic(width, hidden, *critics).requires_grad_(False)
+        width, heads = c["fusion_width"], [c[k] for k in ("hidden", "n_critics", "n_quantiles")]
+        market = c["window"], c["d_model"], width, c["dropout"], c["film"]
+        self.extractor = FoundationFeatureExtractor(*market)
+        self.critic = Critic(width, *heads)
+        self.target = Critic(width, *heads).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        self.actor = Actor(width, hidden, c["log_std_init"])
+        self.actor = Actor(width, c["hidden"], c["log_std_init"])
         self.log_alpha = nn.Parameter(torch.tensor(math.log(max(c["alpha"], 1e-30))))
         self.register_buffer("grid", torch.arange(-GRID, GRID + 1) / GRID)
-        self.register_buffer("reward_stats", torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
+        # sums of 1, reward and reward^2
+        self.register_buffer("reward_sums", torch.zeros(3, dtype=torch.float64))
 
     @property
     def alpha(self) -> torch.Tensor:
         return self.log_alpha.detach().exp()
 
-    @torch.no_grad()
     def watch_rewards(self, rewards: torch.Tensor):
-        """Welford's update with a batch (Chan et al. 1983) of full-position rewards, which no policy can shrink."""
-        count, mean, m2 = self.reward_stats
-        n, new = len(rewards), rewards.mean()
-        total = count + n
-        m2 = m2 + ((rewards - new) ** 2).sum() + (new - mean) ** 2 * count * n / total
-        self.reward_stats.copy_(torch.stack([total, mean + (new - mean) * n / total, m2]))
+        """Statistics of the full position's rewards, which no policy can shrink."""
+        self.reward_sums += torch.stack([rewards**0, rewards, rewards**2]).sum(1)
 
     @property
     def reward_scale(self) -> torch.Tensor:
         """1 / standard deviation of the full position's reward, () float32."""
-        count, _, m2 = self.reward_stats
-        known = (count > 1) & (m2 > 0) & self.config["reward_scaling"]
-        return torch.where(known, (count / m2).sqrt(), 1.0).float()
+        count, first, second = self.reward_sums
+        variance = second / count - (first / count) ** 2
+        known = self.config["reward_scaling"] & (count > 1) & (variance > 0)
+        return torch.where(known, variance.rsqrt(), 1.0).float()
 
 
 # -------------------------------------------------------------------------------------------------- algorithm
@@ -741,7 +781,8 @@ def quantile_huber_loss(current, target):
     """
     n = current.shape[-1]
     tau = (torch.arange(n, device=current.device, dtype=current.dtype) + 0.5) / n
-    ours, theirs = torch.broadcast_tensors(current[..., None], target.detach()[:, None, None])  # (B, C, N, M)
+    pair = current[..., None], target.detach()[:, None, None]
+    ours, theirs = torch.broadcast_tensors(*pair)  # (B, C, N, M)
     weight = (tau[:, None] - (theirs < ours).to(current.dtype)).abs()
     return (weight * F.huber_loss(ours, theirs, reduction="none")).mean()
 
@@ -814,11 +855,12 @@ def greedy_next(agent: Agent, market, held, w_cost, scale, noise=None):
 def sampled_next(agent: Agent, market, held, w_cost, scale, noise=None):
     """TQC's: the actor's sample at the next row, the trade to it paid; shapes as in greedy_next."""
     k = held.shape[1]
-    market, w_cost, held = market.repeat_interleave(k, 0), w_cost.repeat_interleave(k, 0), held.reshape(-1, 1)
+    market, w_cost = market.repeat_interleave(k, 0), w_cost.repeat_interleave(k, 0)
+    held = held.reshape(-1, 1)
     action, log_prob, _ = sample_action(agent.actor, market, held, w_cost, noise)
-    penalty = agent.config["penalty"] * w_cost
-    paid = scale * trade_reward(held, action[:, None], agent.costs, penalty)  # (B K, 1)
-    return agent.target(market, action[:, None], w_cost)[:, 0] + paid[..., None], log_prob
+    action, penalty = action[:, None], agent.config["penalty"] * w_cost
+    paid = scale * trade_reward(held, action, agent.costs, penalty)  # (B K, 1)
+    return agent.target(market, action, w_cost)[:, 0] + paid[..., None], log_prob
 
 
 @torch.no_grad()
@@ -842,11 +884,20 @@ class Contexts:
     the first decision; if not, anew for every batch.
     """
 
-    def __init__(self, encoder: CryptoMAE, market: Market, device: torch.device, dtype=torch.float32, keep: bool = True):
+    def __init__(
+        self,
+        encoder: CryptoMAE,
+        market: Market,
+        device: torch.device,
+        dtype=torch.float32,
+        keep: bool = True,
+    ):
         self.encoder, self.market, self.device, self.dtype = encoder, market, device, dtype
         self.table = torch.from_numpy(market.table).to(device)
         self.ret = torch.from_numpy(market.ret.astype(np.float32)).to(device)
-        full = np.log1p(np.maximum(market.ret, RUIN - 1))
+        # a bad tick must not shrink all other rewards
+        limit = usual_limit(market.ret[slice(*market.rows["train"])])
+        full = np.log1p(np.clip(market.ret, max(-limit, RUIN - 1), limit))
         self.full_reward = torch.from_numpy(full).to(device)  # (T,) float64, of a full long position
         self.offsets = torch.arange(1 - market.window, 1, device=device)
         shape = len(market.table), *encoder.positions.shape  # (bars, T, d)
@@ -854,7 +905,8 @@ class Contexts:
         self.rows = market.rows  # of every split, those that were encoded
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        bf16 = torch.bfloat16
+        return torch.autocast(self.device.type, bf16, enabled=self.dtype == bf16)
 
     def windows(self, rows: torch.Tensor) -> torch.Tensor:
         """Technical columns of the bars up to each row: (B,) -> (B, T, n_tech)."""
@@ -871,8 +923,8 @@ class Contexts:
         if self.cache is None:
             return {name: list(span) for name, span in splits.items()}
         until, blocks = time.monotonic() + seconds, []
-        for name, (first, last) in splits.items():
-            starts = range(last + 1 - BLOCK, first - BLOCK, -BLOCK)  # counted back from the row after the split
+        for name, (first, last) in splits.items():  # counted back from the row after the split
+            starts = range(last + 1 - BLOCK, first - BLOCK, -BLOCK)
             blocks += [(k / len(starts), name, start) for k, start in enumerate(starts)]
         rows = {}
         for part, name, start in sorted(blocks):
@@ -933,8 +985,8 @@ class Replay:
         return Batch(rows, position, torch.cat([action, other], 1), w_cost)
 
     def state_dict(self) -> dict:
-        n = len(self)
-        return {"total": self.total, "row": self.row[:n].cpu().clone(), "floats": self.floats[:, :n].cpu().clone()}
+        row, floats = self.row[: len(self)], self.floats[:, : len(self)]
+        return {"total": self.total, "row": row.cpu().clone(), "floats": floats.cpu().clone()}
 
     def load_state_dict(self, state: dict):
         n, self.total = len(state["row"]), state["total"]
@@ -942,35 +994,16 @@ class Replay:
         self.floats[:, :n].copy_(state["floats"])
 
 
-class Noise:
-    """gSDE in rollouts: every lane keeps its noise matrix for `every` vector steps."""
-
-    def __init__(self, lanes: int, hidden: int, every: int, device):
-        self.every, self.calls = every, 0
-        self.matrix = torch.zeros(lanes, hidden, device=device)
-
-    def __call__(self, latent, log_std):  # (N, hidden), (hidden,) -> (N,)
-        if self.calls % self.every == 0:
-            self.matrix.copy_(torch.randn_like(self.matrix) * log_std.exp())
-        self.calls += 1
-        return (latent * self.matrix).sum(1)
-
-    def state_dict(self) -> dict:
-        return {"calls": self.calls, "matrix": self.matrix.cpu().clone()}
-
-    def load_state_dict(self, state: dict):
-        self.calls = state["calls"]
-        self.matrix.copy_(state["matrix"])
-
-
 @torch.no_grad()
-def explore(agent: Agent, contexts: Contexts, row, position, w_cost, noise: Noise) -> torch.Tensor:
-    """The actor's exposures (N,) in a rollout."""
+def explore(agent: Agent, contexts: Contexts, row, position, w_cost, matrix, redraw: bool):
+    """The actor's exposures (N,) in a rollout. matrix (N, hidden): every lane's gSDE noise, kept for some steps."""
     agent.eval()
     with contexts.autocast():
         market = agent.extractor(*contexts(row))
         mean, latent = agent.actor(market, position.float()[:, None], w_cost.float()[:, None])
-    return (mean + noise(latent, agent.actor.log_std)).tanh().float()
+    if redraw:
+        matrix.copy_(torch.randn_like(matrix) * agent.actor.log_std.exp())
+    return (mean + (latent * matrix).sum(1)).tanh().float()
 
 
 def encode_stretches(extractor, contexts: Contexts, rows) -> tuple:
@@ -984,7 +1017,7 @@ def encode_stretches(extractor, contexts: Contexts, rows) -> tuple:
 
 # -------------------------------------------------------------------------------------- evaluation, diagnostics
 @torch.no_grad()
-def latents_of(agent: Agent, contexts: Contexts, rows: torch.Tensor, until: float = math.inf) -> torch.Tensor:
+def latents_of(agent: Agent, contexts: Contexts, rows, until: float = math.inf):
     """The market part of the fusion layer for rows (n,) -> (n, width); stops at a whole block past `until`."""
     agent.eval()
     blocks = []
@@ -1015,9 +1048,9 @@ def action_values(agent: Agent, latents, position, w_cost, after):
 
 
 @torch.no_grad()
-def act(agent: Agent, latents, position, w_cost, policy: str):
-    """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1)."""
-    if policy == "actor":
+def act(agent: Agent, latents, position, w_cost, policy: str | None = None):
+    """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1); policy: if not the agent's own."""
+    if (policy or agent.config["policy"]) == "actor":
         return agent.actor(latents, position, w_cost)[0].tanh()
     q = action_values(agent, latents, position, w_cost, agent.grid.expand(len(latents), -1))
     return agent.grid[q.argmax(1)]
@@ -1029,7 +1062,8 @@ def target_path(agent: Agent, latents, ret: np.ndarray, w_cost: float, policy: s
     if policy == "critic_grid":
         value = grid_values(agent, latents, w).double().cpu().numpy()
         grid, scale = agent.grid.double().cpu().numpy(), float(agent.reward_scale)
-        return greedy_walk_nb(value, grid, scale, agent.config["penalty"] * w_cost, ret, agent.costs)
+        penalty = agent.config["penalty"] * w_cost
+        return greedy_walk_nb(value, grid, scale, penalty, ret, agent.costs)
     target, position = np.empty(len(ret)), 0.0
     for t in range(len(ret)):
         held = torch.full((1, 1), position, device=latents.device)
@@ -1038,152 +1072,167 @@ def target_path(agent: Agent, latents, ret: np.ndarray, w_cost: float, policy: s
     return target
 
 
+@functools.lru_cache(1)
 def series_of(market: Market, costs: tuple) -> Series:
     """The market as scoring sees it; the ridge policy may use (last bar's technical columns) x (1, HMM columns)."""
     table = market.table.astype(np.float64)
     tech, hmm = table[:, : market.n_tech], table[:, market.n_tech :]
     x = np.concatenate([table, *(tech * hmm[:, [k]] for k in range(HMM_COLUMNS))], 1)
-    walk = lambda target, a, b: walk_nb(target, market.ret[a:b], market.expected[a:b], costs)  # noqa: E731
-    return Series(x, market.ret, market.rows, walk, market.bars.truth is not None)
+    own_walk = functools.partial(walk, market, costs)
+    return Series(x, market.ret, market.rows, own_walk, market.bars.truth is not None)
 
 
-@functools.lru_cache(16)
-def optimum_of(market: Market, costs: tuple, start: int, stop: int) -> np.ndarray | None:
-    """Exposures of the best policy that knows the market's law; its dynamic programme knows no funding."""
-    if not market.bars.truth or costs[1]:
-        return None
-    return np.asarray(markets.optimum_path(market.bars.truth, costs[0], start, stop), np.float64)
+def walk(market: Market, costs: tuple, target: np.ndarray, start: int, stop: int) -> tuple:
+    """walk_nb along rows [start, stop)."""
+    return walk_nb(target, market.ret[start:stop], market.expected[start:stop], costs)
+
+
+@functools.lru_cache(8)
+def fixed_paths(market: Market, costs: tuple, start: int, stop: int) -> dict:
+    """Exposures (n,) on rows [start, stop) of those beside the agent who do not depend on it."""
+    n, truth = stop - start, market.bars.truth
+    constant = best_constant(series_of(market, costs), LEVELS)
+    paths = {"flat": np.zeros(n), "buy_and_hold": np.ones(n), "best_constant": np.full(n, constant)}
+    if truth:
+        cost, funding, _ = costs
+        paths["optimum"] = markets.optimum_path(truth, cost, start, stop, funding=funding)
+    return paths
 
 
 def evaluate(
     agent: Agent, contexts: Contexts, split: str, args: Args, seconds: float = math.inf,
-    policies: tuple = ("critic_grid", "actor"),
+    policies: tuple = POLICIES,
 ) -> tuple[dict, dict]:
-    """Deterministic walk over a split's rows, flat before the first.
+    """Deterministic walk over a split's rows, flat before the first, and the baselines on the same bars.
 
-    Returns {policy: metrics, "agent": the acting policy's, "rows", "partial"} and the columns of its trace.
+    Returns {policy: metrics, "agent": the acting policy's, "baselines", "rows", "partial"}, and the columns of a trace.
     """
-    market, acting = contexts.market, agent.config["policy"]
+    market, costs, acting = contexts.market, agent.costs, agent.config["policy"]
+    bars, truth = market.bars, market.bars.truth
     until = time.monotonic() + 0.4 * seconds  # what follows takes longer than the latents
-    start, stop = contexts.rows[split]
-    latents = latents_of(agent, contexts, torch.arange(start, stop, device=contexts.device), until)
+    rows = torch.arange(*contexts.rows[split], device=contexts.device)
+    latents = latents_of(agent, contexts, rows, until)
+    start = contexts.rows[split][0]
     stop = start + len(latents)
-    out = {"rows": [start, stop], "partial": (start, stop) != tuple(market.rows[split])}
-    bars, ret, expected = market.bars, market.ret[start:stop], market.expected[start:stop]
-    columns = {"timestamp": utc_times(bars.timestamp[start:stop]), "close": bars.close[start:stop], "next_return": ret}
-    best = optimum_of(market, agent.costs, start, stop)
-    best = walk_nb(best, ret, expected, agent.costs)[1].mean() / BP if best is not None else 0.0
+    paths = {}
     for policy in policies:
-        if policy != acting and time.monotonic() > until:
-            out["partial"] = True
-            continue
-        target = target_path(agent, latents, ret, args.eval_w_cost, policy)
-        metrics, equity = path_metrics(*walk_nb(target, ret, expected, agent.costs), bars.bars_per_year)
-        if bars.truth:
-            metrics["score"] = metrics["mean_expected_bps"] / best if best >= 0.05 else None
-        out[policy] = metrics
-        name = "" if policy == acting else f"_{policy}"
-        columns |= {f"position{name}": target, f"equity{name}": equity}
-    out["agent"] = dict(out[acting])
-    w_cost = torch.full((len(latents), 1), args.eval_w_cost, device=latents.device)
+        if policy == acting or time.monotonic() < until:
+            ret = market.ret[start:stop]
+            paths[policy] = target_path(agent, latents, ret, args.eval_w_cost, policy)
+    turnover = walk(market, costs, paths[acting], start, stop)[2].mean()
+    paths |= fixed_paths(market, costs, start, stop)
+    paths["random_same_turnover"] = random_path(stop - start, turnover, args.seed)
+
+    columns = {
+        "timestamp": utc_times(bars.timestamp), "close": bars.close, "next_return": market.ret}
+    if truth:
+        columns |= {"expected": market.expected, "signal": truth.signal, "regime": truth.regime}
+    columns = {name: values[start:stop] for name, values in columns.items()}
+    metrics = {}
+    for name, target in paths.items():
+        walked = walk(market, costs, target, start, stop)
+        metrics[name], equity = path_metrics(*walked, bars.bars_per_year)
+        who = "" if name == acting else f"_{name}"
+        columns |= {f"position{who}": target, f"equity{who}": equity}
+    w_cost = torch.full((len(latents), 1), args.eval_w_cost, device=contexts.device)
     q = grid_values(agent, latents, w_cost)
     columns["q_spread"] = (q.amax(1) - q.amin(1)).cpu().numpy()
-    return out, columns
 
-
-def add_baselines(out: dict, columns: dict, market: Market, costs: tuple, constant: float, seed: int):
-    """Everyone whom the agent stands beside, on the same bars at the same costs."""
-    start, stop = out["rows"]
-    n, truth = stop - start, market.bars.truth
-    paths = {
-        "flat": np.zeros(n), "buy_and_hold": np.ones(n), "best_constant": np.full(n, constant),
-        "random_same_turnover": random_path(n, out["agent"]["turnover"], seed),
-        "optimum": optimum_of(market, costs, start, stop)}
-    ret, expected = market.ret[start:stop], market.expected[start:stop]
-    out["baselines"] = {}
-    for name, target in paths.items():
-        if target is not None:
-            walked = walk_nb(target, ret, expected, costs)
-            out["baselines"][name], equity = path_metrics(*walked, market.bars.bars_per_year)
-            columns |= {f"position_{name}": target, f"equity_{name}": equity}
+    out = {name: metrics.pop(name) for name in POLICIES if name in metrics}
     if truth:
-        columns |= {"expected": expected, "signal": truth.signal[start:stop], "regime": truth.regime[start:stop]}
+        best = metrics["optimum"]["mean_expected_bps"]
+        for own in out.values():
+            own["score"] = own["mean_expected_bps"] / best if best >= 0.05 else None
+    partial = (start, stop) != tuple(market.rows[split]) or not set(policies) <= set(paths)
+    more = {"baselines": metrics, "rows": [start, stop], "partial": partial}
+    return out | {"agent": dict(out[acting])} | more, columns
 
 
 @torch.no_grad()
 def diagnose(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 256) -> dict:
-    """What the deterministic policy depends on, on n rows of a split (the same rows at every call)."""
-    c, rng, device = agent.config, np.random.default_rng(0), contexts.device
-    to = lambda x: torch.as_tensor(x, device=device)  # noqa: E731
-    rows = to(np.sort(rng.choice(np.arange(*contexts.rows[split]), n)))
-    mix = to(rng.permutation(n))
-    position = to(rng.uniform(-1, 1, (n, 1)).astype(np.float32))
-    w_cost = to(rng.uniform(0, 1, (n, 1)).astype(np.float32))
-    zero = torch.zeros_like(position)
+    """What the deterministic policy depends on, on n rows of a split (the same rows at every call), by metric."""
+    rng, device = np.random.default_rng(0), contexts.device
+    rows = np.sort(rng.choice(np.arange(*contexts.rows[split]), n))
+    drawn = rows, rng.permutation(n), rng.uniform(-1, 1, (n, 1)), rng.uniform(0, 1, (n, 1))
+    rows, mix, position, w_cost = (torch.as_tensor(x, device=device) for x in drawn)
+    position, w_cost = position.float(), w_cost.float()
     z, hmm = contexts(rows)
     agent.eval()
     with contexts.autocast():
         latents, other_tech = agent.extractor(z, hmm), agent.extractor(z[mix], hmm)
         other_hmm = agent.extractor(z, hmm[mix])
 
-    policy = functools.partial(act, agent, policy=c["policy"])
-    greedy = policy(latents, position, w_cost)
-    fixed = torch.stack([policy(latents, zero + p, zero) for p in (-1.0, 0.0, 1.0)])  # the market alone varies
+    greedy = act(agent, latents, position, w_cost)
+    zero = torch.zeros_like(position)  # of position and w_cost: the market alone varies
+    fixed = torch.stack([act(agent, latents, zero + p, zero) for p in (-1.0, 0.0, 1.0)])
     shuffled = {
-        "technical": policy(other_tech, position, w_cost), "hmm": policy(other_hmm, position, w_cost),
-        "position": policy(latents, position[mix], w_cost), "w_cost": policy(latents, position, w_cost[mix])}
+        "technical": act(agent, other_tech, position, w_cost),
+        "hmm": act(agent, other_hmm, position, w_cost),
+        "position": act(agent, latents, position[mix], w_cost),
+        "w_cost": act(agent, latents, position, w_cost[mix]),
+    }
 
     noise = torch.randn(n, generator=torch.Generator(device.type).manual_seed(0), device=device)
     sampled, log_prob, std = sample_action(agent.actor, latents, position, w_cost, noise)
     q = action_values(agent, latents, position, w_cost, agent.grid.expand(n, -1))  # (n, A)
-    pair = torch.stack([greedy, sampled], 1)
-    q_greedy, q_sampled = action_values(agent, latents, position, w_cost, pair).unbind(1)
-    quantiles = agent.critic(latents, greedy[:, None], w_cost)  # (n, 1, C, N)
-    hidden = agent.critic.nets[0][:2](agent.critic.fusion(latents, greedy[:, None], w_cost)[:, 0])
-    full = agent.reward_scale * contexts.full_reward[rows].abs()
+    both = torch.stack([greedy, sampled], 1)
+    q_both = action_values(agent, latents, position, w_cost, both)  # (n, 2)
+    fused = agent.critic.fusion(latents, greedy[:, None], w_cost)[:, 0]
+    quantiles = torch.stack([net(fused) for net in agent.critic.nets])  # (C, n, N)
+    full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
     entropy, alpha = -log_prob.mean(), agent.alpha
     found = {
-        "state_dependence": fixed.std(1).mean(), "action_mean": greedy.mean(),
-        "saturation": (greedy.abs() > 0.98).float().mean(), "greedy_gap": (q_greedy - q_sampled).mean(),
-        "greedy_over_sampled": greedy.std() / sampled.std().clamp_min(1e-6), "q_mean": q.mean(),
-        "q_action_spread": (q.amax(1) - q.amin(1)).mean(),
-        "quantile_spread": (quantiles.amax(3) - quantiles.amin(3)).mean(),
-        "policy_entropy": entropy, "alpha": alpha, "alpha_entropy": alpha * entropy.abs(),
-        "entropy_rms": alpha * c["gamma"] * (log_prob**2).mean().sqrt(), "sigma": std.mean(),
-        "log_std_mean": agent.actor.log_std.mean(), "dead_units": (hidden <= 0).all(0).float().mean(),
-        "clipped_rewards": (full > REWARD_CLIP).float().mean()}
-    moved = {name: float((exposure - greedy).abs().mean()) for name, exposure in shuffled.items()}
-    return {name: float(x) for name, x in found.items()} | {"attribution": moved}
+        "policy/state_dependence": fixed.std(1).mean(),
+        "policy/action_mean": greedy.mean(),
+        "policy/saturation": (greedy.abs() > 0.98).float().mean(),
+        "policy/greedy_gap": (q_both[:, 0] - q_both[:, 1]).mean(),
+        "policy/greedy_over_sampled": greedy.std() / sampled.std().clamp_min(1e-6),
+        "policy/entropy": entropy,
+        "policy/alpha": alpha,
+        "policy/sigma": std.mean(),
+        "policy/entropy_rms": alpha * agent.config["gamma"] * (log_prob**2).mean().sqrt(),
+        "policy/log_std_mean": agent.actor.log_std.mean(),
+        "policy/dead_units": (agent.critic.nets[0][:2](fused) <= 0).all(0).float().mean(),
+        "value/q_mean": q.mean(),
+        "value/q_action_spread": (q.amax(1) - q.amin(1)).mean(),
+        "value/quantile_spread": (quantiles.amax(2) - quantiles.amin(2)).mean(),
+        "value/alpha_entropy": alpha * entropy.abs(),
+        "env/clipped_rewards": (full_reward > REWARD_CLIP).float().mean(),
+    }
+    for name, exposure in shuffled.items():
+        found[f"policy/attribution_{name}"] = (exposure - greedy).abs().mean()
+    return {name: float(x) for name, x in found.items()}
 
 
 def alarms(found: dict, samples_per_transition: float) -> dict[str, bool]:
     """What comes before a collapse. found: diagnose()'s."""
     return {
-        "q_spread_over_alpha": found["q_action_spread"] < 2 * found["alpha"],
-        "entropy_over_reward": found["entropy_rms"] > 1.0,
-        "samples_per_transition": samples_per_transition < 2,
-        "sigma": found["sigma"] > 0.9,
-        "clipped_rewards": found["clipped_rewards"] > 0.05,
-        "greedy_over_sampled": found["greedy_over_sampled"] < 0.1}
+        "alarm/q_spread_over_alpha": found["value/q_action_spread"] < 2 * found["policy/alpha"],
+        "alarm/entropy_over_reward": found["policy/entropy_rms"] > 1.0,
+        "alarm/samples_per_transition": samples_per_transition < 2,
+        "alarm/sigma": found["policy/sigma"] > 0.9,
+        "alarm/clipped_rewards": found["env/clipped_rewards"] > 0.05,
+        "alarm/greedy_over_sampled": found["policy/greedy_over_sampled"] < 0.1,
+    }
 
 
 def overestimation(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 2048) -> float:
     """Mean of (predicted - realised) discounted value along the acting policy's path, scaled reward a decision."""
-    gamma, scale = agent.config["gamma"], float(agent.reward_scale)
-    start, stop = contexts.rows[split]
-    n = min(n, stop - start)
-    latents = latents_of(agent, contexts, torch.arange(start, start + n, device=contexts.device))
-    ret = contexts.market.ret[start : start + n]
+    gamma, start = agent.config["gamma"], contexts.rows[split][0]
+    stop = min(start + n, contexts.rows[split][1])
+    latents = latents_of(agent, contexts, torch.arange(start, stop, device=contexts.device))
+    ret = contexts.market.ret[start:stop]
     target = target_path(agent, latents, ret, 0.0, agent.config["policy"])
     after = torch.from_numpy(target).float().to(contexts.device)[:, None]
     value = afterstate_values(agent, latents, after, torch.zeros_like(after))[:, 0].cpu().numpy()
-    reward = walk_nb(target, ret, ret, agent.costs)[0]
-    paid = reward - bar_growth(torch.from_numpy(target), torch.from_numpy(ret), agent.costs[1]).log().numpy()
-    realised, tail = np.empty(n), 0.0
-    for t in range(n - 1, -1, -1):
-        tail = realised[t] = scale * reward[t] + gamma * tail
-    known = max(n - int(5 / (1 - gamma)), 1)  # the last ones see too little of their future
-    return float((value + scale * paid - realised)[:known].mean())
+    reward = walk(contexts.market, agent.costs, target, start, stop)[0]
+    growth = np.log(np.maximum(1 + target * (ret - agent.costs[1]), RUIN))
+    realised, tail = np.empty(len(ret)), 0.0  # of what follows the trade, as the critic's values
+    for t in reversed(range(len(ret))):
+        realised[t] = growth[t] + gamma * tail
+        tail = reward[t] + gamma * tail
+    known = max(len(ret) - int(5 / (1 - gamma)), 1)  # the last ones see too little of their future
+    return float((value - float(agent.reward_scale) * realised)[:known].mean())
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
@@ -1201,11 +1250,11 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
 
     @torch.no_grad()
     def policy(obs: dict) -> np.ndarray:
-        keys = ("market", "position", "w_cost")
-        market, position, w_cost = (torch.as_tensor(np.asarray(obs[k], np.float32), device=device) for k in keys)
+        shown = (np.asarray(obs[k], np.float32) for k in ("market", "position", "w_cost"))
+        market, position, w_cost = (torch.as_tensor(x, device=device) for x in shown)
         tech, hmm = market[..., : config["columns"]], market[:, -1, config["columns"] :]
         latents = agent.extractor(encoder.context(tech), hmm)
-        return act(agent, latents, position, w_cost, config["policy"])[:, None].cpu().numpy()
+        return act(agent, latents, position, w_cost)[:, None].cpu().numpy()
 
     return policy
 
@@ -1217,10 +1266,9 @@ def build_encoder(config: dict) -> CryptoMAE:
 
 def check_dimensions(path, found: dict, expected: dict):
     """Every dimension of the encoder that disagrees with the flags stands in one error line."""
-    names = {"d_model": "d_model", "n_heads": "heads", "n_layers": "layers", "columns": "input columns",
-             "window": "window"}
-    wrong = [f"{name} {found.get(k)} found, {expected[k]} expected" for k, name in names.items()
-             if found.get(k) != expected[k]]
+    names = ("columns", "window", "d_model", "n_heads", "n_layers")
+    pairs = [(name, found.get(name), expected[name]) for name in names]
+    wrong = [f"{name} {a} found, {b} expected" for name, a, b in pairs if a != b]
     if wrong:
         raise CheckpointError(f"{path} does not fit the flags and data: {'; '.join(wrong)}")
 
@@ -1230,29 +1278,33 @@ def load_encoder(path: str, config: dict, market: Market) -> dict:
     read the same columns, and have been trained on none of the bars that this run is judged on."""
     state = load_checkpoint(path)
     if set(state) != {"config", "encoder", "columns"}:
-        raise CheckpointError(f"--encoder {path}: not an encoder.pt but a file with {', '.join(sorted(state)[:6])}")
+        found = ", ".join(sorted(state)[:6])
+        raise CheckpointError(f"--encoder {path}: not an encoder.pt but a file with {found}")
     check_dimensions(path, state["config"], config)
     there, here = state["columns"], market.features.columns
     other = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
-    until, judged = state["config"]["trained_until"], market.time(market.rows["eval"][0])
+    until = state["config"]["trained_until"]
+    judged = iso(market.bars.timestamp[market.rows["eval"][0]])
     refuse(
         (other, f"--encoder {path} was trained on other columns: {'; '.join(other[:3])}"),
-        (until >= judged, f"--encoder {path} was trained on bars until {until}, this run's eval rows begin at {judged}: "
-                          "give a later --split, or pre-train without --encoder"))
+        (until >= judged,
+         f"--encoder {path} was trained on bars until {until}, this run's eval rows begin at "
+         f"{judged}: give a later --split, or pre-train without --encoder"))
     config["trained_until"] = until
     own_gain = build_encoder(config).gain  # a flag of this run, not a finding of that one
     return state["encoder"] | {"gain": own_gain}
 
 
-def pretrain(contexts: Contexts, args: Args, run: Run, loop: "Loop"):
+def pretrain(contexts: Contexts, run: Run, loop: "Loop"):
     """Masked reconstruction on windows that end in train rows, then the context's statistics."""
-    encoder, rows, steps = contexts.encoder, contexts.market.rows["train"], args.mae_steps
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=MAE_LEARNING_RATE, weight_decay=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAE_LEARNING_RATE, total_steps=max(steps, 1) + 1)
+    encoder, rows, steps = contexts.encoder, contexts.market.rows["train"], run.args.mae_steps
+    rate, weights = MAE_LEARNING_RATE, encoder.parameters()
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
     until = time.monotonic() + PRETRAIN_SHARE * run.guard.remaining()
-    for step in range(steps):
-        if time.monotonic() > until or run.out_of_time():
-            print(f"pre-training cut to {step} of {steps} steps: learning needs the rest of --timeout {args.timeout}")
+    while loop.mae_steps < steps and not run.out_of_time():
+        if time.monotonic() > until:
+            print(f"pre-training cut to {loop.mae_steps} of {steps} steps: learning needs time too")
             break
         x = contexts.windows(torch.randint(*rows, (MAE_BATCH,), device=contexts.device))
         mask = torch.rand(x.shape[:2], device=x.device) < MASKED
@@ -1262,13 +1314,12 @@ def pretrain(contexts: Contexts, args: Args, run: Run, loop: "Loop"):
         loss.backward()
         optimizer.step()
         schedule.step()
-        loop.mae_steps += 1
-        if step % 25 == 0 or step == steps - 1:
+        if loop.mae_steps % 25 == 0:
             run.log({"losses/mae": loss.detach()}, loop)
-    encoder.eval().requires_grad_(False)
+        loop.mae_steps += 1
     with torch.no_grad(), contexts.autocast():
-        drawn = [contexts.windows(torch.randint(*rows, (128,), device=contexts.device)) for _ in range(8)]
-        z = torch.cat([encoder.encode(x).float().flatten(0, 1) for x in drawn])
+        x = contexts.windows(torch.randint(*rows, (1024,), device=contexts.device))
+        z = torch.cat([encoder.encode(part).float().flatten(0, 1) for part in x.split(128)])
     encoder.mean.copy_(z.mean(0))
     encoder.std.copy_(z.std(0) + 1e-6)
 
@@ -1280,6 +1331,8 @@ class Loop:
 
     global_step: int = 0  # transitions
     updates: int = 0
+    samples: int = 0  # rows drawn for updates
+    explored: int = 0  # vector steps in which the actor acted
     evaluated: int = 0  # updates at the last evaluation
     stale: int = 0  # evaluations since the best one
     recent: list = field(default_factory=list)  # the last three evaluations of trained agents
@@ -1289,39 +1342,31 @@ class Loop:
 
 def open_market(run: Run) -> Market:
     """Bars and columns, said aloud; a checkpoint keeps its own fits."""
-    args = run.args
+    a = run.args
     fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
     seconds = FIT_SHARE * run.guard.remaining()
     market = load_market(
-        args.data, args.split, args.window, args.fill_limit, args.seed, args.hmm, fitted, seconds)
-    spans = "; ".join(f"{k} {b - a} bars from {market.time(a)}" for k, (a, b) in market.rows.items())
-    print(f"{args.data}: {len(market.ret)} bars, {market.n_tech} technical + {HMM_COLUMNS} HMM columns; {spans}")
+        a.data, a.split, a.window, a.fill_limit, a.seed, a.hmm, fitted, seconds)
+    print(f"{a.data}: {len(market.ret)} bars, {market.n_tech} technical + {HMM_COLUMNS} HMM columns")
+    for split, (start, stop) in market.rows.items():
+        print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
     print_facts(market.bars)
-    if market.bars.truth and args.funding_bps:
-        print("--funding-bps: the optimum does not know funding, so there is none, and no score")
     return market
-
-
-def market_name(data: str) -> str:
-    if data.startswith("synthetic"):
-        return data.split("?")[0].replace(":", "-")
-    return "+".join(Path(p).stem for p in data.split(","))
 
 
 def agent_config(run: Run, market: Market) -> dict:
     """Plain values that rebuild encoder and agent from a checkpoint alone."""
-    args = run.args
-    same = ("window", "d_model", "recency", "film", "fusion_width", "hidden", "dropout", "n_critics", "n_quantiles",
-            "log_std_init", "reward_scaling", "gamma")
-    network = {k: getattr(args, k) for k in same} | {
-        "columns": market.n_tech, "n_heads": HEADS, "n_layers": LAYERS, "alpha": parse_ent_coef(args.ent_coef)[1],
-        "trained_until": market.features.train_dates[1]}
+    a = run.args
+    network = {name: getattr(a, name) for name in NETWORK_FLAGS.split()} | {
+        "columns": market.n_tech, "n_heads": HEADS, "n_layers": LAYERS,
+        "alpha": parse_ent_coef(a.ent_coef)[1], "trained_until": market.features.train_dates[1]}
     costs = {
-        "cost": (args.fee_bps + args.slippage_bps) * BP, "funding": args.funding_bps * BP,
-        "drift": args.position_mode == "drift", "penalty": args.turnover_penalty_bps * BP, "policy": args.policy}
-    if run.state:
+        "cost": (a.fee_bps + a.slippage_bps) * BP, "funding": a.funding_bps * BP,
+        "drift": a.position_mode == "drift", "penalty": a.turnover_penalty_bps * BP,
+        "policy": a.policy}
+    if run.state:  # as it is, at the costs and by the policy that are asked for
         check_dimensions(run.source, run.state["config"], network)
-        network = run.state["config"]  # evaluated as it is, at the costs and by the policy that are asked for
+        network = run.state["config"]
     return network | costs
 
 
@@ -1330,13 +1375,14 @@ def open_contexts(run: Run, market: Market, config: dict) -> Contexts:
     import psutil
 
     args, device = run.args, run.device
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
+    bf16 = {"auto": has_bf16(device), "bf16": True, "fp32": False}[args.precision]
     dtype = torch.bfloat16 if bf16 else torch.float32
     need = len(market.table) * args.window * args.d_model * dtype.itemsize
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
     keep = need < 0.5 * free
-    sizes = f"{need / 2**20:.0f} MiB in {'bf16' if bf16 else 'fp32'}, {free / 2**20:.0f} MiB free"
+    sizes = f"{need / 2**20:.0f} MiB in {dtype}, {free / 2**20:.0f} MiB free"
     print(f"embedding cache {'on' if keep else 'off'}: {sizes}")
     return Contexts(build_encoder(config).to(device), market, device, dtype, keep)
 
@@ -1345,24 +1391,24 @@ def has_bf16(device: torch.device) -> bool:
     """bf16 matrix instructions; without them bf16 is emulated and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and young: absent means float32
+    probes = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private: absent means float32
     return any(getattr(torch.cpu, name, bool)() for name in probes)
 
 
 def freeze_contexts(contexts: Contexts, borrowed: dict | None, config: dict, run: Run, loop: Loop):
     """Encoder from the checkpoint, from --encoder or pre-trained, then frozen; every row's context computed once."""
-    encoder, market, args = contexts.encoder, contexts.market, run.args
+    encoder, market = contexts.encoder, contexts.market
     run.phase("pretrain")
     if run.state:
         encoder.load_state_dict(run.state["encoder"])
     elif borrowed:
         encoder.load_state_dict(borrowed)
     else:
-        pretrain(contexts, args, run, loop)
+        pretrain(contexts, run, loop)
     encoder.eval().requires_grad_(False)
     state = {k: v.cpu() for k, v in encoder.state_dict().items()}
-    save_atomic({"config": config, "encoder": state, "columns": list(market.features.columns)},
-                run.dir / "encoder.pt")
+    columns = list(market.features.columns)
+    save_atomic({"config": config, "encoder": state, "columns": columns}, run.dir / "encoder.pt")
 
     run.phase("cache")
     splits, seconds = market.rows, CACHE_SHARE * run.guard.remaining()
@@ -1372,21 +1418,20 @@ def freeze_contexts(contexts: Contexts, borrowed: dict | None, config: dict, run
     for split, (first, stop) in loop.rows.items():
         whole = np.ptp(market.rows[split])
         if stop - first < whole:
-            print(f"embedding cache: the last {stop - first} of {whole} {split} bars, to leave time for learning")
+            print(f"{split}: only the last {stop - first} of {whole} bars (time)")
 
 
 def make_optimizers(agent: Agent, args: Args) -> tuple:
-    """Of extractor and critic, actor, and log alpha."""
+    """Of extractor and critic, actor, and log alpha. learning_rate_share() of "rate" is what the first two step by."""
     film, market = agent.extractor.film, agent.extractor.market
+    fusion = {"params": [market.weight], "weight_decay": args.weight_decay}
     groups = [
-        {"params": [market.weight], "lr": args.learning_rate_fusion, "weight_decay": args.weight_decay},
-        {"params": list(film.parameters()) if film else [], "lr": args.learning_rate_film},
-        {"params": [market.bias, *agent.critic.parameters()], "lr": args.learning_rate}]
-    q_optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    actor_optimizer = torch.optim.AdamW(agent.actor.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    for group in q_optimizer.param_groups + actor_optimizer.param_groups:
-        group["base_lr"] = group["lr"]
-    return q_optimizer, actor_optimizer, torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr)
+        fusion | {"rate": args.learning_rate_fusion},
+        {"params": list(film.parameters()) if film else [], "rate": args.learning_rate_film},
+        {"params": [market.bias, *agent.critic.parameters()], "rate": args.learning_rate}]
+    actor = [{"params": agent.actor.parameters(), "rate": args.learning_rate}]
+    adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
+    return adamw(groups), adamw(actor), torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr)
 
 
 def compile_parts(agent: Agent, args: Args):
@@ -1410,43 +1455,34 @@ def last_step(args: Args) -> float:
 
 def judge(agent: Agent, contexts: Contexts, run: Run, loop: Loop):
     """Evaluate on the eval split, log, keep the best agent, and count evaluations without a better one."""
-    args, market = run.args, contexts.market
-    result, _ = evaluate(agent, contexts, "eval", args, run.eval_limit(), (agent.config["policy"],))
+    market, acting = contexts.market, (agent.config["policy"],)
+    result, _ = evaluate(agent, contexts, "eval", run.args, run.eval_limit(), acting)
     found, metrics = diagnose(agent, contexts), result["agent"]
-    samples = loop.updates * args.batch_size / max(loop.global_step, 1)
-    alarm = alarms(found, samples)
-    policy = ("log_std_mean", "alpha", "action_mean", "sigma", "state_dependence", "saturation", "greedy_gap", "dead_units")
-    value = ("q_mean", "q_action_spread", "quantile_spread", "alpha_entropy")
-    record = {f"eval/eval/{k}": v for k, v in metrics.items()} | {f"policy/{k}": found[k] for k in policy}
-    record |= {f"value/{k}": found[k] for k in value} | {f"alarm/{k}": v for k, v in alarm.items()}
-    record |= {f"policy/attribution_{k}": v for k, v in found["attribution"].items()}
-    record |= {"policy/entropy": found["policy_entropy"], "env/clipped_rewards": found["clipped_rewards"]}
-    run.log(record, loop)
+    alarm = alarms(found, loop.samples / max(loop.global_step, 1))
+    run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
 
-    score = metrics[selected_by(market)]
+    score, raised = metrics[market.judged_by], []
     if loop.updates:
+        raised = [name for name, on in alarm.items() if on]
         loop.recent = [*loop.recent, score][-3:]
         if not market.bars.truth:  # one realised mean is noise
-            score = float(np.mean(loop.recent))
+            score = sum(loop.recent) / len(loop.recent)
         whole = result["rows"] == contexts.rows["eval"]
         loop.stale = 0 if whole and run.keep_best(score, loop) else loop.stale + 1
         loop.evaluated = loop.updates
-    raised = [name for name, on in alarm.items() if on and loop.updates]
-    share = f"score {metrics['score']:+.3f}  " if metrics.get("score") is not None else ""
-    print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  eval {share}"
-          f"{score:+.2f} bp  turnover {metrics['turnover']:.3f}  state_dependence {found['state_dependence']:.2f}"
-          + f"  WARNING {', '.join(raised)}" * bool(raised), flush=True)
-
-
-def selected_by(market: Market) -> str:
-    return "mean_expected_bps" if market.bars.truth else "mean_reward_bps"
+    share = metrics.get("score")
+    print(
+        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates"
+        f"  eval {'' if share is None else f'score {share:+.3f}  '}{score:+.2f} bp"
+        f"  turnover {metrics['turnover']:.3f}"
+        f"  state_dependence {found['policy/state_dependence']:.2f}  {' '.join(raised)}", flush=True)
 
 
 def look_first(averaged: Agent, contexts: Contexts, run: Run, loop: Loop):
     """An evaluation before the loop, also so that it is known how long one takes."""
     run.phase("eval")
     if run.resumed:
-        evaluate(averaged, contexts, "eval", run.args, run.eval_limit(), (averaged.config["policy"],))
+        evaluate(averaged, contexts, "eval", run.args, run.eval_limit())
     elif not run.args.eval_only:
         judge(averaged, contexts, run, loop)
 
@@ -1470,28 +1506,29 @@ def look_last(averaged: Agent, contexts: Contexts, run: Run, loop: Loop):
 
 def evaluate_splits(agent: Agent, contexts: Contexts, run: Run) -> dict:
     """The agent beside the baselines on every split, and traces/{split}.parquet."""
-    args, market, results = run.args, contexts.market, {}
-    constant = best_constant(series_of(market, agent.costs), LEVELS)
-    (run.dir / "traces").mkdir(exist_ok=True)
+    results, folder = {}, run.dir / "traces"
+    folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
-        result, columns = evaluate(agent, contexts, split, args, run.eval_limit(0.3))
-        add_baselines(result, columns, market, agent.costs, constant, args.seed)
-        if result["partial"]:
-            print(f"{split}: evaluated on {np.ptp(result['rows'])} of {np.ptp(market.rows[split])} bars only (time)")
-        pd.DataFrame(columns).to_parquet(run.dir / "traces" / f"{split}.parquet")
-        results[split] = result
-    return {split: results[split] for split in SPLITS}
+        results[split], columns = evaluate(agent, contexts, split, run.args, run.eval_limit(0.3))
+        if results[split]["partial"]:
+            print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
+        pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
+    return {split: results[split] for split in ("train", "eval", "test")}
 
 
 def audit_of(agent: Agent, contexts: Contexts, run: Run, loop: Loop, results: dict) -> dict:
     """diagnose(), overestimation, the ridge policy's edge and the verdict; logs what the loop did not."""
-    audit = diagnose(agent, contexts) | {"overestimation": overestimation(agent, contexts)}
+    found = diagnose(agent, contexts) | {"value/overestimation": overestimation(agent, contexts)}
+    audit = {name.split("/")[1]: x for name, x in found.items()}
+    names = ("technical", "hmm", "position", "w_cost")
+    audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
     edge, error = ridge_edge([series_of(contexts.market, agent.costs)], LEVELS)
     audit |= {"ridge_edge_bps": edge, "ridge_edge_se_bps": error}
-    audit["verdict"], audit["reasons"] = verdict(audit, results["eval"]["agent"], loop.updates)
+    result, rows = results["eval"]["agent"], int(np.ptp(results["eval"]["rows"]))
+    audit["verdict"], audit["reasons"] = verdict(audit, result, loop.updates, rows)
     record = {"value/overestimation": audit["overestimation"]}
     for split in ("train", "test"):
-        record |= {f"eval/{split}/{k}": v for k, v in results[split]["agent"].items()}
+        record |= {f"eval/{split}/{name}": x for name, x in results[split]["agent"].items()}
     run.log(record, loop)
     return audit
 
@@ -1506,41 +1543,44 @@ def main(argv: list[str] | None = None) -> dict:
     market = open_market(run)
     config = agent_config(run, market)
     borrowed = load_encoder(args.encoder, config, market) if args.encoder and not run.state else None
-    run.open(market_name(args.data), market.describe())
+    run.open("+".join(market.bars.names).replace(":", "-"), market.identity())
     contexts = open_contexts(run, market, config)
     freeze_contexts(contexts, borrowed, config, run, loop)
 
     run.phase("setup")
-    agent, averaged = Agent(config).to(device), Agent(config).to(device).eval().requires_grad_(False)
+    agent, averaged = Agent(config).to(device), Agent(config).to(device).requires_grad_(False)
     averaged.load_state_dict(agent.state_dict())
     q_optimizer, actor_optimizer, alpha_optimizer = make_optimizers(agent, args)
-    q_parameters = [p for group in q_optimizer.param_groups for p in group["params"]]
-    rb, noise = Replay(BUFFER, args.num_envs, device), Noise(args.num_envs, args.hidden, args.sde_sample_freq, device)
-    envs = run.closing(MarketVectorEnv(
-        market, contexts.rows["train"], args.num_envs, args.episode_length, args.fee_bps, args.slippage_bps,
-        args.funding_bps, args.position_mode, args.turnover_penalty_bps, args.seed, run.backend))
+    q_parameters = [*agent.extractor.parameters(), *agent.critic.parameters()]
+    rb, noise = Replay(BUFFER, args.num_envs, device), nn.Module()
+    noise.register_buffer("matrix", torch.zeros(args.num_envs, args.hidden, device=device))
+    settings = {name: getattr(args, name) for name in ENV_FLAGS.split()}
+    envs = MarketVectorEnv(market, contexts.rows["train"], backend=run.backend, **settings)
+    run.closing(envs)
     envs.w_max = float(not args.w_cost_curriculum)
     envs.reset(seed=args.seed)
+    policy = dict(encoder=contexts.encoder, agent=averaged, features=market.features)
     loop = run.restore(
-        loop, config, policy=dict(encoder=contexts.encoder, agent=averaged, features=market.features), learner=agent,
-        q_optimizer=q_optimizer, actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer, envs=envs, rb=rb,
+        loop, config, policy, learner=agent, q_optimizer=q_optimizer,
+        actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer, envs=envs, rb=rb,
         noise=noise)
     critic_loss = compile_parts(agent, args)
-    next_quantiles_of = greedy_next if args.policy == "critic_grid" else sampled_next
-    learned, _ = parse_ent_coef(args.ent_coef)
+    look_ahead = greedy_next if args.policy == "critic_grid" else sampled_next
     limit, patience = last_step(args), args.patience or math.inf
     look_first(averaged, contexts, run, loop)
 
     while loop.global_step < limit and loop.stale < patience and not run.out_of_time():
         # ALGO LOGIC: action
         run.phase("rollout")
-        row, position, w_cost = envs.ints[ROW].clone(), envs.floats[POSITION].clone(), envs.floats[W_COST].clone()
+        row, (position, w_cost, *_) = envs.ints[ROW].clone(), envs.floats.clone()
         if args.w_cost_curriculum:
             envs.w_max = min(1.0, loop.global_step / args.w_cost_curriculum)
         if loop.global_step < args.learning_starts:
             action = 2 * torch.rand(args.num_envs, device=device) - 1
         else:
-            action = explore(agent, contexts, row, position, w_cost, noise)
+            redraw = loop.explored % args.sde_sample_freq == 0
+            action = explore(agent, contexts, row, position, w_cost, noise.matrix, redraw)
+            loop.explored += 1
         envs.step_lanes(action)
         rb.add(row, position, action, w_cost)
         agent.watch_rewards(contexts.full_reward[row])
@@ -1553,9 +1593,10 @@ def main(argv: list[str] | None = None) -> dict:
             scale = agent.reward_scale
             for _ in range(args.updates_per_step):
                 loop.updates += 1
+                loop.samples += args.batch_size
                 share = learning_rate_share(loop, args)
                 for group in q_optimizer.param_groups + actor_optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * share
+                    group["lr"] = group["rate"] * share
                 if args.cudagraphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 batch = rb.sample(args.batch_size, args.segment, args.counterfactuals, envs.stop)
@@ -1569,11 +1610,11 @@ def main(argv: list[str] | None = None) -> dict:
                         reward = (scale * growth.log()).clamp(-REWARD_CLIP, REWARD_CLIP)
                         done = (growth <= LOST).float()
                         held = next_position(batch.after, ret, agent.costs)
-                        next_quantiles, next_log_prob = next_quantiles_of(
+                        next_quantiles, next_log_prob = look_ahead(
                             agent, next_latents, held, batch.w_cost, scale)
                         target = tqc_target(
-                            next_quantiles, reward.flatten(), done.flatten(), args.gamma, agent.alpha, next_log_prob,
-                            args.top_quantiles_to_drop_per_net)
+                            next_quantiles, reward.flatten(), done.flatten(), args.gamma,
+                            agent.alpha, next_log_prob, args.top_quantiles_to_drop_per_net)
                     quantiles = agent.critic(latents, batch.after, batch.w_cost)  # (B, K, C, N)
                     qf_loss = critic_loss(quantiles.flatten(0, 1), target)
                 q_optimizer.zero_grad()
@@ -1584,41 +1625,44 @@ def main(argv: list[str] | None = None) -> dict:
                 # actor: it collects transitions, and is scored beside the greedy policy
                 agent.critic.requires_grad_(False)
                 with contexts.autocast():
-                    latents = latents.detach()
-                    pi, log_prob, _ = sample_action(agent.actor, latents, batch.position, batch.w_cost)
-                    paid = trade_reward(batch.position, pi[:, None], agent.costs, config["penalty"] * batch.w_cost)
-                    q = agent.critic(latents, pi[:, None], batch.w_cost).mean((1, 2, 3)) + scale * paid[:, 0]
-                    actor_loss = (agent.alpha * log_prob - q).mean()
+                    latents, penalty = latents.detach(), config["penalty"] * batch.w_cost
+                    pi, log_prob, _ = sample_action(
+                        agent.actor, latents, batch.position, batch.w_cost)
+                    pi = pi[:, None]  # (B, 1)
+                    paid = scale * trade_reward(batch.position, pi, agent.costs, penalty)
+                    q = agent.critic(latents, pi, batch.w_cost).mean((2, 3)) + paid
+                    actor_loss = (agent.alpha * log_prob - q[:, 0]).mean()
                 actor_optimizer.zero_grad()
                 actor_loss.backward()
                 actor_optimizer.step()
                 agent.critic.requires_grad_(True)
 
                 # entropy coefficient
-                if learned:
-                    alpha_loss = -(agent.log_alpha * (log_prob + args.target_entropy).detach()).mean()
+                if args.ent_coef.startswith("auto"):
+                    surprise = (log_prob + args.target_entropy).detach()
+                    alpha_loss = -(agent.log_alpha * surprise).mean()
                     alpha_optimizer.zero_grad()
                     alpha_loss.backward()
                     alpha_optimizer.step()
                     agent.log_alpha.data.clamp_(min=math.log(max(args.ent_coef_min, 1e-30)))
                 move(agent.target, agent.critic, args.tau)
-            # share of the newest weights in an average that began with the first update, without the random start
-            newest = (1 - args.average**args.updates_per_step) / (1 - args.average**loop.updates)
-            move(averaged, agent, newest)
-            averaged.reward_stats.copy_(agent.reward_stats)
+            # an average that began with the first update: the random start has no share in it
+            decayed = 1 - args.average**args.updates_per_step
+            move(averaged, agent, decayed / (1 - args.average**loop.updates))
+            averaged.reward_sums.copy_(agent.reward_sums)
 
         # evaluate, log, keep the best
         if loop.updates and run.every(args.eval_interval, loop.global_step):
-            change = (action - position).abs()
-            losses = {"losses/qf_loss": qf_loss.detach(), "losses/actor_loss": actor_loss.detach(), "losses/grad_norm": grad_norm}
             if not qf_loss.isfinite():
-                raise CheckFailed(f"the critic is not finite after {loop.updates} updates: lower --learning-rate or "
-                                  "--learning-rate-fusion")
-            run.log(losses | {
-                "losses/target_mean": target.mean(), "env/reward_std": reward.std(), "env/turnover": change.mean(),
-                "env/exposure": action.mean(), "env/costs": change.mean() * config["cost"] / BP,
-                "charts/learning_rate": args.learning_rate * share,
-            } | envs.charts() | run.charts(loop, loop.updates * args.batch_size), loop)
+                flags = "--learning-rate or --learning-rate-fusion"
+                raise CheckFailed(f"critic not finite after {loop.updates} updates: lower {flags}")
+            change = (action - position).abs().mean()
+            run.log(envs.charts() | run.charts(loop, loop.samples) | {
+                "losses/qf_loss": qf_loss.detach(), "losses/actor_loss": actor_loss.detach(),
+                "losses/grad_norm": grad_norm, "losses/target_mean": target.mean(),
+                "env/reward_std": reward.std(), "env/turnover": change,
+                "env/costs": change * config["cost"] / BP, "env/exposure": action.mean(),
+                "charts/learning_rate": args.learning_rate * share}, loop)
             run.phase("eval")
             judge(averaged, contexts, run, loop)
         run.checkpoint(loop)
@@ -1628,11 +1672,11 @@ def main(argv: list[str] | None = None) -> dict:
     run.phase("eval")
     results = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results)
-    cache = 0 if contexts.cache is None else contexts.cache.nbytes
+    cache, samples = contexts.cache, loop.samples / max(loop.global_step, 1)
+    device = {"precision": str(contexts.dtype), "embedding_cache_bytes": 0 if cache is None else cache.nbytes}
     return run.finish(
-        loop, results, audit, TABLE, selected_by=selected_by(market), mae_steps=loop.mae_steps,
-        samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1),
-        device={"precision": str(contexts.dtype).removeprefix("torch."), "embedding_cache_bytes": cache},
+        loop, results, audit, TABLE.split(), selected_by=market.judged_by, device=device,
+        mae_steps=loop.mae_steps, samples_per_transition=samples,
         data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts)})
 
 
