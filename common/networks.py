@@ -3,6 +3,7 @@
     from common.networks import find_network
     net = find_network("corridor")  # or "town5", or "roads.csv" with roads.json beside it
 """
+
 import csv
 import difflib
 import io
@@ -18,42 +19,56 @@ from common.gpu_pool import pool
 
 KMH = 1.0 / 3.6
 CLASSES = ("motorcycle", "car")
-VMAX = (100 * KMH, 120 * KMH)  # m/s, empty road without a limit
+TOP_SPEED = (100 * KMH, 120 * KMH)  # m/s, of a class on an empty road without a limit
 RHO_JAM = 0.2  # veh/m and lane
-K_ANCESTOR = (5.0, 10.0)  # m/s
-ROADS = {"motorway": 120.0, "primary": 60.0, "secondary": 50.0, "tertiary": 40.0, "residential": 30.0}  # km/h
+ROADS = {  # km/h where a segment gives no limit; a class that ends in _link has that of its road
+    "motorway": 120.0, "trunk": 100.0, "primary": 60.0, "secondary": 50.0, "tertiary": 40.0, "unclassified": 40.0,
+    "residential": 30.0, "living_street": 20.0}
 CELL_LENGTH = 25.0  # m
 ZONES = (50.0, 150.0)  # m upstream of the stop line: near, middle, far
-INV_J, CELL, INV_DX, V_M, V_C, K_M, K_C, JAM = range(8)  # columns of Network.par
+ALL_RED, MIN_GREEN = 4.0, 6.0  # s, where a plan gives none
+SHORT = 5.0  # m: below it a segment's cell makes every time step small
 
 
 class NetworkError(ValueError):
     """One line: what is wrong with a network file, where, and what is expected."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Network:
-    """Static data of a network, S segments, M movements over junctions, G signals, E entries. Shared, read-only."""
+    """Static data of a network: S segments, M moves over junctions, G signals, E entries. Shared, read-only."""
 
     name: str
     ends: tuple  # (from, to) of every segment
     first: np.ndarray  # (S + 1,) first cell of each segment
-    par: np.ndarray  # (S, 8) INV_J, CELL, INV_DX, V_M, V_C, K_M, K_C, JAM: m, s, veh
-    moves: tuple  # mov_in, mov_out (M,) sorted by mov_in; in_ptr (S + 1,); by_out (M,); out_ptr (S + 1,)
-    beta: np.ndarray  # (2, M) share of a class that turns there; each incoming segment's sum to 1
-    entry: np.ndarray  # (S,) entry's number or -1
-    signal: np.ndarray  # (S,) signal at the end or -1
+    dx: np.ndarray  # (S,) m, of a cell
+    jam: np.ndarray  # (S,) veh/m of all lanes
+    limit: np.ndarray  # (2, S) m/s by class
+    move_from: np.ndarray  # (M,) segments, ascending
+    move_to: np.ndarray  # (M,)
+    share: np.ndarray  # (M,) of the vehicles of move_from; each segment's sum to 1
+    entry: np.ndarray  # (S,) the entry's number or -1
+    signal: np.ndarray  # (S,) the signal at the end or -1
     green: np.ndarray  # (S,) bit p: green in phase p
     n_phases: np.ndarray  # (G,)
     nodes: tuple  # names of the signalised junctions
     base: np.ndarray  # (2, E) mean demand, veh/s
     zone_of: np.ndarray  # (cells,) 0 near, 1, 2 far from the stop line
-    weight: np.ndarray  # (cells,) share of its zone
+    zone_share: np.ndarray  # (cells,) of its zone
     zone_length: np.ndarray  # (3, S) m
+    all_red: float  # s after every phase
+    min_green: float  # s before a phase may end
+    notes: tuple  # lines: what is allowed but looks like a slip
 
     @property
     def lengths(self) -> np.ndarray:
         return self.zone_length.sum(0)
+
+    def leads_on(self) -> np.ndarray:
+        """(S,) whether anything leads out of a segment; where not, it is an exit."""
+        return np.isin(np.arange(len(self.ends)), self.move_from)
 
 
 def near(name: str, names) -> str:
@@ -61,7 +76,10 @@ def near(name: str, names) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
-SHAPES = {"signals": (dict, list, list, str), "demand": (dict, dict, float), "turns": (dict, dict, dict, float)}
+# ---------------------------------------------------------------------------------------------------- the plan
+SHAPES = {
+    "signals": (dict, list, list, str), "demand": (dict, dict, float), "turns": (dict, dict, dict, float),
+    "all_red": (float,), "min_green": (float,)}
 MEANING = {dict: "an object", list: "a list", str: "a node's name", float: "a number >= 0"}
 
 
@@ -73,125 +91,197 @@ def check_shape(value, shape: tuple, at: str):
     else:
         good = isinstance(value, kind)
     if not good:
-        raise NetworkError(f"{at}: {value!r} must be {MEANING[kind]}")
-    for key, part in value.items() if kind is dict else enumerate(value, 1) if kind is list else ():
+        raise NetworkError(f"{at}: {value!r:.80} must be {MEANING[kind]}")
+    parts = value.items() if kind is dict else enumerate(value, 1) if kind is list else ()
+    for key, part in parts:
         check_shape(part, inner, f"{at}: {key}")
 
 
-def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_LENGTH, pressure: str = "power",
+class Builder:
+    """Segments and a plan on their way to a Network; every method raises NetworkError with the file and the place."""
+
+    def __init__(self, segments: list[dict], plan: dict, dx: float, where: tuple[str, str]):
+        self.table, self.text = where
+        for key, value in plan.items():
+            if key not in SHAPES:
+                raise NetworkError(f"{self.text}: unknown key {key!r}, must be one of {', '.join(SHAPES)}")
+            check_shape(value, SHAPES[key], f"{self.text}: {key}")
+        self.plan, self.rows, self.notes = plan, segments, []
+        self.ends = [(str(row["from"]), str(row["to"])) for row in segments]
+        self.index = {pair: s for s, pair in enumerate(self.ends)}
+        self.nodes = sorted({node for pair in self.ends for node in pair})
+        self.into = {node: [] for node in self.nodes}
+        self.out_of = {node: [] for node in self.nodes}
+        for s, (start, node) in enumerate(self.ends):
+            self.out_of[start].append(s)
+            self.into[node].append(s)
+        self.size(dx)
+
+    def check_node(self, node, section: str):
+        if node not in self.into:
+            raise NetworkError(f"{self.text}: {section}: no segment touches node {node!r}{near(node, self.nodes)}")
+
+    def find_segment(self, start, node, at: str) -> int:
+        if (start, node) not in self.index:
+            known = [self.ends[s][0] for s in self.into[node]]
+            raise NetworkError(f"{self.text}: {at}: no segment {start} > {node}{near(start, known)}")
+        return self.index[start, node]
+
+    def size(self, dx: float):
+        """Cells, speeds and zones of the segments."""
+        n = len(self.rows)
+        self.dx, self.jam, self.limit = np.zeros(n), np.zeros(n), np.zeros((2, n))
+        self.zone_length, counts, zone_of, zone_share = np.zeros((3, n)), [], [], []
+        for s, row in enumerate(self.rows):
+            speed = (row.get("limit") or ROADS[row["class"].removesuffix("_link")]) * KMH
+            self.limit[:, s] = [min(speed, top) for top in TOP_SPEED]
+            count = max(1, round(row["length_m"] / dx))
+            self.jam[s], self.dx[s] = RHO_JAM * row["lanes"], row["length_m"] / count
+            to_stop = self.dx[s] * (count - 0.5 - np.arange(count))
+            zone = np.searchsorted(ZONES, to_stop)
+            self.zone_length[:, s] = np.bincount(zone, minlength=3) * self.dx[s]
+            counts.append(count)
+            zone_of.append(zone)
+            zone_share.append(self.dx[s] / self.zone_length[zone, s])
+            if row["length_m"] < SHORT:
+                self.notes.append(f"{self.name_of(s)} is {row['length_m']:g} m long: every time step shrinks with it")
+        self.first = np.r_[0, np.cumsum(counts)].astype(np.int64)
+        self.zone_of = np.concatenate(zone_of).astype(np.int64)
+        self.zone_share = np.concatenate(zone_share)
+        self.capacity = self.jam * self.limit[1]  # veh/s times 4: lanes times speed, what shares are weighted by
+
+    def name_of(self, s: int) -> str:
+        return f"{self.table}: segment {s + 1}, {self.ends[s][0]} > {self.ends[s][1]},"
+
+    def join(self):
+        """Moves over the junctions and their shares."""
+        turns, moves, shares = self.plan.get("turns", {}), [], []
+        for node in turns:
+            self.check_node(node, "turns")
+            for start in turns[node]:
+                self.find_segment(start, node, f"turns: {node}")
+        for s, (start, node) in enumerate(self.ends):
+            given = turns.get(node, {}).get(start)
+            share = self.usual_shares(s) if given is None else self.given_shares(given, node, start)
+            total = sum(share.values())
+            for j in self.out_of[node]:
+                if share.get(j, 0) > 0:
+                    moves.append((s, j))
+                    shares.append(share[j] / total)
+        moves = np.array(moves, np.int64).reshape(-1, 2)
+        self.move_from, self.move_to, self.share = moves[:, 0].copy(), moves[:, 1].copy(), np.array(shares, float)
+
+    def usual_shares(self, s: int) -> dict:
+        """In proportion to lanes times limit, never back."""
+        start, node = self.ends[s]
+        return {j: self.capacity[j] for j in self.out_of[node] if self.ends[j][1] != start}
+
+    def given_shares(self, given: dict, node: str, start: str) -> dict:
+        at, ways = f"turns: {node}: {start}", {self.ends[j][1]: j for j in self.out_of[node]}
+        for to in given:
+            if to not in ways:
+                raise NetworkError(f"{self.text}: {at}: no segment {node} > {to}{near(to, ways)}")
+        total = sum(given.values())
+        if abs(total - 1) > 0.0101:  # thirds may be written .33
+            raise NetworkError(f"{self.text}: {at}: the shares add up to {total:g}, must be 1")
+        return {ways[to]: share for to, share in given.items()}
+
+    def fill(self):
+        """Entries, and the mean demand of each."""
+        demand, led_into = self.plan.get("demand", {}), set(self.move_to.tolist())
+        entries = [s for s in range(len(self.ends)) if s not in led_into]
+        if not entries:
+            raise NetworkError(f"{self.table}: no entry: something leads into every segment, so nobody can arrive")
+        for node, flows in demand.items():
+            self.check_node(node, "demand")
+            for kind in flows:
+                if kind not in CLASSES:
+                    hint = f"unknown class {kind!r}, must be motorcycle or car"
+                    raise NetworkError(f"{self.text}: demand: {node}: {hint}")
+            if not set(self.out_of[node]) & set(entries):
+                raise NetworkError(f"{self.text}: demand: {node}: no entry begins there (nothing leads into an entry)")
+        self.entry, base = np.full(len(self.ends), -1, np.int64), []
+        for s in entries:
+            start = self.ends[s][0]
+            if start not in demand:
+                raise NetworkError(f"{self.name_of(s)} is an entry (nothing leads into it) but {self.text}: demand has "
+                                   f"no {start}: give its flows, 0 to close it")
+            together = sum(self.capacity[j] for j in self.out_of[start] if j in entries)
+            share = self.capacity[s] / together
+            self.entry[s] = len(base)
+            base.append([demand[start].get(kind, 0) / 3600 * share for kind in CLASSES])
+            if sum(base[-1]) > self.capacity[s] / 4:
+                wants, most = 3600 * sum(base[-1]), 900 * self.capacity[s]
+                self.notes.append(f"{self.name_of(s)} has a demand of {wants:.0f} veh/h but carries {most:.0f}")
+        self.base = np.array(base).T.copy()
+
+    def light(self):
+        """Signals and their phases."""
+        signals = self.plan.get("signals", {})
+        self.signal, self.green = (np.full(len(self.ends), value, np.int64) for value in (-1, 0))
+        for g, (node, phases) in enumerate(signals.items()):
+            at = f"signals: {node}"
+            self.check_node(node, "signals")
+            if not 2 <= len(phases) <= 62:  # bits of a whole number
+                raise NetworkError(f"{self.text}: {at}: {len(phases)} phases, a signal needs 2 to 62")
+            for p, starts in enumerate(phases):
+                if not starts:
+                    raise NetworkError(f"{self.text}: {at}: phase {p + 1} is empty: name the nodes it serves")
+                for start in starts:
+                    self.green[self.find_segment(start, node, f"{at}: phase {p + 1}")] |= 1 << p
+            for s in self.into[node]:
+                self.signal[s] = g
+                if not self.green[s]:
+                    raise NetworkError(f"{self.text}: {at}: {self.ends[s][0]} > {node} is green in no phase")
+            if not self.out_of[node]:
+                self.notes.append(f"{self.text}: {at}: no segment leaves it: a signal at an exit")
+        self.n_phases = np.array([len(phases) for phases in signals.values()], np.int64)
+
+    def look_for_islands(self):
+        """Segments that no vehicle of the largest connected part can reach."""
+        part = {node: node for node in self.nodes}
+
+        def root(node):
+            while part[node] != node:
+                node = part[node]
+            return node
+
+        for start, node in self.ends:
+            part[root(start)] = root(node)
+        roots = [root(start) for start, _ in self.ends]
+        largest = max(roots, key=roots.count)
+        apart = [s for s, found in enumerate(roots) if found != largest]
+        if apart:
+            self.notes.append(f"{self.name_of(apart[0])} and {len(apart) - 1} more have no connection with the rest")
+
+
+def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_LENGTH,
                   where: tuple[str, str] = ("segments", "plan")) -> Network:
     """Records of segments (from, to, length_m, class, lanes, limit km/h or None for the class's) and a plan -> Network.
 
     plan: signals {node: [[from, ...] a phase]}; demand {node: {motorcycle, car: veh/h}}, joined by every entry; turns
-    {node: {from: {to: share}}}, by default in proportion to lanes * limit, never back. A segment that leads nowhere is
-    an exit, one that nothing leads into an entry. where: names of both for messages. Raises NetworkError.
+    {node: {from: {to: share}}}, by default in proportion to lanes * limit, never back; all_red, min_green (s). A
+    segment that leads nowhere is an exit, one that nothing leads into an entry. where: names of both for messages.
     """
-    table, text = where
-    ends = [(str(r["from"]), str(r["to"])) for r in segments]
-    n = len(ends)
-    nodes = sorted({node for pair in ends for node in pair})
-
-    def known(node, section):
-        if node not in nodes:
-            raise NetworkError(f"{text}: {section}: no segment touches node {node!r}{near(node, nodes)}")
-
-    for key in plan:
-        if key not in ("signals", "demand", "turns"):
-            raise NetworkError(f"{text}: unknown key {key!r}, must be signals, demand or turns")
-        check_shape(plan[key], SHAPES[key], f"{text}: {key}")
-    signals, demand, turns = (plan.get(key, {}) for key in ("signals", "demand", "turns"))
-    into = {node: [s for s in range(n) if ends[s][1] == node] for node in nodes}
-    out_of = {node: [s for s in range(n) if ends[s][0] == node] for node in nodes}
-    par, cells, zone_of, weight, zone_length = np.zeros((n, 8)), [], [], [], np.zeros((3, n))
-    k_is_v, factor = pressure != "ancestor", K_ANCESTOR
-    for s, row in enumerate(segments):
-        v = [min((row.get("limit") or ROADS[row["class"]]) * KMH, top) for top in VMAX]
-        count = max(1, round(row["length_m"] / dx))
-        jam, step = RHO_JAM * row["lanes"], row["length_m"] / count
-        par[s] = 1 / jam, step, 1 / step, *v, *(v if k_is_v else factor), jam
-        to_stop = step * (count - 0.5 - np.arange(count))
-        zone = np.searchsorted(ZONES, to_stop)
-        zone_length[:, s] = np.bincount(zone, minlength=3) * step
-        cells.append(count)
-        zone_of.append(zone)
-        weight.append(step / zone_length[zone, s])
-    moves, beta = [], []
-    for node in turns:
-        known(node, "turns")
-    for s, (start, node) in enumerate(ends):
-        ways = [j for j in out_of[node] if ends[j][1] != start]
-        given = turns.get(node, {}).get(start)
-        if given is None:
-            shares = {ends[j][1]: par[j, JAM] * par[j, V_C] for j in ways}
-        else:
-            shares = given
-            for to in shares:
-                if to not in {ends[j][1] for j in out_of[node]}:
-                    raise NetworkError(f"{text}: turns: {node}: {start}: no segment {node} > {to}{near(to, nodes)}")
-        total = sum(shares.values())
-        if ways and not total > 0:
-            raise NetworkError(f"{text}: turns: {node}: {start}: the shares add up to {total}, must be above 0")
-        if given is not None and abs(total - 1) > 1e-6:
-            raise NetworkError(f"{text}: turns: {node}: {start}: the shares add up to {total:g}, must be 1")
-        for j in out_of[node]:
-            if shares.get(ends[j][1], 0) > 0:
-                moves.append((s, j))
-                beta.append(shares[ends[j][1]] / total)
-    for node in turns:
-        for start in turns[node]:
-            if (start, node) not in ends:
-                raise NetworkError(f"{text}: turns: {node}: no segment {start} > {node}{near(start, nodes)}")
-    moves = np.array(moves, np.int64).reshape(-1, 2)
-    mov_in, mov_out = moves[:, 0].copy(), moves[:, 1].copy()
-    by_out = np.argsort(mov_out, kind="stable").astype(np.int64)
-    ptr = [np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64) for m in (mov_in, mov_out)]
-    entry, base = np.full(n, -1, np.int64), []
-    for node in demand:
-        known(node, "demand")
-        for kind in demand[node]:
-            if kind not in CLASSES:
-                raise NetworkError(f"{text}: demand: {node}: unknown class {kind!r}, must be motorcycle or car")
-        if not any(ptr[1][s] == ptr[1][s + 1] for s in out_of[node]):
-            raise NetworkError(f"{text}: demand: {node}: no entry begins there (nothing leads into an entry)")
-    for s, (start, _) in enumerate(ends):
-        if ptr[1][s] < ptr[1][s + 1]:
-            continue
-        if start not in demand:
-            raise NetworkError(f"{table}: segment {s + 1}, {start} > {ends[s][1]}, is an entry (nothing leads into it) "
-                               f"but {text}: demand has no {start}: give its flows, 0 to close it")
-        mine = [j for j in out_of[start] if ptr[1][j] == ptr[1][j + 1]]
-        share = par[s, JAM] * par[s, V_C] / sum(par[j, JAM] * par[j, V_C] for j in mine)
-        entry[s] = len(base)
-        base.append([demand[start].get(kind, 0) / 3600 * share for kind in CLASSES])
-    signal, green, n_phases = np.full(n, -1, np.int64), np.zeros(n, np.int64), []
-    for g, (node, phases) in enumerate(signals.items()):
-        known(node, "signals")
-        if not 2 <= len(phases) <= 62:  # bits of a whole number
-            raise NetworkError(f"{text}: signals: {node}: {len(phases)} phases, a signal needs 2 to 62")
-        for p, starts in enumerate(phases):
-            for start in starts:
-                if (start, node) not in ends:
-                    raise NetworkError(
-                        f"{text}: signals: {node}: phase {p + 1}: no segment {start} > {node}{near(start, nodes)}")
-                green[ends.index((start, node))] |= 1 << p
-        for s in into[node]:
-            signal[s] = g
-            if not green[s]:
-                raise NetworkError(f"{text}: signals: {node}: {ends[s][0]} > {node} is green in no phase")
-        n_phases.append(len(phases))
+    b = Builder(segments, plan, dx, where)
+    b.join()
+    b.fill()
+    b.light()
+    b.look_for_islands()
     net = Network(
-        name, tuple(ends), np.r_[0, np.cumsum(cells)].astype(np.int64), par, (mov_in, mov_out, ptr[0], by_out, ptr[1]),
-        np.array([beta, beta]), entry, signal, green, np.array(n_phases, np.int64), tuple(signals),
-        np.array(base).T.copy(), np.concatenate(zone_of).astype(np.int64), np.concatenate(weight),
-        zone_length)
-    for array in (*vars(net).values(), *net.moves):
+        name, tuple(b.ends), b.first, b.dx, b.jam, b.limit, b.move_from, b.move_to, b.share, b.entry, b.signal, b.green,
+        b.n_phases, tuple(plan.get("signals", {})), b.base, b.zone_of, b.zone_share, b.zone_length,
+        float(plan.get("all_red", ALL_RED)), float(plan.get("min_green", MIN_GREEN)), tuple(b.notes))
+    for array in vars(net).values():
         if isinstance(array, np.ndarray):
             array.setflags(write=False)
     return net
 
 
-MOST = {"length_m": 1e5, "lanes": 100, "limit": 1e3}  # m, lanes, km/h: beyond it is a slip
+# ------------------------------------------------------------------------------------------------------- files
 COLUMNS = {"from": str, "to": str, "length_m": float, "class": str, "lanes": int, "limit": float}
+ALLOWED = {"length_m": (0.1, 1e5), "lanes": (1, 100), "limit": (3, 1e3)}  # m, lanes, km/h: beyond them is a slip
+LARGEST = 50_000_000  # bytes of a file
 
 
 def unique(where: Path, pairs: list) -> dict:
@@ -203,74 +293,107 @@ def unique(where: Path, pairs: list) -> dict:
     return found
 
 
-def load_network(path: str, dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
-    """A segments CSV (from, to, length_m, class, lanes, limit km/h or empty) and the JSON of that stem."""
-    path = Path(path)
-    plan_path = path.with_suffix(".json")
-    for p in (path, plan_path):
-        if not p.is_file():
-            raise NetworkError(f"{p}: no such file (a network is NAME.csv with its segments and NAME.json beside it)")
-    rows = []
-    texts = []
-    for p in (path, plan_path):
-        try:
-            texts.append(p.read_text("utf-8-sig"))
-        except UnicodeDecodeError as e:
-            raise NetworkError(f"{p}: byte {e.start + 1} is not UTF-8") from None
-    table, plan_text = texts
-    with io.StringIO(table, newline="") as file:
-        reader = csv.DictReader(file)
-        got = reader.fieldnames or []
-        for column in COLUMNS:
-            if column not in got:
-                raise NetworkError(f"{path}: no column {column!r}, needs {', '.join(COLUMNS)}")
-        for column in got:
-            if column not in COLUMNS:
-                raise NetworkError(f"{path}: unknown column {column!r}{near(column, COLUMNS)}")
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise NetworkError(f"{path}: no such file (a network is NAME.csv with its segments and NAME.json beside it)")
+    if path.stat().st_size > LARGEST:
+        raise NetworkError(f"{path}: {path.stat().st_size} bytes, at most {LARGEST} are read")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise NetworkError(f"{path}: byte {e.start + 1} is not UTF-8") from None
+    except OSError as e:
+        raise NetworkError(f"{path}: {e.strerror}") from None
+
+
+def check_columns(path: Path, columns: list):
+    found = ", ".join(map(repr, columns)) or "an empty line"
+    for column in COLUMNS:
+        if column not in columns:
+            hint = near(column, [c.lower() for c in columns if c != c.lower()])
+            hint = "; separate them with commas" if ";" in found or "\\t" in found else f"{hint} (lower case)" * (hint != "")
+            hint = "; the first line must name the columns" if found.startswith("'#") else hint
+            raise NetworkError(f"{path}: no column {column!r} among {found:.200}{hint}; needs {', '.join(COLUMNS)}")
+    for column in columns:
+        if column not in COLUMNS:
+            raise NetworkError(f"{path}: unknown column {column!r}{near(column, COLUMNS)}")
+
+
+def read_value(column: str, text: str, at: str):
+    kind = COLUMNS[column]
+    if column == "limit" and not text:
+        return None
+    if kind is str:
+        if not text:
+            raise NetworkError(f"{at}: is empty")
+        return text
+    try:
+        value = kind(text)
+    except ValueError:
+        word = "a whole number" if kind is int else "a number"
+        raise NetworkError(f"{at}: {text!r:.80} is not {word}") from None
+    low, high = ALLOWED[column]
+    if not low <= value <= high:
+        raise NetworkError(f"{at}: {text:.80} must be from {low:g} to {high:g}")
+    return value
+
+
+def read_segments(path: Path) -> list[dict]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    rows, pairs = [], set()
+    try:
+        check_columns(path, list(reader.fieldnames or []))
         for number, raw in enumerate(reader, 2):
-            row = {}
+            at = f"{path}: line {number}"
             if None in raw:
-                raise NetworkError(f"{path}: line {number}: more values than the {len(COLUMNS)} columns")
-            for column, kind in COLUMNS.items():
-                value = (raw[column] or "").strip()
-                at = f"{path}: line {number}: {column}"
-                try:
-                    row[column] = None if column == "limit" and not value else kind(value)
-                except ValueError:
-                    word = "a whole number" if kind is int else "a number"
-                    raise NetworkError(f"{at}: {value!r} is not {word}") from None
-                if kind is str and not value:
-                    raise NetworkError(f"{at}: is empty")
-                if kind is not str and row[column] is not None and not 0 < row[column] < math.inf:
-                    raise NetworkError(f"{at}: {value} must be above 0")
-                if kind is not str and (row[column] or 0) > MOST[column]:
-                    raise NetworkError(f"{at}: {value} must be at most {MOST[column]:g}")
-            if row["class"] not in ROADS:
-                raise NetworkError(
-                    f"{path}: line {number}: class: unknown {row['class']!r}, must be {', '.join(ROADS)}")
+                raise NetworkError(f"{at}: more values than the {len(COLUMNS)} columns")
+            row = {column: read_value(column, (raw[column] or "").strip(), f"{at}: {column}") for column in COLUMNS}
+            pair = row["from"], row["to"]
+            if row["limit"] is None and row["class"].removesuffix("_link") not in ROADS:
+                raise NetworkError(f"{at}: class: unknown {row['class']!r}: give its limit, or one of {', '.join(ROADS)}")
             if row["from"] == row["to"]:
-                raise NetworkError(f"{path}: line {number}: from and to are both {row['to']!r}")
-            if (row["from"], row["to"]) in {(r["from"], r["to"]) for r in rows}:
-                raise NetworkError(
-                    f"{path}: line {number}: {row['from']} > {row['to']} is there twice: merge the lanes")
+                raise NetworkError(f"{at}: from and to are both {row['to']!r}")
+            if pair in pairs:
+                raise NetworkError(f"{at}: {row['from']} > {row['to']} is there twice: merge the lanes")
+            pairs.add(pair)
             rows.append(row)
+    except csv.Error as e:
+        raise NetworkError(f"{path}: line {reader.line_num}: {e}") from None
     if not rows:
         raise NetworkError(f"{path}: no segments")
+    return rows
+
+
+def read_plan(path: Path) -> dict:
     try:
-        plan = json.loads(plan_text, object_pairs_hook=partial(unique, plan_path))
+        plan = json.loads(read_text(path), object_pairs_hook=partial(unique, path))
     except json.JSONDecodeError as e:
-        raise NetworkError(f"{plan_path}: line {e.lineno}: not JSON: {e.msg}") from None
+        raise NetworkError(f"{path}: line {e.lineno}: not JSON: {e.msg}") from None
+    except RecursionError:
+        raise NetworkError(f"{path}: brackets within brackets, hundreds deep: not a plan") from None
+    except NetworkError:
+        raise
+    except ValueError as e:  # a number of thousands of digits
+        raise NetworkError(f"{path}: {e}") from None
     if not isinstance(plan, dict):
-        raise NetworkError(f"{plan_path}: must be an object with signals, demand and turns")
-    return build_network(path.stem, rows, plan, dx, pressure, (str(path), str(plan_path)))
+        raise NetworkError(f"{path}: must be an object with {', '.join(SHAPES)}")
+    return plan
 
 
+def load_network(path: str, dx: float = CELL_LENGTH) -> Network:
+    """A segments CSV (from, to, length_m, class, lanes, limit km/h or empty) and the JSON of that stem."""
+    table = Path(path)
+    text = table.with_suffix(".json")
+    return build_network(table.stem, read_segments(table), read_plan(text), dx, (str(table), str(text)))
+
+
+# -------------------------------------------------------------------------------------------------------- made
 def both_ways(a, b, length, road, lanes, limit=None) -> list[dict]:
     row = {"length_m": length, "class": road, "lanes": lanes, "limit": limit}
     return [{"from": a, "to": b, **row}, {"from": b, "to": a, **row}]
 
 
-def corridor_network(dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
+def corridor_network(dx: float = CELL_LENGTH) -> Network:
     """5 signalised junctions on an arterial of two lanes a direction, side streets of one: 32 segments, 12 entries."""
     segments, plan = [], {"signals": {}, "demand": {}, "turns": {}}
     chain = ["W", "J1", "J2", "J3", "J4", "J5", "E"]
@@ -278,20 +401,21 @@ def corridor_network(dx: float = CELL_LENGTH, pressure: str = "power") -> Networ
         segments += both_ways(a, b, length, "secondary", 2)
     for g, (west, node, east) in enumerate(zip(chain, chain[1:], chain[2:])):
         north, south = f"N{g + 1}", f"S{g + 1}"
-        segments += both_ways(north, node, 200, "tertiary", 1) + both_ways(south, node, 200, "tertiary", 1)
+        segments += both_ways(north, node, 200, "tertiary", 1)
+        segments += both_ways(south, node, 200, "tertiary", 1)
         plan["signals"][node] = [[west, east], [north, south]]
         plan["turns"][node] = {
             west: {east: 0.8, north: 0.1, south: 0.1}, east: {west: 0.8, north: 0.1, south: 0.1},
             north: {south: 0.4, west: 0.3, east: 0.3}, south: {north: 0.4, west: 0.3, east: 0.3}}
         side = (340, 460, 300, 520, 400)[g]
-        for node in (north, south):
-            plan["demand"][node] = {"motorcycle": 0.4 * side, "car": 0.6 * side}
-    for node in ("W", "E"):
-        plan["demand"][node] = {"motorcycle": 600, "car": 900}
-    return build_network("corridor", segments, plan, dx, pressure)
+        for start in (north, south):
+            plan["demand"][start] = {"motorcycle": 0.4 * side, "car": 0.6 * side}
+    for start in ("W", "E"):
+        plan["demand"][start] = {"motorcycle": 600, "car": 900}
+    return build_network("corridor", segments, plan, dx)
 
 
-def town_network(n: int, dx: float = CELL_LENGTH, pressure: str = "power") -> Network:
+def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
     """A grid of n x n signalised junctions 200 m apart with an entry and an exit at every end of a street."""
     segments, plan = [], {"signals": {}, "demand": {}}
     inside = {(i, j): f"J{i}_{j}" for i in range(n) for j in range(n)}
@@ -300,25 +424,26 @@ def town_network(n: int, dx: float = CELL_LENGTH, pressure: str = "power") -> Ne
         return inside.get((i, j), f"X{i}_{j}")
 
     for i in range(n):
+        road = "secondary" if i % 2 == 0 else "tertiary"
         for j in range(-1, n):
-            segments += both_ways(name(i, j), name(i, j + 1), 200, "secondary" if i % 2 == 0 else "tertiary", 1)
-            segments += both_ways(name(j, i), name(j + 1, i), 200, "secondary" if i % 2 == 0 else "tertiary", 1)
+            segments += both_ways(name(i, j), name(i, j + 1), 200, road, 1)
+            segments += both_ways(name(j, i), name(j + 1, i), 200, road, 1)
     for (i, j), node in inside.items():
         plan["signals"][node] = [[name(i, j - 1), name(i, j + 1)], [name(i - 1, j), name(i + 1, j)]]
-    for node in {r["from"] for r in segments} - set(inside.values()):
+    for node in sorted({row["from"] for row in segments} - set(inside.values())):
         plan["demand"][node] = {"motorcycle": 100, "car": 150}
-    plan["demand"] = dict(sorted(plan["demand"].items()))
-    return build_network(f"town{n}", segments, plan, dx, pressure)
+    return build_network(f"town{n}", segments, plan, dx)
 
 
-def find_network(spec, pressure: str = "power", dx: float = CELL_LENGTH) -> Network:
+def find_network(spec, dx: float = CELL_LENGTH) -> Network:
     """corridor, townN (a grid of N x N junctions), or the path of a segments CSV."""
     if isinstance(spec, Network):
         return spec
     if spec == "corridor":
-        return pool.static(("network", spec, dx, pressure), lambda: corridor_network(dx, pressure))
-    if spec.startswith("town") and spec[4:].isdigit() and int(spec[4:]) > 0:
-        return pool.static(("network", spec, dx, pressure), lambda: town_network(int(spec[4:]), dx, pressure))
+        return pool.static(("network", spec, dx), lambda: corridor_network(dx))
+    size = spec[4:]
+    if spec.startswith("town") and size.isdigit() and 0 < int(size) <= 50:
+        return pool.static(("network", spec, dx), lambda: town_network(int(size), dx))
     if not spec.endswith(".csv"):
-        raise NetworkError(f"--scenario {spec}: must be freeway, corridor, townN such as town5, or a segments CSV")
-    return load_network(spec, dx, pressure)
+        raise NetworkError(f"--scenario {spec}: must be corridor, townN such as town5 (at most 50), or a segments CSV")
+    return load_network(spec, dx)

@@ -1,0 +1,2246 @@
+r"""PPO that sets the signals of a road network: two-class Aw-Rascle-Zhang traffic on CPU or CUDA by one set of kernels.
+
+Five signalised junctions on an arterial; two and a half minutes, 7 to 9 % less delay than the best tuned controller:
+
+    python cleanrl_crypto/ppo_arz_signals.py --timeout 150
+
+A grid of N x N junctions, or your own network (a CSV of segments, a JSON of signals and demand beside it):
+
+    python cleanrl_crypto/ppo_arz_signals.py --scenario town3 --num-envs 64 --timeout 1200
+    python cleanrl_crypto/ppo_arz_signals.py --scenario roads.csv --timeout 600
+
+GPU, Kaggle: a GPU is used where a probe shows that it works.
+
+    python cleanrl_crypto/ppo_arz_signals.py --num-envs 4096 --run-dir /kaggle/working/run --timeout 3600
+
+Several processes: each simulates its share of the lanes, gradients are averaged, rank 0 evaluates and writes.
+
+    torchrun --nproc-per-node 2 cleanrl_crypto/ppo_arz_signals.py --timeout 300
+
+Resume after whatever ended the run (the same command starts and continues it), or evaluate a checkpoint:
+
+    python cleanrl_crypto/ppo_arz_signals.py --run-dir runs/corridor --resume auto
+    python cleanrl_crypto/ppo_arz_signals.py --eval-only --checkpoint runs/corridor/checkpoints/best.pt
+
+Use the agent in another program, from its checkpoint alone:
+
+    from cleanrl_crypto.ppo_arz_signals import load_policy
+    policy = load_policy("runs/corridor/checkpoints/best.pt")
+    action = policy(obs)  # (lanes, junctions, numbers) -> (lanes, junctions), the phase each junction asks for
+
+Every flag: --help. Every metric, and what to do when it is off: docs/ppo_arz_signals.md
+"""
+
+import hashlib
+import math
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# Numba's cache finds the records below by their module, also where this file is the program
+MODULE = "cleanrl_crypto.ppo_arz_signals"
+sys.modules.setdefault(MODULE, sys.modules[__name__])
+
+try:
+    from common.run import (
+        CheckFailed,
+        Run,
+        RunArgs,
+        answer_help,
+        check,
+        exit_with,
+        experiment,
+        load_run,
+        refuse,
+    )
+except ModuleNotFoundError as e:
+    if e.name != "common":
+        raise
+    sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {ROOT}")
+answer_help(__name__, __file__)
+
+import gymnasium as gym
+import numba as nb
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from numba import cuda
+
+from common.lanes import Lanes, register
+from common.networks import CELL_LENGTH, Network, NetworkError, find_network
+
+SCHEMA = 4  # of the checkpoint
+EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
+EVAL_LANES = 125  # 25 to choose by, then 50 of other seeds at demand x1.0 and 50 at x1.3
+LEVELS = (
+    1.0,
+    1.3,
+)  # demand over its mean: range of a training episode, the two levels of evaluation
+BLOCK = 128  # most lanes that a CPU task simulates together
+CFL = 0.9  # Courant number of a time step
+TAU = (1.0, 1.5)  # s, relaxation of motorcycles and cars
+KNOT, BIN = (
+    300.0,
+    60.0,
+)  # s between knots of the slow demand, and length of a bin of the fast one
+VARIATION = (0.4, 1.6, 0.5)  # least and largest factor of a knot, half width of a bin's
+START_FILL = 0.1  # largest share of jam density a segment starts with
+TUNING_SHARE = 0.08  # of the time that is left, for the baselines' constants
+# literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
+ZERO, HALF, ONE, TWO, THREE, TEN = (np.float32(x) for x in (0.0, 0.5, 1.0, 2.0, 3.0, 10.0))
+TINY, THIN = (
+    np.float32(1e-30),
+    np.float32(1e-5),
+)  # below THIN of the jam density w = (rho w) / rho is rounding
+ALPHA = np.float32(0.6)  # of a motorcycle's pressure: what a car counts
+CREEP = np.float32(5 / 3.6)  # m/s, motorcycles between standing cars
+
+
+# ------------------------------------------------------------------------------------------------------ arguments
+@dataclass
+class Args(RunArgs):
+    exp_name: str = Path(__file__).stem
+    """name of this experiment"""
+
+    # environment
+    scenario: str = "corridor"
+    """corridor, townN (N x N junctions), or a CSV of segments with a JSON of signals and demand beside it"""
+    num_envs: int = 128
+    """lanes (independent copies of the network), over all processes"""
+    decision_interval: float = 5.0
+    """seconds between decisions"""
+    episode_seconds: float = 450.0
+    """seconds after which an episode is truncated"""
+    pressure: str = "power"
+    """how density slows drivers down: power (K x^2) or gap (K x, marginally stable), K the speed limit"""
+    cell_length: float = CELL_LENGTH
+    """metres of a cell, as near as a segment's length allows"""
+    sim_timeout: float | None = None
+    """seconds for one simulation call (one decision of all lanes): after a longer one the run stops, saved; a call
+    that does not return is ended by --timeout's watchdog alone"""
+
+    # algorithm
+    total_timesteps: int = 16_000_000
+    """environment transitions (decisions of a lane, summed over lanes; its junctions decide together)"""
+    num_steps: int = 32
+    """decisions of every lane in one rollout"""
+    learning_rate: float = 1e-3
+    """Adam"""
+    anneal_lr: bool = True
+    """linearly to 0 at --total-timesteps, or at the transitions that --timeout will allow"""
+    gamma: float = 0.97
+    """discount a decision"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 8
+    """minibatches an epoch"""
+    update_epochs: int = 4
+    """epochs over a rollout"""
+    clip_coef: float = 0.2
+    """clipping of the probability ratio"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradient clipping"""
+    target_kl: float | None = None
+    """stop the epochs of a rollout once a minibatch's approximate KL divergence exceeds this"""
+    hidden: int = 64
+    """width of the two SiLU layers of actor and critic"""
+
+    # runtime
+    eval_interval: int = 200_000
+    """transitions between evaluations on the validation cases, which choose the best agent"""
+    compile: bool = False
+    """torch.compile the networks of a minibatch"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self,
+            {"pressure": tuple(PRESSURES)},
+            {
+                (0, 0.9999): "gamma",
+                (0, 1): "gae_lambda learning_rate",
+                (0.01, 10): "clip_coef",
+                (0, 100): "ent_coef vf_coef",
+                (1e-6, 1e9): "max_grad_norm target_kl sim_timeout",
+                (0, 10**12): "total_timesteps",
+                (1, 2**20): "num_envs num_steps",
+                (1, 2**16): "num_minibatches update_epochs hidden",
+                (1, 10**12): "eval_interval",
+                (1, 200): "cell_length",
+                (0.25, 3600): "decision_interval",
+                (0.25, 86400): "episode_seconds",
+            },
+        )
+        rows = self.num_envs * self.num_steps
+        refuse(
+            (
+                self.episode_seconds % self.decision_interval,
+                f"--episode-seconds {self.episode_seconds} must be a multiple of --decision-interval "
+                f"{self.decision_interval}",
+            ),
+            (
+                rows % self.num_minibatches,
+                f"--num-envs {self.num_envs} times --num-steps {self.num_steps} is not a multiple of "
+                f"--num-minibatches {self.num_minibatches}",
+            ),
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- records
+# What the kernels pass on, by name. N lanes innermost; k: 0 motorcycles, 1 cars.
+class Law(NamedTuple):
+    """Pressure p = K x (linear + square x), m/s: K the speed limit, x the weighted density over the jam density."""
+
+    __module__ = MODULE
+    linear: float
+    square: float
+
+
+PRESSURES = {"power": (0.0, 1.0), "gap": (1.0, 0.0)}
+
+
+class Roads(NamedTuple):
+    """The network, read-only: S segments, G signals, E entries, A approaches or exits of a junction at most."""
+
+    __module__ = MODULE
+    first: np.ndarray  # (S + 1,) first cell of each segment
+    dx: np.ndarray  # (S,) m
+    inv_dx: np.ndarray
+    jam: np.ndarray  # (S,) veh/m
+    inv_jam: np.ndarray
+    limit: np.ndarray  # (2, S) m/s
+    target_ptr: np.ndarray  # (S + 1,) a segment's part of targets
+    targets: np.ndarray  # (M,) segments that it leads into
+    source_ptr: np.ndarray  # (S + 1,) a segment's part of sources and share
+    sources: np.ndarray  # (M,) segments that lead into it
+    share: np.ndarray  # (M,) of a source's vehicles
+    entry: np.ndarray  # (S,) its number or -1
+    base: np.ndarray  # (2, E) veh/s
+    signal: np.ndarray  # (S,) at its end, or -1
+    green: np.ndarray  # (S,) bit p: green in phase p
+    n_phases: np.ndarray  # (G,)
+    zone_of: np.ndarray  # (cells,)
+    zone_share: np.ndarray  # (cells,)
+    approach: np.ndarray  # (G, A) segments or -1
+    exits: np.ndarray  # (G, A)
+    owner: np.ndarray  # (S,) the junction that pays for its delay, -1: all
+
+
+class Cells(NamedTuple):
+    """(cells, N) of motorcycles and cars, in the precision of the simulator.
+
+    Apart from each other: a loop that writes two parts of one array is not vectorised.
+    """
+
+    __module__ = MODULE
+    rho_m: np.ndarray  # veh/m
+    rho_c: np.ndarray
+    mom_m: np.ndarray  # rho w, veh/s
+    mom_c: np.ndarray
+    v_m: np.ndarray  # m/s, scratch
+    v_c: np.ndarray
+    w_m: np.ndarray  # m/s, scratch
+    w_c: np.ndarray
+
+
+class Scratch(NamedTuple):
+    __module__ = MODULE
+    gate: np.ndarray  # (S, N) 0 at a red stop line, else 1
+    fits: np.ndarray  # (S, N) share of what wants in that fits in
+    out: np.ndarray  # (2, S, N) veh/s over a segment's end
+    into: np.ndarray  # (2, S, N) veh/s over its start
+    into_mom: np.ndarray  # (2, S, N)
+    face: np.ndarray  # (2, N) veh/s over a cell's right face
+    left: np.ndarray  # (2, N) over its left face
+    left_mom: np.ndarray  # (2, N)
+    lost: np.ndarray  # (2, N)
+    gain: np.ndarray  # (2, N) of half a relaxation
+    total: np.ndarray  # (3, N) sums over a segment
+    dt: np.ndarray  # (N,) s
+    rest: np.ndarray  # (N,) s
+    speed: np.ndarray  # (N,) 1/s, fastest wave over dx
+    rate: np.ndarray  # (2, E, N) float64, veh/s
+
+
+class Street(NamedTuple):
+    """State beside the cells, and what is seen of them. float64 but where noted."""
+
+    __module__ = MODULE
+    phase: np.ndarray  # (G, N) int64
+    age: np.ndarray  # (G, N) s since the switch
+    queue: np.ndarray  # (2, E, N) veh outside
+    delay: np.ndarray  # (S, N) veh s of the interval
+    zones: np.ndarray  # (6, S, N) filling of near, middle, far, then what stands of it; precision of the simulator
+    level: np.ndarray  # (2, N) range of the demand level
+    lane_id: np.ndarray  # (N,) int64, in the random numbers
+    episode_id: np.ndarray  # (N,) int64, in the random numbers
+    decision: np.ndarray  # (N,) int64, within the episode
+    broken: np.ndarray  # (N,) int64, 1 + the segment where a number was not finite, or 0
+
+
+class Result(NamedTuple):
+    __module__ = MODULE
+    obs: np.ndarray  # (N, G, D) float32
+    final_obs: np.ndarray  # (N, G, D)
+    local_reward: np.ndarray  # (N, G) float64
+    flags: np.ndarray  # (2, N) bool: terminated, truncated
+    totals: np.ndarray  # (ROWS, N) float64 of the present episode
+    finals: np.ndarray  # (ROWS, N) of the last one that ended
+
+
+class Rules(NamedTuple):
+    __module__ = MODULE
+    seed: int
+    length: int  # decisions of an episode
+    interval: float  # s
+    all_red: float  # s
+    min_green: float  # s
+    low: float  # range of the slow demand factor
+    high: float
+    jitter: float  # half width of the fast one
+    fill: float
+
+
+# rows of totals; the last ones have a row for each class
+DELAY, TIME, DISTANCE, SWITCHES, MAX_CFL, STEPS, DECISIONS = range(7)
+STARTED, ARRIVED, DEPARTED, LOST, STORED = range(7, 17, 2)
+ROWS = 17
+
+
+# -------------------------------------------------------------------------------------------------------- kernels
+jit = partial(nb.njit, cache=True, error_model="numpy")
+
+
+def fast(function):
+    """njit; left as it is under NUMBA_ENABLE_CUDASIM, where CUDA kernels are Python. A division by zero gives inf."""
+    return function if nb.config.ENABLE_CUDASIM else jit(function)
+
+
+def point(function):
+    """fast, and always inlined: a loop over lanes with a call in it is not vectorised."""
+    return function if nb.config.ENABLE_CUDASIM else jit(function, forceinline=True)
+
+
+@jit
+def uniform_nb(seed, lane, episode, draw):
+    """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
+    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (
+        (x ^ (x >> np.uint64(31)))
+        + np.uint64(episode) * np.uint64(0xD1342543DE82EF95)
+        + np.uint64(draw)
+    )
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@point
+def pressure_nb(x, k, law):
+    """p (m/s) at x = (own density + cross * other density) / jam density."""
+    return k * x * (law.linear + law.square * x)
+
+
+@point
+def slope_nb(x, k, law):
+    """dp/dx, m/s."""
+    return k * (law.linear + TWO * law.square * x)
+
+
+@point
+def filling_nb(q, law):
+    """x of the pressure q K, q >= 0: the inverse of pressure_nb."""
+    half = HALF * law.linear
+    return q / (half + math.sqrt(half * half + law.square * q) + TINY)
+
+
+@point
+def capacity_nb(w, b, k, law):
+    """Own density over jam density at which rho (w - p) is largest, b the other class's share."""
+    n = w / k - b * (law.linear + law.square * b)
+    n = n if n > ZERO else ZERO
+    h = law.linear + TWO * law.square * b
+    return n / (h + math.sqrt(h * h + THREE * law.square * n) + TINY)
+
+
+@point
+def demand_nb(y, b, v, w, k, law):
+    """What a class can send over an interface, veh/s over jam density, the other class frozen.
+
+    y: own density / jam density; b: cross * other density / jam density; v, w, k in m/s.
+    """
+    y_c = capacity_nb(w, b, k, law)
+    return y * v if y <= y_c else y_c * (w - pressure_nb(y_c + b, k, law))
+
+
+@point
+def supply_nb(w, b, v, k, law):
+    """What a class that arrives with w can enter where its vehicles drive v and the other class fills b."""
+    y_c = capacity_nb(w, b, k, law)
+    q = (w - v) / k
+    y = filling_nb(q if q > ZERO else ZERO, law) - b  # p(y + b) = w - v
+    y = y if y > y_c else y_c
+    return y * (w - pressure_nb(y + b, k, law))
+
+
+@point
+def relax_nb(w, p, goal, gain):
+    """Exact relaxation of v = w - p to `goal`, gain = 1 - exp(-dt / tau) -> (v, change of w).
+
+    Overfilled (v < 0) where the goal is to stand, w stays: else those behind would drive off faster than the limit
+    later. With gain 0 nothing changes by a bit, so that a lane may wait for others of its block.
+    """
+    v = w - p
+    change = (goal - v) * gain if (v >= ZERO) | (goal > ZERO) else ZERO
+    v = v + change
+    return (v if v > ZERO else ZERO), change
+
+
+@point
+def goals_nb(y_m, y_c, v_m, v_c):
+    """Equilibrium speeds (m/s). Motorcycles creep only where they have room: else a red light would pack them."""
+    g = ONE - y_m - y_c
+    g = g if g > ZERO else ZERO
+    room = (ONE - y_m - ALPHA * y_c) * TEN
+    room = room if room < ONE else ONE
+    room = room if room > ZERO else ZERO
+    return CREEP * room + (v_m - CREEP) * g, v_c * g
+
+
+@point
+def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_jam, k_m, k_c, law):
+    """Relax one cell: densities (veh/m) and rho w (veh/s) -> speeds, w, changes of w (m/s), bound of |lambda|."""
+    y_m, y_c = r_m * inv_jam, r_c * inv_jam
+    x_m, x_c = y_m + ALPHA * y_c, y_m + y_c
+    w_m = q_m / r_m if y_m > THIN else k_m
+    w_c = q_c / r_c if y_c > THIN else k_c
+    goal_m, goal_c = goals_nb(y_m, y_c, k_m, k_c)
+    v_m, d_m = relax_nb(w_m, pressure_nb(x_m, k_m, law), goal_m, gain_m)
+    v_c, d_c = relax_nb(w_c, pressure_nb(x_c, k_c, law), goal_c, gain_c)
+    # trace of the 2 x 2 block rho_k dp_k/drho_j: above its larger eigenvalue, for both are >= 0
+    fastest = y_m * slope_nb(x_m, k_m, law) + y_c * slope_nb(x_c, k_c, law)
+    fastest = v_m if v_m > fastest else fastest
+    fastest = v_c if v_c > fastest else fastest
+    fastest = goal_m if goal_m > fastest else fastest
+    fastest = goal_c if goal_c > fastest else fastest
+    return v_m, v_c, w_m + d_m, w_c + d_c, d_m, d_c, fastest
+
+
+@point
+def interface_nb(r, other_l, other_r, v_l, w_l, v_r, inv_jam, jam, k, law):
+    """Godunov flux of one class (veh/s) between two states of a segment; other_*: cross * the other's density."""
+    demand = demand_nb(r * inv_jam, other_l * inv_jam, v_l, w_l, k, law)
+    supply = supply_nb(w_l, other_r * inv_jam, v_r, k, law)
+    return (demand if demand < supply else supply) * jam
+
+
+@fast
+def demand_factor_nb(seed, lane, episode, entry, second, rules):
+    """Demand over its mean: slow knots joined by lines, times a fast factor a bin; counter-based."""
+    knot = int(second // KNOT)
+    share = second / KNOT - knot
+    before = uniform_nb(seed, lane, episode, 1 + entry * 8192 + knot)
+    after = uniform_nb(seed, lane, episode, 2 + entry * 8192 + knot)
+    quick = uniform_nb(seed, lane, episode, 4096 + entry * 8192 + int(second // BIN))
+    slow = rules.low + (rules.high - rules.low) * (before + (after - before) * share)
+    return slow * (1.0 + rules.jitter * (2.0 * quick - 1.0))
+
+
+@fast
+def class_of_nb(cells, k):
+    """Of class k: density, the other's density, rho w, speed, w; and what a vehicle of the other one counts."""
+    if k == 0:
+        return cells.rho_m, cells.rho_c, cells.mom_m, cells.v_m, cells.w_m, ALPHA
+    return cells.rho_c, cells.rho_m, cells.mom_c, cells.v_c, cells.w_c, ONE
+
+
+# lo, hi: the lanes of a task, unsigned: an index that could be negative is not vectorised
+@fast
+def face_nb(lo, hi, c, s, k, roads, cells, face, law):
+    """face[k] <- flux of class k (veh/s) between cells c and c + 1 of segment s."""
+    own, other, _, v, w, cross = class_of_nb(cells, k)
+    n, inv_jam, jam, limit = c + 1, roads.inv_jam[s], roads.jam[s], roads.limit[k, s]
+    for ln in range(lo, hi):
+        face[k, ln] = interface_nb(
+            own[c, ln],
+            cross * other[c, ln],
+            cross * other[n, ln],
+            v[c, ln],
+            w[c, ln],
+            v[n, ln],
+            inv_jam,
+            jam,
+            limit,
+            law,
+        )
+
+
+@fast
+def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
+    """Cell c of class k after its fluxes, in place; the right ones become the next cell's left ones."""
+    own, _, mom, _, w, _ = class_of_nb(cells, k)
+    face, left, left_mom, lost, dt = (
+        scratch.face,
+        scratch.left,
+        scratch.left_mom,
+        scratch.lost,
+        scratch.dt,
+    )
+    for ln in range(lo, hi):
+        h, out_mom = dt[ln] * inv_dx, face[k, ln] * w[c, ln]
+        z = mom[c, ln] + h * (left_mom[k, ln] - out_mom)
+        r = own[c, ln] + h * (left[k, ln] - face[k, ln])
+        low = r if r < ZERO else ZERO
+        lost[k, ln] -= low
+        own[c, ln] = r - low
+        mom[c, ln] = z
+        left[k, ln] = face[k, ln]
+        left_mom[k, ln] = out_mom
+
+
+@fast
+def settle_nb(lo, hi, c, s, roads, cells, gain, speed, law):
+    """Relax cell c in place and raise `speed` (1/s) to its wave speed over dx."""
+    rho_m, rho_c, mom_m, mom_c = cells.rho_m, cells.rho_c, cells.mom_m, cells.mom_c
+    inv_jam, inv_dx, k_m, k_c = (
+        roads.inv_jam[s],
+        roads.inv_dx[s],
+        roads.limit[0, s],
+        roads.limit[1, s],
+    )
+    for ln in range(lo, hi):
+        r_m, r_c = rho_m[c, ln], rho_c[c, ln]
+        _, _, _, _, d_m, d_c, fastest = cell_nb(
+            r_m,
+            r_c,
+            mom_m[c, ln],
+            mom_c[c, ln],
+            gain[0, ln],
+            gain[1, ln],
+            inv_jam,
+            k_m,
+            k_c,
+            law,
+        )
+        mom_m[c, ln] += r_m * d_m
+        mom_c[c, ln] += r_c * d_c
+        fastest = fastest * inv_dx
+        speed[ln] = fastest if fastest > speed[ln] else speed[ln]
+
+
+@fast
+def relax_cell_nb(lo, hi, c, inv_jam, k_m, k_c, cells, gain, law):
+    """Relax cell c in place, and its speeds and w for the fluxes."""
+    rho_m, rho_c, mom_m, mom_c, v_m, v_c, w_m, w_c = cells
+    for ln in range(lo, hi):
+        r_m, r_c = rho_m[c, ln], rho_c[c, ln]
+        now_m, now_c, big_m, big_c, d_m, d_c, _ = cell_nb(
+            r_m,
+            r_c,
+            mom_m[c, ln],
+            mom_c[c, ln],
+            gain[0, ln],
+            gain[1, ln],
+            inv_jam,
+            k_m,
+            k_c,
+            law,
+        )
+        v_m[c, ln] = now_m
+        v_c[c, ln] = now_c
+        w_m[c, ln] = big_m
+        w_c[c, ln] = big_c
+        mom_m[c, ln] += r_m * d_m
+        mom_c[c, ln] += r_c * d_c
+
+
+@fast
+def relax_segment_nb(lo, hi, s, roads, cells, scratch, street, totals, law):
+    """relax_cell_nb for the cells of segment s; delay, time and distance of the time step that begins."""
+    rho_m, rho_c, _, _, v_m, v_c, _, _ = cells
+    total, k_m, k_c = scratch.total, roads.limit[0, s], roads.limit[1, s]
+    for ln in range(lo, hi):
+        total[0, ln] = ZERO
+        total[1, ln] = ZERO
+        total[2, ln] = ZERO
+    for c in range(roads.first[s], roads.first[s + 1]):
+        relax_cell_nb(lo, hi, c, roads.inv_jam[s], k_m, k_c, cells, scratch.gain, law)
+        for ln in range(lo, hi):
+            total[0, ln] += rho_m[c, ln] + rho_c[c, ln]
+            total[1, ln] += rho_m[c, ln] * v_m[c, ln]
+            total[2, ln] += rho_c[c, ln] * v_c[c, ln]
+    for ln in range(lo, hi):
+        step = 1.0 * scratch.dt[ln] * roads.dx[s]
+        street.delay[s, ln] += step * (total[0, ln] - total[1, ln] / k_m - total[2, ln] / k_c)
+        totals[TIME, ln] += step * total[0, ln]
+        totals[DISTANCE, ln] += step * (total[1, ln] + total[2, ln])
+
+
+@fast
+def enter_nb(lo, hi, s, k, roads, cells, scratch, street, totals, law):
+    """Flux of class k over an entry: what waits outside and what arrives, as far as the first cell lets it."""
+    _, other, _, v, _, cross = class_of_nb(cells, k)
+    c, e, limit = roads.first[s], roads.entry[s], roads.limit[k, s]
+    queue, rate, dt = street.queue, scratch.rate, scratch.dt
+    for ln in range(lo, hi):
+        step = dt[ln] if dt[ln] > ZERO else ONE
+        scratch.total[0, ln] = queue[k, e, ln] / step + rate[k, e, ln]
+    for ln in range(lo, hi):
+        flow = roads.jam[s] * supply_nb(
+            limit, cross * other[c, ln] * roads.inv_jam[s], v[c, ln], limit, law
+        )
+        flow = scratch.total[0, ln] if scratch.total[0, ln] < flow else flow
+        scratch.into[k, s, ln] = flow
+        scratch.into_mom[k, s, ln] = flow * limit
+    for ln in range(lo, hi):
+        came = dt[ln] * rate[k, e, ln]
+        after = queue[k, e, ln] + came - dt[ln] * scratch.into[k, s, ln]
+        low = after if after < 0.0 else 0.0  # rounding
+        queue[k, e, ln] = after - low
+        totals[LOST + k, ln] -= low
+        totals[ARRIVED + k, ln] += came
+        waits = dt[ln] * (after - low)
+        street.delay[s, ln] += waits
+        totals[TIME, ln] += waits
+
+
+@fast
+def want_nb(lo, hi, s, k, roads, cells, scratch, law):
+    """scratch.fits[s] <- the share of what wants to enter segment s that its supply allows.
+
+    Supply is that of the flow-weighted mean of the incoming w.
+    """
+    _, other, _, v, w, cross = class_of_nb(cells, k)
+    c, limit, total = roads.first[s], roads.limit[k, s], scratch.total
+    for ln in range(lo, hi):
+        total[0, ln] = ZERO
+        total[1, ln] = ZERO
+    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+        i, part = roads.sources[j], roads.share[j]
+        last = roads.first[i + 1] - 1
+        for ln in range(lo, hi):
+            flow = part * scratch.out[k, i, ln]
+            total[0, ln] += flow
+            total[1, ln] += flow * w[last, ln]
+    for ln in range(lo, hi):
+        mean = total[1, ln] / (total[0, ln] + TINY)
+        mean = mean if mean < limit else limit
+        supply = roads.jam[s] * supply_nb(
+            mean, cross * other[c, ln] * roads.inv_jam[s], v[c, ln], limit, law
+        )
+        scratch.fits[s, ln] = supply / (total[0, ln] + TINY) if supply < total[0, ln] else ONE
+
+
+@fast
+def pass_nb(lo, hi, s, k, roads, cells, scratch):
+    """What enters segment s from its sources, no faster than its limit."""
+    limit, (_, _, _, _, w, _) = roads.limit[k, s], class_of_nb(cells, k)
+    for ln in range(lo, hi):
+        scratch.into[k, s, ln] = ZERO
+        scratch.into_mom[k, s, ln] = ZERO
+    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+        i, part = roads.sources[j], roads.share[j]
+        last = roads.first[i + 1] - 1
+        for ln in range(lo, hi):
+            flow, fastest = part * scratch.out[k, i, ln], w[last, ln]
+            scratch.into[k, s, ln] += flow
+            scratch.into_mom[k, s, ln] += flow * (fastest if fastest < limit else limit)
+
+
+@fast
+def junctions_nb(lo, hi, k, roads, cells, scratch, street, totals, law):
+    """Fluxes of class k over the ends and starts of all segments.
+
+    A stop line sends its demand, or nothing at red; the smallest share that the segments it turns into allow holds for
+    all of its traffic (first in, first out).
+    """
+    n, out, total = roads.first.size - 1, scratch.out, scratch.total
+    own, other, _, v, w, cross = class_of_nb(cells, k)
+    for s in range(n):
+        c, inv_jam = roads.first[s + 1] - 1, roads.inv_jam[s]
+        for ln in range(lo, hi):
+            out[k, s, ln] = (
+                scratch.gate[s, ln]
+                * roads.jam[s]
+                * demand_nb(
+                    own[c, ln] * inv_jam,
+                    cross * other[c, ln] * inv_jam,
+                    v[c, ln],
+                    w[c, ln],
+                    roads.limit[k, s],
+                    law,
+                )
+            )
+    for s in range(n):
+        if roads.entry[s] >= 0:
+            enter_nb(lo, hi, s, k, roads, cells, scratch, street, totals, law)
+        else:
+            want_nb(lo, hi, s, k, roads, cells, scratch, law)
+    for s in range(n):
+        for ln in range(lo, hi):
+            total[0, ln] = ONE
+        for m in range(roads.target_ptr[s], roads.target_ptr[s + 1]):
+            to = roads.targets[m]
+            for ln in range(lo, hi):
+                fits = scratch.fits[to, ln]
+                total[0, ln] = fits if fits < total[0, ln] else total[0, ln]
+        for ln in range(lo, hi):
+            out[k, s, ln] = out[k, s, ln] * total[0, ln]
+        if roads.target_ptr[s] == roads.target_ptr[s + 1]:  # an exit
+            for ln in range(lo, hi):
+                totals[DEPARTED + k, ln] += scratch.dt[ln] * out[k, s, ln]
+    for s in range(n):
+        if roads.entry[s] < 0:
+            pass_nb(lo, hi, s, k, roads, cells, scratch)
+
+
+@fast
+def drive_nb(lo, hi, s, roads, cells, scratch, totals, law):
+    """Transport along segment s and half a relaxation of its cells."""
+    face, left, left_mom, lost = scratch.face, scratch.left, scratch.left_mom, scratch.lost
+    end = roads.first[s + 1] - 1
+    for k in range(2):
+        for ln in range(lo, hi):
+            left[k, ln] = scratch.into[k, s, ln]
+            left_mom[k, ln] = scratch.into_mom[k, s, ln]
+            lost[k, ln] = ZERO
+    for c in range(roads.first[s], end + 1):
+        for k in range(2):
+            if c < end:
+                face_nb(lo, hi, c, s, k, roads, cells, face, law)
+            else:
+                for ln in range(lo, hi):
+                    face[k, ln] = scratch.out[k, s, ln]
+        for k in range(2):
+            transport_nb(lo, hi, c, k, roads.inv_dx[s], cells, scratch)
+        settle_nb(lo, hi, c, s, roads, cells, scratch.gain, scratch.speed, law)
+    for k in range(2):
+        for ln in range(lo, hi):
+            totals[LOST + k, ln] += lost[k, ln] * roads.dx[s]
+
+
+@fast
+def set_steps_nb(lo, hi, scratch, totals):
+    """The next time step of every lane, as equal as they come -> whether any lane still has time to go."""
+    dt, rest, speed, busy = scratch.dt, scratch.rest, scratch.speed, False
+    for ln in range(lo, hi):
+        n = math.ceil(rest[ln] * speed[ln] / np.float32(CFL))
+        n = n if n > 1 else 1
+        dt[ln] = rest[ln] / n
+        rest[ln] = rest[ln] - dt[ln] if n > 1 else ZERO
+        if dt[ln] > ZERO:
+            busy = True
+            totals[STEPS, ln] += 1.0
+            courant = dt[ln] * speed[ln]
+            totals[MAX_CFL, ln] = (
+                courant if courant > totals[MAX_CFL, ln] else totals[MAX_CFL, ln]
+            )
+        scratch.gain[0, ln] = 1.0 - math.exp(-0.5 * dt[ln] / TAU[0])
+        scratch.gain[1, ln] = 1.0 - math.exp(-0.5 * dt[ln] / TAU[1])
+        speed[ln] = ZERO
+    return busy
+
+
+@fast
+def advance_nb(lo, hi, seconds, roads, cells, scratch, street, totals, law):
+    """Advance these lanes by `seconds`, every lane with time steps of its own.
+
+    Strang: relax dt/2, transport dt (Euler), relax dt/2; the last relaxation also finds the next step's speed.
+    """
+    n = roads.first.size - 1
+    for ln in range(lo, hi):
+        scratch.rest[ln] = seconds
+        scratch.speed[ln] = ZERO
+        scratch.gain[0, ln] = ZERO
+        scratch.gain[1, ln] = ZERO
+    for s in range(n):
+        for c in range(roads.first[s], roads.first[s + 1]):
+            settle_nb(lo, hi, c, s, roads, cells, scratch.gain, scratch.speed, law)
+    while set_steps_nb(lo, hi, scratch, totals):
+        for s in range(n):
+            relax_segment_nb(lo, hi, s, roads, cells, scratch, street, totals, law)
+        for k in range(2):
+            junctions_nb(lo, hi, k, roads, cells, scratch, street, totals, law)
+        for s in range(n):
+            drive_nb(lo, hi, s, roads, cells, scratch, totals, law)
+
+
+@fast
+def switch_nb(lo, hi, action, roads, street, totals, rules):
+    """Take the decisions: action (N, G) int64, the phase asked for. A request counts after the minimum green."""
+    for g in range(roads.n_phases.size):
+        for ln in range(lo, hi):
+            asked = action[ln, g]
+            free = street.age[g, ln] >= rules.all_red + rules.min_green
+            if free and asked != street.phase[g, ln] and 0 <= asked < roads.n_phases[g]:
+                street.phase[g, ln] = asked
+                street.age[g, ln] = 0.0
+                totals[SWITCHES, ln] += 1.0
+
+
+@fast
+def gates_nb(lo, hi, roads, gate, street, rules):
+    """gate <- 0 where a signal shows red or all-red, else 1."""
+    for s in range(roads.signal.size):
+        g = roads.signal[s]
+        for ln in range(lo, hi):
+            is_open = g < 0 or (
+                street.age[g, ln] >= rules.all_red
+                and (roads.green[s] >> street.phase[g, ln]) & 1 == 1
+            )
+            gate[s, ln] = ONE if is_open else ZERO
+
+
+@fast
+def zones_nb(lo, hi, roads, cells, total, street, totals, law):
+    """street.zones <- mean filling (share of jam density) in three zones, near first, then what stands of it.
+
+    totals[STORED] <- vehicles inside and waiting outside.
+    """
+    zones = street.zones
+    for k in range(2):
+        for ln in range(lo, hi):
+            totals[STORED + k, ln] = 0.0
+        for e in range(roads.base.shape[1]):
+            for ln in range(lo, hi):
+                totals[STORED + k, ln] += street.queue[k, e, ln]
+    for s in range(roads.first.size - 1):
+        inv_jam, k_m, k_c, dx = (
+            roads.inv_jam[s],
+            roads.limit[0, s],
+            roads.limit[1, s],
+            roads.dx[s],
+        )
+        for z in range(6):
+            for ln in range(lo, hi):
+                zones[z, s, ln] = ZERO
+        for c in range(roads.first[s], roads.first[s + 1]):
+            z, share = roads.zone_of[c], roads.zone_share[c] * inv_jam
+            for ln in range(lo, hi):
+                r_m, r_c = cells.rho_m[c, ln], cells.rho_c[c, ln]
+                v_m, v_c, _, _, _, _, _ = cell_nb(
+                    r_m,
+                    r_c,
+                    cells.mom_m[c, ln],
+                    cells.mom_c[c, ln],
+                    ZERO,
+                    ZERO,
+                    inv_jam,
+                    k_m,
+                    k_c,
+                    law,
+                )
+                zones[z, s, ln] += share * (r_m + r_c)
+                total[0, ln] = share * (r_m * (ONE - v_m / k_m) + r_c * (ONE - v_c / k_c))
+                totals[STORED, ln] += 1.0 * r_m * dx
+                totals[STORED + 1, ln] += 1.0 * r_c * dx
+            for ln in range(lo, hi):
+                zones[3 + z, s, ln] += total[0, ln]
+
+
+@fast
+def observe_nb(lo, hi, obs, roads, street, rules):
+    """obs (N, G, D): what each junction sees. Layout: NetworkVectorEnv."""
+    zones, queue, phase, age = street.zones, street.queue, street.phase, street.age
+    junctions, width, most = roads.n_phases.size, roads.approach.shape[1], 0
+    for g in range(junctions):
+        most = max(most, roads.n_phases[g])
+    for ln in range(lo, hi):
+        for g in range(junctions):
+            for d in range(obs.shape[2]):
+                obs[ln, g, d] = ZERO
+            d = 0
+            for a in range(width):
+                s = roads.approach[g, a]
+                if s >= 0:
+                    for z in range(6):
+                        obs[ln, g, d + z] = zones[z, s, ln]
+                    e = roads.entry[s]
+                    if e >= 0:
+                        obs[ln, g, d + 6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
+                    obs[ln, g, d + 7] = (roads.green[s] >> phase[g, ln]) & 1
+                    for j in range(
+                        roads.source_ptr[s], roads.source_ptr[s + 1]
+                    ):  # who may be on the way here
+                        i = roads.sources[j]
+                        far = roads.signal[i]
+                        is_open = far >= 0 and (roads.green[i] >> phase[far, ln]) & 1 == 1
+                        obs[ln, g, d + (8 if is_open else 9)] += (
+                            roads.share[j] * zones[0, i, ln]
+                        )
+                d += 10
+            for a in range(width):
+                s = roads.exits[g, a]
+                if s >= 0:
+                    for z in range(3):
+                        obs[ln, g, d + z] = zones[z, s, ln]
+                d += 3
+            obs[ln, g, d + phase[g, ln]] = ONE
+            d += most
+            obs[ln, g, d] = min(age[g, ln] / 60.0, 2.0)
+            obs[ln, g, d + 1] = ONE if age[g, ln] >= rules.all_red + rules.min_green else ZERO
+            if obs.shape[2] > d + 2:
+                obs[ln, g, d + 2 + g] = ONE
+
+
+@fast
+def pay_nb(lo, hi, roads, street, result):
+    """local_reward <- minus the delay of the interval, by junction; totals and what is not finite."""
+    junctions = roads.n_phases.size
+    for ln in range(lo, hi):
+        for g in range(junctions):
+            result.local_reward[ln, g] = 0.0
+    for s in range(roads.owner.size):
+        for ln in range(lo, hi):
+            delay = street.delay[s, ln]
+            if not -1e30 < delay < 1e30:
+                street.broken[ln], delay = 1 + s, 0.0
+            result.totals[DELAY, ln] += delay
+            if roads.owner[s] >= 0:
+                result.local_reward[ln, roads.owner[s]] -= delay
+            else:
+                for g in range(junctions):
+                    result.local_reward[ln, g] -= (1.0 / junctions) * delay
+
+
+@fast
+def start_nb(ln, roads, cells, street, totals, rules):
+    """Lane ln begins its next episode: random filling, the first phase, nobody outside."""
+    lane, episode = street.lane_id[ln], street.episode_id[ln]
+    street.decision[ln] = 0
+    for row in range(ROWS):
+        totals[row, ln] = 0.0
+    for g in range(roads.n_phases.size):
+        street.phase[g, ln] = 0
+        street.age[g, ln] = rules.all_red + rules.min_green
+    for e in range(roads.base.shape[1]):
+        street.queue[0, e, ln] = 0.0
+        street.queue[1, e, ln] = 0.0
+    for s in range(roads.first.size - 1):
+        y = rules.fill * uniform_nb(rules.seed, lane, episode, (1 << 40) + s)
+        bikes = uniform_nb(rules.seed, lane, episode, (1 << 41) + s)
+        for c in range(roads.first[s], roads.first[s + 1]):
+            rho_m, rho_c = y * bikes * roads.jam[s], y * (1.0 - bikes) * roads.jam[s]
+            cells.rho_m[c, ln] = rho_m
+            cells.rho_c[c, ln] = rho_c
+            cells.mom_m[c, ln] = rho_m * roads.limit[0, s]
+            cells.mom_c[c, ln] = rho_c * roads.limit[1, s]
+            totals[STARTED, ln] += cells.rho_m[c, ln] * roads.dx[s]
+            totals[STARTED + 1, ln] += cells.rho_c[c, ln] * roads.dx[s]
+
+
+@fast
+def draw_demand_nb(lo, hi, roads, scratch, street, rules):
+    for ln in range(lo, hi):
+        lane, episode, second = (
+            street.lane_id[ln],
+            street.episode_id[ln],
+            street.decision[ln] * rules.interval,
+        )
+        level = street.level[0, ln]
+        level += (street.level[1, ln] - level) * uniform_nb(rules.seed, lane, episode, 0)
+        for e in range(roads.base.shape[1]):
+            factor = level * demand_factor_nb(rules.seed, lane, episode, e, second, rules)
+            scratch.rate[0, e, ln] = roads.base[0, e] * factor
+            scratch.rate[1, e, ln] = roads.base[1, e] * factor
+
+
+@fast
+def end_nb(lo, hi, roads, cells, scratch, street, result, rules, law):
+    """Lanes whose episode is over keep its last observation and totals, and begin the next."""
+    for ln in range(lo, hi):
+        street.decision[ln] += 1
+        result.totals[DECISIONS, ln] += 1.0
+        result.flags[0, ln] = street.broken[ln] > 0
+        result.flags[1, ln] = street.broken[ln] == 0 and street.decision[ln] >= rules.length
+        if result.flags[0, ln] or result.flags[1, ln]:
+            for row in range(ROWS):
+                result.finals[row, ln] = result.totals[row, ln]
+            for g in range(result.obs.shape[1]):
+                for d in range(result.obs.shape[2]):
+                    result.final_obs[ln, g, d] = result.obs[ln, g, d]
+            street.episode_id[ln] += 1
+            start_nb(ln, roads, cells, street, result.totals, rules)
+            behind = ln + np.uint64(1)
+            zones_nb(ln, behind, roads, cells, scratch.total, street, result.totals, law)
+            observe_nb(ln, behind, result.obs, roads, street, rules)
+
+
+@fast
+def decide_nb(lo, hi, action, roads, cells, scratch, street, result, rules, law):
+    """One decision interval of these lanes: signals, demand, traffic, reward, observation, autoreset."""
+    totals = result.totals
+    for s in range(roads.signal.size):
+        for ln in range(lo, hi):
+            street.delay[s, ln] = 0.0
+    draw_demand_nb(lo, hi, roads, scratch, street, rules)
+    switch_nb(lo, hi, action, roads, street, totals, rules)
+    part = rules.all_red if rules.all_red < rules.interval else rules.interval
+    for _ in range(2):  # an interval that begins with a switch is all red at first
+        if part > 0.0:
+            gates_nb(lo, hi, roads, scratch.gate, street, rules)
+            advance_nb(lo, hi, part, roads, cells, scratch, street, totals, law)
+            for g in range(roads.n_phases.size):
+                for ln in range(lo, hi):
+                    street.age[g, ln] += part
+        part = rules.interval - part
+    pay_nb(lo, hi, roads, street, result)
+    zones_nb(lo, hi, roads, cells, scratch.total, street, totals, law)
+    observe_nb(lo, hi, result.obs, roads, street, rules)
+    end_nb(lo, hi, roads, cells, scratch, street, result, rules, law)
+
+
+@fast
+def begin_nb(lo, hi, stagger, roads, cells, scratch, street, result, rules, law):
+    """First observations of the episodes that street.episode names; stagger 1: of every length."""
+    for ln in range(lo, hi):
+        start_nb(ln, roads, cells, street, result.totals, rules)
+        part = (
+            street.lane_id[ln] * 0.6180339887498949 % 1.0
+        )  # golden ratio: even, whatever share of the lanes is here
+        street.decision[ln] = int(part * rules.length * stagger)
+        street.broken[ln] = 0
+    zones_nb(lo, hi, roads, cells, scratch.total, street, result.totals, law)
+    observe_nb(lo, hi, result.obs, roads, street, rules)
+
+
+@nb.njit(parallel=True, cache=True, error_model="numpy")
+def decide_cpu(block, action, roads, cells, scratch, street, result, rules, law):
+    """All lanes, in blocks that a core's cache holds."""
+    n = street.lane_id.size
+    for i in nb.prange((n + block - 1) // block):
+        lo, hi = np.uint64(i * block), np.uint64(min((i + 1) * block, n))
+        decide_nb(lo, hi, action, roads, cells, scratch, street, result, rules, law)
+
+
+@nb.njit(cache=True, error_model="numpy")
+def begin_cpu(block, stagger, roads, cells, scratch, street, result, rules, law):
+    begin_nb(
+        np.uint64(0),
+        np.uint64(street.lane_id.size),
+        stagger,
+        roads,
+        cells,
+        scratch,
+        street,
+        result,
+        rules,
+        law,
+    )
+
+
+def build_cuda():
+    """The same functions on the GPU, one thread a lane: kernels of decide_cpu's and begin_cpu's arguments."""
+
+    @cuda.jit
+    def decide_cuda(block, action, roads, cells, scratch, street, result, rules, law):
+        ln = cuda.grid(1)
+        if ln < street.lane_id.size:
+            decide_nb(
+                np.uint64(ln),
+                np.uint64(ln + 1),
+                action,
+                roads,
+                cells,
+                scratch,
+                street,
+                result,
+                rules,
+                law,
+            )
+
+    @cuda.jit
+    def begin_cuda(block, stagger, roads, cells, scratch, street, result, rules, law):
+        ln = cuda.grid(1)
+        if ln < street.lane_id.size:
+            begin_nb(
+                np.uint64(ln),
+                np.uint64(ln + 1),
+                stagger,
+                roads,
+                cells,
+                scratch,
+                street,
+                result,
+                rules,
+                law,
+            )
+
+    return decide_cuda, begin_cuda
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+WORST = "mass_error", "max_cfl"  # the largest of the lanes is shown, of the others the mean
+
+
+def padded(rows: list[list[int]], width: int) -> np.ndarray:
+    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int64)
+
+
+def roads_of(net: Network, dtype) -> Roads:
+    """What the kernels read of a network."""
+    n, junctions = len(net.ends), range(len(net.nodes))
+    order = np.argsort(net.move_to, kind="stable")
+    ptr = [
+        np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64)
+        for m in (net.move_from, net.move_to)
+    ]
+    approach = [[s for s in range(n) if net.signal[s] == g] for g in junctions]
+    exits = [[s for s in range(n) if net.ends[s][0] == net.nodes[g]] for g in junctions]
+    width = max(map(len, approach + exits))
+    number = {node: g for g, node in enumerate(net.nodes)}
+    owner = [
+        net.signal[s] if net.signal[s] >= 0 else number.get(net.ends[s][0], -1)
+        for s in range(n)
+    ]
+    real = partial(np.ascontiguousarray, dtype=dtype)
+    return Roads(
+        net.first,
+        real(net.dx),
+        real(1 / net.dx),
+        real(net.jam),
+        real(1 / net.jam),
+        real(net.limit),
+        ptr[0],
+        net.move_to,
+        ptr[1],
+        net.move_from[order],
+        real(net.share[order]),
+        net.entry,
+        net.base,
+        net.signal,
+        net.green,
+        net.n_phases,
+        net.zone_of,
+        real(net.zone_share),
+        padded(approach, width),
+        padded(exits, width),
+        np.array(owner, np.int64),
+    )
+
+
+class NetworkVectorEnv(Lanes):
+    """Lanes of signalised traffic; the junctions of a lane are agents that share one network. Same-step autoreset.
+
+    Observation (junctions, D) float32 a lane. For up to A approaches: filling of its last 50 m, of the next 100 and of
+    the rest, what stands there, vehicles waiting outside / 10, is it green, filling that may come through an open and
+    through a closed stop line; up to A exits: filling of the three zones; then the phase (one-hot), its age / 60 s,
+    whether a request counts now and, up to 16 junctions, which junction it is (one-hot). Action: the phase of every
+    junction, asked for each `interval` seconds. Reward: minus the delay (veh s) of the interval; local_reward is that
+    of each junction: of the segments that end there, and of exits that begin there.
+    """
+
+    SAVED = (
+        "rho_m",
+        "rho_c",
+        "mom_m",
+        "mom_c",
+        "phase",
+        "age",
+        "queue",
+        "zones",
+        "level",
+        "lane_id",
+        "episode_id",
+        "decision",
+        "broken",
+        "totals",
+        "finals",
+        "obs",
+    )
+    traced = 0
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        network: Network | str = "corridor",
+        interval: float = 5.0,
+        seconds: float = 450.0,
+        level: tuple[float, float] = (1.0, 1.0),
+        pressure: str = "power",
+        dx: float = CELL_LENGTH,
+        dtype: str = "float32",
+        seed: int = 1,
+        backend: str = "cpu",
+        lane0: int = 0,
+        cases: str | None = None,
+        variation: tuple[float, float, float] = VARIATION,
+        fill: float = START_FILL,
+        block: int | None = None,
+    ):
+        net = self.network = find_network(network, dx)
+        check_network(net, interval, seconds)
+        self.decision_interval, self.length, self.agents = (
+            interval,
+            round(seconds / interval),
+            len(net.nodes),
+        )
+        self.named, phases = self.agents <= 16, int(net.n_phases.max())
+        real = np.dtype(dtype)
+        self.roads = roads_of(net, real)
+        self.held = 13 * self.roads.approach.shape[1]  # column where the phase begins
+        self.row_obs = self.held + phases + 2 + self.agents * self.named
+        observation = gym.spaces.Box(-np.inf, np.inf, (self.agents, self.row_obs), np.float32)
+        super().__init__(
+            num_envs, observation, gym.spaces.MultiDiscrete(net.n_phases), backend, seed
+        )
+        self.take_all(real)
+        self.law = Law(*map(real.type, PRESSURES[pressure]))
+        self.times = interval, net.all_red, net.min_green, *variation, fill
+        self.block = block or min(BLOCK, -(-num_envs // nb.get_num_threads()))
+        self.kernels, self.longest_call = (decide_cpu, begin_cpu), 0.0
+        if backend == "cuda":
+            self.roads = Roads(*map(cuda.to_device, self.roads))
+            self.kernels = tuple(kernel[(num_envs + 63) // 64, 64] for kernel in build_cuda())
+        self.splits, self.n_phases = {}, self.on_device(net.n_phases)
+        lane_id, levels = (
+            lane0 + np.arange(num_envs),
+            np.repeat(np.array(level, float)[:, None], num_envs, 1),
+        )
+        if cases == "eval":
+            lane_id, levels, self.splits = eval_cases(num_envs)
+        self.assign(lane_id, levels)
+
+    def on_device(self, array) -> torch.Tensor:
+        return torch.tensor(array, device=self.torch_device)
+
+    def take_all(self, real):
+        """State and scratch of the kernels, from the pool."""
+        net, n, g, wide, whole = self.network, self.num_envs, self.agents, np.float64, np.int64
+        s, e, cells, rows = (
+            len(net.ends),
+            net.base.shape[1],
+            int(net.first[-1]),
+            (g, self.row_obs),
+        )
+        shapes = {
+            real: {
+                **{name: (cells, n) for name in Cells._fields},
+                "gate": (s, n),
+                "fits": (s, n),
+                "out": (2, s, n),
+                "into": (2, s, n),
+                "into_mom": (2, s, n),
+                "face": (2, n),
+                "left": (2, n),
+                "left_mom": (2, n),
+                "lost": (2, n),
+                "gain": (2, n),
+                "total": (3, n),
+                "dt": (n,),
+                "rest": (n,),
+                "speed": (n,),
+                "zones": (6, s, n),
+            },
+            wide: {
+                "rate": (2, e, n),
+                "age": (g, n),
+                "queue": (2, e, n),
+                "delay": (s, n),
+                "level": (2, n),
+                "local_reward": (n, g),
+                "totals": (ROWS, n),
+                "finals": (ROWS, n),
+            },
+            whole: {
+                "phase": (g, n),
+                "lane_id": (n,),
+                "episode_id": (n,),
+                "decision": (n,),
+                "broken": (n,),
+                "action": (n, g),
+            },
+            np.float32: {"obs": (n, *rows), "final_obs": (n, *rows)},
+            np.bool_: {"flags": (2, n)},
+        }
+        for dtype, named in shapes.items():
+            for name, shape in named.items():
+                self.take(name, shape, dtype)
+        self.records = [
+            kind(*(self.arrays[name] for name in kind._fields))
+            for kind in (Cells, Scratch, Street, Result)
+        ]
+
+    def assign(self, lane_id, levels):
+        """Numbers of the lanes in the random numbers (N,), and their ranges of the demand level (2, N)."""
+        self.lane_id.copy_(torch.as_tensor(lane_id))
+        self.level.copy_(torch.as_tensor(levels))
+
+    def launch(self, kernel, argument):
+        """kernel on all lanes; on a CPU with no more threads than there are blocks."""
+        rules = Rules(self.seed, self.length, *self.times)
+        threads, blocks = nb.get_num_threads(), -(-self.num_envs // self.block)
+        nb.set_num_threads(min(threads, blocks))
+        try:
+            kernel(self.block, argument, self.roads, *self.records, rules, self.law)
+        finally:
+            nb.set_num_threads(threads)
+
+    def reset_lanes(self, first: bool, options: dict):
+        """options {"stagger": True}: first episodes of every length, so that every rollout holds every part of one."""
+        self.finals.zero_()
+        self.episode_id.copy_(
+            torch.zeros_like(self.episode_id) if first else self.episode_id + 1
+        )
+        self.launch(self.kernels[1], int(options.get("stagger", False)))
+
+    def step_lanes(self, action):
+        """action (N, junctions) int64 -> reward (N,), terminated, truncated; local_reward (N, junctions), obs too."""
+        began = time.perf_counter()
+        self.action.copy_(action)
+        self.launch(self.kernels[0], self.arrays["action"])
+        self.longest_call = max(self.longest_call, time.perf_counter() - began)
+        return self.local_reward.sum(1), self.flags[0], self.flags[1]
+
+    def observe(self):
+        return self.obs
+
+    def observe_final(self, lanes):
+        return self.final_obs[lanes]
+
+    def last_observations(self):
+        """(N, junctions, D): of the lanes whose episode ended in this step, the last one of that episode."""
+        return self.final_obs
+
+    def stats(self, name: str = "totals") -> dict[str, torch.Tensor]:
+        """Of the running episodes, or ("finals") of every lane's last one."""
+        totals = getattr(self, name)
+        started, arrived, departed, lost, stored = (
+            totals[row : row + 2] for row in range(STARTED, ROWS, 2)
+        )
+        came = started + arrived
+        error = (stored + departed - came - lost).abs().sum(0) / came.sum(0).clamp(min=1e-9)
+        return {
+            "episode_return": -totals[DELAY],
+            "delay_veh_s": totals[DELAY],
+            "throughput_veh": departed.sum(0),
+            "mean_speed": totals[DISTANCE] / totals[TIME].clamp(min=1e-9),
+            "switches": totals[SWITCHES],
+            "mass_error": error,
+            "max_cfl": totals[MAX_CFL],
+            "episode_length": totals[DECISIONS],
+        }
+
+    def episode(self) -> dict[str, torch.Tensor]:
+        stats = self.stats("finals")
+        return stats | {"r": stats["episode_return"], "l": stats["episode_length"]}
+
+    def check_action(self, actions) -> torch.Tensor:
+        actions = super().check_action(actions)
+        if ((actions < 0) | (actions >= self.n_phases)).any():
+            raise ValueError(
+                f"actions: phases must be from 0 and below {self.network.n_phases}"
+            )
+        return actions
+
+    def check_state(self):
+        """Raises CheckFailed where a number was not finite; reads from the device."""
+        broken = self.broken.cpu()
+        if broken.any():
+            lane = int(broken.argmax())
+            ends = self.network.ends[int(broken[lane]) - 1]
+            raise CheckFailed(
+                f"lane {lane}, segment {' > '.join(ends)}: the delay is not finite"
+            )
+
+    def counts(self, standing: bool = False) -> torch.Tensor:
+        """Vehicles (or of those, what stands) on each segment, (S, N)."""
+        zones = self.zones[3:] if standing else self.zones[:3]
+        room = self.on_device(self.network.zone_length * self.network.jam)
+        return (zones * room[..., None]).sum(0)
+
+    def trace(self) -> dict:
+        """What a picture of lane 0 needs: phase of each junction, vehicles inside and outside."""
+        phase = dict(
+            zip((f"phase_{node}" for node in self.network.nodes), self.phase[:, 0].tolist())
+        )
+        outside = self.queue[:, :, 0].sum()
+        return phase | {
+            "inside_veh": float(self.totals[STORED:, 0].sum() - outside),
+            "outside_veh": float(outside),
+        }
+
+
+def check_network(net: Network, interval: float, seconds: float):
+    """Raises NetworkError where there is nothing to control, or the decisions do not fit the signals' times."""
+    steps, red = seconds / interval, net.all_red
+    for wrong, why in (
+        (
+            not interval > 0 or steps != round(steps),
+            f"interval {interval} s must divide the episode's {seconds} s",
+        ),
+        (
+            red > interval and red % interval,
+            f"--decision-interval {interval}: at least all_red ({red} s), or a part of it",
+        ),
+        (not len(net.nodes), f"{net.name}: no signal to control"),
+        (not net.base.any(), f"{net.name}: demand is 0 everywhere: no vehicle ever arrives"),
+    ):
+        if wrong:
+            raise NetworkError(why)
+
+
+def eval_cases(n: int) -> tuple:
+    """A fifth of the lanes to choose by, then two fifths of other seeds at each of 1.0 and 1.3 times the demand."""
+    k = n // 5
+    if n < 5 or n % 5:
+        raise ValueError(
+            f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 demand x1.0, 2 demand x1.3)"
+        )
+    unseen = (1 << 20) + np.arange(2 * k)
+    lane_id = (1 << 32) + np.r_[np.arange(k), unseen, unseen]
+    level = np.r_[np.where(np.arange(k) % 2, LEVELS[1], LEVELS[0]), np.repeat(LEVELS, 2 * k)]
+    return (
+        lane_id,
+        np.stack((level, level)),
+        {"eval": slice(0, k), "x1.0": slice(k, 3 * k), "x1.3": slice(3 * k, n)},
+    )
+
+
+def make_vec(num_envs: int = 1, **kwargs) -> NetworkVectorEnv:
+    """gymnasium.make_vec("cleanrl_crypto/Network-v0", num_envs=8, network="town3", interval=5.0, ...)."""
+    return NetworkVectorEnv(num_envs, **kwargs)
+
+
+register("cleanrl_crypto/Network-v0", make_vec)
+
+
+# ------------------------------------------------------------------------------------------------------ baselines
+# A controller is make(env, **constants) -> act(obs) -> (N, junctions); constants are tensors (N,): every lane its own.
+def flow_ratios(net: Network) -> np.ndarray:
+    """Critical flow of every phase over jam density times limit, (G, phases): Webster's y for a saturation of 1."""
+    flows = mean_flows(net) / (net.jam * net.limit[1])
+    ratio = np.zeros((len(net.nodes), int(net.n_phases.max())))
+    for s in np.flatnonzero(net.signal >= 0):
+        for p in range(net.n_phases[net.signal[s]]):
+            if net.green[s] >> p & 1:
+                ratio[net.signal[s], p] = max(ratio[net.signal[s], p], flows[s])
+    return ratio
+
+
+def mean_flows(net: Network) -> np.ndarray:
+    """Mean flow (veh/s) of every segment when nothing queues for ever: entries' demand passed on by turning shares."""
+    source = np.zeros(len(net.ends))
+    source[net.entry >= 0] = net.base.sum(0)[net.entry[net.entry >= 0]]
+    total = source.copy()
+    for _ in range(10 * len(net.ends)):
+        after = source.copy()
+        np.add.at(after, net.move_to, net.share * total[net.move_from])
+        if np.abs(after - total).max() < 1e-12:
+            break
+        total = after
+    return total
+
+
+def webster_plan(flows, saturation: float, lost: float) -> tuple[float, np.ndarray]:
+    """Webster (1958): critical flow ratios y_i = flows / saturation (phases,), lost time (s) -> cycle, greens (s).
+
+    C0 = (1.5 L + 5) / (1 - Y), g_i = y_i / Y (C0 - L); no flow: equal greens. ValueError where Y >= 1.
+    """
+    y = np.asarray(flows, float) / saturation
+    if y.sum() >= 1:
+        raise ValueError(
+            f"flow ratios {y.round(3).tolist()} add up to {y.sum():.3f}: no cycle serves 1 or more"
+        )
+    cycle = (1.5 * lost + 5.0) / (1.0 - y.sum())
+    share = y / y.sum() if y.sum() > 0 else np.full(len(y), 1 / len(y))
+    return cycle, share * (cycle - lost)
+
+
+def serve_in_turn(env, slots: np.ndarray, speed):
+    """Phases in turn for slots (G, phases, N) seconds, each at least all-red and minimum green, one cycle for all.
+
+    A junction with a shorter cycle gets the rest in proportion; a green wave of `speed` (m/s, 0: all together) runs
+    along the junctions' order.
+    """
+    net = env.network
+    least = (
+        math.ceil((net.all_red + net.min_green) / env.decision_interval) * env.decision_interval
+    )
+    exists = (np.arange(slots.shape[1]) < net.n_phases[:, None])[..., None]
+    slots = np.maximum(slots, least) * exists
+    own = slots.sum(1, keepdims=True)
+    cycle = own.max(0, keepdims=True)
+    slots = slots * (cycle / own)
+    reach = np.zeros(env.agents)
+    for g in range(1, env.agents):
+        pair = net.nodes[g - 1], net.nodes[g]
+        reach[g] = reach[g - 1] + (
+            net.lengths[net.ends.index(pair)] if pair in net.ends else 0.0
+        )
+    device, speed = env.torch_device, speed.cpu().numpy()
+    offset = torch.as_tensor(
+        np.where(speed > 0, reach[:, None] / np.maximum(speed, 1e-9), 0.0), device=device
+    )
+    ends, cycle = (
+        torch.as_tensor(slots.cumsum(1), device=device),
+        torch.as_tensor(cycle[:, 0], device=device),
+    )
+    last = torch.as_tensor(net.n_phases, device=device) - 1
+
+    def act(obs):
+        at = (env.decision * env.decision_interval - offset) % cycle  # (G, N)
+        phase = (ends <= at[:, None] + 1e-6).sum(1)
+        return torch.minimum(phase, last[:, None]).T
+
+    return act
+
+
+def fixed_cycle(env, cycle, skew, speed):
+    """Greens in proportion to the critical flows to the power `skew` (0: equal), a cycle of `cycle` s."""
+    net, ratio = env.network, flow_ratios(env.network)
+    exists = np.arange(ratio.shape[1]) < net.n_phases[:, None]
+    ratio = (
+        np.maximum(ratio, 0.05 * ratio.max(1, keepdims=True) + 1e-9)[..., None]
+        ** skew.cpu().numpy()
+    )
+    ratio = ratio * exists[..., None]
+    return serve_in_turn(env, ratio / ratio.sum(1, keepdims=True) * cycle.cpu().numpy(), speed)
+
+
+def webster(env, level, saturation, speed):
+    """Webster's plan for `level` times the mean demand; saturation: flow of a green over jam density times limit."""
+    net, ratio = env.network, flow_ratios(env.network)
+    slots = np.zeros((*ratio.shape, env.num_envs))
+    loads, which = np.unique((level / saturation).cpu().numpy(), return_inverse=True)
+    for load, g in product(loads, range(env.agents)):
+        y = ratio[g, : net.n_phases[g]] * load
+        y = y * min(1.0, 0.9 / max(y.sum(), 1e-9))  # beyond it the formula's cycle has no end
+        _, greens = webster_plan(y, 1.0, net.all_red * len(y))
+        slots[g, : len(y), loads[which] == load] = greens + net.all_red
+    return serve_in_turn(env, slots, speed)
+
+
+def served_segments(env) -> torch.Tensor:
+    """(G, phases, approaches) segments that a phase serves, one of them again to fill the row; -1: no phase."""
+    net = env.network
+    rows = [
+        [s for s in np.flatnonzero(net.signal == g) if net.green[s] >> p & 1]
+        for g in range(env.agents)
+        for p in range(int(net.n_phases.max()))
+    ]
+    width = max(map(len, rows))
+    table = [row + (row[:1] or [-1]) * (width - len(row)) for row in rows]
+    return torch.as_tensor(np.array(table), device=env.torch_device).reshape(
+        env.agents, -1, width
+    )
+
+
+def actuated(env, gap, longest):
+    """Green goes on while the last 50 m of an approach it serves are filled above `gap`, up to `longest` s.
+
+    Then the next phase that has traffic.
+    """
+    served, phases = served_segments(env), env.n_phases[:, None]
+    empty = (served[..., 0] < 0)[..., None]
+
+    def act(obs):
+        filling = (
+            env.zones[0][served.clamp(min=0)].amax(2).masked_fill(empty, 0.0)
+        )  # (G, phases, N)
+        mine = filling.gather(1, env.phase[:, None])[:, 0]
+        following = env.phase
+        for ahead in range(filling.shape[1] - 1, 0, -1):
+            candidate = (env.phase + ahead) % phases
+            waits = (filling.gather(1, candidate[:, None])[:, 0] > 0.02) & (
+                candidate != env.phase
+            )
+            following = torch.where(waits, candidate, following)
+        leave = (mine < gap) | (env.age >= longest + env.network.all_red)
+        return torch.where(leave, following, env.phase).T
+
+    return act
+
+
+class Pressures:
+    """Varaiya's pressure of every phase, (G, phases, N): saturation x (upstream - share-weighted downstream)."""
+
+    def __init__(self, env):
+        net, self.env = env.network, env
+        self.entries = env.on_device(np.flatnonzero(net.entry >= 0))
+        self.queues = env.on_device(net.entry[net.entry >= 0])
+        self.move_from, self.move_to = env.on_device(net.move_from), env.on_device(net.move_to)
+        self.share = env.on_device(-net.share)[:, None]
+        self.saturation = env.on_device(net.jam * net.limit[1])[:, None]
+        serves = np.zeros((env.agents, int(net.n_phases.max()), len(net.ends)))
+        for s in np.flatnonzero(net.signal >= 0):
+            serves[net.signal[s], :, s] = net.green[s] >> np.arange(serves.shape[1]) & 1
+        self.serves, self.no_phase = (
+            env.on_device(serves),
+            env.on_device(serves.sum(2) == 0)[..., None],
+        )
+
+    def __call__(self, standing):
+        x = torch.where(
+            standing > 0, self.env.counts(True), self.env.counts()
+        )  # (S, N) vehicles
+        x[self.entries] += self.env.queue.sum(0)[self.queues]
+        gap = x.index_add(0, self.move_from, x[self.move_to] * self.share) * self.saturation
+        return (self.serves @ gap).masked_fill(self.no_phase, -math.inf)
+
+
+def max_pressure(env, period, standing, margin):
+    """Every `period` s the phase of the largest pressure; the one that is green keeps it up to `margin` (vehicles)."""
+    unit, pressures = float(np.median(env.network.jam * env.network.limit[1])), Pressures(env)
+
+    def act(obs):
+        value = pressures(standing)
+        held = value.gather(1, env.phase[:, None]) + margin * unit
+        value = value.scatter(1, env.phase[:, None], held)
+        ask = (
+            env.decision * env.decision_interval % period < env.decision_interval
+        )  # the first decision of each period
+        return torch.where(ask, value.argmax(1), env.phase).T
+
+    return act
+
+
+def always_switch(env):
+    """Every request is for the next phase: the shortest cycle that the signals allow."""
+    phases = env.n_phases[:, None]
+    return lambda obs: ((env.phase + 1) % phases).T
+
+
+CONTROLLERS = {
+    "fixed_cycle": fixed_cycle,
+    "webster": webster,
+    "actuated": actuated,
+    "max_pressure": max_pressure,
+    "always_switch": always_switch,
+}
+START = {  # where the search begins, and what it tries of each constant: seconds, powers, m/s, filling, vehicles
+    "actuated": {"gap": 0.175, "longest": 25.0},
+    "max_pressure": {"period": 15.0, "standing": 1.0, "margin": 1.0},
+    "webster": {"level": 1.3, "saturation": 0.3, "speed": 12.0},
+    "fixed_cycle": {"cycle": 40.0, "skew": 0.5, "speed": 12.0},
+    "always_switch": {},
+}
+GRIDS = {
+    "gap": (0.025, 0.05, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4),
+    "longest": (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0, 90.0),
+    "period": (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 45.0),
+    "standing": (0.0, 1.0),
+    "margin": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "level": (1.3,),
+    "saturation": (0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.45, 0.6),
+    "speed": (0.0, 8.0, 10.0, 12.0, 14.0, 17.0),
+    "cycle": (20.0, 25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 60.0, 75.0, 90.0, 120.0),
+    "skew": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+}
+TUNING_LANES = 16  # training lanes that judge one set of constants
+
+
+def play(env, act, deadline: float) -> bool:
+    """One episode of all lanes under act(obs); False if the deadline (time.monotonic) came first."""
+    for _ in range(env.length):
+        env.step_lanes(act(env.observe()))
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def delays(
+    env, name: str, rows: list[dict], levels: list[float], deadline: float
+) -> np.ndarray | None:
+    """Mean delay of every row of constants at its demand level, on training lanes 0, 1, ...; None: out of time."""
+    n = min(TUNING_LANES, env.num_envs)
+    seats = max(1, env.num_envs // n)  # rows tried at once
+    found = []
+    for first in range(0, len(rows), seats):
+        at = np.minimum(first + np.arange(env.num_envs) // n, len(rows) - 1)
+        level = np.array(levels)[at]
+        env.assign(np.arange(env.num_envs) % n, np.stack((level, level)))
+        env.reset_lanes(True, {})
+        constants = {
+            key: torch.as_tensor(np.array([rows[i][key] for i in at]), device=env.torch_device)
+            for key in rows[0]
+        }
+        if not play(env, CONTROLLERS[name](env, **constants), deadline):
+            return None
+        delay = env.stats("finals")["delay_veh_s"].cpu().numpy()
+        found += [delay[at == i].mean() for i in range(first, min(first + seats, len(rows)))]
+    return np.array(found)
+
+
+def tune(env, seconds: float = math.inf) -> tuple[dict, int]:
+    """Constants of every controller for each demand level, by coordinate search on training lanes of this network.
+
+    Two sweeps over the constants, as far as `seconds` allow -> {name: {level: constants}}, finished sweeps.
+    """
+    deadline = time.monotonic() + seconds
+    best = {name: {level: dict(start) for level in LEVELS} for name, start in START.items()}
+    for sweep in range(2):
+        for name, tuned in best.items():
+            for key in START[name]:
+                values = [
+                    x for x in GRIDS[key] if key != "period" or x % env.decision_interval == 0
+                ]
+                rows = [tuned[level] | {key: x} for level in LEVELS for x in values]
+                delay = delays(
+                    env, name, rows, [level for level in LEVELS for _ in values], deadline
+                )
+                if delay is None:
+                    return best, sweep
+                for level, row in zip(LEVELS, delay.reshape(len(LEVELS), -1).argmin(1)):
+                    tuned[level][key] = values[row]
+    return best, 2
+
+
+def controller(env, name: str, tuned: dict):
+    """The controller `name`; every lane takes the constants of the demand level nearest to its own."""
+    level = env.level.mean(0).cpu().numpy()
+    nearest = np.abs(level[:, None] - np.array(list(tuned))).argmin(1)
+    rows = list(tuned.values())
+    constants = {
+        key: torch.as_tensor(np.array([rows[i][key] for i in nearest]), device=env.torch_device)
+        for key in rows[0]
+    }
+    return CONTROLLERS[name](env, **constants)
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
+    return nn.Sequential(
+        layer(inputs, hidden), nn.SiLU(), layer(hidden, hidden), nn.SiLU(), layer(hidden, outputs, gain))
+
+
+class Agent(nn.Module):
+    """Actor and critic that all junctions share. Observations are clipped at 10.
+
+    held: the observation's column where the phase that is on begins: one-hot, its age, whether a request counts now.
+    """
+
+    def __init__(self, observations: int, phases: int, hidden: int, held: int):
+        super().__init__()
+        self.phases, self.held = phases, held
+        self.actor = mlp(observations, hidden, phases, 0.01)
+        self.critic = mlp(observations, hidden, 1, 1.0)
+
+    def normalise(self, obs):  # (B, observations)
+        return obs.clamp(-10, 10)
+
+    def value(self, x):  # of normalised observations (B, observations) -> (B,)
+        return self.critic(x)[:, 0]
+
+    def logits(self, x):
+        """The actor's output; where no request counts, that of the phase that is on, whatever the weights: a decision
+        that decides nothing would only add noise to the gradient and to the entropy."""
+        phase = x[:, self.held : self.held + self.phases]
+        free = x[:, self.held + self.phases + 1, None] > 0.5
+        return torch.where(free, self.actor(x), 20.0 * phase)
+
+    def act(self, x, noise=None):
+        """Greedy phase (B,) of normalised observations, or a sample: noise (B, phases) is uniform in (0, 1)."""
+        logits = self.logits(x)
+        if noise is not None:
+            logits = logits - (-noise.log()).log()  # Gumbel's trick
+        return logits.argmax(-1)
+
+    def log_prob_entropy(self, x, action):
+        """Of phases (B,) in normalised observations: (B,), (B,)."""
+        return categorical_log_prob_entropy(self.logits(x), action)
+
+    def forward(self, obs, action):
+        """What a minibatch's losses need: log-probability, entropy and value, each (B,)."""
+        x = self.normalise(obs)
+        return *self.log_prob_entropy(x, action), self.value(x)
+
+
+# ------------------------------------------------------------------------------------------------------ algorithm
+def categorical_log_prob_entropy(logits, action):
+    """logits (B, phases), action (B,) int64 -> (B,), (B,)."""
+    log_p = logits.log_softmax(-1)
+    return log_p.gather(-1, action[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16). All (T, N), the flags bool.
+
+    next_value: of the state that really followed, which for a truncated episode is the final one, not the reset
+    one: a time limit bootstraps. terminated: no future, whatever next_value is (a broken lane's is NaN); ended:
+    terminated or truncated. Returns advantages, returns.
+    """
+    zero = torch.zeros_like(reward[0])
+    advantage, running = torch.empty_like(reward), zero
+    for t in reversed(range(len(reward))):
+        future = torch.where(terminated[t], zero, next_value[t])
+        delta = reward[t] + gamma * future - value[t]
+        running = delta + gamma * lam * torch.where(ended[t], zero, running)
+        advantage[t] = running
+    return advantage, advantage + value
+
+
+def clipped_surrogate(ratio, advantage, clip: float):
+    """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent. All (B,)."""
+    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def reduce_sum(tensor):
+    """Summed over the processes of torchrun, in place; one process: as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def normalised(advantage, size: int):
+    """Advantages of a minibatch of `size` rows, of which every process of torchrun holds a share."""
+    mean = reduce_sum(advantage.sum()) / size
+    square = reduce_sum(((advantage - mean) ** 2).sum())
+    return (advantage - mean) / ((square / (size - 1)).sqrt() + 1e-8)
+
+
+class RewardScale:
+    """Divides rewards by the running standard deviation of the discounted return: they are vehicle seconds."""
+
+    per_rank = True  # every process follows the returns of its own lanes
+
+    def __init__(self, rows: int, gamma: float, device):
+        self.gamma = gamma
+        self.running = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.moments = torch.zeros(3, dtype=torch.float64, device=device)  # count, mean, squared deviations
+
+    def __call__(self, rewards, ends):  # (T, rows)
+        for reward, ended in zip(rewards, ends):
+            self.running = self.running * self.gamma + reward
+            rows = torch.stack([torch.ones_like(self.running), self.running, self.running**2])
+            self.merge(*reduce_sum(rows.sum(1)))
+            self.running = self.running.masked_fill(ended, 0.0)
+        count, _, squares = self.moments
+        return rewards * (squares / count + 1e-8).rsqrt().float()
+
+    def merge(self, count, total, square):
+        """The moments joined with those of new rows (Chan 1979)."""
+        before, mean, squares = self.moments
+        delta = total / count - mean
+        squares = squares + square - total**2 / count + delta * delta * before * count / (before + count)
+        self.moments = torch.stack([before + count, mean + delta * count / (before + count), squares])
+
+    def state_dict(self) -> dict:
+        return {"running": self.running.cpu(), "moments": self.moments.cpu()}
+
+    def load_state_dict(self, state: dict):
+        device = self.running.device
+        self.running, self.moments = state["running"].to(device), state["moments"].to(device)
+
+
+class Schedule:
+    """The learning rate: linearly to 0 at --total-timesteps, or at what --timeout will allow at this pace."""
+
+    def __init__(self, run: Run):
+        self.run, self.rollouts, self.end = run, 0, run.args.total_timesteps
+        self.latest = run.args.learning_rate
+
+    def learning_rate(self, loop) -> float:
+        args, now = self.run.args, time.monotonic()
+        self.rollouts += 1
+        if self.rollouts == 2:  # the first ones compile and warm up
+            self.began, self.first_step = now, loop.global_step
+        if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
+            pace = (loop.global_step - self.first_step) / (now - self.began)
+            end = loop.global_step + pace * max(self.run.guard.remaining() - self.run.reserve(), 0.0)
+            # every process has its own clock, the learning rate is one
+            end = reduce_sum(torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device))
+            self.end = min(args.total_timesteps, int(end))
+        share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
+        self.latest = args.learning_rate * max(0.0, 1 - share)
+        return self.latest
+
+
+# ---------------------------------------------------------------------------------------- evaluation, diagnostics
+class Greedy:
+    """act(obs): the agent's deterministic policy; `states` keeps some of what it saw, for diagnose()."""
+
+    def __init__(self, agent: Agent):
+        self.agent, self.states = agent, []
+
+    @torch.no_grad()
+    def __call__(self, obs):  # (..., observations) -> (...)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.agent.critic[0].weight.device)
+        rows = obs.flatten(0, -2)
+        self.states.append(rows[:: max(1, len(rows) // 64)].clone())
+        return self.agent.act(self.agent.normalise(rows)).reshape(obs.shape[:-1])
+
+
+def check_env(envs):
+    """Real checks of the training environment, which is used and then handed on. Raises CheckFailed."""
+    still, decisions = torch.zeros_like(envs.action), min(envs.length, 12)
+    envs.reset(seed=1)
+    first, state = envs.observe().clone(), envs.state_dict()
+    envs.step_lanes(still + 1)
+    other = envs.observe().clone()
+    envs.load_state_dict(state)
+    envs.step_lanes(still)
+    gap, moved = (float((envs.observe() - x).abs().max()) for x in (other, first))
+    arrived, rate, interval = envs.totals[ARRIVED : ARRIVED + 2].sum(0), envs.rate.sum((0, 1)), envs.decision_interval
+    inflow = float((arrived / rate.clamp(min=1e-9)).mean())
+    envs.decision.fill_(envs.length - decisions)  # the end of the episode, without all of the way there
+    rewards, early = [], 0
+    for _ in range(decisions):
+        reward, terminated, truncated = envs.step_lanes(still)
+        rewards += reward.tolist()
+        early += int((terminated | truncated).sum())
+    envs.check_state()
+    ended, values, stats = int(truncated.sum()), len(np.unique(np.round(rewards, 9))), envs.stats("finals")
+    error, courant = float(stats["mass_error"].max()), float(stats["max_cfl"].max())
+    bound = 2 * torch.finfo(envs.rho_c.dtype).eps * max(float(envs.finals[STEPS].max()), 50.0)  # rounding of each step
+    for good, expected, found in (
+            (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
+            (moved > 1e-6, "a constant action to change the observation", f"a change of {moved}"),
+            (abs(inflow - interval) < 1e-3 * interval,
+             f"the demand of {interval} s to arrive in a decision of --decision-interval", f"{inflow:.3f} s"),
+            (early == ended, f"no episode to end before decision {envs.length}", f"{early - ended} that did"),
+            (ended == envs.num_envs, f"truncation of every episode at decision {envs.length}",
+             f"{ended} of {envs.num_envs}"),
+            (values > decisions // 2, "rewards of many values", f"{values} in {decisions} decisions"),
+            (error <= bound, f"vehicles to be conserved to {bound:.1e}", f"a relative error of {error:.1e}"),
+            (courant <= CFL * (1 + 1e-6), f"Courant numbers up to {CFL}", f"{courant:.3f}"),
+            (float(stats["throughput_veh"].min()) > 0, "vehicles to leave over some exit", "none")):
+        if not good:
+            raise CheckFailed(f"sanity: expected {expected}, found {found}")
+
+
+@torch.no_grad()
+def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tuple[dict, dict, bool]:
+    """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) -> actions.
+
+    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether the time was up
+    first: then the statistics are those of the episodes so far.
+    """
+    began, columns, cut = time.monotonic(), [], False
+    envs.reset(seed=EVAL_SEED)
+    act = make(envs)
+    for k in range(envs.length):
+        action = act(envs.observe())
+        row = {"time_s": k * envs.decision_interval} | envs.trace() if trace else {}
+        reward, *_ = envs.step_lanes(action)
+        if trace:
+            row |= {f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])}
+            columns.append(row | {"reward": float(reward[envs.traced])})
+        cut = time.monotonic() - began > seconds and k + 1 < envs.length
+        if cut:
+            break
+    envs.check_state()
+    ended, running = envs.stats("finals"), envs.stats()
+    done = ended["episode_length"] > 0
+    stats = {k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()}
+    result = {split: {k: float(x[lanes].max() if k in WORST else x[lanes].mean()) for k, x in stats.items()}
+              | {"std": float(stats["episode_return"][lanes].std(correction=0))}
+              for split, lanes in envs.splits.items()}
+    return result, {k: [row[k] for row in columns] for k in (columns[0] if columns else ())}, cut
+
+
+@torch.no_grad()
+def diagnose(agent: Agent, obs) -> dict[str, float]:
+    """What the policy does on states obs (B, observations): state_dependence, entropy, ..."""
+    x = agent.normalise(obs)
+    action = agent.act(x)
+    _, entropy = agent.log_prob_entropy(x, action)
+    action = action.double()
+    return {
+        "state_dependence": float(action.std()), "action_mean": float(action.mean()),
+        "entropy": float(entropy.double().mean()), "v_mean": float(agent.value(x).double().mean())}
+
+
+def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[str, list[str]]:
+    """untrained, undecided, collapsed, constant_is_right, undertrained or healthy, and why.
+
+    result, baselines: of the split that chooses.
+    """
+    if updates == 0:
+        return "untrained", ["no gradient update was made"]
+    delay, dependence = result["delay_veh_s"], audit["state_dependence"]
+    found = f"delay {delay:.0f} veh s, state_dependence {dependence:.3f}"
+    if not baselines:
+        return "undecided", [f"{found}: no baseline to judge it by"]
+    delays = {name: metrics["delay_veh_s"] for name, metrics in baselines.items()}
+    name, best = min(delays.items(), key=lambda item: item[1])
+    percent = 100 * (1 - delay / best)
+    beside = f"the best tuned controller, {name}, has {best:.0f}: the agent's is {abs(percent):.1f} % "
+    beside += "lower" if percent >= 0 else "higher"
+    if not dependence >= 0.01:
+        return ("constant_is_right" if percent >= -1 else "collapsed"), [f"one phase in every state: {found}", beside]
+    if percent < 0:
+        return "undertrained", [f"the tuned controller {name} beats the agent: {found}", beside]
+    return "healthy", [f"the action answers to the state: {found}", beside]
+
+
+def load_policy(checkpoint: str | Path, device: str = "cpu"):
+    """policy(obs) -> actions from a checkpoint file alone: the deterministic policy that evaluation reports.
+
+    obs (..., junctions, D) NumPy, the environment's own -> (..., junctions) int64, phases. Raises CheckpointError.
+    """
+    state = load_run(checkpoint, Path(__file__), SCHEMA, device)
+    agent = Agent(**state["config"]).to(device).eval().requires_grad_(False)
+    agent.load_state_dict(state["agent"])
+    return lambda obs: Greedy(agent)(obs).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+COLUMNS = "episode_return", "std", "delay_veh_s", "throughput_veh", "mean_speed", "switches"
+
+
+@dataclass
+class Loop:
+    """What the loop counts; saved with the run."""
+
+    global_step: int = 0
+    updates: int = 0
+    iteration: int = 0
+    evaluated: int = -1  # global_step of the last evaluation
+
+
+def make_envs(args: Args, backend: str, num_envs: int = EVAL_LANES, lane0: int = 0, cases: str | None = None):
+    """The training environment, or with cases="eval" the evaluation one."""
+    return NetworkVectorEnv(
+        num_envs, args.scenario, args.decision_interval, args.episode_seconds, LEVELS, args.pressure, args.cell_length,
+        seed=args.seed, backend=backend, lane0=lane0, cases=cases)
+
+
+def describe(run: Run, envs) -> dict:
+    """What the run is about, for its checkpoints: the network that was read or made, and what an evaluation draws."""
+    net = envs.network
+    content = hashlib.sha256(repr((net.ends, net.nodes, net.all_red, net.min_green)).encode())
+    for array in vars(net).values():
+        if isinstance(array, np.ndarray):
+            content.update(np.ascontiguousarray(array))
+    return {"spec": run.args.scenario, "sha256": content.hexdigest(), "levels": LEVELS, "variation": VARIATION,
+            "eval_seed": EVAL_SEED, "eval_lanes": EVAL_LANES}
+
+
+def agent_config(run: Run, envs) -> dict:
+    """Plain values that rebuild the agent from a checkpoint alone. Raises UsageError if the checkpoint's differ."""
+    config = {"observations": envs.row_obs, "phases": int(envs.network.n_phases.max()), "hidden": run.args.hidden,
+              "held": envs.held}
+    there = run.state["config"] if run.state else config
+    other = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
+    refuse((other, f"{run.source} does not fit these flags: {'; '.join(other)}"))
+    return config
+
+
+def check_network_env(run: Run, envs):
+    """Compile, then check the training environment."""
+    for note in envs.network.notes:
+        print(f"note: {note}")
+    envs.reset(seed=run.args.seed)
+    envs.step_lanes(torch.zeros_like(envs.action))
+    envs.longest_call, began = 0.0, time.monotonic()  # the first calls compiled
+    check_env(envs)
+    print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
+
+
+def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
+    """Results of the controllers, tuned on training lanes within a share of the time; whether one was cut short."""
+    run.phase("baselines")
+    lanes, levels = envs.lane_id.clone(), envs.level.clone()
+    tuned, sweeps = tune(envs, run.eval_limit(TUNING_SHARE))
+    envs.assign(lanes, levels)
+    print(f"baselines: constants tuned on {min(TUNING_LANES, envs.num_envs)} training lanes, {sweeps} of 2 sweeps"
+          + ("" if sweeps == 2 else f" in {100 * TUNING_SHARE:g} % of the time"))
+    results, short = {}, False
+    for name, levels in tuned.items():
+        words = [f"x{level}: " + ", ".join(f"{k} {v:g}" for k, v in row.items())
+                 for level, row in levels.items() if row]
+        print(f"baseline {name}: {'; '.join(words) or 'nothing to tune'}")
+        make = partial(controller, name=name, tuned=levels)
+        results[name], _, cut = evaluate(make, eval_envs, run.eval_limit(0.05))
+        short |= cut
+    return results, short
+
+
+def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
+    """Evaluate, keep the best agent on the validation cases; returns what to log."""
+    policy = Greedy(agent)
+    result, _, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.5))
+    audit = diagnose(agent, torch.cat(policy.states))
+    record = {f"eval/{split}/{k}": v for split, metrics in result.items() for k, v in metrics.items()}
+    record |= {"value/v_mean": audit.pop("v_mean")} | {f"policy/{k}": v for k, v in audit.items()}
+    loop.evaluated = loop.global_step
+    score = next(iter(result.values()))["episode_return"]
+    if cut:
+        print("cut short by --eval-timeout: not compared with other evaluations")
+    else:
+        run.keep_best(score, loop)
+    print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  "
+          + "  ".join(f"{split} {metrics['episode_return']:.0f}" for split, metrics in result.items())
+          + f"  state_dependence {audit['state_dependence']:.2f}", flush=True)
+    return record
+
+
+def episode_record(envs) -> dict[str, float]:
+    """Statistics of every lane's last ended episode, of the lanes that have one."""
+    envs.check_state()
+    stats = envs.stats("finals")
+    done = stats["episode_length"] > 0
+    if not done.any():
+        return {}
+    mean = {k: float(x[done].max() if k in WORST else x[done].double().mean()) for k, x in stats.items()}
+    charts = {f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")}
+    return charts | {f"env/{k}": v for k, v in mean.items()}
+
+
+def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short) -> tuple[dict, dict]:
+    """The best agent beside the baselines, split by split, a trace, and the diagnostics with their verdict."""
+    import pandas as pd
+
+    policy = Greedy(agent)
+    result, columns, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.8), trace=True)
+    (run.dir / "traces").mkdir(exist_ok=True)
+    pd.DataFrame(columns).to_parquet(run.dir / "traces" / f"{eval_envs.network.name}.parquet")
+    results = {split: {"agent": metrics, "baselines": {name: b[split] for name, b in baselines.items()},
+                       "partial": cut or short} for split, metrics in result.items()}
+    audit = diagnose(agent, torch.cat(policy.states))
+    chosen = next(iter(results.values()))
+    audit["verdict"], audit["reasons"] = verdict(audit, chosen["agent"], chosen["baselines"], loop.updates)
+    return results, audit
+
+
+@experiment
+def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
+    """Train (or --eval-only), evaluate, report; returns what summary.json holds. Tests hand environments over."""
+    run = Run(Args, argv, SCHEMA, evaluations=3.0)
+    args, device, steps = run.args, run.device, run.args.num_steps
+    lanes = args.num_envs // run.world
+    refuse((args.num_envs % run.world, f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"))
+    envs = run.closing(envs or make_envs(args, run.backend, lanes, run.rank * lanes))
+    eval_envs = run.closing(eval_envs or make_envs(args, run.backend, cases="eval"))
+    config, agents = agent_config(run, envs), envs.agents
+    run.open(envs.network.name, describe(run, envs))
+    check_network_env(run, envs)
+    baselines, short = judge_baselines(run, envs, eval_envs) if run.rank == 0 else ({}, False)
+    run.phase("setup")
+    agent = Agent(**config).to(device)
+    forward = torch.compile(agent) if args.compile else agent
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    schedule, draws = Schedule(run), torch.Generator(device).manual_seed(args.seed)
+    # a row is a junction of a lane: all share the weights, and decide at the same time
+    rows, all_rows, row0 = lanes * agents, args.num_envs * agents, run.rank * lanes * agents
+    size = steps * all_rows // args.num_minibatches
+    scale = RewardScale(rows, args.gamma, device)
+    obs = torch.zeros(steps + 1, rows, config["observations"], device=device)
+    last_obs = torch.zeros_like(obs[1:])  # of the episodes that end in a step
+    actions = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+    log_probs, rewards = torch.zeros(2, steps, rows, device=device)
+    terminations, ends = torch.zeros(2, steps, rows, dtype=torch.bool, device=device)
+    envs.reset(seed=args.seed, options={"stagger": True})
+    loop = run.restore(
+        Loop(), config, policy=dict(agent=agent), optimizer=optimizer, envs=envs, scale=scale, draws=draws)
+
+    while not args.eval_only and loop.global_step < args.total_timesteps and not run.out_of_time():
+        # ALGO LOGIC: action
+        run.phase("rollout")
+        noise = torch.rand((steps, all_rows, config["phases"]), generator=draws, device=device)
+        noise = noise[:, row0 : row0 + rows]  # of one process or of several: the same numbers for a lane
+        for t in range(steps):
+            with torch.no_grad():
+                obs[t] = envs.observe().flatten(0, 1)
+                x = agent.normalise(obs[t])
+                actions[t] = agent.act(x, noise[t])
+                log_probs[t], _ = agent.log_prob_entropy(x, actions[t])
+            _, terminated, truncated = envs.step_lanes(actions[t].reshape(lanes, agents))
+            rewards[t] = envs.local_reward.flatten()  # of every junction
+            terminations[t] = terminated.repeat_interleave(agents)
+            ends[t] = (terminated | truncated).repeat_interleave(agents)
+            last_obs[t] = envs.last_observations().flatten(0, 1)
+        obs[steps] = envs.observe().flatten(0, 1)
+        loop.global_step += steps * args.num_envs
+        loop.iteration += 1
+        if args.sim_timeout and envs.longest_call > args.sim_timeout:
+            print(f"a simulation call took {envs.longest_call:.2f} s, --sim-timeout is {args.sim_timeout}: stopping")
+            run.guard.expired = True
+
+        # ALGO LOGIC: training
+        run.phase("learn")
+        with torch.no_grad():  # a time limit bootstraps from the state that it cut off
+            scaled = scale(rewards, ends)
+            values = agent.value(agent.normalise(obs.flatten(0, 1))).reshape(steps + 1, rows)
+            next_values = values[1:].clone()
+            next_values[ends] = agent.value(agent.normalise(last_obs[ends]))
+            advantages, returns = gae(
+                scaled, values[:-1], next_values, terminations, ends, args.gamma, args.gae_lambda)
+            explained = 1 - (returns - values[:-1]).var() / returns.var()
+        optimizer.param_groups[0]["lr"] = schedule.learning_rate(loop)
+        columns = obs[:-1], actions, log_probs, advantages, returns
+        columns = [column.flatten(0, 1) for column in columns]
+        losses, stopped = [], False
+        for _ in range(args.update_epochs):
+            order = torch.randperm(size * args.num_minibatches, generator=draws, device=device)
+            for index in order.split(size):
+                if run.world > 1:  # every process takes its rows' share of the same minibatch
+                    t, row = index // all_rows, index % all_rows - row0
+                    index = (t * rows + row)[(row >= 0) & (row < rows)]
+                x, action, old_log_prob, advantage, target = (column[index] for column in columns)
+                log_prob, entropy, value = forward(x, action)
+                ratio = (log_prob - old_log_prob).exp()
+                advantage = normalised(advantage, size)
+
+                policy_loss = clipped_surrogate(ratio, advantage, args.clip_coef).sum() / size
+                value_loss = 0.5 * ((value - target) ** 2).sum() / size
+                entropy = entropy.sum() / size
+                loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+
+                optimizer.zero_grad()
+                loss.backward()
+                for p in agent.parameters():
+                    reduce_sum(p.grad)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                loop.updates += 1
+                with torch.no_grad():
+                    kl = (ratio - 1 - (log_prob - old_log_prob)).sum() / size  # Schulman's k3
+                    clipped = ((ratio - 1).abs() > args.clip_coef).sum() / size
+                    stats = reduce_sum(torch.stack([policy_loss, value_loss, entropy, kl, clipped]))
+                losses.append(torch.cat([stats, grad_norm[None]]))
+                stopped = args.target_kl is not None and float(stats[3]) > args.target_kl
+                if stopped:
+                    break
+            if stopped:
+                break
+
+        # evaluate, log, keep the best; here alone something crosses to the host
+        if run.every(args.eval_interval, loop.global_step):
+            names = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
+            record = {f"losses/{k}": v for k, v in zip(names, torch.stack(losses).mean(0).tolist())}
+            if not math.isfinite(record["losses/policy_loss"] + record["losses/value_loss"]):
+                raise CheckFailed(f"the loss is not finite after {loop.updates} updates: lower --learning-rate")
+            record |= {"losses/explained_variance": explained, "charts/learning_rate": schedule.latest}
+            run.phase("eval")
+            if run.rank == 0:
+                record |= run.charts(loop, loop.updates * size) | episode_record(envs)
+                run.log(record | validate(run, loop, agent, eval_envs), loop)
+        run.checkpoint(loop)
+
+    run.phase("eval")
+    if run.rank == 0 and not args.eval_only and loop.evaluated < loop.global_step:
+        run.log(validate(run, loop, agent, eval_envs), loop)
+    run.use_best(loop)
+    if run.rank:
+        return {"exit_code": run.guard.exit_code}
+    results, audit = final_results(run, loop, agent, eval_envs, baselines, short)
+    longest = max(x.longest_call for x in (envs, eval_envs))
+    return run.finish(loop, results, audit, COLUMNS, device={"longest_simulation_call_s": longest},
+                      selected_by=next(iter(results)), samples_per_transition=loop.updates * size / loop.global_step)
+
+
+if __name__ == "__main__":
+    exit_with(main)
