@@ -499,15 +499,16 @@ def from_markdown(text: str) -> str:
 
 def flat_items(value, prefix: str = "") -> list[tuple[str, object]]:
     """Nested JSON as (dotted key, value) rows."""
-    if isinstance(value, dict) and value:
-        pairs = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in value.items()]
+    if isinstance(value, dict):
+        pairs = list(value.items())
     elif isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
-        pairs = [(f"{prefix}[{i}]", v) for i, v in enumerate(value)]
+        pairs = list(enumerate(value))
     else:
-        if isinstance(value, (list, dict)):
-            value = ", ".join(map(str, value)) or "none"
+        value = listed(value) if isinstance(value, list) else value
         return [(prefix, value)]
-    return [row for key, v in pairs for row in flat_items(v, key)]
+    return [
+        row for key, v in pairs for row in flat_items(v, f"{prefix}.{key}".strip("."))
+    ]
 
 
 def thin(x: np.ndarray, y: np.ndarray, n: int, how: str = "mean"):
@@ -531,10 +532,8 @@ def thin(x: np.ndarray, y: np.ndarray, n: int, how: str = "mean"):
 
 def runs_of(mask: np.ndarray) -> list[tuple[int, int]]:
     """Half-open index ranges in which mask (n,) holds."""
-    edge = np.flatnonzero(
-        np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
-    )
-    return list(zip(edge[::2].tolist(), edge[1::2].tolist(), strict=True))
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def ordered(splits, last=None) -> list[str]:
@@ -711,7 +710,7 @@ def spark(x: np.ndarray, y: np.ndarray) -> str:
     path = ""
     for start, stop in runs_of(ok):
         points = [f"{right[i]:.1f} {down[i]:.1f}" for i in range(start, stop)]
-        path += f"M{'L'.join(points)}" + "h2" * (stop - start == 1)
+        path += f"M{'L'.join(points)}" + ("h2" if stop - start == 1 else "")
     return SPARK.format(f'<path d="{path}"/>')
 
 

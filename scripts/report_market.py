@@ -70,14 +70,18 @@ def time_of(trace: dict, column: str) -> np.ndarray:
 def pairs_of(traces: dict, split: str) -> dict[str, dict]:
     """{pair: its trace} of a split whose account holds several: traces/<split>_<pair>.parquet."""
     return {
-        k[len(split) + 1 :]: t for k, t in traces.items() if k.startswith(split + "_")
+        k[len(split) + 1 :]: t
+        for k, t in traces.items()
+        if k.startswith(split + "_")
     }
 
 
 def accounts_of(run: Record) -> dict[str, dict]:
     """{split: trace}, unseen data first, without the traces of single pairs."""
     names = [
-        k for k in run.traces if not any(k.startswith(s + "_") for s in run.traces)
+        k
+        for k in run.traces
+        if not any(k.startswith(s + "_") for s in run.traces)
     ]
     return {s: run.traces[s] for s in ordered(names)}
 
@@ -151,7 +155,9 @@ def draw_equity(trace: dict, lines: dict):
     )
     for i, (name, equity) in enumerate(lines.items()):
         style = dict(color=color_of(name, i), lw=1.0) | STYLE.get(name, {})
-        growth = np.log(equity, where=equity > 0, out=np.full(len(equity), np.nan))
+        growth = np.log(
+            equity, where=equity > 0, out=np.full(len(equity), np.nan)
+        )
         # the last of a bucket keeps the final equity, its least the deepest drawdown: a mean
         # would flatter both
         top.plot(*thin(x, growth, 350, "last"), label=words(name), **style)
@@ -173,7 +179,10 @@ def draw_positions(trace: dict, bars: int):
     regime = part.get("regime", np.zeros(len(x)))
     for value in np.unique(regime[np.isfinite(regime)])[1:]:
         tint = dict(
-            color=CYCLE[int(value) % 8], alpha=0.13, lw=0, label=f"regime {value:g}"
+            color=CYCLE[int(value) % 8],
+            alpha=0.13,
+            lw=0,
+            label=f"regime {value:g}",
         )
         for start, stop in runs_of(regime == value):
             top.axvspan(x[start], x[min(stop, len(x) - 1)], **tint)
@@ -186,7 +195,12 @@ def draw_positions(trace: dict, bars: int):
     if "position_optimum" in part:
         best = part["position_optimum"]
         low.step(
-            x, best, where="post", color=COLORS["optimum"], lw=1.0, label="optimum"
+            x,
+            best,
+            where="post",
+            color=COLORS["optimum"],
+            lw=1.0,
+            label="optimum",
         )
     top.margins(x=0)
     top.set_ylabel("price")
@@ -214,7 +228,9 @@ def draw_band(rows: dict):
 
 def draw_histogram(traces: dict):
     """How often the agent holds which position, by split."""
-    positions = [t["position"][np.isfinite(t["position"])] for t in traces.values()]
+    positions = [
+        t["position"][np.isfinite(t["position"])] for t in traces.values()
+    ]
     limit = max(1.0, *(np.abs(p).max(initial=0) for p in positions))
     # bins centred on tenths of the range, so that a grid of positions fills them evenly
     edges = limit * (np.arange(22) - 10.5) / 10
@@ -240,7 +256,9 @@ def draw_costs(trace: dict):
     x = time_of(trace, "equity")
     # costs are not in the trace: they are what the equity lacks of the position's own growth
     gross = np.log1p(
-        np.maximum(np.nan_to_num(trace["position"] * trace["next_return"]), -0.999)
+        np.maximum(
+            np.nan_to_num(trace["position"] * trace["next_return"]), -0.999
+        )
     )
     lines = {
         "before costs": (gross, "#8a94a1"),
@@ -280,7 +298,9 @@ def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
         for who, dash in (("position", "-"), ("position_optimum", "--")):
             if who in trace:
                 mean = bin_means(where[rows], trace[who][rows], len(cuts))
-                style = dict(color=CYCLE[i], ls=dash, lw=1.9 if dash == "-" else 1.2)
+                style = dict(
+                    color=CYCLE[i], ls=dash, lw=1.9 if dash == "-" else 1.2
+                )
                 name = "agent" if dash == "-" else "optimum"
                 ax.plot(
                     middle[middle == middle],
@@ -325,7 +345,9 @@ def add_traces(page: Page, run: Record):
         add_equity(page, with_equity)
         add_chance(page, with_equity)
     else:
-        page.lack("equity and drawdown", "no traces/*.parquet has the column equity")
+        page.lack(
+            "equity and drawdown", "no traces/*.parquet has the column equity"
+        )
     add_symbols(page, run)
     with_position = {s: t for s, t in accounts.items() if "position" in t}
     if with_position:
@@ -382,7 +404,7 @@ def add_symbols(page: Page, run: Record):
 def pair_row(result: dict, trace: dict) -> dict:
     """The agent's metrics on one pair, their interval, and the best baseline's realised mean."""
     everyone = table_rows(result)
-    row = everyone.get("agent", {}) | chance_rows(trace).get("agent", {})
+    row = chance_rows(trace).get("agent", {}) | everyone.get("agent", {})
     for name in best_two(everyone, "mean_reward_bps"):
         if name != "optimum" and "rival_bps" not in row:
             row["rival_bps"] = everyone[name]["mean_reward_bps"]
@@ -391,7 +413,9 @@ def pair_row(result: dict, trace: dict) -> dict:
 
 def add_positions(page: Page, run: Record, traces: dict):
     split, trace = next(iter(traces.items()))
-    pairs = {k: t for k, t in pairs_of(run.traces, split).items() if "position" in t}
+    pairs = {
+        k: t for k, t in pairs_of(run.traces, split).items() if "position" in t
+    }
     page.section("positions", "What it holds, and when")
     page.add('<div class="grid">')
     bars = min(LAST, len(trace["position"]))
@@ -402,7 +426,9 @@ def add_positions(page: Page, run: Record, traces: dict):
     policies.pop("flat", None)  # an empty stripe
     rows = {k: (times, position) for k, position in policies.items()}
     if pairs:
-        rows = {k: (time_of(t, "position"), t["position"]) for k, t in pairs.items()}
+        rows = {
+            k: (time_of(t, "position"), t["position"]) for k, t in pairs.items()
+        }
     title = f"{split}: positions over the whole split"
     legend = "Blue is long, orange short, white flat."
     page.plot("band", title, draw_band(rows), legend, wide=True)
@@ -433,17 +459,26 @@ def add_responses(page: Page, split: str, traces: list[dict]):
     names = [k for k in traces[0] if all(k in t for t in traces)]
     trace = {k: np.concatenate([t[k] for t in traces]) for k in names}
     # on a drift market both are constants: nothing to plot against
-    varies = {k for k, v in trace.items() if len(np.unique(v[np.isfinite(v)])) > 1}
-    labels = {"signal": "signal", "expected": "expected return of the next bar, bp"}
+    varies = {
+        k for k, v in trace.items() if len(np.unique(v[np.isfinite(v)])) > 1
+    }
+    labels = {
+        "signal": "signal",
+        "expected": "expected return of the next bar, bp",
+    }
     if "signal" not in varies:
         for bars in PAST:
             labels[f"past_{bars}"] = f"return over the past {bars} bars, %"
     for key in [k for k in labels if k in varies]:
         fig = draw_response(trace, trace[key], labels[key])
         title = f"{split}: position against {labels[key]}"
-        page.plot(f"against_{key}", title, fig, "A flat line does not react to it.")
+        page.plot(
+            f"against_{key}", title, fig, "A flat line does not react to it."
+        )
     if not varies & labels.keys():
-        page.lack("position against signal", "no trace has signal, expected or close")
+        page.lack(
+            "position against signal", "no trace has signal, expected or close"
+        )
 
 
 def add_values(page: Page, run: Record):
