@@ -1,5 +1,5 @@
-"""Shared plumbing. Kernels are cached on disk; where neither the code's folder nor the user's cache can be written, in a
-temporary folder."""
+"""Shared plumbing. Kernels are cached on disk; where neither the code's folder nor the user's cache
+can be written, in a temporary folder."""
 
 import os
 import tempfile
@@ -16,6 +16,9 @@ def _writable(folder: Path) -> bool:
 
 
 if "NUMBA_CACHE_DIR" not in os.environ:
-    if not _writable(Path(__file__).parent / "__pycache__") and not _writable(Path.home() / ".cache" / "numba"):
+    home = Path(os.path.expanduser("~"))  # stays "~" for a user that the system does not know
+    caches = Path(__file__).resolve().parent / "__pycache__", home / ".cache" / "numba"
+    if not any(folder.is_absolute() and _writable(folder) for folder in caches):
         os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="numba-")
-        print(f"no writable folder for compiled kernels: they are kept in {os.environ['NUMBA_CACHE_DIR']}")
+        where = os.environ["NUMBA_CACHE_DIR"]
+        print(f"no writable folder for compiled kernels: they are kept in {where}")

@@ -1,10 +1,10 @@
 """Buffers on CPU or CUDA that outlive an environment, and a count of what was really allocated.
 
-    self.lease = pool.lease()                                     # an environment's own state, never shared
+    self.lease = pool.lease()  # an environment's own state, never shared
     self.rho = self.lease.acquire((cells, lanes), np.float32, "cuda")
-    self.net = pool.static(("corridor", sha256), build_network)   # read-only, one for all environments
+    self.net = pool.static(("corridor", sha256), build_network)  # read-only, one for all
     ...
-    self.lease.close()                                            # the next environment gets the buffers
+    self.lease.close()  # the next environment gets the buffers
 
 reset() writes into the buffers it has; a second build of the same size allocates nothing.
 """
@@ -21,7 +21,9 @@ def _freeze(obj):
     # Device arrays cannot be made read-only; kernels take them as inputs by convention.
     if isinstance(obj, np.ndarray):
         if isinstance(obj.base, np.ndarray):
-            raise ValueError(f"static: array {obj.shape} is a view, writeable through its base: copy it")
+            raise ValueError(
+                f"static: array {obj.shape} is a view, writeable through its base: copy it"
+            )
         obj.setflags(write=False)
     elif isinstance(obj, dict):
         for value in obj.values():
@@ -37,8 +39,9 @@ def _freeze(obj):
 class Pool:
     """Free buffers by (shape, dtype, device). Thread-safe.
 
-    device: "cpu" (numpy array) or "cuda" (numba device array on the current device). Queue work on device buffers on the default stream:
-    what still runs when a buffer is released is then over before its next owner's work begins.
+    device: "cpu" (numpy array) or "cuda" (numba device array on the current device). Queue work on
+    device buffers on the default stream: what still runs when a buffer is released is then over
+    before its next owner's work begins.
     """
 
     def __init__(self):
@@ -46,7 +49,9 @@ class Pool:
         self._free = defaultdict(list)
         self._used = {}  # id(array) -> (key, array); holding the array keeps its id unique
         self._static = {}
-        self._counts = dict.fromkeys(("allocations", "acquires", "bytes", "bytes_in_use", "static_builds"), 0)
+        self._counts = dict.fromkeys(
+            ("allocations", "acquires", "bytes", "bytes_in_use", "static_builds"), 0
+        )
 
     @staticmethod
     def _key(shape, dtype, device):
@@ -68,7 +73,7 @@ class Pool:
         if device == "cpu":  # from the start of a cache line
             raw = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
             skip = -raw.ctypes.data % 64
-            return raw[skip: skip + raw.size - 64].view(dtype).reshape(shape)
+            return raw[skip : skip + raw.size - 64].view(dtype).reshape(shape)
         from numba import cuda
 
         return cuda.device_array(shape, dtype)
@@ -85,7 +90,9 @@ class Pool:
                 self._counts["allocations"] += 1
                 self._counts["bytes"] += size
             if zero and device == "cuda":
-                array.copy_to_device(np.zeros(*key[:2]))  # an assignment would compile a kernel first
+                array.copy_to_device(
+                    np.zeros(*key[:2])
+                )  # an assignment would compile a kernel first
             elif zero:
                 array.fill(0)
             self._used[id(array)] = key, array
@@ -94,11 +101,13 @@ class Pool:
             return array
 
     def release(self, array):
-        """Take a buffer back. ValueError for a view, a second release, and what is not from this pool."""
+        """Take a buffer back. ValueError for a view, a second release, what is not from here."""
         with self._lock:
             if id(array) not in self._used:
                 kind = f"{type(array).__name__} of shape {getattr(array, 'shape', None)}"
-                raise ValueError(f"release: {kind} is not in use here: foreign, a view, or released before")
+                raise ValueError(
+                    f"release: {kind} is not in use here: foreign, a view, or released before"
+                )
             key, array = self._used.pop(id(array))
             self._counts["bytes_in_use"] -= math.prod(key[0]) * key[1].itemsize
             self._free[key].append(array)
@@ -107,8 +116,8 @@ class Pool:
         return Lease(self)
 
     def static(self, key, build):
-        """What build() returned when `key` was asked for first, its numpy arrays (in dicts, tuples, lists and
-        dataclasses too) read-only. The key must name everything that build() depends on."""
+        """What build() returned when `key` was asked for first, its numpy arrays (in dicts, tuples,
+        lists and dataclasses too) read-only. The key must name everything that build() depends on."""
         with self._lock:
             if key not in self._static:
                 value = build()
@@ -118,13 +127,13 @@ class Pool:
             return self._static[key]
 
     def stats(self) -> dict[str, int]:
-        """allocations really made, acquires, bytes held, in_use (buffers), bytes_in_use, static_builds."""
+        """allocations really made, acquires, bytes held, in_use (buffers), ..."""
         with self._lock:
             return {**self._counts, "in_use": len(self._used)}
 
 
 class Lease:
-    """Buffers that one owner acquired and gives back together: close() (twice is fine) or a with block."""
+    """Buffers that one owner acquired and gives back together: close() (twice is fine)."""
 
     def __init__(self, pool: Pool):
         self._pool, self._arrays, self.closed = pool, [], False
@@ -140,19 +149,15 @@ class Lease:
         while self._arrays:
             self._pool.release(self._arrays.pop())
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.close()
-
 
 pool = Pool()  # the process's one
 
 
 def probe_cuda(device: int = 0) -> tuple[bool, bool]:
-    """Does a real kernel run on this GPU, which is then selected: (torch, numba). is_available() alone has been wrong;
-    a failure is printed."""
+    """Does a real kernel run on this GPU, which is then selected: (torch, numba).
+
+    is_available() alone has been wrong; a failure is printed.
+    """
     import torch
     from numba import cuda
 
@@ -163,7 +168,10 @@ def probe_cuda(device: int = 0) -> tuple[bool, bool]:
         torch.cuda.set_device(device)
         works[0] = float(torch.ones(8, device="cuda").add_(1).sum()) == 16.0
     except RuntimeError as e:
-        print(f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): running on the CPU")
+        print(
+            f"CUDA is there but torch's first kernel failed ({str(e).splitlines()[0]}): "
+            "running on the CPU"
+        )
     try:
         cuda.select_device(device)
 
@@ -175,5 +183,8 @@ def probe_cuda(device: int = 0) -> tuple[bool, bool]:
         double[1, 8](array)
         works[1] = float(array.copy_to_host().sum()) == 16.0
     except Exception as e:  # whatever the driver raises: it is printed and the CPU kernels run
-        print(f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): environment on the CPU")
+        print(
+            f"CUDA is there but numba's first kernel failed ({str(e).splitlines()[0]}): "
+            "environment on the CPU"
+        )
     return works[0], works[1]

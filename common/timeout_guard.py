@@ -1,9 +1,9 @@
 """Whatever ends a run, a loadable checkpoint stays: deadline, signals, time by phase, atomic files.
 
-    with TimeoutGuard(args.timeout) as guard:
-        while not guard.should_stop(reserve=20.0):
-            with guard.phase("rollout"): ...
-        save_atomic(state, run_dir / "checkpoints/last.pt")
+with TimeoutGuard(args.timeout) as guard:
+    while not guard.should_stop(reserve=20.0):
+        with guard.phase("rollout"): ...
+    save_atomic(state, run_dir / "checkpoints/last.pt")
 """
 
 import json
@@ -36,17 +36,21 @@ def process_age() -> float:
 class TimeoutGuard:
     """Deadline and signals of one run, and where its wall clock went.
 
-    timeout: seconds (> 0, else ValueError) or None = no limit. They count from the start of this process,
-    imports included, or from the guard's creation.
-    from_process_start: None means True only for the first guard of a process that runs a script (`__main__`
-    has a file) and is younger than 60 s: a notebook's or a second main()'s guard counts from its creation.
-    signals: the first SIGINT, SIGTERM or SIGHUP only sets `signal` (its number), the second raises KeyboardInterrupt.
-    Python allows no handlers outside the main thread: `handles_signals` tells. Phases are for one thread.
+    timeout: seconds (> 0, else ValueError) or None = no limit. They count from the start of this
+    process, imports included, or from the guard's creation.
+    from_process_start: None means True only for the first guard of a process that runs a script
+    (`__main__` has a file) and is younger than 60 s: a notebook's or a second main()'s guard counts
+    from its creation.
+    signals: the first SIGINT, SIGTERM or SIGHUP only sets `signal` (its number), the second raises
+    KeyboardInterrupt. Python allows no handlers outside the main thread: `handles_signals` tells.
+    Phases are for one thread.
     """
 
     _first = True
 
-    def __init__(self, timeout: float | None, signals: bool = True, from_process_start: bool | None = None):
+    def __init__(
+        self, timeout: float | None, signals: bool = True, from_process_start: bool | None = None
+    ):
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be > 0 seconds or None, got {timeout}")
         age, now = process_age(), time.monotonic_ns()
@@ -57,7 +61,10 @@ class TimeoutGuard:
         before = int(age * 1e9) if from_process_start else 0
         self.timeout, self.signal, self.expired = timeout, None, False
         self._start, self._mark = now - before, now
-        self._spent, self._stack = {"setup": before, "other": 0}, ["other"]  # integer ns: sums are exact
+        self._spent, self._stack = (
+            {"setup": before, "other": 0},
+            ["other"],
+        )  # integer ns: sums are exact
         self._old = {}
         self.handles_signals = signals and threading.current_thread() is threading.main_thread()
         if self.handles_signals:
@@ -79,7 +86,7 @@ class TimeoutGuard:
         self.close()
 
     def close(self):
-        """Give the signal handlers back, unless others were installed since. Call from the main thread."""
+        """Give the signal handlers back, unless others came since. Call from the main thread."""
         while self._old:
             signum, old = self._old.popitem()
             if signal.getsignal(signum) == self._on_signal:
@@ -93,16 +100,19 @@ class TimeoutGuard:
         return math.inf if self.timeout is None else self.timeout - self.elapsed()
 
     def should_stop(self, reserve: float = 0.0) -> bool:
-        """True after a signal or with at most `reserve` seconds left, which makes the run's status "timeout".
+        """True after a signal or with at most `reserve` seconds left: the status becomes "timeout".
 
-        Ask it to end the run only; whether an optional step still fits is a question for remaining().
+        Ask it to end the run only; whether an optional step still fits is a question for
+        remaining().
         """
         self.expired |= self.remaining() <= reserve
         return self.expired or self.signal is not None
 
     @property
     def status(self) -> str:
-        return "interrupted" if self.signal is not None else "timeout" if self.expired else "finished"
+        return (
+            "interrupted" if self.signal is not None else "timeout" if self.expired else "finished"
+        )
 
     @property
     def exit_code(self) -> int:
@@ -143,7 +153,9 @@ class TimeoutGuard:
 def _write_atomic(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
+    for left in path.parent.glob(
+        f".{path.name}.*.tmp"
+    ):  # of a process that was killed while it wrote
         left.unlink(missing_ok=True)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -169,29 +181,33 @@ def _line(error) -> str:
 def _check_loadable(obj, where: str):
     import torch
 
-    # exact types: np.float64 is a float, but weights_only=True would refuse it when the run is resumed
+    # exact types: np.float64 is a float, but weights_only=True would refuse it at resume
     if type(obj) in (dict, OrderedDict, list, tuple):
         for key, value in obj.items() if isinstance(obj, dict) else enumerate(obj):
             _check_loadable(key, f"key {key!r} of {where}")
             _check_loadable(value, f"{where}[{key!r}]")
-    elif not (type(obj) in (type(None), bool, int, float, str, bytes) or isinstance(obj, torch.Tensor)):
+    elif not (
+        type(obj) in (type(None), bool, int, float, str, bytes) or isinstance(obj, torch.Tensor)
+    ):
         kind = f"{type(obj).__module__}.{type(obj).__name__}"
         raise TypeError(f"{where} is a {kind}, not a tensor or plain Python")
 
 
 def save_atomic(obj: dict, path):
-    """torch.save a dict of tensors and plain Python, whole or not at all. Raises CheckpointError."""
+    """torch.save a dict of tensors and plain Python, whole or not at all. CheckpointError."""
     import torch
 
     try:
         _check_loadable(obj, "checkpoint")
         _write_atomic(path, lambda f: torch.save(obj, f))
     except Exception as e:
-        # torch hides what a write raised (disk full, Ctrl-C) behind an error of its own about file positions
+        # torch hides what a write raised (disk full, Ctrl-C) behind an error about file positions
         cause = e.__context__ if isinstance(e.__context__, (OSError, KeyboardInterrupt)) else e
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise CheckpointError(f"cannot save {path}: {_line(cause)}; the file there is as it was") from e
+        raise CheckpointError(
+            f"cannot save {path}: {_line(cause)}; the file there is as it was"
+        ) from e
 
 
 def load_checkpoint(path, map_location="cpu") -> dict:
@@ -213,7 +229,7 @@ def load_checkpoint(path, map_location="cpu") -> dict:
 
 
 def plain(obj):
-    """obj for strict JSON: arrays and numpy scalars become lists and numbers, NaN and infinities null."""
+    """obj for strict JSON: arrays and numpy scalars become lists and numbers, NaN and inf null."""
     obj = obj.tolist() if hasattr(obj, "tolist") else obj
     if isinstance(obj, dict):
         return {key: plain(value) for key, value in obj.items()}
@@ -231,7 +247,7 @@ def write_json_atomic(obj, path):
 
 
 def rotate(folder, keep: int, pattern: str = "step_*.pt") -> list[Path]:
-    """Delete all but the `keep` matches of highest number, never last.pt or best.pt; return the others."""
+    """Delete all but the `keep` highest numbers, never last.pt or best.pt; return the deleted."""
     if keep < 0:
         raise ValueError(f"keep must be >= 0, got {keep}")
     files = [p for p in Path(folder).glob(pattern) if p.name not in ("last.pt", "best.pt")]

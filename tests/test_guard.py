@@ -22,13 +22,11 @@ from common.timeout_guard import (
     find_last,
     load_checkpoint,
     plain,
-    process_age,
     rotate,
     save_atomic,
     write_json_atomic,
 )
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
 LIMIT = 300  # s, only against a child that hangs: a loaded machine needs a minute to import torch
 IMPORTS = """import os, signal, sys, time
@@ -41,9 +39,9 @@ def start(repo, tmp_path, code, *args):
     """`code` as a script of its own (so that __main__ has a file), stdout piped."""
     path = tmp_path / "script.py"
     path.write_text(IMPORTS + code)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = os.environ | {"PYTHONPATH": str(repo), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, str(path), *map(str, args)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, str(path), *map(str, args)], env=env, **pipes)
 
 
 def run(repo, tmp_path, code, *args):
@@ -53,57 +51,22 @@ def run(repo, tmp_path, code, *args):
     return out.split("\n")
 
 
-# ---------------------------------------------------------------- deadline
-@LINUX
-def test_deadline_counts_from_process_start(repo, tmp_path):
+# ----------------------------------------------------------------------------------------- deadline
+def test_the_deadline_counts_from_the_start_of_a_young_script(repo, tmp_path):
     # the parent's clock brackets the child's: what the child calls its age cannot exceed our wait
     before = time.monotonic()
     code = """
 time.sleep(.5)
-guard = TimeoutGuard(30)
-print(guard.elapsed(), guard.phases()["setup"])
-print(30 - guard.remaining())
+guard, second, third = TimeoutGuard(30), TimeoutGuard(30), TimeoutGuard(30, from_process_start=True)
+print(guard.elapsed(), guard.phases()["setup"], second.phases()["setup"], third.phases()["setup"])
+timeout_guard.process_age, TimeoutGuard._first = lambda: 61.0, True
+print(TimeoutGuard(30).phases()["setup"])
 """
     out = run(repo, tmp_path, code)
     wall = time.monotonic() - before
-    elapsed, setup = map(float, out[0].split())
-    assert 0.5 <= setup <= elapsed <= float(out[1]) <= wall + 0.02  # /proc counts in ticks of 10 ms
-
-
-@LINUX
-def test_process_age_includes_what_ran_before_the_import(repo, tmp_path):
-    code = "before = process_age()\ntime.sleep(.2)\nprint(before, process_age())"
-    (tmp_path / "script.py").write_text("import time\ntime.sleep(.5)\n" + IMPORTS + code)
-    out = subprocess.run([sys.executable, tmp_path / "script.py"], env=os.environ | {"PYTHONPATH": str(repo)},
-                         text=True, capture_output=True, check=True).stdout
-    before, after = map(float, out.split())
-    assert before >= 0.5 and after - before >= 0.2
-
-
-@LINUX
-def test_only_the_first_guard_of_a_young_script_counts_from_process_start(repo, tmp_path):
-    code = """
-time.sleep(.3)
-guards = TimeoutGuard(30), TimeoutGuard(30), TimeoutGuard(30, from_process_start=True)
-print(*(guard.phases()["setup"] >= .3 for guard in guards), guards[1].phases()["setup"])
-"""
-    assert run(repo, tmp_path, code)[0] == "True False True 0.0"
-    late = "timeout_guard.process_age = lambda: 61.0\nprint(TimeoutGuard(30).phases()['setup'])"
-    assert run(repo, tmp_path, late)[0] == "0.0"
-    command = IMPORTS + "print(TimeoutGuard(30).phases()['setup'])"  # a notebook has no __main__ file either
-    out = subprocess.run([sys.executable, "-c", command], env=os.environ | {"PYTHONPATH": str(repo)},
-                         text=True, capture_output=True, check=True).stdout
-    assert float(out) == 0.0
-
-
-def test_without_proc_the_age_counts_from_the_import(monkeypatch):
-    def unreadable(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(timeout_guard.Path, "read_text", unreadable)
-    since_import = (time.monotonic_ns() - timeout_guard._IMPORTED) / 1e9
-    age = process_age()
-    assert since_import <= age <= (time.monotonic_ns() - timeout_guard._IMPORTED) / 1e9
+    elapsed, setup, second, third = map(float, out[0].split())
+    assert 0.5 <= setup <= elapsed <= wall + 1.1  # the time of the boot is known in whole seconds
+    assert (second, float(out[1])) == (0.0, 0.0) and third >= 0.5
 
 
 def test_should_stop_status_and_limits():
@@ -116,22 +79,18 @@ def test_should_stop_status_and_limits():
         assert guard.should_stop(reserve=1000)
         assert (guard.status, guard.exit_code) == ("timeout", 0)
         assert guard.should_stop()  # a run that was told to stop is not told to go on
-    with TimeoutGuard(1e-6, from_process_start=False) as guard:
-        time.sleep(1e-3)
-        assert guard.remaining() < 0 and guard.should_stop()
     for bad in (0, -1, math.nan):
-        with pytest.raises(ValueError, match="timeout must be > 0"):
+        with pytest.raises(ValueError, match="timeout"):
             TimeoutGuard(bad)
 
 
-# ---------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 WAIT = """
 with TimeoutGuard(60) as guard:
     print("ready")
     while not guard.should_stop():
         time.sleep(.01)
     print(guard.signal, guard.status)
-    print("closing")
     if len(sys.argv) > 1:
         time.sleep(60)
 raise SystemExit(guard.exit_code)
@@ -139,51 +98,24 @@ raise SystemExit(guard.exit_code)
 
 
 @POSIX
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_ends_the_loop_cleanly(repo, tmp_path, signum):
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_first_signal_ends_the_loop_cleanly(repo, tmp_path, name, code):
     with start(repo, tmp_path, WAIT) as child:
         assert child.stdout.readline() == "ready\n"
-        child.send_signal(signum)
+        child.send_signal(getattr(signal, name))
         out, err = child.communicate(timeout=LIMIT)
-    assert out.splitlines()[0] == f"{int(signum)} interrupted"
-    assert child.returncode == 128 + signum and err == ""
+    assert out == f"{code - 128} interrupted\n" and child.returncode == code and err == ""
 
 
 @POSIX
-def test_second_signal_raises_keyboard_interrupt(repo, tmp_path):
+def test_the_second_signal_raises_keyboard_interrupt(repo, tmp_path):
     with start(repo, tmp_path, WAIT, "stay") as child:
         child.stdout.readline()
         child.send_signal(signal.SIGTERM)
-        child.stdout.readline(), child.stdout.readline()
+        child.stdout.readline()
         child.send_signal(signal.SIGINT)
         err = child.communicate(timeout=LIMIT)[1]
     assert "KeyboardInterrupt" in err and child.returncode != 0
-
-
-@POSIX
-def test_second_signal_while_saving_is_not_called_a_full_disk(repo, tmp_path):
-    # torch turns whatever a write raises into an error of its own
-    code = """
-import torch
-guard = TimeoutGuard(None)
-def save(obj, f, real_save=torch.save):
-    class File:
-        flush, writes = f.flush, 0
-        def write(self, data):
-            self.writes += 1
-            if self.writes == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return f.write(data)
-    real_save(obj, File())
-torch.save = save
-try:
-    save_atomic({"a": torch.zeros(9)}, sys.argv[1])
-except BaseException as e:
-    print(type(e).__name__, os.listdir(os.path.dirname(sys.argv[1])))
-"""
-    (tmp_path / "ck").mkdir()
-    assert run(repo, tmp_path, code, tmp_path / "ck" / "last.pt")[0] == "KeyboardInterrupt []"
 
 
 @POSIX
@@ -194,31 +126,21 @@ def test_handlers_are_given_back():
         raise RuntimeError
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == old
     guard.close()  # twice is fine
-
     guard = TimeoutGuard(None)
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # somebody else's, installed later, is not undone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # somebody else's, later, is not undone
         guard.close()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGINT) == old[0]
     finally:
         signal.signal(signal.SIGTERM, old[1])
-
     with TimeoutGuard(None, signals=False) as guard:
         assert not guard.handles_signals and signal.getsignal(signal.SIGINT) == old[0]
-
-
-def test_a_guard_in_another_thread_says_that_it_handles_no_signals():
-    seen = {}
-
-    def work():
-        with TimeoutGuard(None) as guard:
-            seen["handles"], seen["stop"] = guard.handles_signals, guard.should_stop()
-
-    thread = threading.Thread(target=work)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(TimeoutGuard(None).handles_signals))
     thread.start()
     thread.join()
-    assert seen == {"handles": False, "stop": False}
+    assert found == [False]
 
 
 @POSIX
@@ -229,13 +151,13 @@ def main(interrupt):
         if interrupt:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(.01)
-        return guard.should_stop(), guard.status, guard.exit_code
+        return guard.should_stop(), guard.exit_code
 print(main(True), main(False), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
-    assert run(repo, tmp_path, code)[0] == "(True, 'interrupted', 130) (False, 'finished', 0) True"
+    assert run(repo, tmp_path, code)[0] == "(True, 130) (False, 0) True"
 
 
-# ---------------------------------------------------------------- phases
+# ------------------------------------------------------------------------------------------- phases
 def test_phases_are_exclusive_and_add_up(monkeypatch):
     now = [10**9]
     monkeypatch.setattr(timeout_guard.time, "monotonic_ns", lambda: now[0])
@@ -245,87 +167,100 @@ def test_phases_are_exclusive_and_add_up(monkeypatch):
 
     guard = TimeoutGuard(None, signals=False, from_process_start=False)
     sleep(1)
-    with guard.phase("rollout"):
-        sleep(2)
-        with guard.phase("io"):
-            sleep(4)
-            with guard.phase("rollout"):  # a phase inside itself is counted once
-                sleep(8)
-        sleep(16)
-        during = guard.phases()
-    assert during["rollout"] == 26 and sum(during.values()) == guard.elapsed() == 31
-    sleep(32)
-    with pytest.raises(KeyError), guard.phase("learn"):
-        sleep(64)
+    guard.mark("rollout")
+    sleep(2)
+    with guard.phase("io"):  # a phase takes out of the mark
+        sleep(4)
+        with guard.phase("rollout"):
+            sleep(8)
+        assert guard.current == "io"
+    sleep(16)
+    assert guard.current == "rollout" and guard.phases()["rollout"] == 26
+    guard.mark("learn")
+    with pytest.raises(KeyError), guard.phase("io"):
+        sleep(32)
         raise KeyError
-    sleep(128)
-    assert guard.phases() == {"setup": 0, "other": 1 + 32 + 128, "rollout": 26, "io": 4, "learn": 64}
-    assert sum(guard.phases().values()) == guard.elapsed() == 255
+    sleep(64)
+    assert guard.phases() == {"setup": 0, "other": 1, "rollout": 26, "io": 36, "learn": 64}
+    assert sum(guard.phases().values()) == guard.elapsed() == 127
 
 
-def test_phases_add_up_on_the_real_clock():
-    guard = TimeoutGuard(None, signals=False, from_process_start=True)
-    for i in range(500):
-        with guard.phase("abc"[i % 3]), guard.phase("cab"[i % 3]):
-            math.factorial(200)
-    before, phases, after = guard.elapsed(), guard.phases(), guard.elapsed()
-    assert before - 1e-6 <= sum(phases.values()) <= after + 1e-6  # 1e-6: adding floats, not clocks
-    assert phases["setup"] > 0 and min(phases.values()) >= 0
-
-
-# ---------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def test_checkpoint_round_trip(tmp_path):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = {
-        "agent": model.state_dict(), "optimizer": optimizer.state_dict(), "args": {"lr": 1e-3, 3: None},
-        "torch_rng": torch.get_rng_state(), "numpy_rng": np.random.default_rng(0).bit_generator.state,
-        "order": OrderedDict(a=(1, [2.5, True])), "bf16": torch.ones(2, dtype=torch.bfloat16), "raw": b"\0x",
+        "agent": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": {"lr": 1e-3, 3: None},
+        "rng": np.random.default_rng(0).bit_generator.state,
+        "order": OrderedDict(a=(1, [2.5, True])),
+        "bf16": torch.ones(2, dtype=torch.bfloat16),
+        "raw": b"\0x",
     }
     save_atomic(state, tmp_path / "new" / "checkpoints" / "last.pt")
     loaded = load_checkpoint(find_last(tmp_path / "new"))
     assert torch.equal(loaded["agent"]["weight"], model.weight) and loaded["args"] == state["args"]
-    assert loaded["numpy_rng"] == state["numpy_rng"] and loaded["order"] == state["order"]
+    assert loaded["rng"] == state["rng"] and loaded["order"] == state["order"]
     optimizer.load_state_dict(loaded["optimizer"])
     assert find_last(tmp_path) is None
     assert [p.name for p in (tmp_path / "new" / "checkpoints").iterdir()] == ["last.pt"]
 
 
-@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), {1, 2}, lambda: 0, torch.nn.Linear(1, 1)])
+@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), {1, 2}, torch.nn.Linear(1, 1)])
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
     save_atomic({"good": 1}, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match=r"cannot save .*last\.pt: checkpoint\['a'\]\[1\] is a "):
-        save_atomic({"a": [0, value]}, tmp_path / "last.pt")
+    for bad, where in (({"a": [0, value]}, r"\['a'\]\[1\]"), ({np.int64(3): 0}, "numpy.int64")):
+        with pytest.raises(CheckpointError, match=where):
+            save_atomic(bad, tmp_path / "last.pt")
     assert load_checkpoint(tmp_path / "last.pt") == {"good": 1}
-    with pytest.raises(CheckpointError, match="of checkpoint is a numpy.int64"):
-        save_atomic({np.int64(3): 0}, tmp_path / "last.pt")
+
+
+FULL_DISK = """
+import resource, torch
+path = sys.argv[1]
+save_atomic({"step": 1}, path)
+for size in (1, 1000, 100_000, 399_000):  # the checkpoint has 400 kB and a little
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        save_atomic({"step": 2, "a": torch.zeros(100_000)}, path)
+    except CheckpointError as e:
+        print(path in str(e), "File too large" in str(e))
+    print(load_checkpoint(path), os.listdir(os.path.dirname(path)))
+try:
+    write_json_atomic(list(range(100_000)), path + ".json")
+except OSError as e:
+    print(e.strerror, os.listdir(os.path.dirname(path)))
+
+# torch turns whatever a write raises into an error of its own
+def save(obj, f, real_save=torch.save):
+    class File:
+        flush, writes = f.flush, 0
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return f.write(data)
+    real_save(obj, File())
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+guard, torch.save = TimeoutGuard(None), save
+try:
+    save_atomic({"step": 3}, path)
+except BaseException as e:
+    print(type(e).__name__, load_checkpoint(path), os.listdir(os.path.dirname(path)))
+"""
 
 
 @POSIX
 def test_a_write_that_fails_midway_leaves_the_old_file(repo, tmp_path):
-    code = """
-import resource, torch
-save_atomic({"step": 1}, sys.argv[1])
-for size in (1, 1000, 100_000, 399_000):  # the checkpoint has 400 kB and a little
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    try:
-        save_atomic({"step": 2, "a": torch.zeros(100_000)}, sys.argv[1])
-    except CheckpointError as e:
-        print(e)
-    print(load_checkpoint(sys.argv[1]), os.listdir(os.path.dirname(sys.argv[1])))
-write_json_atomic([1], sys.argv[1] + ".json")
-try:
-    write_json_atomic(list(range(100_000)), sys.argv[1] + ".json")
-except OSError as e:
-    print(e.strerror, open(sys.argv[1] + ".json").read().split())
-"""
-    path = tmp_path / "ck" / "last.pt"
-    out = run(repo, tmp_path, code, path)
-    error = f"cannot save {path}: File too large; the file there is as it was"
-    assert out[:8] == [error, "{'step': 1} ['last.pt']"] * 4
-    assert out[8] == "File too large ['[', '1', ']']"
+    """A full disk, and a second Ctrl-C while a checkpoint is written, which is no full disk."""
+    out = run(repo, tmp_path, FULL_DISK, tmp_path / "ck" / "last.pt")
+    assert out[:8] == ["True True", "{'step': 1} ['last.pt']"] * 4
+    assert out[8:10] == ["File too large ['last.pt']", "KeyboardInterrupt {'step': 1} ['last.pt']"]
 
 
 @POSIX
@@ -338,8 +273,8 @@ while True:
     save_atomic({"step": step, "a": torch.full((200_000,), step)}, sys.argv[1])
     print(step)
 """
-    path, rng, steps = tmp_path / "ck" / "last.pt", random.Random(0), []
-    for _ in range(4):
+    path, rng = tmp_path / "ck" / "last.pt", random.Random(0)
+    for _ in range(3):
         with start(repo, tmp_path, code, path) as child:
             for _ in range(3):  # it is in the middle of saving by now
                 reported = int(child.stdout.readline())
@@ -349,47 +284,35 @@ while True:
         reported = max([reported] + [int(line) for line in out.split("\n")[:-1]])
         state = load_checkpoint(path)
         assert state["step"] >= reported and bool((state["a"] == state["step"]).all())
-        steps.append(state["step"])
-    assert min(steps) >= 3
     save_atomic({"step": 0}, path)
-    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]  # nothing is left of the killed ones
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]  # nothing is left of the killed
 
 
 def test_errors_on_loading_are_one_line_that_names_the_file(tmp_path):
-    good = tmp_path / "good.pt"
-    save_atomic({"a": torch.zeros(1000)}, good)
-    raw = good.read_bytes()
-    bad = {
-        "missing.pt": (None, "No such file"), "empty.pt": (b"", "another kind of file"),
-        "text.pt": (b"hello", "another kind of file"), "half.pt": (raw[: len(raw) // 2], "truncated"),
-        "tail.pt": (raw[:-10], "truncated"),
-    }
-    for name, (content, why) in bad.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=why) as error:
+    save_atomic({"a": torch.zeros(1000)}, tmp_path / "good.pt")
+    raw = (tmp_path / "good.pt").read_bytes()
+    contents = {"empty.pt": b"", "text.pt": b"hello", "half.pt": raw[:500], "tail.pt": raw[:-10]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1], tmp_path / "list.pt")
+    torch.save({"module": torch.nn.Linear(1, 1)}, tmp_path / "module.pt")
+    for name in (*contents, "missing.pt", "list.pt", "module.pt", "."):
+        with pytest.raises(CheckpointError) as error:
             load_checkpoint(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-    torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="not a checkpoint but a saved list"):
-        load_checkpoint(tmp_path / "list.pt")
-    torch.save({"module": torch.nn.Linear(1, 1)}, tmp_path / "module.pt")
-    with pytest.raises(CheckpointError, match="cannot load checkpoint .*module.pt: Weights only load failed"):
-        load_checkpoint(tmp_path / "module.pt")
-    with pytest.raises(CheckpointError, match="Is a directory|Permission denied"):
-        load_checkpoint(tmp_path)
+        assert error.value.exit_code == 2
 
 
-# ---------------------------------------------------------------- json, rotation
+# ----------------------------------------------------------------------------------- json, rotation
 def test_json_holds_numbers_or_null(tmp_path):
     path = tmp_path / "new" / "summary.json"
-    obj = {"nan": math.nan, "inf": np.float32(-np.inf), "array": np.array([1.0, np.nan]), "int": np.int64(3),
-           "tensor": torch.ones(2), "bool": np.bool_(True), "path": tmp_path, "nested": ({"x": [math.inf]},)}
-    write_json_atomic(obj, path)
-    assert json.loads(path.read_text()) == {
-        "nan": None, "inf": None, "array": [1, None], "int": 3, "tensor": [1, 1], "bool": True,
-        "path": str(tmp_path), "nested": [{"x": [None]}],
-    }
+    numbers = {"nan": math.nan, "inf": np.float32(-np.inf), "array": np.array([1.0, np.nan])}
+    others = {"int": np.int64(3), "tensor": torch.ones(2), "bool": np.bool_(True)}
+    nested = {"path": tmp_path, "nested": ({"x": [math.inf]},)}
+    write_json_atomic(numbers | others | nested, path)
+    want = {"nan": None, "inf": None, "array": [1, None], "int": 3, "tensor": [1, 1], "bool": True}
+    want |= {"path": str(tmp_path), "nested": [{"x": [None]}]}
+    assert json.loads(path.read_text()) == want
     written = path.read_text()
     assert plain(1.5) == 1.5 and plain("nan") == "nan"
     with pytest.raises(TypeError):
@@ -398,11 +321,12 @@ def test_json_holds_numbers_or_null(tmp_path):
 
 
 def test_rotation_keeps_the_highest_numbers_and_never_touches_last_and_best(tmp_path):
-    for name in ("step_9.pt", "step_10.pt", "step_100.pt", "step_2.pt", "last.pt", "best.pt", "note_1.txt"):
+    names = ("step_9.pt", "step_10.pt", "step_100.pt", "step_2.pt", "last.pt", "best.pt", "note_1.txt")
+    for name in names:
         (tmp_path / name).touch()
     assert [p.name for p in rotate(tmp_path, 2)] == ["step_2.pt", "step_9.pt"]
     assert rotate(tmp_path, 2) == []
     assert [p.name for p in rotate(tmp_path, 0, "*.pt")] == ["step_10.pt", "step_100.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "note_1.txt"]
-    with pytest.raises(ValueError, match="keep must be >= 0"):
+    with pytest.raises(ValueError, match="-1"):
         rotate(tmp_path, -1)
