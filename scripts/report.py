@@ -543,7 +543,7 @@ def ordered(splits, last=None) -> list[str]:
 
 
 def color_of(name: str, i: int = 0) -> str:
-    return COLORS.get(name, CYCLE[(i + 3) % len(CYCLE)])
+    return COLORS.get(name, CYCLE[1 + (i + 2) % 7])  # the first is the agent's
 
 
 # -------------------------------------------------------------------------------------------- page
@@ -925,7 +925,7 @@ def eval_curves(metrics: dict) -> dict[str, dict]:
         split, _, metric = rest.partition("/")
         if group == "eval" and metric:
             curves.setdefault(metric, {})[split] = series
-    return {k: curves[k] for k in [*GOALS, *COLUMNS, *curves] if k in curves}
+    return {k: curves[k] for k in [*COLUMNS, *curves] if k in curves}
 
 
 def add_learning(page: Page, run: Record, most: int = 4) -> dict:
@@ -941,9 +941,9 @@ def add_learning(page: Page, run: Record, most: int = 4) -> dict:
     lead = "The x axis is environment transitions everywhere."
     page.section("learning", "Learning", lead)
     page.add('<div class="grid">')
-    for key in list(curves)[:most]:
-        rivals = best_two(rows, key) if key in GOALS else []
-        levels = {f"{k}, {split}": rows[k][key] for k in rivals}
+    goals = [k for k in goals_of(rows.get("agent", {})) if k in curves]
+    for key in (goals or list(curves))[:most]:
+        levels = {f"{k}, {split}": rows[k][key] for k in best_two(rows, key)}
         fig = draw_curves(curves.pop(key), levels, best_step)
         title = f"{heading(key)}: evaluations"
         page.plot(f"curve_{key}", title, fig, metric=f"eval/{split}/{key}")

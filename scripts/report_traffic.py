@@ -35,28 +35,35 @@ class Panel(NamedTuple):
     colours: str | None = None
 
 
-def panels_of(trace: dict, length: float | None, actions: dict) -> list[Panel]:
-    def stem(start: str) -> dict[str, str]:
-        return {
-            k: k[len(start) :]
-            for k in trace
-            if k.startswith(start) and EPISODE.fullmatch(k)
-        }
+def columns_of(trace: dict, stem: str) -> dict[str, str]:
+    """{column: its name without the stem} of an episode's columns."""
+    names = [k for k in trace if k.startswith(stem) and EPISODE.fullmatch(k)]
+    return {k: k.removeprefix(stem) for k in names}
 
+
+def panels_of(trace: dict, length: float | None, actions: dict) -> list[Panel]:
     place = "position, m" if length else "point of road"
-    phases = stem("phase_")
-    acts = {} if phases else {k: actions.get(k, words(k)) for k in stem("action_")}
+    phases = columns_of(trace, "phase_")
+    acts = (
+        {}
+        if phases
+        else {k: actions.get(k, words(k)) for k in columns_of(trace, "action_")}
+    )
     vehicles = {k: k[:-4] for k in trace if k.endswith("side_veh")}
-    # a junction is paid for its own roads, and the trace holds the first one's reward
-    several = len(phases) > len(stem("action_")) > 0
-    paid = f"reward of\n{next(iter(phases.values()))}, veh s" if several else "reward"
     panels = [
-        Panel("image", place, stem("rho_"), 1.7, "density, veh/m", "viridis_r"),
-        Panel("image", place, stem("v_"), 1.7, "speed, m/s", "viridis"),
+        Panel(
+            "image",
+            place,
+            columns_of(trace, "rho_"),
+            1.7,
+            "density, veh/m",
+            "viridis_r",
+        ),
+        Panel("image", place, columns_of(trace, "v_"), 1.7, "speed, m/s", "viridis"),
         Panel("lines", "vehicles", vehicles, 1.5),
         Panel("stripes", "", phases, min(0.3 + 0.2 * len(phases), 6.0), "phase"),
         Panel("lines", "action", acts, 1.0),
-        Panel("lines", paid, {"reward": ""} if "reward" in trace else {}, 1.0),
+        Panel("lines", "reward", {k: "" for k in trace if k == "reward"}, 1.0),
     ]
     return [p for p in panels if p.keys]
 
@@ -112,9 +119,7 @@ def draw_lines(panel: Panel, axes, sides: dict):
 
 
 def stack(panel: Panel, trace: dict, how: str) -> np.ndarray:
-    return np.stack(
-        [thin(trace["time_s"], trace[k], 1000, how)[1] for k in panel.keys]
-    )
+    return np.stack([thin(trace["time_s"], trace[k], 1000, how)[1] for k in panel.keys])
 
 
 def draw_images(panel: Panel, axes, sides: dict, length: float | None):

@@ -223,17 +223,18 @@ def test_full_run_has_every_section_and_figure(full):
         assert f'id="{anchor}"' in page and f'href="#{anchor}"' in page
     assert set(report.build(report.read_run(run)).figures) == {
         "equity_test", "equity_eval", "positions", "band", "histogram", "against_signal",
-        "against_expected", "costs", "curve_score", "curve_turnover", "q_spread"}
+        "against_expected", "costs", "curve_score", "q_spread"}
     assert 'id="missing"' not in page and "PARTIAL" not in page
     assert len(page) < 1_500_000
     images = images_in(page)
-    assert len(images) == page.count("<img") == page.count("<figcaption>") == 11
+    assert len(images) == page.count("<img") == page.count("<figcaption>") == 10
     assert all(alt for alt, _ in images)
     # a small curve for every metric without a figure; times are bars
     names = [k for k in log_lines(1)[0] if not k.startswith(("eval/", "time/", "global"))]
     shown = re.findall(r"<tr><th><b>(.*?)</b>", page)
     assert {k.split("/")[-1].replace("_", " ") for k in names} <= set(shown)
-    assert page.count('<svg class="spark"') == len(names) + len(("train", "eval", "test"))
+    evaluated, traces = ["turnover"], ["train", "eval", "test"]
+    assert page.count('<svg class="spark"') == len(names + evaluated + traces)
     Balance(page)
 
 
