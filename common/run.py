@@ -590,7 +590,9 @@ class Run:
         audit = {"replay_ratio": updates / steps} | audit
         versions = {m.__name__: m.__version__ for m in (torch, numpy, numba, gymnasium)}
         summary = {
-            "status": self.guard.status, "command": shlex.join(sys.argv), "global_step": loop.global_step,
+            "status": self.guard.status, "command": shlex.join(sys.argv), "commit": commit_of(self.script),
+            "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() - self.guard.elapsed())),
+            "global_step": loop.global_step,
             "updates": updates, "replay_ratio": updates / steps, "best_step": self.best["step"],
             "best_updates": self.best["updates"], "env_builds": Lanes.builds - self._builds,
             "buffer_allocations": pool.stats()["allocations"],
@@ -640,6 +642,15 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- helpers
 def differences(there: dict, here: dict, names) -> str:
     return "; ".join(f"{flag(k)} {there.get(k)} there, {here.get(k)} here" for k in names)
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of the checkout that holds `path`, with a + where files differ from it; None outside of one."""
+    command = ["git", "-C", str(path.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):  # no git, a disk that hangs
+        return None
 
 
 def load_run(path, script: Path, schema: int, device="cpu") -> dict:
