@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sys
-import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +281,6 @@ class Record:
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
     traces: dict[str, dict[str, np.ndarray]]
     notes: list[str] = field(default_factory=list)
-    began: str = ""  # date and time
     meanings: dict[str, Meaning] = field(default_factory=dict)
 
 
@@ -401,15 +399,7 @@ def read_run(run_dir: str | Path) -> Record:
         p.stem: read_trace(p) for p in sorted((folder / "traces").glob("*.parquet"))
     }
     traces = {k: v for k, v in traces.items() if any(len(c) for c in v.values())}
-    # TensorBoard's file is named after the second in which a run opened it
-    names = [
-        p.name.split(".")[3] for p in sorted(folder.glob("events.out.tfevents.*.*"))
-    ]
-    began = time.gmtime(int(names[0])) if names and names[0].isdigit() else None
-    began = time.strftime("%Y-%m-%d %H:%M UTC", began) if began else ""
-    return Record(
-        args, summary, metrics, traces, notes, began, read_meanings(args, summary)
-    )
+    return Record(args, summary, metrics, traces, notes, read_meanings(args, summary))
 
 
 def read_meanings(args: dict, summary: dict) -> dict[str, Meaning]:
@@ -750,8 +740,8 @@ def facts_of(run: Record) -> dict:
     hardware = [device.get(k) for k in ("torch", "backend", "precision")]
     versions = within(summary, "versions")
     return {
-        "began": run.began,
-        "commit": str(summary.get("commit") or "")[:12],
+        "began": summary.get("began"),
+        "commit": summary.get("commit"),
         "seed": run.args.get("seed"),
         "on": listed(list(dict.fromkeys(h for h in hardware if h))),
         "bars of": listed(data.get("names")),

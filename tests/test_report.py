@@ -107,6 +107,8 @@ def make_run(folder: Path, bars=60, points=4, synthetic=True, traces=True) -> Pa
     attribution = {"technical": 0.42, "hmm": 0.31}
     summary = {
         "status": "timeout",
+        "began": "2026-01-02 03:04:05 UTC",
+        "commit": "0ddba11c0ffe+",
         "command": "cleanrl_crypto/tqc_film_batch.py --timeout 300",
         "global_step": 480_000,
         "updates": 470,
@@ -225,6 +227,7 @@ def test_full_run_has_every_section_and_figure(full):
         "equity_test", "equity_eval", "positions", "band", "histogram", "against_signal",
         "against_expected", "costs", "curve_score", "q_spread"}
     assert 'id="missing"' not in page and "PARTIAL" not in page
+    assert "2026-01-02 03:04:05 UTC" in page and "0ddba11c0ffe+" in page
     assert len(page) < 1_500_000
     images = images_in(page)
     assert len(images) == page.count("<img") == page.count("<figcaption>") == 10
