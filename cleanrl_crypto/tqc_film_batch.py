@@ -1,12 +1,13 @@
-r"""Trades one market with quantile critics over a frozen transformer encoder and an HMM context (FiLM).
+r"""Trades one market with quantile critics over a frozen transformer encoder, through FiLM.
 
-By default the agent is greedy on a grid of 21 exposures. TQC's truncation and its actor stand under their flags.
+The agent is greedy on a grid of 21 exposures. FiLM (feature-wise modulation) gets the market's
+hidden state. TQC's truncation and its actor stand under flags: --policy actor.
 
 On a laptop: embedded market, about 3 minutes on 2 cores, test score .7 to .85 of the optimum:
 
     python cleanrl_crypto/tqc_film_batch.py --timeout 300
 
-Real bars (scripts/download_data.py gets them); of several files the first is traded, the others are inputs:
+Real bars (scripts/download_data.py gets them); the first of several files is traded:
 
     python cleanrl_crypto/tqc_film_batch.py --data data/BTCUSDT_1h.parquet --timeout 1800
     python cleanrl_crypto/tqc_film_batch.py --data data/BTCUSDT_1h.parquet,data/ETHUSDT_1h.parquet \
@@ -17,16 +18,17 @@ GPU, Kaggle: a GPU is used where a probe shows that it works, for the environmen
     python cleanrl_crypto/tqc_film_batch.py --data /kaggle/input/bars/BTCUSDT_1h.parquet \
         --run-dir /kaggle/working/run --compile --cudagraphs --timeout 28800
 
-Resume after whatever ended the run (the same command starts and continues it), or evaluate a checkpoint:
+Resume after whatever ended the run, or evaluate a checkpoint on what it was trained on:
 
-    python cleanrl_crypto/tqc_film_batch.py --run-dir runs/btc --data data/BTCUSDT_1h.parquet --resume auto
+    python cleanrl_crypto/tqc_film_batch.py --run-dir runs/btc --data data/BTCUSDT_1h.parquet \
+        --resume auto
     python cleanrl_crypto/tqc_film_batch.py --eval-only --checkpoint runs/btc/checkpoints/best.pt
 
 Use the agent in another program, from its checkpoint alone:
 
     from cleanrl_crypto.tqc_film_batch import load_policy
     policy = load_policy("runs/btc/checkpoints/best.pt")
-    action = policy(obs)  # market (B, 64, columns), position (B, 1), w_cost (B, 1) -> exposure (B, 1)
+    action = policy(obs)  # of the environment: market (B, 64, columns), position, w_cost (B, 1)
 
 Every flag: --help. Every metric, and what to do when it is off: docs/tqc_film_batch.md
 """
@@ -72,16 +74,18 @@ from common.timeout_guard import CheckpointError, load_checkpoint, save_atomic
 SCHEMA = 2  # of the checkpoint
 MODES = ("rebalance", "drift")
 POLICIES = ("critic_grid", "actor")
-ENV_FLAGS = "num_envs episode_length fee_bps slippage_bps funding_bps position_mode turnover_penalty_bps seed"
-NETWORK_FLAGS = (
-    "window d_model recency film fusion_width hidden dropout n_critics n_quantiles log_std_init reward_scaling gamma")
-TABLE = "score mean_expected_bps mean_reward_bps sharpe max_drawdown turnover exposure trades"
+PRECISIONS = ("auto", "bf16", "fp32")
+ENV_FLAGS = """num_envs episode_length fee_bps slippage_bps funding_bps position_mode
+    turnover_penalty_bps seed"""
+NETWORK_FLAGS = """window d_model recency fusion_width hidden dropout n_critics n_quantiles log_std_init
+    reward_scaling gamma"""
+TABLE = """score mean_expected_bps mean_reward_bps sharpe max_drawdown turnover exposure trades"""
 
 # market
 HMM_COLUMNS = 5  # 4 filtered state posteriors and their entropy
 HORIZON = 1  # bars between a decision and the end of its reward
 RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
-LOST = 3e-6  # growth at which the episode terminates: above RUIN, a fee may hit the floor in a rising bar
+LOST = 3e-6  # growth that ends the episode: above RUIN, a fee may hit the floor in a rising bar
 LEVELS = np.linspace(-1, 1, 21)  # exposures among which the best constant is found
 GRID = 10  # exposures on each side of flat among which the greedy policy chooses
 
@@ -90,7 +94,7 @@ HEADS, LAYERS = 4, 2
 MASKED = 0.3  # share of a window's bars that pre-training hides; .15 left too easy an interpolation
 MAE_BATCH = 64  # windows a pre-training step
 MAE_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
-BLOCK = 32  # rows encoded at once: of one size, so that a row's bits do not depend on its neighbours
+BLOCK = 32  # rows encoded at once: one size, so that a row's bits do not depend on the others
 
 # shares of the time that is left; learning needs the rest
 FIT_SHARE = 0.15  # the HMM of a long history
@@ -99,16 +103,14 @@ CACHE_SHARE = 0.3  # rows that are not encoded by then are left out, the oldest 
 
 # optimisation
 BUFFER = 2_000_000  # transitions in the replay: 40 MB, 30 times what a default run makes
-SCHEDULE = 65_536  # transitions over which learning rates fall if --total-timesteps gives no other
+SCHEDULE = 65_536  # transitions over which learning rates fall, unless --total-timesteps says
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
 MAX_GRAD_NORM = 10.0  # ten times a usual gradient: only accidents are clipped
-REWARD_CLIP = (
-    10.0  # standard deviations of the full position's reward; the share beyond it is logged
-)
+REWARD_CLIP = 10.0  # standard deviations of the full position's reward; what is beyond is logged
 
 
-# ------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args(RunArgs):
     # experiment
@@ -117,17 +119,17 @@ class Args(RunArgs):
 
     # data
     data: str = "synthetic:regime"
-    """synthetic:{regime,signal,noise,drift}[?bars=N&seed=K&...] or files of bars, comma-separated, the first traded"""
+    """synthetic:{regime,signal,noise,drift}[?bars=N&seed=K&...] or files of bars,
+    comma-separated, the first traded"""
     split: str = "0.70/0.15/0.15"
-    """train/eval/test as fractions of the rows, or the first days of eval and test: 2023-01-01/2024-01-01"""
+    """train/eval/test as fractions of the rows, or the first days of eval and test:
+    2023-01-01/2024-01-01"""
     fill_limit: int = 24
     """bars for which another asset's last bar may stand in for a missing one"""
     window: int = 64
     """bars in an observation"""
     hmm: bool = True
     """give the agent the five HMM columns (else they are zeros)"""
-    film: bool = True
-    """let the HMM columns modulate the encoding through FiLM (else they join the fusion layer's input)"""
 
     # environment
     num_envs: int = 1024
@@ -139,7 +141,8 @@ class Args(RunArgs):
     slippage_bps: float = 1.0
     """bp of equity per unit of |change of exposure|, to the market"""
     funding_bps: float = 0.0
-    """bp a bar that a full long position pays and a full short one receives; negative: the other way round"""
+    """bp a bar that a full long position pays and a full short one receives; negative: the other
+    way round"""
     position_mode: str = "rebalance"
     """rebalance: exposure stays at the target between decisions; drift: it moves with the price"""
     turnover_penalty_bps: float = 5.0
@@ -159,7 +162,8 @@ class Args(RunArgs):
 
     # algorithm
     total_timesteps: int | None = None
-    """environment transitions, the sum over lanes (default: 65536; with --timeout: until time or patience is over)"""
+    """environment transitions, the sum over lanes (default: 65536; with --timeout: until time or
+    patience is over)"""
     learning_starts: int = 2_048
     """transitions with uniform random actions before the first update"""
     batch_size: int = 256
@@ -167,23 +171,27 @@ class Args(RunArgs):
     segment: int = 8
     """consecutive bars drawn together: they share the market forward of row and next row"""
     counterfactuals: int = 3
-    """uniform random exposures trained on each drawn row beside the stored one (the market is exogenous)"""
+    """uniform random exposures trained on each drawn row beside the stored one (the market is
+    exogenous)"""
     updates_per_step: int = 10
     """gradient updates a vector step"""
     gamma: float = 0.95
     """discount a bar"""
     average: float = 0.99
-    """decay an update of the averaged weights that evaluation and checkpoints use (0: the last weights)"""
+    """decay an update of the averaged weights that evaluation and checkpoints use (0: the last
+    weights)"""
     tau: float = 0.05
     """speed of the target heads' moving average"""
     policy: str = "critic_grid"
-    """who acts: critic_grid (greedy on a grid of exposures, and so are its targets) or actor (gSDE, TQC's targets)"""
+    """who acts: critic_grid (greedy on a grid of exposures, and so are its targets) or actor
+    (gSDE, TQC's targets)"""
     n_critics: int = 2
     """quantile critics"""
     n_quantiles: int = 25
     """quantiles a critic"""
     top_quantiles_to_drop_per_net: int = 0
-    """truncation of the target; it punishes risk, not only overestimation: docs/tqc_film_batch.md"""
+    """truncation of the target; it punishes risk, not only overestimation:
+    docs/tqc_film_batch.md"""
     fusion_width: int = 512
     """width of the fusion layer"""
     hidden: int = 256
@@ -201,7 +209,8 @@ class Args(RunArgs):
     recency: float = 1.5
     """bars in which the fixed gain on the embedding decays by e, going back from the last bar"""
     reward_scaling: bool = True
-    """divide rewards by the running standard deviation of the full position's reward (saved with the agent)"""
+    """divide rewards by the running standard deviation of the full position's reward (saved with
+    the agent)"""
     sde_sample_freq: int = 64
     """vector steps for which a lane keeps its gSDE noise matrix"""
     log_std_init: float = -3.0
@@ -231,13 +240,15 @@ class Args(RunArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, {"position_mode": MODES, "policy": POLICIES, "precision": ("auto", "bf16", "fp32")}, {
+        choices = {"position_mode": MODES, "policy": POLICIES, "precision": PRECISIONS}
+        ranges = {
             (0, 1): "eval_w_cost learning_rate learning_rate_fusion learning_rate_film tau",
             (0, 0.9999): "gamma average dropout",
             (0, 10): "ent_coef_lr weight_decay",
             (0, 1000): "fee_bps slippage_bps turnover_penalty_bps",
             (0, 1023): "counterfactuals updates_per_step top_quantiles_to_drop_per_net",
-            (0, 10**12): "fill_limit mae_steps total_timesteps learning_starts w_cost_curriculum patience",
+            (0, 10**6): "fill_limit mae_steps patience",
+            (0, 10**12): "total_timesteps learning_starts w_cost_curriculum",
             (1, BLOCK - 1): "segment",
             (1, 1024): "n_critics n_quantiles",
             (1, 2**20): "d_model fusion_width hidden num_envs batch_size",
@@ -247,10 +258,11 @@ class Args(RunArgs):
             (-20, 5): "log_std_init",
             (-100, 0.68): "target_entropy",
             (-1000, 1000): "funding_bps",
-        })
-        batch, segment, width, floor = self.batch_size, self.segment, self.d_model, self.ent_coef_min
+        }
+        check(self, choices, ranges)
+        batch, segment, width = self.batch_size, self.segment, self.d_model
         drop, quantiles = self.top_quantiles_to_drop_per_net, self.n_quantiles
-        _, alpha = parse_ent_coef(self.ent_coef)
+        floor, (_, alpha) = self.ent_coef_min, parse_ent_coef(self.ent_coef)
         refuse(
             (batch % segment, f"--batch-size {batch} must be a multiple of --segment {segment}"),
             (width % HEADS, f"--d-model {width} must be a multiple of {HEADS} attention heads"),
@@ -258,11 +270,13 @@ class Args(RunArgs):
              f"--top-quantiles-to-drop-per-net {drop} leaves none of --n-quantiles {quantiles}"),
             (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"),
             (not 0 <= floor <= alpha,
-             f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}"))
+             f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}"),
+        )
 
 
 def parse_ent_coef(text: str) -> tuple[bool, float]:
-    """`auto`, `auto_0.5` or a number -> (is it learned, initial value), as Stable-Baselines3 reads it."""
+    """`auto`, `auto_0.5` or a number -> (is it learned, initial value), as Stable-Baselines3
+    reads it."""
     learned = text == "auto" or text.startswith("auto_")
     try:
         value = 1.0 if text == "auto" else float(text.removeprefix("auto_"))
@@ -274,37 +288,38 @@ def parse_ent_coef(text: str) -> tuple[bool, float]:
     return learned, value
 
 
-# --------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 # Tuples that kernels take:
-#   costs: cost (fraction of equity per unit of |change|), funding (fraction a bar that a full long pays), drift
-#   rules: start, stop (decision rows), length (bars an episode), w_max, penalty (per unit of |change| at w_cost 1), seed
+#   costs: cost (fraction of equity per unit of |change|), funding (fraction a bar that a full long
+#   pays), drift (whether the exposure moves with the price)
+#   rules: start, stop (decision rows), length (bars an episode), w_max, penalty (per unit of
+#   |change| at w_cost 1), seed
+#   lanes: ints, floats, reward (N,), flags (2, N: terminated, truncated), and in last_ints and
+#   last_floats the state before the reset of lanes that a flag was ever set for
 ROW, CLOCK, EPISODE = range(3)  # rows of ints (3, lanes) int64
 POSITION, W_COST, EQUITY, RETURN, TURNOVER = range(5)  # rows of floats (5, lanes) float64
 
 
-MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # of splitmix64
-STEP = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
-S27, S30, S31 = np.uint64(27), np.uint64(30), np.uint64(31)
-
-
 @nb.njit(cache=True)
 def mix_nb(x):
-    x = (x ^ (x >> S30)) * MIX[0]
-    x = (x ^ (x >> S27)) * MIX[1]
-    return x ^ (x >> S31)
+    """splitmix64's finaliser, uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @nb.njit(cache=True)
 def uniform_nb(seed, lane, episode, draw):
-    """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
-    x = mix_nb(np.uint64(seed) * STEP[0] + np.uint64(lane))
-    x = mix_nb(x + np.uint64(episode) * STEP[1] + np.uint64(draw))
-    return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+    """Counter-based uniform in [0, 1) of (seed, lane, episode, draw)."""
+    x = mix_nb(np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane))
+    x = mix_nb(x + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw))
+    return np.float64(x >> np.uint64(11)) / 2.0**53
 
 
 @nb.njit(cache=True)
 def fee_nb(position, target, costs):
-    """Fee as a share of equity. Drifting: on what is really traded to hold `target` of what the fee leaves."""
+    """Fee as a share of equity. Drifting: on what is really traded to hold `target` of what the
+    fee leaves."""
     cost, _, drift = costs
     change = target - position
     fee = cost * abs(change)
@@ -317,8 +332,9 @@ def fee_nb(position, target, costs):
 def trade_nb(position, target, ret, costs):
     """One decision and the bar it earns: ONE lane, all scalars, float64.
 
-    position, target: exposure before and after the trade, share of equity; ret: simple return of the next bar.
-    equity *= (1 - fee) (1 + target ret - funding target). Returns (growth of equity, exposure at the next decision).
+    position, target: exposure before and after the trade, share of equity; ret: simple return of
+    the next bar. equity *= (1 - fee) (1 + target ret - funding target). Returns (growth of equity,
+    exposure at the next decision).
     """
     _, funding, drift = costs
     growth = 1.0 + target * ret - funding * target
@@ -330,7 +346,8 @@ def trade_nb(position, target, ret, costs):
 
 @nb.njit(cache=True)
 def begin_nb(i, rules, ints, floats):
-    """Lane i to the first row of episode ints[EPISODE, i]; its w_cost is 0 or w_max in 20 % each, else uniform."""
+    """Lane i to the first row of episode ints[EPISODE, i]; its w_cost is 0 or w_max in 20 %
+    each, else uniform."""
     start, stop, _, w_max, _, seed = rules
     episode = ints[EPISODE, i]
     u = uniform_nb(seed, i, episode, 1)
@@ -349,11 +366,9 @@ def begin_all_nb(rules, ints, floats):
         begin_nb(i, rules, ints, floats)
 
 
-def lane_py(i, action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats):
-    """Step lane i in place; compiled for the CPU and, unchanged, as a CUDA device function.
-
-    flags (2, N): terminated, truncated; final_*: the lane's state before the reset, whenever one of them is set.
-    """
+def lane_py(i, action, ret, costs, rules, lanes):
+    """Step lane i in place; compiled for the CPU and, unchanged, as a CUDA device function."""
+    ints, floats, reward, flags, last_ints, last_floats = lanes
     _, stop, length, _, penalty, _ = rules
     row, position = ints[ROW, i], floats[POSITION, i]
     target = -1.0 if action[i] < -1.0 else 1.0 if action[i] > 1.0 else action[i]
@@ -370,9 +385,9 @@ def lane_py(i, action, ret, costs, rules, ints, floats, reward, flags, final_int
     flags[1, i] = not flags[0, i] and (ints[CLOCK, i] >= length or row + 1 >= stop)
     if flags[0, i] or flags[1, i]:
         for k in range(3):
-            final_ints[k, i] = ints[k, i]
+            last_ints[k, i] = ints[k, i]
         for k in range(5):
-            final_floats[k, i] = floats[k, i]
+            last_floats[k, i] = floats[k, i]
         ints[EPISODE, i] += 1
         begin_nb(i, rules, ints, floats)
 
@@ -381,24 +396,22 @@ lane_nb = nb.njit(lane_py)
 
 
 @nb.njit(parallel=True, cache=True)
-def step_cpu(action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats):
-    """Step all lanes: the arguments of lane_py without the lane."""
+def step_cpu(action, ret, costs, rules, lanes):
+    """Step all lanes."""
     for i in nb.prange(action.size):
-        lane_nb(i, action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats)
+        lane_nb(i, action, ret, costs, rules, lanes)
 
 
 @functools.cache  # one compilation a process
 def cuda_step():
-    """The same lane on the GPU: a kernel with step_cpu's arguments, one thread a lane."""
+    """The same lane on the GPU, one thread a lane."""
     lane = cuda.jit(device=True)(lane_py)
 
     @cuda.jit
-    def step_cuda(action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats):
+    def step_cuda(action, ret, costs, rules, lanes):
         i = cuda.grid(1)
         if i < action.size:
-            lane(
-                i, action, ret, costs, rules, ints, floats, reward, flags, final_ints, final_floats
-            )
+            lane(i, action, ret, costs, rules, lanes)
 
     return step_cuda
 
@@ -407,8 +420,9 @@ def cuda_step():
 def walk_nb(target, ret, expected, costs):
     """Trade the exposures `target` (n,) along returns `ret` (n,), flat before the first.
 
-    Returns (reward, expected reward, |change|, target) (n,): log growth net of costs; and target (expected - funding) -
-    fee, the known conditional mean of the simple return instead of the realised one.
+    Returns (reward, expected reward, |change|, target) (n,): log growth net of costs; and target
+    (expected - funding) - fee, the known conditional mean of the simple return instead of the
+    realised one.
     """
     n = target.size
     reward, mean, change = np.empty(n), np.empty(n), np.empty(n)
@@ -423,9 +437,11 @@ def walk_nb(target, ret, expected, costs):
 
 @nb.njit(cache=True)
 def greedy_walk_nb(value, grid, scale, penalty, ret, costs):
-    """Greedy exposures (n,) of an afterstate critic: value (n, A) of holding grid[j], before the cost of getting there.
+    """Greedy exposures (n,) of an afterstate critic: value (n, A) of holding grid[j], before the
+    cost of getting there.
 
-    argmax_j value[t, j] + scale (log(1 - fee) - penalty |grid[j] - position|); a tie keeps the nearest position.
+    argmax_j value[t, j] + scale (log(1 - fee) - penalty |grid[j] - position|); a tie keeps the
+    nearest position.
     """
     n, m = value.shape
     target = np.empty(n)
@@ -443,7 +459,7 @@ def greedy_walk_nb(value, grid, scale, penalty, ret, costs):
     return target
 
 
-# ------------------------------------------------------------------------------------------------ environment
+# -------------------------------------------------------------------------------------- environment
 @dataclass(eq=False)  # hashed by identity
 class Market:
     """What lanes walk over: one static table. Decision rows are bar rows; row t earns bar t + 1."""
@@ -458,9 +474,12 @@ class Market:
 
     def identity(self) -> dict:
         """What a checkpoint must agree with."""
-        return {
-            "spec": self.bars.spec, "sha256": self.bars.sha256, "names": self.bars.names,
-            "bars": len(self.ret), "rows": self.rows, "columns": self.features.columns}
+        bars = {name: getattr(self.bars, name) for name in ("spec", "sha256", "names")}
+        return bars | {
+            "bars": len(self.ret),
+            "rows": self.rows,
+            "columns": self.features.columns,
+        }
 
     @property
     def judged_by(self) -> str:
@@ -473,17 +492,17 @@ class Market:
 
 
 def load_market(
-    data: str,
-    split: str = "0.70/0.15/0.15",
-    window: int = 64,
-    fill_limit: int = 24,
-    seed: int = 1,
-    hmm: bool = True,
-    features: FeatureModel | None = None,
-    seconds: float = math.inf,
+    data,
+    split="0.70/0.15/0.15",
+    window=64,
+    fill_limit=24,
+    seed=1,
+    hmm=True,
+    features=None,
+    seconds=math.inf,
 ) -> Market:
-    """Bars -> splits -> columns, fitted on train rows, for `seconds` at most, unless `features` are given. Raises
-    DataError (one line)."""
+    """Bars -> splits -> columns, fitted on train rows, for `seconds` at most, unless `features`
+    are given. Raises DataError (one line)."""
     bars = load_bars(data, fill_limit)
     purge = window + HORIZON
     train_stop = split_rows(bars.timestamp, split, purge)["train"][1]
@@ -502,12 +521,12 @@ def load_market(
 class MarketVectorEnv(Lanes):
     """Lanes that trade one market; truncation at `episode_length` or at the end of the rows.
 
-    Observation: market (window, columns) float32, the bars up to the decision; position (1,), the exposure held;
-    w_cost (1,). Action (1,) in [-1, 1]: target exposure. Reward: log growth of equity net of costs, minus w_cost *
-    penalty * |change|.
+    Observation: market (window, columns) float32, the bars up to the decision; position (1,), the
+    exposure held; w_cost (1,). Action (1,) in [-1, 1]: target exposure. Reward: log growth of
+    equity net of costs, minus w_cost * penalty * |change|.
     """
 
-    SAVED = ("ints", "floats", "final_ints", "final_floats")
+    SAVED = ("ints", "floats", "last_ints", "last_floats")
 
     def __init__(
         self,
@@ -526,29 +545,43 @@ class MarketVectorEnv(Lanes):
         self.start, self.stop, self.length = int(rows[0]), int(rows[1]), int(episode_length)
         first, last = market.window - 1, len(market.ret)
         if position_mode not in MODES:
-            raise ValueError(f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}")
+            raise ValueError(
+                f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}"
+            )
         if not first <= self.start < self.stop < last:
             raise ValueError(f"rows {rows}: need {first} <= start < stop < {last}")
         columns = market.table.shape[1]
         box = gym.spaces.Box
-        super().__init__(num_envs, gym.spaces.Dict({
-            "market": box(-np.inf, np.inf, (market.window, columns)),
-            "position": box(-np.inf, np.inf, (1,)),
-            "w_cost": box(0.0, 1.0, (1,)),
-        }), box(-1.0, 1.0, (1,)), backend, seed)
+        super().__init__(
+            num_envs,
+            gym.spaces.Dict(
+                {
+                    "market": box(-np.inf, np.inf, (market.window, columns)),
+                    "position": box(-np.inf, np.inf, (1,)),
+                    "w_cost": box(0.0, 1.0, (1,)),
+                }
+            ),
+            box(-1.0, 1.0, (1,)),
+            backend,
+            seed,
+        )
         self.market, self.penalty, self.w_max = market, turnover_penalty_bps * BP, 1.0
-        self.costs = (fee_bps + slippage_bps) * BP, funding_bps * BP, position_mode == "drift"
-        for name in ("ints", "final_ints"):
-            self.take(name, (3, num_envs), np.int64)
-        for name in ("floats", "final_floats"):
-            self.take(name, (5, num_envs), np.float64)
-        for name in ("action", "reward"):
-            self.take(name, (num_envs,), np.float64)
+        cost, funding = (fee_bps + slippage_bps) * BP, funding_bps * BP
+        self.costs = cost, funding, position_mode == "drift"
+        self.take("ints", (3, num_envs), np.int64)
+        self.take("floats", (5, num_envs), np.float64)
+        self.take("reward", (num_envs,), np.float64)
         self.take("flags", (2, num_envs), np.bool_)
+        self.take("last_ints", (3, num_envs), np.int64)
+        self.take("last_floats", (5, num_envs), np.float64)
+        self.lanes = tuple(self.arrays.values())
+        self.take("action", (num_envs,), np.float64)
         self.kernel, self.ret = step_cpu, market.ret
         if backend == "cuda":
             self.kernel = cuda_step()[(num_envs + 127) // 128, 128]
-            self.ret = pool.static(("ret", market.bars.sha256), lambda: cuda.to_device(market.ret))
+            self.ret = pool.static(
+                ("ret", market.bars.sha256), lambda: cuda.to_device(market.ret)
+            )
         self.table = torch.as_tensor(market.table, device=self.torch_device)
         self.offsets = torch.arange(1 - market.window, 1, device=self.torch_device)
 
@@ -557,25 +590,25 @@ class MarketVectorEnv(Lanes):
         return self.start, self.stop, self.length, self.w_max, self.penalty, self.seed
 
     def reset_lanes(self, first: bool, options: dict):
-        ints, floats = (x.cpu().numpy() for x in (self.ints, self.floats))  # on a CPU the same memory
+        state = self.ints, self.floats
+        ints, floats = (x.cpu().numpy() for x in state)  # on a CPU the same memory
         ints[EPISODE] = 0 if first else ints[EPISODE] + 1
         begin_all_nb(self.rules, ints, floats)
         self.ints.copy_(torch.from_numpy(ints))
         self.floats.copy_(torch.from_numpy(floats))
 
     def step_lanes(self, action: torch.Tensor):
-        """action (N,) or (N, 1) -> reward (N,) float64, terminated, truncated (N,): overwritten by the next call."""
+        """action (N,) or (N, 1) -> reward (N,) float64, terminated, truncated (N,): overwritten
+        by the next call."""
         self.action.copy_(action.reshape(-1))
-        names = ("ints", "floats", "reward", "flags", "final_ints", "final_floats")
-        lanes = [self.arrays[name] for name in names]
-        self.kernel(self.arrays["action"], self.ret, self.costs, self.rules, *lanes)
+        self.kernel(self.arrays["action"], self.ret, self.costs, self.rules, self.lanes)
         return self.reward, *self.flags
 
     def observe(self) -> dict:
         return self.window_of(self.ints, self.floats)
 
     def observe_final(self, lanes: torch.Tensor) -> dict:
-        return self.window_of(self.final_ints[:, lanes], self.final_floats[:, lanes])
+        return self.window_of(self.last_ints[:, lanes], self.last_floats[:, lanes])
 
     def window_of(self, ints, floats) -> dict:
         market = self.table[ints[ROW][:, None] + self.offsets]  # (N, window, columns)
@@ -586,10 +619,10 @@ class MarketVectorEnv(Lanes):
         }
 
     def episode(self) -> dict:
-        last = self.final_floats
+        last = self.last_floats
         return {
             "r": last[RETURN],
-            "l": self.final_ints[CLOCK],
+            "l": self.last_ints[CLOCK],
             "equity": last[EQUITY],
             "turnover": last[TURNOVER],
         }
@@ -598,16 +631,19 @@ class MarketVectorEnv(Lanes):
         """Means over the lanes' last ended episodes; NaN while none has ended."""
         ended = self.ints[EPISODE] > 0
         return {
-            "charts/episodic_return": self.final_floats[RETURN][ended].mean(),
-            "charts/episodic_length": self.final_ints[CLOCK][ended].double().mean(),
+            "charts/episodic_return": self.last_floats[RETURN][ended].mean(),
+            "charts/episodic_length": self.last_ints[CLOCK][ended].double().mean(),
         }
 
 
 def make_vec(
     num_envs: int = 1, data: str = "synthetic:regime", split_name: str = "train", **kwargs
 ) -> MarketVectorEnv:
-    """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train", fee_bps=4, ...)."""
-    loading = {k: kwargs.pop(k) for k in ("split", "window", "fill_limit", "hmm") if k in kwargs}
+    """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train",
+    fee_bps=4, ...)."""
+    loading = {
+        k: kwargs.pop(k) for k in ("split", "window", "fill_limit", "hmm") if k in kwargs
+    }
     market = load_market(data, **loading)
     return MarketVectorEnv(market, market.rows[split_name], num_envs, **kwargs)
 
@@ -615,15 +651,17 @@ def make_vec(
 register("cleanrl_crypto/Market-v0", make_vec)
 
 
-# --------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 class CryptoMAE(nn.Module):
-    """Masked autoencoder over a window of technical columns (He et al. 2022, on bars instead of patches).
+    """Masked autoencoder over a window of technical columns (He et al. 2022, on bars instead of
+    patches).
 
-    context(x) is what the agent sees: the encoding, standardised channel by channel on train rows and weighed by a
-    fixed gain that decays into the past. mean, std and gain are buffers: frozen with the rest.
+    context(x) is what the agent sees: the encoding, standardised channel by channel on train rows
+    and weighed by a fixed gain that decays into the past. mean, std and gain are buffers: frozen
+    with the rest.
     """
 
-    def __init__(self, columns: int, window: int, d_model: int, recency: float):
+    def __init__(self, columns, window, d_model, recency):
         super().__init__()
         self.embed = nn.Linear(columns, d_model)
         layer = functools.partial(nn.TransformerEncoderLayer, d_model, HEADS, 4 * d_model)
@@ -632,7 +670,9 @@ class CryptoMAE(nn.Module):
         self.norm, self.decode = nn.LayerNorm(d_model), nn.Linear(d_model, columns)
         self.mask_token = nn.Parameter(torch.zeros(d_model))
         age = torch.arange(window - 1, -1, -1)[:, None]  # (T, 1) bars
-        at = torch.arange(window)[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)
+        at = torch.arange(window)[:, None] / 10_000 ** (
+            torch.arange(0, d_model, 2) / d_model
+        )
         waves = torch.stack([at.sin(), at.cos()], -1).flatten(1)
         self.register_buffer("positions", waves[:, :d_model])  # (T, d)
         self.register_buffer("mean", torch.zeros(d_model))
@@ -655,62 +695,61 @@ class CryptoMAE(nn.Module):
 
 
 class FoundationFeatureExtractor(nn.Module):
-    """The market columns of the fusion layer: FiLM(context; hmm) -> flatten 16384 -> fusion_width, before the norm.
+    """The market columns of the fusion layer: FiLM(context; hmm) -> flatten 16384 -> fusion_width,
+    before the norm.
 
-    The layer over [market 16384, position, w_cost] is split by columns: this part is computed once per row, the two
-    scalar columns (class Fusion) for every position tried on it.
+    The layer over [market 16384, position, w_cost] is split by columns: this part is computed once
+    per row, the two scalar columns (class Fusion) for every position tried on it.
     """
 
-    def __init__(self, window: int, d_model: int, width: int, dropout: float, film: bool):
+    def __init__(self, window, d_model, width, dropout):
         super().__init__()
-        self.film = nn.Linear(HMM_COLUMNS, 2 * d_model) if film else None
-        self.market = nn.Linear(window * d_model + (0 if film else HMM_COLUMNS), width)
+        self.film = nn.Linear(HMM_COLUMNS, 2 * d_model)
+        self.market = nn.Linear(window * d_model, width)
         self.dropout = dropout
-        if film:  # identity at initialisation (Perez et al. 2018)
-            nn.init.zeros_(self.film.weight)
-            nn.init.zeros_(self.film.bias)
+        nn.init.zeros_(self.film.weight)  # identity at initialisation (Perez et al. 2018)
+        nn.init.zeros_(self.film.bias)
 
     def forward(self, z, hmm):  # (B, T, d), (B, 5) -> (B, width) float32
-        scale, beta = z.new_ones(z.shape[0], 1, z.shape[2]), z.new_zeros(())
-        if self.film is not None:
-            gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
-            scale = scale + gamma
+        gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
         # whole channels, so that no neighbouring bar gives them away
-        scale = F.dropout(scale, self.dropout, self.training)
+        scale = F.dropout(1 + gamma, self.dropout, self.training)
         x = torch.addcmul(beta, z, scale).flatten(1)  # one pass over the large tensor
-        if self.film is None:
-            x = torch.cat([x, hmm.to(z.dtype)], 1)
         return self.market(x).float()
 
 
 class Fusion(nn.Module):
     """The position and w_cost columns of the fusion layer, LayerNorm, LeakyReLU."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.scalars = nn.Linear(2, width, bias=False)
         self.norm = nn.LayerNorm(width)
         # a step of position must be as visible as a step of the market
         nn.init.normal_(self.scalars.weight, std=0.5)
 
-    def forward(self, market, position, w_cost):  # (B, width), (B, K), (B, 1) -> (B, K, width)
+    def forward(
+        self, market, position, w_cost
+    ):  # (B, width), (B, K), (B, 1) -> (B, K, width)
         p, w = self.scalars.weight.unbind(1)
         x = market[:, None] + position[..., None] * p + w_cost[..., None] * w
         return F.leaky_relu(self.norm(x))
 
 
-def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+def mlp(width, hidden, out):
     first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, out))
 
 
 class Critic(nn.Module):
-    """Quantiles of G(row, exposure after the trade, w_cost); Q(row, position, a, w) = G(row, a, w) + cost of the trade.
+    """Quantiles of G(row, exposure after the trade, w_cost); Q(row, position, a, w) = G(row, a, w)
+    + cost of the trade.
 
-    A proportional cost separates exactly, so the slope of Q in the cost of the trade is 1 by construction.
+    A proportional cost separates exactly, so the slope of Q in the cost of the trade is 1 by
+    construction.
     """
 
-    def __init__(self, width: int, hidden: int, n_critics: int, n_quantiles: int):
+    def __init__(self, width, hidden, n_critics, n_quantiles):
         super().__init__()
         self.fusion = Fusion(width)
         self.nets = nn.ModuleList(mlp(width, hidden, n_quantiles) for _ in range(n_critics))
@@ -722,9 +761,10 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """Squashed Gaussian with gSDE noise (Raffin et al. 2021), on the critic's encoding of the market."""
+    """Squashed Gaussian with gSDE noise (Raffin et al. 2021), on the critic's encoding of the
+    market."""
 
-    def __init__(self, width: int, hidden: int, log_std_init: float):
+    def __init__(self, width, hidden, log_std_init):
         super().__init__()
         self.fusion = Fusion(width)
         self.latent = mlp(width, hidden, hidden)[:-1]
@@ -738,14 +778,15 @@ class Actor(nn.Module):
 
 
 class Agent(nn.Module):
-    """Everything that learns, and the statistics it needs: one state_dict. config: plain values that rebuild it."""
+    """Everything that learns, and the statistics it needs: one state_dict. config: plain values
+    that rebuild it."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config):
         super().__init__()
         c = self.config = config
         self.costs = c["cost"], c["funding"], c["drift"]
-        width, heads = c["fusion_width"], [c[k] for k in ("hidden", "n_critics", "n_quantiles")]
-        market = c["window"], c["d_model"], width, c["dropout"], c["film"]
+        width, heads = c["fusion_width"], (c["hidden"], c["n_critics"], c["n_quantiles"])
+        market = c["window"], c["d_model"], width, c["dropout"]
         self.extractor = FoundationFeatureExtractor(*market)
         self.critic = Critic(width, *heads)
         self.target = Critic(width, *heads).requires_grad_(False)
@@ -757,7 +798,7 @@ class Agent(nn.Module):
         self.register_buffer("reward_sums", torch.zeros(3, dtype=torch.float64))
 
     @property
-    def alpha(self) -> torch.Tensor:
+    def alpha(self):
         return self.log_alpha.detach().exp()
 
     def watch_rewards(self, rewards: torch.Tensor):
@@ -765,7 +806,7 @@ class Agent(nn.Module):
         self.reward_sums += torch.stack([rewards**0, rewards, rewards**2]).sum(1)
 
     @property
-    def reward_scale(self) -> torch.Tensor:
+    def reward_scale(self):
         """1 / standard deviation of the full position's reward, () float32."""
         count, first, second = self.reward_sums
         variance = second / count - (first / count) ** 2
@@ -773,11 +814,13 @@ class Agent(nn.Module):
         return torch.where(known, variance.rsqrt(), 1.0).float()
 
 
-# -------------------------------------------------------------------------------------------------- algorithm
+# ---------------------------------------------------------------------------------------- algorithm
 def quantile_huber_loss(current, target):
-    """Quantile Huber loss, kappa 1 (Dabney et al. 2018, eq. 10), mean over everything; no gradient to the target.
+    """Quantile Huber loss, kappa 1 (Dabney et al. 2018, eq. 10), mean over everything; no gradient
+    to the target.
 
-    current (B, C, N): quantiles of each critic at (i + .5)/N; target (B, M): atoms every critic is compared with.
+    current (B, C, N): quantiles of each critic at (i + .5)/N; target (B, M): atoms every critic is
+    compared with.
     """
     n = current.shape[-1]
     tau = (torch.arange(n, device=current.device, dtype=current.dtype) + 0.5) / n
@@ -787,15 +830,17 @@ def quantile_huber_loss(current, target):
     return (weight * F.huber_loss(ours, theirs, reduction="none")).mean()
 
 
-def truncate(quantiles, drop: int):
-    """Pool the critics' atoms (B, C, N), sort, drop `drop` a critic from the top (Kuznetsov et al. 2020): (B, M)."""
+def truncate(quantiles, drop):
+    """Pool the critics' atoms (B, C, N), sort, drop `drop` a critic from the top (Kuznetsov et
+    al. 2020): (B, M)."""
     b, c, n = quantiles.shape
     pooled = quantiles.reshape(b, c * n)
     return pooled.sort(dim=1).values[:, : c * (n - drop)] if drop else pooled
 
 
-def tqc_target(next_quantiles, reward, done, gamma: float, alpha, next_log_prob, drop: int):
-    """r + gamma (1 - done) (Z' - alpha log pi'): next_quantiles (B, C, N), the rest (B,) -> (B, M)."""
+def tqc_target(next_quantiles, reward, done, gamma, alpha, next_log_prob, drop):
+    """r + gamma (1 - done) (Z' - alpha log pi'): next_quantiles (B, C, N), the rest (B,) -> (B,
+    M)."""
     kept = truncate(next_quantiles, drop) - (alpha * next_log_prob)[:, None]
     return reward[:, None] + gamma * (1 - done)[:, None] * kept
 
@@ -811,27 +856,29 @@ def gsde_std(latent, log_std):
     return (latent**2 @ (2 * log_std).exp() + 1e-6).sqrt()
 
 
-def sample_action(actor: Actor, market, position, w_cost, noise=None):
-    """gSDE sample for an update, its noise drawn anew for every row. Returns action (B,), log_prob (B,), std (B,)."""
+def sample_action(actor, market, position, w_cost, noise=None):
+    """gSDE sample for an update, its noise drawn anew for every row. Returns action (B,),
+    log_prob (B,), std (B,)."""
     mean, latent = actor(market, position, w_cost)
     std = gsde_std(latent, actor.log_std)
     u = mean + std * (torch.randn_like(std) if noise is None else noise)
     return u.tanh(), squashed_log_prob(mean, std, u), std
 
 
-def bar_growth(exposure, ret, funding: float):
+def bar_growth(exposure, ret, funding):
     """Growth of equity in a bar at `exposure`, before the cost of getting there; broadcasts."""
     return (1 + exposure * ret - funding * exposure).clamp_min(RUIN)
 
 
-def next_position(exposure, ret, costs: tuple):
+def next_position(exposure, ret, costs):
     """Exposure at the next decision; broadcasts."""
     _, funding, drift = costs
     return exposure * (1 + ret) / bar_growth(exposure, ret, funding) if drift else exposure
 
 
-def trade_reward(position, after, costs: tuple, penalty):
-    """log(1 - fee) - penalty |change| of going from position to after (<= 0); broadcasts. Same formula as fee_nb."""
+def trade_reward(position, after, costs, penalty):
+    """log(1 - fee) - penalty |change| of going from position to after (<= 0); broadcasts. Same
+    formula as fee_nb."""
     cost, _, drift = costs
     change = after - position
     fee = cost * change.abs()
@@ -840,19 +887,23 @@ def trade_reward(position, after, costs: tuple, penalty):
     return torch.log1p(-fee.clamp_max(1 - RUIN)) - penalty * change.abs()
 
 
-def greedy_next(agent: Agent, market, held, w_cost, scale, noise=None):
-    """The best grid exposure at the next row, the trade to it paid: market (B, width), exposures held there (B, K),
-    w_cost (B, 1) -> quantiles (B K, C, N), log_prob (B K,), which is 0."""
-    values = agent.target(market, agent.grid.expand(len(market), -1), w_cost)  # (B, A, C, N)
+def greedy_next(agent, market, held, w_cost, scale):
+    """The best grid exposure at the next row, the trade to it paid: market (B, width), exposures
+    held there (B, K), w_cost (B, 1) -> quantiles (B K, C, N), log_prob (B K,), which is 0."""
+    values = agent.target(
+        market, agent.grid.expand(len(market), -1), w_cost
+    )  # (B, A, C, N)
     penalty = agent.config["penalty"] * w_cost[..., None]
-    moves = scale * trade_reward(held[..., None], agent.grid, agent.costs, penalty)  # (B, K, A)
+    moves = scale * trade_reward(
+        held[..., None], agent.grid, agent.costs, penalty
+    )  # (B, K, A)
     best = (values.mean((2, 3))[:, None] + moves).argmax(2, keepdim=True)  # (B, K, 1)
     pick = best[..., None].expand(-1, -1, *values.shape[2:])
     quantiles = values.gather(1, pick) + moves.gather(2, best)[..., None]
     return quantiles.flatten(0, 1), torch.zeros_like(held).flatten()
 
 
-def sampled_next(agent: Agent, market, held, w_cost, scale, noise=None):
+def sampled_next(agent, market, held, w_cost, scale, noise=None):
     """TQC's: the actor's sample at the next row, the trade to it paid; shapes as in greedy_next."""
     k = held.shape[1]
     market, w_cost = market.repeat_interleave(k, 0), w_cost.repeat_interleave(k, 0)
@@ -864,66 +915,69 @@ def sampled_next(agent: Agent, market, held, w_cost, scale, noise=None):
 
 
 @torch.no_grad()
-def move(averages: nn.Module, weights: nn.Module, share: float):
-    """averages += share (weights - averages); outside no_grad the averages would keep a graph that grows."""
+def move(averages, weights, share):
+    """averages += share (weights - averages); outside no_grad the averages would keep a graph
+    that grows."""
     torch._foreach_lerp_(list(averages.parameters()), list(weights.parameters()), share)
 
 
-def learning_rate_share(loop: "Loop", args: Args) -> float:
+def learning_rate_share(loop, args):
     """Warm-up over updates, then a cosine over transitions down to LAST_RATE, which stays."""
     progress = min(1.0, loop.global_step / (args.total_timesteps or SCHEDULE))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return min(1.0, loop.updates / WARMUP) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
-# ------------------------------------------------------------------------------------------ contexts, replay
+# --------------------------------------------------------------------------------- contexts, replay
 class Contexts:
-    """The market on the training device: its table, its returns, and the encoder's output for every row.
+    """The market on the training device: its table, its returns, and the encoder's output for every
+    row.
 
-    __call__(rows (B,)) -> (z (B, T, d), hmm (B, 5)). If they fit into memory, rows are encoded once, by fill(), before
-    the first decision; if not, anew for every batch.
+    __call__(rows (B,)) -> (z (B, T, d), hmm (B, 5)). If they fit into memory, rows are encoded
+    once, by fill(), before the first decision; if not, anew for every batch.
     """
 
-    def __init__(
-        self,
-        encoder: CryptoMAE,
-        market: Market,
-        device: torch.device,
-        dtype=torch.float32,
-        keep: bool = True,
-    ):
+    def __init__(self, encoder, market, device, dtype=torch.float32, keep: bool = True):
         self.encoder, self.market, self.device, self.dtype = encoder, market, device, dtype
+        self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.table = torch.from_numpy(market.table).to(device)
         self.ret = torch.from_numpy(market.ret.astype(np.float32)).to(device)
         # a bad tick must not shrink all other rewards
         limit = usual_limit(market.ret[slice(*market.rows["train"])])
         full = np.log1p(np.clip(market.ret, max(-limit, RUIN - 1), limit))
-        self.full_reward = torch.from_numpy(full).to(device)  # (T,) float64, of a full long position
+        self.full_reward = torch.from_numpy(full).to(
+            device
+        )  # (T,) float64, of a full long position
         self.offsets = torch.arange(1 - market.window, 1, device=device)
         shape = len(market.table), *encoder.positions.shape  # (bars, T, d)
         self.cache = torch.empty(shape, dtype=dtype, device=device) if keep else None
         self.rows = market.rows  # of every split, those that were encoded
 
     def autocast(self):
-        bf16 = torch.bfloat16
-        return torch.autocast(self.device.type, bf16, enabled=self.dtype == bf16)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
 
-    def windows(self, rows: torch.Tensor) -> torch.Tensor:
+    def windows(self, rows):
         """Technical columns of the bars up to each row: (B,) -> (B, T, n_tech)."""
         return self.table[rows[:, None] + self.offsets, : self.market.n_tech]
 
     @torch.no_grad()
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+    def encode(self, rows):
         with self.autocast():
             return self.encoder.context(self.windows(rows)).to(self.dtype)
 
-    def fill(self, splits: dict, seconds: float, stop) -> dict:
-        """Encode the rows of every split and the one after it, the last first and all splits at one pace, until
-        `seconds` are over or stop(); at least a block each. Returns split -> [first encoded row, stop]."""
+    def fill(self, splits, seconds, stop):
+        """Encode the rows of every split and the one after it, the last first and all splits at
+        one pace, until `seconds` are over or stop(); at least a block each. Returns split ->
+        [first encoded row, stop]."""
         if self.cache is None:
             return {name: list(span) for name, span in splits.items()}
         until, blocks = time.monotonic() + seconds, []
-        for name, (first, last) in splits.items():  # counted back from the row after the split
+        for name, (
+            first,
+            last,
+        ) in splits.items():  # counted back from the row after the split
             starts = range(last + 1 - BLOCK, first - BLOCK, -BLOCK)
             blocks += [(k / len(starts), name, start) for k, start in enumerate(starts)]
         rows = {}
@@ -936,7 +990,7 @@ class Contexts:
             rows[name] = [first, splits[name][1]]
         return {name: rows[name] for name in splits}
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, rows):
         z = self.encode(rows) if self.cache is None else self.cache[rows]
         return z, self.table[rows, self.market.n_tech :]
 
@@ -952,19 +1006,21 @@ class Batch:
 
 
 class Replay:
-    """Ring of transitions as row indices and lane scalars on the device: 16 bytes each, never windows.
+    """Ring of transitions as row indices and lane scalars on the device: 16 bytes each, never
+    windows.
 
-    The next observation is row + 1 with the exposure that `action` leaves, the reward is recomputed from the row: a
-    changed reward scale never meets stale rewards, and where a lane's episode ended its row simply goes on.
+    The next observation is row + 1 with the exposure that `action` leaves, the reward is recomputed
+    from the row: a changed reward scale never meets stale rewards, and where a lane's episode ended
+    its row simply goes on.
     """
 
-    def __init__(self, size: int, lanes: int, device):
+    def __init__(self, size, lanes, device):
         self.size, self.lanes, self.total, self.device = size, lanes, 0, device
         self.row = torch.zeros(size, dtype=torch.int32, device=device)
         self.floats = torch.zeros(3, size, device=device)  # position, action, w_cost
         self.lane = torch.arange(lanes, device=device)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return min(self.total, self.size)
 
     def add(self, row, position, action, w_cost):
@@ -973,9 +1029,9 @@ class Replay:
         self.floats[:, at] = torch.stack([position, action, w_cost]).float()
         self.total += self.lanes
 
-    def sample(self, n: int, segment: int, counterfactuals: int, stop: int) -> Batch:
-        """n / segment stretches of one lane, and uniform random exposures beside the stored ones. stop: first row that
-        is not a decision row."""
+    def sample(self, n, segment, counterfactuals, stop):
+        """n / segment stretches of one lane, and uniform random exposures beside the stored
+        ones. stop: first row that is not a decision row."""
         steps = torch.arange(segment + 1, device=self.device)
         start = torch.randint(len(self), (n // segment, 1), device=self.device)
         at = (start + steps[:-1] * self.lanes) % len(self)  # (G, S)
@@ -984,30 +1040,38 @@ class Replay:
         other = 2 * torch.rand(n, counterfactuals, device=self.device) - 1
         return Batch(rows, position, torch.cat([action, other], 1), w_cost)
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         row, floats = self.row[: len(self)], self.floats[:, : len(self)]
-        return {"total": self.total, "row": row.cpu().clone(), "floats": floats.cpu().clone()}
+        return {
+            "total": self.total,
+            "row": row.cpu().clone(),
+            "floats": floats.cpu().clone(),
+        }
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state):
         n, self.total = len(state["row"]), state["total"]
         self.row[:n].copy_(state["row"])
         self.floats[:, :n].copy_(state["floats"])
 
 
 @torch.no_grad()
-def explore(agent: Agent, contexts: Contexts, row, position, w_cost, matrix, redraw: bool):
-    """The actor's exposures (N,) in a rollout. matrix (N, hidden): every lane's gSDE noise, kept for some steps."""
+def explore(agent, contexts, row, position, w_cost, matrix, redraw):
+    """The actor's exposures (N,) in a rollout. matrix (N, hidden): every lane's gSDE noise, kept
+    for some steps."""
     agent.eval()
     with contexts.autocast():
         market = agent.extractor(*contexts(row))
-        mean, latent = agent.actor(market, position.float()[:, None], w_cost.float()[:, None])
+        mean, latent = agent.actor(
+            market, position.float()[:, None], w_cost.float()[:, None]
+        )
     if redraw:
         matrix.copy_(torch.randn_like(matrix) * agent.actor.log_std.exp())
     return (mean + (latent * matrix).sum(1)).tanh().float()
 
 
-def encode_stretches(extractor, contexts: Contexts, rows) -> tuple:
-    """Stretches of rows (G, S + 1) -> the market (G S, width) with its gradient, and that of every next row without."""
+def encode_stretches(extractor, contexts, rows):
+    """Stretches of rows (G, S + 1) -> the market (G S, width) with its gradient, and that of
+    every next row without."""
     market = extractor(*contexts(rows[:, :-1].flatten()))
     with torch.no_grad():
         last = extractor(*contexts(rows[:, -1]))[:, None]
@@ -1015,10 +1079,11 @@ def encode_stretches(extractor, contexts: Contexts, rows) -> tuple:
         return market, torch.cat([following, last], 1).flatten(0, 1)
 
 
-# -------------------------------------------------------------------------------------- evaluation, diagnostics
+# -------------------------------------------------------------------------- evaluation, diagnostics
 @torch.no_grad()
-def latents_of(agent: Agent, contexts: Contexts, rows, until: float = math.inf):
-    """The market part of the fusion layer for rows (n,) -> (n, width); stops at a whole block past `until`."""
+def latents_of(agent, contexts, rows, until=math.inf):
+    """The market part of the fusion layer for rows (n,) -> (n, width); stops at a whole block
+    past `until`."""
     agent.eval()
     blocks = []
     for block in rows.split(512):
@@ -1030,25 +1095,26 @@ def latents_of(agent: Agent, contexts: Contexts, rows, until: float = math.inf):
 
 
 @torch.no_grad()
-def afterstate_values(agent: Agent, latents, after, w_cost):
+def afterstate_values(agent, latents, after, w_cost):
     """Mean atom of G: (n, width), exposures (n, A), (n, 1) -> (n, A), scaled reward."""
     blocks = zip(latents.split(512), after.split(512), w_cost.split(512))
     return torch.cat([agent.critic(*block).mean((2, 3)) for block in blocks])
 
 
-def grid_values(agent: Agent, latents, w_cost):
+def grid_values(agent, latents, w_cost):
     """afterstate_values at every grid position: (n, width), (n, 1) -> (n, A)."""
     return afterstate_values(agent, latents, agent.grid.expand(len(latents), -1), w_cost)
 
 
-def action_values(agent: Agent, latents, position, w_cost, after):
-    """Q of trading from position (n, 1) to exposures (n, A) at w_cost (n, 1) -> (n, A), scaled reward."""
+def action_values(agent, latents, position, w_cost, after):
+    """Q of trading from position (n, 1) to exposures (n, A) at w_cost (n, 1) -> (n, A), scaled
+    reward."""
     paid = trade_reward(position, after, agent.costs, agent.config["penalty"] * w_cost)
     return afterstate_values(agent, latents, after, w_cost) + agent.reward_scale * paid
 
 
 @torch.no_grad()
-def act(agent: Agent, latents, position, w_cost, policy: str | None = None):
+def act(agent, latents, position, w_cost, policy: str | None = None):
     """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1); policy: if not the agent's own."""
     if (policy or agent.config["policy"]) == "actor":
         return agent.actor(latents, position, w_cost)[0].tanh()
@@ -1056,101 +1122,116 @@ def act(agent: Agent, latents, position, w_cost, policy: str | None = None):
     return agent.grid[q.argmax(1)]
 
 
-def target_path(agent: Agent, latents, ret: np.ndarray, w_cost: float, policy: str) -> np.ndarray:
-    """Deterministic exposures along consecutive rows, flat before the first: (n, width), (n,) -> (n,) float64."""
-    w = torch.full((len(latents), 1), w_cost, device=latents.device)
+def target_path(agent, latents, ret, w_cost, policy):
+    """Deterministic exposures (n,) float64 along consecutive rows, flat before the first."""
     if policy == "critic_grid":
-        value = grid_values(agent, latents, w).double().cpu().numpy()
+        value = grid_values(agent, latents, w_cost).double().cpu().numpy()
         grid, scale = agent.grid.double().cpu().numpy(), float(agent.reward_scale)
-        penalty = agent.config["penalty"] * w_cost
+        penalty = agent.config["penalty"] * float(w_cost[0])
         return greedy_walk_nb(value, grid, scale, penalty, ret, agent.costs)
     target, position = np.empty(len(ret)), 0.0
     for t in range(len(ret)):
         held = torch.full((1, 1), position, device=latents.device)
-        target[t] = float(act(agent, latents[t : t + 1], held, w[:1], "actor"))
+        target[t] = act(agent, latents[t : t + 1], held, w_cost[t : t + 1], "actor")
         _, position = trade_nb(position, target[t], ret[t], agent.costs)
     return target
 
 
-@functools.lru_cache(1)
-def series_of(market: Market, costs: tuple) -> Series:
-    """The market as scoring sees it; the ridge policy may use (last bar's technical columns) x (1, HMM columns)."""
+def series_of(market, costs, x=None):
+    """The market as scoring sees it; x: columns of the ridge policy."""
+    known, own_walk = market.bars.truth is not None, functools.partial(walk, market, costs)
+    return Series(x, market.ret, market.rows, own_walk, known)
+
+
+def ridge_columns(market):
+    """The last bar's columns, and technical ones times HMM ones: (T, K) float64."""
     table = market.table.astype(np.float64)
     tech, hmm = table[:, : market.n_tech], table[:, market.n_tech :]
-    x = np.concatenate([table, *(tech * hmm[:, [k]] for k in range(HMM_COLUMNS))], 1)
-    own_walk = functools.partial(walk, market, costs)
-    return Series(x, market.ret, market.rows, own_walk, market.bars.truth is not None)
+    return np.concatenate([table, *(tech * hmm[:, [k]] for k in range(HMM_COLUMNS))], 1)
 
 
-def walk(market: Market, costs: tuple, target: np.ndarray, start: int, stop: int) -> tuple:
+def walk(market, costs, target, start, stop):
     """walk_nb along rows [start, stop)."""
     return walk_nb(target, market.ret[start:stop], market.expected[start:stop], costs)
 
 
 @functools.lru_cache(8)
-def fixed_paths(market: Market, costs: tuple, start: int, stop: int) -> dict:
+def fixed_paths(market, costs, start, stop):
     """Exposures (n,) on rows [start, stop) of those beside the agent who do not depend on it."""
     n, truth = stop - start, market.bars.truth
     constant = best_constant(series_of(market, costs), LEVELS)
-    paths = {"flat": np.zeros(n), "buy_and_hold": np.ones(n), "best_constant": np.full(n, constant)}
+    paths = {
+        "flat": np.zeros(n),
+        "buy_and_hold": np.ones(n),
+        "best_constant": np.full(n, constant),
+    }
     if truth:
         cost, funding, _ = costs
         paths["optimum"] = markets.optimum_path(truth, cost, start, stop, funding=funding)
     return paths
 
 
-def evaluate(
-    agent: Agent, contexts: Contexts, split: str, args: Args, seconds: float = math.inf,
-    policies: tuple = POLICIES,
-) -> tuple[dict, dict]:
-    """Deterministic walk over a split's rows, flat before the first, and the baselines on the same bars.
+def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
+    """Deterministic walk over a split's rows, flat before the first, and the baselines on the same
+    bars.
 
-    Returns {policy: metrics, "agent": the acting policy's, "baselines", "rows", "partial"}, and the columns of a trace.
+    Returns {policy: metrics, "agent": the acting policy's, "baselines", "rows", "partial"}, and the
+    columns of a trace.
     """
     market, costs, acting = contexts.market, agent.costs, agent.config["policy"]
     bars, truth = market.bars, market.bars.truth
     until = time.monotonic() + 0.4 * seconds  # what follows takes longer than the latents
-    rows = torch.arange(*contexts.rows[split], device=contexts.device)
+    start, last = contexts.rows[split]
+    rows = torch.arange(start, last, device=contexts.device)
     latents = latents_of(agent, contexts, rows, until)
-    start = contexts.rows[split][0]
     stop = start + len(latents)
+    w_cost = torch.full((len(latents), 1), args.eval_w_cost, device=contexts.device)
     paths = {}
     for policy in policies:
         if policy == acting or time.monotonic() < until:
-            ret = market.ret[start:stop]
-            paths[policy] = target_path(agent, latents, ret, args.eval_w_cost, policy)
+            paths[policy] = target_path(
+                agent, latents, market.ret[start:stop], w_cost, policy
+            )
     turnover = walk(market, costs, paths[acting], start, stop)[2].mean()
     paths |= fixed_paths(market, costs, start, stop)
     paths["random_same_turnover"] = random_path(stop - start, turnover, args.seed)
 
-    columns = {
-        "timestamp": utc_times(bars.timestamp), "close": bars.close, "next_return": market.ret}
+    table = {
+        "timestamp": utc_times(bars.timestamp),
+        "close": bars.close,
+        "next_return": market.ret,
+    }
     if truth:
-        columns |= {"expected": market.expected, "signal": truth.signal, "regime": truth.regime}
-    columns = {name: values[start:stop] for name, values in columns.items()}
-    metrics = {}
+        table |= {
+            "expected": market.expected,
+            "signal": truth.signal,
+            "regime": truth.regime,
+        }
+    columns, everyone = {name: values[start:stop] for name, values in table.items()}, {}
     for name, target in paths.items():
         walked = walk(market, costs, target, start, stop)
-        metrics[name], equity = path_metrics(*walked, bars.bars_per_year)
+        everyone[name], equity = path_metrics(*walked, bars.bars_per_year)
         who = "" if name == acting else f"_{name}"
         columns |= {f"position{who}": target, f"equity{who}": equity}
-    w_cost = torch.full((len(latents), 1), args.eval_w_cost, device=contexts.device)
     q = grid_values(agent, latents, w_cost)
     columns["q_spread"] = (q.amax(1) - q.amin(1)).cpu().numpy()
 
-    out = {name: metrics.pop(name) for name in POLICIES if name in metrics}
+    whole = [start, stop] == list(market.rows[split]) and set(policies) <= set(paths)
+    out = {"rows": [start, stop], "partial": not whole, "baselines": everyone}
+    out |= {name: everyone.pop(name) for name in policies if name in paths}
+    out["agent"] = out[acting]
     if truth:
-        best = metrics["optimum"]["mean_expected_bps"]
-        for own in out.values():
-            own["score"] = own["mean_expected_bps"] / best if best >= 0.05 else None
-    partial = (start, stop) != tuple(market.rows[split]) or not set(policies) <= set(paths)
-    more = {"baselines": metrics, "rows": [start, stop], "partial": partial}
-    return out | {"agent": dict(out[acting])} | more, columns
+        best = everyone["optimum"]["mean_expected_bps"]
+        for name in set(policies) & set(paths):
+            expected = out[name]["mean_expected_bps"]
+            out[name]["score"] = expected / best if best >= 0.05 else None
+    return out, columns
 
 
 @torch.no_grad()
-def diagnose(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 256) -> dict:
-    """What the deterministic policy depends on, on n rows of a split (the same rows at every call), by metric."""
+def diagnose(agent, contexts, split="eval", n=256):
+    """What the deterministic policy depends on, on n rows of a split (the same rows at every
+    call), by metric."""
     rng, device = np.random.default_rng(0), contexts.device
     rows = np.sort(rng.choice(np.arange(*contexts.rows[split]), n))
     drawn = rows, rng.permutation(n), rng.uniform(-1, 1, (n, 1)), rng.uniform(0, 1, (n, 1))
@@ -1161,22 +1242,25 @@ def diagnose(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 256
     with contexts.autocast():
         latents, other_tech = agent.extractor(z, hmm), agent.extractor(z[mix], hmm)
         other_hmm = agent.extractor(z, hmm[mix])
+    there = latents, position, w_cost
 
-    greedy = act(agent, latents, position, w_cost)
-    zero = torch.zeros_like(position)  # of position and w_cost: the market alone varies
-    fixed = torch.stack([act(agent, latents, zero + p, zero) for p in (-1.0, 0.0, 1.0)])
+    greedy = act(agent, *there)
+    flat = torch.zeros_like(position)  # the market alone varies
+    fixed = torch.stack([act(agent, latents, flat + p, flat) for p in (-1.0, 0.0, 1.0)])
     shuffled = {
-        "technical": act(agent, other_tech, position, w_cost),
-        "hmm": act(agent, other_hmm, position, w_cost),
-        "position": act(agent, latents, position[mix], w_cost),
-        "w_cost": act(agent, latents, position, w_cost[mix]),
+        "technical": (other_tech, position, w_cost),
+        "hmm": (other_hmm, position, w_cost),
+        "position": (latents, position[mix], w_cost),
+        "w_cost": (latents, position, w_cost[mix]),
     }
 
-    noise = torch.randn(n, generator=torch.Generator(device.type).manual_seed(0), device=device)
-    sampled, log_prob, std = sample_action(agent.actor, latents, position, w_cost, noise)
-    q = action_values(agent, latents, position, w_cost, agent.grid.expand(n, -1))  # (n, A)
-    both = torch.stack([greedy, sampled], 1)
-    q_both = action_values(agent, latents, position, w_cost, both)  # (n, 2)
+    noise = torch.randn(
+        n, generator=torch.Generator(device.type).manual_seed(0), device=device
+    )
+    sampled, log_prob, std = sample_action(agent.actor, *there, noise)
+    q = action_values(agent, *there, agent.grid.expand(n, -1))  # (n, A)
+    q_greedy = action_values(agent, *there, greedy[:, None])
+    q_sampled = action_values(agent, *there, sampled[:, None])
     fused = agent.critic.fusion(latents, greedy[:, None], w_cost)[:, 0]
     quantiles = torch.stack([net(fused) for net in agent.critic.nets])  # (C, n, N)
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
@@ -1185,12 +1269,14 @@ def diagnose(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 256
         "policy/state_dependence": fixed.std(1).mean(),
         "policy/action_mean": greedy.mean(),
         "policy/saturation": (greedy.abs() > 0.98).float().mean(),
-        "policy/greedy_gap": (q_both[:, 0] - q_both[:, 1]).mean(),
+        "policy/greedy_gap": (q_greedy - q_sampled).mean(),
         "policy/greedy_over_sampled": greedy.std() / sampled.std().clamp_min(1e-6),
         "policy/entropy": entropy,
         "policy/alpha": alpha,
         "policy/sigma": std.mean(),
-        "policy/entropy_rms": alpha * agent.config["gamma"] * (log_prob**2).mean().sqrt(),
+        "policy/entropy_rms": alpha
+        * agent.config["gamma"]
+        * log_prob.square().mean().sqrt(),
         "policy/log_std_mean": agent.actor.log_std.mean(),
         "policy/dead_units": (agent.critic.nets[0][:2](fused) <= 0).all(0).float().mean(),
         "value/q_mean": q.mean(),
@@ -1199,15 +1285,16 @@ def diagnose(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 256
         "value/alpha_entropy": alpha * entropy.abs(),
         "env/clipped_rewards": (full_reward > REWARD_CLIP).float().mean(),
     }
-    for name, exposure in shuffled.items():
-        found[f"policy/attribution_{name}"] = (exposure - greedy).abs().mean()
+    for name, other in shuffled.items():
+        found[f"policy/attribution_{name}"] = (act(agent, *other) - greedy).abs().mean()
     return {name: float(x) for name, x in found.items()}
 
 
-def alarms(found: dict, samples_per_transition: float) -> dict[str, bool]:
+def alarms(found, samples_per_transition: float):
     """What comes before a collapse. found: diagnose()'s."""
     return {
-        "alarm/q_spread_over_alpha": found["value/q_action_spread"] < 2 * found["policy/alpha"],
+        "alarm/q_spread_over_alpha": found["value/q_action_spread"]
+        < 2 * found["policy/alpha"],
         "alarm/entropy_over_reward": found["policy/entropy_rms"] > 1.0,
         "alarm/samples_per_transition": samples_per_transition < 2,
         "alarm/sigma": found["policy/sigma"] > 0.9,
@@ -1216,30 +1303,38 @@ def alarms(found: dict, samples_per_transition: float) -> dict[str, bool]:
     }
 
 
-def overestimation(agent: Agent, contexts: Contexts, split: str = "eval", n: int = 2048) -> float:
-    """Mean of (predicted - realised) discounted value along the acting policy's path, scaled reward a decision."""
-    gamma, start = agent.config["gamma"], contexts.rows[split][0]
-    stop = min(start + n, contexts.rows[split][1])
-    latents = latents_of(agent, contexts, torch.arange(start, stop, device=contexts.device))
-    ret = contexts.market.ret[start:stop]
-    target = target_path(agent, latents, ret, 0.0, agent.config["policy"])
-    after = torch.from_numpy(target).float().to(contexts.device)[:, None]
-    value = afterstate_values(agent, latents, after, torch.zeros_like(after))[:, 0].cpu().numpy()
-    reward = walk(contexts.market, agent.costs, target, start, stop)[0]
-    growth = np.log(np.maximum(1 + target * (ret - agent.costs[1]), RUIN))
-    realised, tail = np.empty(len(ret)), 0.0  # of what follows the trade, as the critic's values
+def overestimation(agent, contexts, split="eval", n=2048):
+    """Mean of (predicted - realised) discounted value along the acting policy's path, scaled
+    reward.
+
+    Of what follows the trade: the cost of the trade itself is not predicted.
+    """
+    start, stop = contexts.rows[split]
+    rows = torch.arange(start, min(start + n, stop), device=contexts.device)
+    latents = latents_of(agent, contexts, rows)
+    ret = contexts.market.ret[start : start + len(rows)]
+    w_cost = torch.zeros(len(rows), 1, device=contexts.device)
+    target = target_path(agent, latents, ret, w_cost, agent.config["policy"])
+    after = torch.from_numpy(target[:, None]).float().to(contexts.device)
+    value = afterstate_values(agent, latents, after, w_cost)[:, 0].cpu().numpy()
+    reward = walk(contexts.market, agent.costs, target, start, start + len(rows))[0]
+    realised = np.log(np.maximum(1 + target * (ret - agent.costs[1]), RUIN))
+    gamma, tail = agent.config["gamma"], 0.0
     for t in reversed(range(len(ret))):
-        realised[t] = growth[t] + gamma * tail
+        realised[t] += gamma * tail
         tail = reward[t] + gamma * tail
-    known = max(len(ret) - int(5 / (1 - gamma)), 1)  # the last ones see too little of their future
+    known = max(
+        len(ret) - int(5 / (1 - gamma)), 1
+    )  # the last ones see too little of their future
     return float((value - float(agent.reward_scale) * realised)[:known].mean())
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
-    """policy(obs) -> actions (B, 1) float32 from a checkpoint file alone: the policy that evaluation reports.
+    """policy(obs) -> actions (B, 1) float32 from a checkpoint file alone: the policy that
+    evaluation reports.
 
-    obs: the environment's own batch, NumPy: market (B, window, columns), position (B, 1), w_cost (B, 1).
-    Raises CheckpointError (one line).
+    obs: the environment's own batch, NumPy: market (B, window, columns), position (B, 1), w_cost
+    (B, 1). Raises CheckpointError (one line).
     """
     state = load_run(checkpoint, Path(__file__), SCHEMA, device)
     config = state["config"]
@@ -1249,7 +1344,7 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     agent.load_state_dict(state["agent"])
 
     @torch.no_grad()
-    def policy(obs: dict) -> np.ndarray:
+    def policy(obs: dict):
         shown = (np.asarray(obs[k], np.float32) for k in ("market", "position", "w_cost"))
         market, position, w_cost = (torch.as_tensor(x, device=device) for x in shown)
         tech, hmm = market[..., : config["columns"]], market[:, -1, config["columns"] :]
@@ -1259,12 +1354,12 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     return policy
 
 
-# --------------------------------------------------------------------------------------- encoder: load, pre-train
-def build_encoder(config: dict) -> CryptoMAE:
+# ------------------------------------------------------------------------- encoder: load, pre-train
+def build_encoder(config):
     return CryptoMAE(*(config[k] for k in ("columns", "window", "d_model", "recency")))
 
 
-def check_dimensions(path, found: dict, expected: dict):
+def check_dimensions(path, found, expected):
     """Every dimension of the encoder that disagrees with the flags stands in one error line."""
     names = ("columns", "window", "d_model", "n_heads", "n_layers")
     pairs = [(name, found.get(name), expected[name]) for name in names]
@@ -1273,38 +1368,45 @@ def check_dimensions(path, found: dict, expected: dict):
         raise CheckpointError(f"{path} does not fit the flags and data: {'; '.join(wrong)}")
 
 
-def load_encoder(path: str, config: dict, market: Market) -> dict:
-    """Weights of another run's encoder.pt, with this run's recency gain; config["trained_until"] is taken over. It must
-    read the same columns, and have been trained on none of the bars that this run is judged on."""
+def load_encoder(path: str, config, market):
+    """Weights of another run's encoder.pt, with this run's recency gain; config["trained_until"]
+    is taken over. It must read the same columns, and have been trained on none of the bars that
+    this run is judged on."""
+    if path is None:
+        return None
     state = load_checkpoint(path)
     if set(state) != {"config", "encoder", "columns"}:
         found = ", ".join(sorted(state)[:6])
-        raise CheckpointError(f"--encoder {path}: not an encoder.pt but a file with {found}")
+        raise CheckpointError(f"--encoder {path}: no encoder.pt but a file with {found}")
     check_dimensions(path, state["config"], config)
     there, here = state["columns"], market.features.columns
     other = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
     until = state["config"]["trained_until"]
     judged = iso(market.bars.timestamp[market.rows["eval"][0]])
+    way_out = "give a later --split, or pre-train without --encoder"
+    seen = f"bars until {until}, this run's eval rows begin at {judged}: {way_out}"
     refuse(
         (other, f"--encoder {path} was trained on other columns: {'; '.join(other[:3])}"),
-        (until >= judged,
-         f"--encoder {path} was trained on bars until {until}, this run's eval rows begin at "
-         f"{judged}: give a later --split, or pre-train without --encoder"))
+        (until >= judged, f"--encoder {path} was trained on {seen}"),
+    )
     config["trained_until"] = until
     own_gain = build_encoder(config).gain  # a flag of this run, not a finding of that one
     return state["encoder"] | {"gain": own_gain}
 
 
-def pretrain(contexts: Contexts, run: Run, loop: "Loop"):
+def pretrain(contexts, run, loop):
     """Masked reconstruction on windows that end in train rows, then the context's statistics."""
-    encoder, rows, steps = contexts.encoder, contexts.market.rows["train"], run.args.mae_steps
-    rate, weights = MAE_LEARNING_RATE, encoder.parameters()
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
+    encoder, steps = contexts.encoder, run.args.mae_steps
+    rows = contexts.market.rows["train"]
+    optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=1e-2, fused=True)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimizer, MAE_LEARNING_RATE, total_steps=steps + 1)
     until = time.monotonic() + PRETRAIN_SHARE * run.guard.remaining()
     while loop.mae_steps < steps and not run.out_of_time():
         if time.monotonic() > until:
-            print(f"pre-training cut to {loop.mae_steps} of {steps} steps: learning needs time too")
+            print(
+                f"pre-training cut to {loop.mae_steps} of {steps} steps: learning needs time too"
+            )
             break
         x = contexts.windows(torch.randint(*rows, (MAE_BATCH,), device=contexts.device))
         mask = torch.rand(x.shape[:2], device=x.device) < MASKED
@@ -1324,7 +1426,7 @@ def pretrain(contexts: Contexts, run: Run, loop: "Loop"):
     encoder.std.copy_(z.std(0) + 1e-6)
 
 
-# -------------------------------------------------------------------------------------------- set-up of a run
+# ---------------------------------------------------------------------------------- set-up of a run
 @dataclass
 class Loop:
     """Plain counters of the loop; a resumed run gets them back."""
@@ -1335,43 +1437,56 @@ class Loop:
     explored: int = 0  # vector steps in which the actor acted
     evaluated: int = 0  # updates at the last evaluation
     stale: int = 0  # evaluations since the best one
-    recent: list = field(default_factory=list)  # the last three evaluations of trained agents
+    recent: list = field(
+        default_factory=list
+    )  # the last three evaluations of trained agents
     rows: dict = field(default_factory=dict)  # split -> rows that were encoded
     mae_steps: int = 0
 
 
-def open_market(run: Run) -> Market:
+def open_market(run) -> Market:
     """Bars and columns, said aloud; a checkpoint keeps its own fits."""
     a = run.args
     fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
     seconds = FIT_SHARE * run.guard.remaining()
     market = load_market(
-        a.data, a.split, a.window, a.fill_limit, a.seed, a.hmm, fitted, seconds)
-    print(f"{a.data}: {len(market.ret)} bars, {market.n_tech} technical + {HMM_COLUMNS} HMM columns")
+        a.data, a.split, a.window, a.fill_limit, a.seed, a.hmm, fitted, seconds
+    )
+    print(
+        f"{a.data}: {len(market.ret)} bars, {market.n_tech} technical + {HMM_COLUMNS} HMM columns"
+    )
     for split, (start, stop) in market.rows.items():
         print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
     print_facts(market.bars)
     return market
 
 
-def agent_config(run: Run, market: Market) -> dict:
+def agent_config(run, market):
     """Plain values that rebuild encoder and agent from a checkpoint alone."""
     a = run.args
     network = {name: getattr(a, name) for name in NETWORK_FLAGS.split()} | {
-        "columns": market.n_tech, "n_heads": HEADS, "n_layers": LAYERS,
-        "alpha": parse_ent_coef(a.ent_coef)[1], "trained_until": market.features.train_dates[1]}
+        "columns": market.n_tech,
+        "n_heads": HEADS,
+        "n_layers": LAYERS,
+        "alpha": parse_ent_coef(a.ent_coef)[1],
+        "trained_until": market.features.train_dates[1],
+    }
     costs = {
-        "cost": (a.fee_bps + a.slippage_bps) * BP, "funding": a.funding_bps * BP,
-        "drift": a.position_mode == "drift", "penalty": a.turnover_penalty_bps * BP,
-        "policy": a.policy}
+        "cost": (a.fee_bps + a.slippage_bps) * BP,
+        "funding": a.funding_bps * BP,
+        "drift": a.position_mode == "drift",
+        "penalty": a.turnover_penalty_bps * BP,
+        "policy": a.policy,
+    }
     if run.state:  # as it is, at the costs and by the policy that are asked for
         check_dimensions(run.source, run.state["config"], network)
         network = run.state["config"]
     return network | costs
 
 
-def open_contexts(run: Run, market: Market, config: dict) -> Contexts:
-    """The market on the device, its embedding in the precision that the hardware has, kept if it fits into memory."""
+def open_contexts(run, market, config):
+    """The market on the device, its embedding in the precision that the hardware has, kept if it
+    fits into memory."""
     import psutil
 
     args, device = run.args, run.device
@@ -1382,21 +1497,23 @@ def open_contexts(run: Run, market: Market, config: dict) -> Contexts:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
     keep = need < 0.5 * free
-    sizes = f"{need / 2**20:.0f} MiB in {dtype}, {free / 2**20:.0f} MiB free"
+    sizes = f"{need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
     print(f"embedding cache {'on' if keep else 'off'}: {sizes}")
     return Contexts(build_encoder(config).to(device), market, device, dtype, keep)
 
 
-def has_bf16(device: torch.device) -> bool:
+def has_bf16(device):
     """bf16 matrix instructions; without them bf16 is emulated and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private: absent means float32
+    # private names: absent means float32
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in probes)
 
 
-def freeze_contexts(contexts: Contexts, borrowed: dict | None, config: dict, run: Run, loop: Loop):
-    """Encoder from the checkpoint, from --encoder or pre-trained, then frozen; every row's context computed once."""
+def freeze_contexts(contexts, borrowed: dict | None, config, run, loop):
+    """Encoder from the checkpoint, from --encoder or pre-trained, then frozen; every row's
+    context computed once."""
     encoder, market = contexts.encoder, contexts.market
     run.phase("pretrain")
     if run.state:
@@ -1408,7 +1525,9 @@ def freeze_contexts(contexts: Contexts, borrowed: dict | None, config: dict, run
     encoder.eval().requires_grad_(False)
     state = {k: v.cpu() for k, v in encoder.state_dict().items()}
     columns = list(market.features.columns)
-    save_atomic({"config": config, "encoder": state, "columns": columns}, run.dir / "encoder.pt")
+    save_atomic(
+        {"config": config, "encoder": state, "columns": columns}, run.dir / "encoder.pt"
+    )
 
     run.phase("cache")
     splits, seconds = market.rows, CACHE_SHARE * run.guard.remaining()
@@ -1421,20 +1540,22 @@ def freeze_contexts(contexts: Contexts, borrowed: dict | None, config: dict, run
             print(f"{split}: only the last {stop - first} of {whole} bars (time)")
 
 
-def make_optimizers(agent: Agent, args: Args) -> tuple:
-    """Of extractor and critic, actor, and log alpha. learning_rate_share() of "rate" is what the first two step by."""
+def make_optimizers(agent, args):
+    """By name. "rate" times learning_rate_share() is what the first two step by."""
     film, market = agent.extractor.film, agent.extractor.market
     fusion = {"params": [market.weight], "weight_decay": args.weight_decay}
     groups = [
         fusion | {"rate": args.learning_rate_fusion},
-        {"params": list(film.parameters()) if film else [], "rate": args.learning_rate_film},
-        {"params": [market.bias, *agent.critic.parameters()], "rate": args.learning_rate}]
+        {"params": film.parameters(), "rate": args.learning_rate_film},
+        {"params": [market.bias, *agent.critic.parameters()], "rate": args.learning_rate},
+    ]
     actor = [{"params": agent.actor.parameters(), "rate": args.learning_rate}]
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-    return adamw(groups), adamw(actor), torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr)
+    alpha = torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr)
+    return {"q_optimizer": adamw(groups), "actor_optimizer": adamw(actor), "alpha_optimizer": alpha}
 
 
-def compile_parts(agent: Agent, args: Args):
+def compile_parts(agent, args):
     """Networks in place; returns the critic's loss."""
     if not args.compile:
         return quantile_huber_loss
@@ -1444,7 +1565,7 @@ def compile_parts(agent: Agent, args: Args):
     return torch.compile(quantile_huber_loss, **how)
 
 
-def last_step(args: Args) -> float:
+def last_step(args):
     """Transitions at which training ends; time given is time used."""
     if args.eval_only:
         return 0
@@ -1453,8 +1574,9 @@ def last_step(args: Args) -> float:
     return math.inf if args.timeout else SCHEDULE
 
 
-def judge(agent: Agent, contexts: Contexts, run: Run, loop: Loop):
-    """Evaluate on the eval split, log, keep the best agent, and count evaluations without a better one."""
+def judge(agent, contexts, run, loop):
+    """Evaluate on the eval split, log, keep the best agent, and count evaluations without a
+    better one."""
     market, acting = contexts.market, (agent.config["policy"],)
     result, _ = evaluate(agent, contexts, "eval", run.args, run.eval_limit(), acting)
     found, metrics = diagnose(agent, contexts), result["agent"]
@@ -1475,10 +1597,12 @@ def judge(agent: Agent, contexts: Contexts, run: Run, loop: Loop):
         f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates"
         f"  eval {'' if share is None else f'score {share:+.3f}  '}{score:+.2f} bp"
         f"  turnover {metrics['turnover']:.3f}"
-        f"  state_dependence {found['policy/state_dependence']:.2f}  {' '.join(raised)}", flush=True)
+        f"  state_dependence {found['policy/state_dependence']:.2f}  {' '.join(raised)}",
+        flush=True,
+    )
 
 
-def look_first(averaged: Agent, contexts: Contexts, run: Run, loop: Loop):
+def look_first(averaged, contexts, run, loop):
     """An evaluation before the loop, also so that it is known how long one takes."""
     run.phase("eval")
     if run.resumed:
@@ -1487,8 +1611,9 @@ def look_first(averaged: Agent, contexts: Contexts, run: Run, loop: Loop):
         judge(averaged, contexts, run, loop)
 
 
-def look_last(averaged: Agent, contexts: Contexts, run: Run, loop: Loop):
-    """Say why training ended and, unless a signal ended it, evaluate what it ended with: that may be the best."""
+def look_last(averaged, contexts, run, loop):
+    """Say why training ended and, unless a signal ended it, evaluate what it ended with: that
+    may be the best."""
     if run.args.eval_only:
         return
     why = "all of them"
@@ -1504,53 +1629,62 @@ def look_last(averaged: Agent, contexts: Contexts, run: Run, loop: Loop):
         judge(averaged, contexts, run, loop)
 
 
-def evaluate_splits(agent: Agent, contexts: Contexts, run: Run) -> dict:
+def evaluate_splits(agent, contexts, run):
     """The agent beside the baselines on every split, and traces/{split}.parquet."""
     results, folder = {}, run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
-        results[split], columns = evaluate(agent, contexts, split, run.args, run.eval_limit(0.3))
+        results[split], columns = evaluate(
+            agent, contexts, split, run.args, run.eval_limit(0.3)
+        )
         if results[split]["partial"]:
             print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
     return {split: results[split] for split in ("train", "eval", "test")}
 
 
-def audit_of(agent: Agent, contexts: Contexts, run: Run, loop: Loop, results: dict) -> dict:
-    """diagnose(), overestimation, the ridge policy's edge and the verdict; logs what the loop did not."""
-    found = diagnose(agent, contexts) | {"value/overestimation": overestimation(agent, contexts)}
-    audit = {name.split("/")[1]: x for name, x in found.items()}
-    names = ("technical", "hmm", "position", "w_cost")
-    audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
-    edge, error = ridge_edge([series_of(contexts.market, agent.costs)], LEVELS)
-    audit |= {"ridge_edge_bps": edge, "ridge_edge_se_bps": error}
-    result, rows = results["eval"]["agent"], int(np.ptp(results["eval"]["rows"]))
-    audit["verdict"], audit["reasons"] = verdict(audit, result, loop.updates, rows)
-    record = {"value/overestimation": audit["overestimation"]}
+def audit_of(agent, contexts, run, loop, results):
+    """diagnose(), overestimation, the ridge policy's edge and the verdict; logs what the loop
+    did not."""
+    record = {"value/overestimation": overestimation(agent, contexts)}
+    audit, found = {"attribution": {}}, diagnose(agent, contexts) | record
+    for name, x in found.items():
+        _, _, attribution = name.partition("attribution_")
+        if attribution:
+            audit["attribution"][attribution] = x
+        else:
+            audit[name.split("/")[1]] = x
+    market = contexts.market
+    edges = ridge_edge([series_of(market, agent.costs, ridge_columns(market))], LEVELS)
+    audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = edges
+    result = results["eval"]
+    rows = int(np.ptp(result["rows"]))
+    audit["verdict"], audit["reasons"] = verdict(audit, result["agent"], loop.updates, rows)
     for split in ("train", "test"):
         record |= {f"eval/{split}/{name}": x for name, x in results[split]["agent"].items()}
     run.log(record, loop)
     return audit
 
 
-# ------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 @experiment
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None):
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
     run, loop = Run(Args, argv, SCHEMA, evaluations=8), Loop()
     args, device = run.args, run.device
     refuse((args.cudagraphs and device.type != "cuda", "--cudagraphs: no CUDA device"))
     market = open_market(run)
     config = agent_config(run, market)
-    borrowed = load_encoder(args.encoder, config, market) if args.encoder and not run.state else None
+    borrowed = None if run.state else load_encoder(args.encoder, config, market)
     run.open("+".join(market.bars.names).replace(":", "-"), market.identity())
     contexts = open_contexts(run, market, config)
     freeze_contexts(contexts, borrowed, config, run, loop)
 
     run.phase("setup")
-    agent, averaged = Agent(config).to(device), Agent(config).to(device).requires_grad_(False)
-    averaged.load_state_dict(agent.state_dict())
-    q_optimizer, actor_optimizer, alpha_optimizer = make_optimizers(agent, args)
+    agent, averaged = Agent(config).to(device), Agent(config).to(device)
+    averaged.requires_grad_(False).load_state_dict(agent.state_dict())
+    optimizers = make_optimizers(agent, args)
+    q_optimizer, actor_optimizer, alpha_optimizer = optimizers.values()
     q_parameters = [*agent.extractor.parameters(), *agent.critic.parameters()]
     rb, noise = Replay(BUFFER, args.num_envs, device), nn.Module()
     noise.register_buffer("matrix", torch.zeros(args.num_envs, args.hidden, device=device))
@@ -1560,10 +1694,8 @@ def main(argv: list[str] | None = None) -> dict:
     envs.w_max = float(not args.w_cost_curriculum)
     envs.reset(seed=args.seed)
     policy = dict(encoder=contexts.encoder, agent=averaged, features=market.features)
-    loop = run.restore(
-        loop, config, policy, learner=agent, q_optimizer=q_optimizer,
-        actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer, envs=envs, rb=rb,
-        noise=noise)
+    parts = dict(learner=agent, envs=envs, rb=rb, noise=noise, **optimizers)
+    loop = run.restore(loop, config, policy, **parts)
     critic_loss = compile_parts(agent, args)
     look_ahead = greedy_next if args.policy == "critic_grid" else sampled_next
     limit, patience = last_step(args), args.patience or math.inf
@@ -1599,23 +1731,36 @@ def main(argv: list[str] | None = None) -> dict:
                     group["lr"] = group["rate"] * share
                 if args.cudagraphs:
                     torch.compiler.cudagraph_mark_step_begin()
-                batch = rb.sample(args.batch_size, args.segment, args.counterfactuals, envs.stop)
+                batch = rb.sample(
+                    args.batch_size, args.segment, args.counterfactuals, envs.stop
+                )
                 ret = contexts.ret[batch.rows[:, :-1].flatten()][:, None]  # (B, 1)
 
                 # critic: quantiles of holding each exposure; the cost of getting there is exact
                 with contexts.autocast():
-                    latents, next_latents = encode_stretches(agent.extractor, contexts, batch.rows)
+                    latents, next_latents = encode_stretches(
+                        agent.extractor, contexts, batch.rows
+                    )
                     with torch.no_grad():
                         growth = bar_growth(batch.after, ret, config["funding"])  # (B, K)
                         reward = (scale * growth.log()).clamp(-REWARD_CLIP, REWARD_CLIP)
                         done = (growth <= LOST).float()
                         held = next_position(batch.after, ret, agent.costs)
                         next_quantiles, next_log_prob = look_ahead(
-                            agent, next_latents, held, batch.w_cost, scale)
+                            agent, next_latents, held, batch.w_cost, scale
+                        )
                         target = tqc_target(
-                            next_quantiles, reward.flatten(), done.flatten(), args.gamma,
-                            agent.alpha, next_log_prob, args.top_quantiles_to_drop_per_net)
-                    quantiles = agent.critic(latents, batch.after, batch.w_cost)  # (B, K, C, N)
+                            next_quantiles,
+                            reward.flatten(),
+                            done.flatten(),
+                            args.gamma,
+                            agent.alpha,
+                            next_log_prob,
+                            args.top_quantiles_to_drop_per_net,
+                        )
+                    quantiles = agent.critic(
+                        latents, batch.after, batch.w_cost
+                    )  # (B, K, C, N)
                     qf_loss = critic_loss(quantiles.flatten(0, 1), target)
                 q_optimizer.zero_grad()
                 qf_loss.backward()
@@ -1627,7 +1772,8 @@ def main(argv: list[str] | None = None) -> dict:
                 with contexts.autocast():
                     latents, penalty = latents.detach(), config["penalty"] * batch.w_cost
                     pi, log_prob, _ = sample_action(
-                        agent.actor, latents, batch.position, batch.w_cost)
+                        agent.actor, latents, batch.position, batch.w_cost
+                    )
                     pi = pi[:, None]  # (B, 1)
                     paid = scale * trade_reward(batch.position, pi, agent.costs, penalty)
                     q = agent.critic(latents, pi, batch.w_cost).mean((2, 3)) + paid
@@ -1655,14 +1801,26 @@ def main(argv: list[str] | None = None) -> dict:
         if loop.updates and run.every(args.eval_interval, loop.global_step):
             if not qf_loss.isfinite():
                 flags = "--learning-rate or --learning-rate-fusion"
-                raise CheckFailed(f"critic not finite after {loop.updates} updates: lower {flags}")
+                raise CheckFailed(
+                    f"critic not finite after {loop.updates} updates: lower {flags}"
+                )
             change = (action - position).abs().mean()
-            run.log(envs.charts() | run.charts(loop, loop.samples) | {
-                "losses/qf_loss": qf_loss.detach(), "losses/actor_loss": actor_loss.detach(),
-                "losses/grad_norm": grad_norm, "losses/target_mean": target.mean(),
-                "env/reward_std": reward.std(), "env/turnover": change,
-                "env/costs": change * config["cost"] / BP, "env/exposure": action.mean(),
-                "charts/learning_rate": args.learning_rate * share}, loop)
+            run.log(
+                envs.charts()
+                | run.charts(loop, loop.samples)
+                | {
+                    "losses/qf_loss": qf_loss.detach(),
+                    "losses/actor_loss": actor_loss.detach(),
+                    "losses/grad_norm": grad_norm,
+                    "losses/target_mean": target.mean(),
+                    "env/reward_std": reward.std(),
+                    "env/turnover": change,
+                    "env/costs": change * config["cost"] / BP,
+                    "env/exposure": action.mean(),
+                    "charts/learning_rate": args.learning_rate * share,
+                },
+                loop,
+            )
             run.phase("eval")
             judge(averaged, contexts, run, loop)
         run.checkpoint(loop)
@@ -1673,11 +1831,21 @@ def main(argv: list[str] | None = None) -> dict:
     results = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results)
     cache, samples = contexts.cache, loop.samples / max(loop.global_step, 1)
-    device = {"precision": str(contexts.dtype), "embedding_cache_bytes": 0 if cache is None else cache.nbytes}
+    device = {
+        "precision": contexts.precision,
+        "embedding_cache_bytes": 0 if cache is None else cache.nbytes,
+    }
     return run.finish(
-        loop, results, audit, TABLE.split(), selected_by=market.judged_by, device=device,
-        mae_steps=loop.mae_steps, samples_per_transition=samples,
-        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts)})
+        loop,
+        results,
+        audit,
+        TABLE.split(),
+        selected_by=market.judged_by,
+        device=device,
+        mae_steps=loop.mae_steps,
+        samples_per_transition=samples,
+        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts)},
+    )
 
 
 if __name__ == "__main__":
