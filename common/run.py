@@ -1,17 +1,18 @@
-"""A run from its first flag to its exit code. The training loop stays in its script; nothing that one tunes is here.
+"""A run from its first flag to its exit code. The training loop stays in its script: nothing that one
+tunes is here.
 
     @experiment
     def main(argv=None) -> dict:
-        run = Run(Args, argv, schema=1)           # flags, clock, seeds, device; run.state: what --resume found
+        run = Run(Args, argv, schema=1)  # flags, clock, seeds, device; run.state: what --resume found
         args = run.args
-        ...                                       # load what the run is about: refused before anything is written
-        run.open("regime", data)                  # directory, lock, logs; a checkpoint of other data is refused
+        ...  # load what the run is about: it is refused before anything is written
+        run.open("regime", data)  # directory, lock, logs; a checkpoint of other data is refused
         loop = run.restore(Loop(), config, policy=dict(agent=averaged), learner=agent, envs=envs)
-        while not args.eval_only and loop.global_step < args.total_timesteps and not run.out_of_time():
+        while not args.eval_only and loop.global_step < steps and not run.out_of_time():
             run.phase("rollout")
             ...
-            run.checkpoint(loop)                  # every --checkpoint-interval
-        return run.finish(loop, results, audit)
+            run.checkpoint(loop)  # every --checkpoint-interval
+        return run.finish(loop, results, audit, columns)
 
     if __name__ == "__main__":
         exit_with(main)
@@ -53,13 +54,33 @@ from common.timeout_guard import (
 )
 
 REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
-GRACE = 15.0  # seconds after --timeout, or a tenth of it, after which a call that hangs ends the process
+GRACE = 15.0  # seconds after --timeout (or a tenth of it) that a call may hang before all ends
 # A resumed run may change these; every other flag shapes the agent or what it is judged by.
 MAY_CHANGE = {
-    "run_dir", "resume", "eval_only", "checkpoint", "checkpoint_interval", "keep_checkpoints", "timeout", "eval_timeout",
-    "total_timesteps", "track", "wandb_project_name", "wandb_entity", "wandb_mode", "cuda", "backend", "torch_threads",
+    "run_dir",
+    "resume",
+    "eval_only",
+    "checkpoint",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "timeout",
+    "eval_timeout",
+    "total_timesteps",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+    "wandb_mode",
+    "cuda",
+    "backend",
+    "torch_threads",
     "report",
-    "vec_mode", "num_workers", "async_halves", "rescale", "on_worker_death", "worker_timeout"}  # same trajectories
+    "vec_mode",
+    "num_workers",
+    "async_halves",
+    "rescale",
+    "on_worker_death",
+    "worker_timeout",
+}  # same trajectories
 
 
 class UsageError(ValueError):
@@ -123,31 +144,49 @@ class RunArgs:
     """torch and Numba threads (default: all cores)"""
 
     def __post_init__(self):
-        check(self, {"wandb_mode": ("online", "offline", "disabled"), "backend": ("auto", "cpu", "cuda")}, {
-            (0, 2**31 - 1): "seed", (0, 1e9): "checkpoint_interval", (0, 10**6): "keep_checkpoints",
-            (1, 1e9): "timeout", (0.1, 1e9): "eval_timeout", (1, 4096): "torch_threads"})
-        refuse((self.eval_only != (self.checkpoint is not None), "--eval-only and --checkpoint PATH go together"),
-               (self.eval_only and self.resume, "--eval-only and --resume: give one of them"),
-               (self.resume == "auto" and self.run_dir is None, "--resume auto needs --run-dir, the run to continue"))
+        choices = {
+            "wandb_mode": ("online", "offline", "disabled"),
+            "backend": ("auto", "cpu", "cuda"),
+        }
+        ranges = {
+            (0, 2**31 - 1): "seed",
+            (0, 1e9): "checkpoint_interval",
+            (0, 10**6): "keep_checkpoints",
+            (1, 1e9): "timeout",
+            (0.1, 1e9): "eval_timeout",
+            (1, 4096): "torch_threads",
+        }
+        check(self, choices, ranges)
+        alone = self.eval_only != (self.checkpoint is not None)
+        lost = self.resume == "auto" and self.run_dir is None
+        refuse(
+            (alone, "--eval-only and --checkpoint PATH go together"),
+            (self.eval_only and self.resume, "--eval-only and --resume: give one of them"),
+            (lost, "--resume auto needs --run-dir, the run to continue"),
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------------------------------- flags
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def refuse(*rules: tuple):
-    """UsageError with the first message whose condition holds: refuse((wrong, "--x 3: ..."), ...)."""
+    """UsageError with the first message whose condition holds: refuse((wrong, "--x 3: ..."))."""
     for wrong, why in rules:
         if wrong:
             raise UsageError(why)
 
 
 def check(args, choices: dict, ranges: dict):
-    """Refuse values outside choices {field: allowed} or ranges {(low, high): "fields"}, both ends allowed; None passes."""
+    """Refuse values outside choices {field: allowed} or ranges {(low, high): "fields"}.
+
+    Both ends are allowed; None passes.
+    """
     for name, known in choices.items():
         value = getattr(args, name)
-        refuse((value not in known, f"{flag(name)} {value}: must be one of {', '.join(map(str, known))}"))
+        allowed = ", ".join(map(str, known))
+        refuse((value not in known, f"{flag(name)} {value}: must be one of {allowed}"))
     for (low, high), names in ranges.items():
         for name in names.split():
             value = getattr(args, name)
@@ -156,7 +195,7 @@ def check(args, choices: dict, ranges: dict):
 
 
 def parse_args(cls, argv: list[str] | None):
-    """The dataclass `cls` from argv (None: the process's own), and the names of the flags that were given."""
+    """The dataclass `cls` from argv (None: the process's own), and the names of the flags given."""
     import tyro
 
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
@@ -175,71 +214,91 @@ def parse_args(cls, argv: list[str] | None):
         with redirect_stderr(stderr):
             return tyro.cli(cls, args=argv), {known[name] for name in names}
     except SystemExit as e:
-        words = re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+", " ", stderr.getvalue()).split()  # no colours, no box
+        text = re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+", " ", stderr.getvalue())  # colours, a box
         frame = rf"^.*?Error parsing ({cls.__name__}: )?|Argument helptext.*|For full helptext.*"
-        raise UsageError(re.sub(frame, "", " ".join(words)).strip()) from e
+        raise UsageError(re.sub(frame, "", " ".join(text.split())).strip()) from e
 
 
 def flag_groups(path: str | Path, name: str = "Args") -> dict[str, list[tuple]]:
     """Flags of a dataclass, read from its source: {group: [(field, type, default, text), ...]}."""
     source = Path(path).read_text()
-    body = next(n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == name)
     lines, groups, group = source.splitlines(), {}, "flags"
-    for i, node in enumerate(body):
-        if isinstance(node, ast.AnnAssign):
-            above = lines[node.lineno - 2].strip()
-            group = above[2:] if above.startswith("# ") else group
-            text = body[i + 1].value.value if i + 1 < len(body) and isinstance(body[i + 1], ast.Expr) else ""
-            row = node.target.id, ast.unparse(node.annotation), ast.unparse(node.value), " ".join(text.split())
-            groups.setdefault(group, []).append(row)
+    for node, after in zip(body, [*body[1:], None]):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        above = lines[node.lineno - 2].strip()
+        group = above[2:] if above.startswith("# ") else group
+        text = after.value.value if isinstance(after, ast.Expr) else ""
+        kind, default = ast.unparse(node.annotation), ast.unparse(node.value)
+        row = node.target.id, kind, default, " ".join(text.split())
+        groups.setdefault(group, []).append(row)
     return groups
 
 
 def print_help(path: str | Path):
-    """--help of a script from its source alone: its first sentence, its flags in groups, 100 columns wide."""
+    """--help of a script from its source alone: its first sentence, its flags in groups."""
     script = Path(path)
+    source = script.read_text()
     print(f"usage: python {script.parent.name}/{script.name} [--flag value ...]\n")
-    print(textwrap.fill(ast.get_docstring(ast.parse(script.read_text())).split("\n\n")[0], 100))
+    print(textwrap.fill(ast.get_docstring(ast.parse(source)).split("\n\n")[0], 100))
     groups = flag_groups(script)
     own = {row[0] for rows in groups.values() for row in rows}
-    if "(RunArgs)" in script.read_text():
+    if "(RunArgs)" in source:
         for group, rows in flag_groups(__file__, "RunArgs").items():
             groups[group] = groups.get(group, []) + [row for row in rows if row[0] not in own]
     for group, rows in groups.items():
         print(f"\n{group}")
-        for name, kind, default, text in rows:
-            head = f"  {flag(name)}" + ("" if kind == "bool" else f" {kind.split(' |')[0].split('[')[0].upper()}")
-            switch = {"True": f" ({flag('no_' + name)} turns it off)", "False": "", "None": ""}
-            text += switch.get(default, f" (default: {default.strip(chr(39))})") if name != "exp_name" else ""
-            lines = textwrap.wrap(text, 100 - 34)
-            print(f"{head:<33} {lines[0]}" if len(head) < 33 else f"{head}\n{'':33} {lines[0]}")
-            print("".join(f"{'':34}{line}\n" for line in lines[1:]), end="")
+        for row in rows:
+            print_flag(*row)
+
+
+def print_flag(name: str, kind: str, default: str, text: str):
+    """A flag of --help: name and type in 33 columns, what it is in the 66 beside them."""
+    head = f"  {flag(name)}"
+    if kind != "bool":
+        head += " " + re.split(r" \||\[", kind)[0].upper()
+    if default == "True":
+        text += f" ({flag('no_' + name)} turns it off)"
+    elif default not in ("False", "None") and name != "exp_name":
+        text += f" (default: {default.strip(chr(39))})"
+    lines = textwrap.wrap(text, 66)
+    if len(head) >= 33:
+        print(head)
+        head = ""
+    for line in lines:
+        print(f"{head:<33} {line}")
+        head = ""
 
 
 def answer_help(module: str, path: str):
-    """Called between a script's light and heavy imports: `python script.py --help` takes a tenth of a second."""
+    """Between a script's light and heavy imports: `python script.py --help` answers at once."""
     if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
         print_help(path)
         raise SystemExit(0)
 
 
-# -------------------------------------------------------------------------------------------------------- run
+# --------------------------------------------------------------------------------------------- run
 class Run:
-    """One run. Attributes: args, dir, device (torch), backend, state (checkpoint to start from, or None), rng (NumPy),
-    best, guard, rank and world (torchrun)."""
+    """One run. Attributes: args, dir, device (torch), backend, rng (NumPy), best, guard, state (the
+    checkpoint to start from, or None), rank and world (torchrun)."""
 
     current = None  # the run of this process, for what must happen when main() raises
 
     def __init__(self, cls, argv, schema: int, evaluations: float = 5.0):
-        """evaluations: how many evaluations' time the end of the run takes. Raises UsageError, CheckpointError."""
+        """evaluations: how many evaluations' time the end of the run takes."""
         self.args, given = parse_args(cls, argv)
         self.script, self.schema = Path(inspect.getsourcefile(cls)), schema
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.dir = self.lock = self.wandb = self.writer = self.jsonl = self.state = self.source = None
-        self._evaluations, self._parts, self._policy, self._open_things = evaluations, {}, {}, []
-        self.config, self.data, self.lines, self.loop = {}, {}, 0, None
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.dir = self.lock = self.wandb = self.writer = self.jsonl = None
+        self.state = self.source = self.loop = None
+        self.config, self.data, self.lines = {}, {}, 0
         self.best = {"score": -math.inf, "step": 0, "updates": 0, "policy": None}
-        self._fired, self._saved, self.eval_seconds, self._eval_began = {}, time.monotonic(), 0.0, None
+        self._policy, self._parts, self._open_things, self._fired = {}, {}, [], {}
+        self._saved, self._due = time.monotonic(), False
+        self._evaluations, self.eval_seconds, self._eval_began = evaluations, 0.0, None
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
         from_start = None if argv is None else False
         self.guard = TimeoutGuard(self.args.timeout, from_process_start=from_start)
@@ -247,7 +306,7 @@ class Run:
         Run.current = self
         self._load_state(given)
         self._set_up_device()
-        if self.args.timeout and argv is None:  # a call that never comes back: stacks on stderr, exit code 1
+        if self.args.timeout and argv is None:  # a call that hangs: stacks on stderr, exit code 1
             late = max(self.guard.remaining(), 0) + max(GRACE, 0.1 * self.args.timeout)
             faulthandler.dump_traceback_later(late, exit=True)
 
@@ -263,15 +322,17 @@ class Run:
         different = [k for k in here if k not in MAY_CHANGE and there.get(k) != here[k]]
         if args.eval_only:  # its own flags; what the command line says wins
             own = {k: there[k] for k in different if k in there and k not in given}
-            self.args = replace(args, **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+            own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+            self.args = replace(args, **own)
             different = [k for k in different if k in given]
-            if different:
-                print(f"{source} was trained with other flags: {differences(there, here, different)}")
-        else:
+        why = f"{source} was made with other flags: {differences(there, here, different)}"
+        if different and args.eval_only:
+            print(why)
+        elif not args.eval_only:
             if "parts" not in state:
-                raise CheckpointError(f"{source}: holds the agent alone (for evaluation); resume from last.pt")
-            if different:
-                raise UsageError(f"{source} was made with other flags: {differences(there, here, different)}")
+                what = "holds the agent alone (for evaluation); resume from last.pt"
+                raise CheckpointError(f"{source}: {what}")
+            refuse((different, why))
             if state["loop"]["global_step"] == 0:  # half a pre-training is not worth keeping
                 print(f"{source} holds no transition yet: starting anew")
                 return
@@ -294,21 +355,33 @@ class Run:
         if args.torch_deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         local = int(os.environ.get("LOCAL_RANK", 0))
-        torch_works, numba_works = probe_cuda(local) if args.cuda or args.backend == "cuda" else (False, False)
-        refuse((args.backend == "cuda" and not numba_works, "--backend cuda: no CUDA device runs a Numba kernel here"),
-               (args.backend == "cuda" and not (args.cuda and torch_works),
-                "--backend cuda needs torch on the GPU too: not with --no-cuda"))
-        self.device = torch.device("cuda", local) if args.cuda and torch_works else torch.device("cpu")
-        self.backend = "cuda" if args.backend != "cpu" and numba_works and self.device.type == "cuda" else "cpu"
+        torch_works = numba_works = False
+        forced = args.backend == "cuda"
+        if args.cuda or forced:
+            torch_works, numba_works = probe_cuda(local)
+        on_gpu = args.cuda and torch_works
+        refuse(
+            (
+                forced and not numba_works,
+                "--backend cuda: no CUDA device runs a Numba kernel here",
+            ),
+            (
+                forced and not on_gpu,
+                "--backend cuda needs torch on the GPU too: not with --no-cuda",
+            ),
+        )
+        self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+        self.backend = "cuda" if args.backend != "cpu" and numba_works and on_gpu else "cpu"
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 (other libraries draw from it)
         torch.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
-        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=self.device.type == "cuda")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: a pass over every new tensor
+        torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=on_gpu)
         torch.backends.cudnn.deterministic = args.torch_deterministic
+        # a debugging aid: a pass over every new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False
         self._builds = Lanes.builds
 
     @property
@@ -317,71 +390,88 @@ class Run:
 
     # directory and logs
     def open(self, name: str, data: dict):
-        """Directory, lock and logs. data: what the run is about, plain values with a sha256 of what was read; a
-        checkpoint that was made of other data is refused (--resume) or said (--eval-only)."""
+        """Directory, lock and logs.
+
+        data: what the run is about, plain values with a sha256 of what was read; a checkpoint that
+        was made of other data is refused (--resume) or said (--eval-only).
+        """
         args, self.data = self.args, plain(data)
         if self.state:
             there = self.state["data"]
             other = [k for k in self.data if self.data[k] != there.get(k)]
+            why = f"{self.source} was made with other data: {differences(there, self.data, other)}"
+            refuse((other and self.resumed, why))
             if other:
-                why = f"{self.source} was made with other data: {differences(there, self.data, other)}"
-                refuse((self.resumed, why))
                 print(why)
         if self.rank:
             return
-        key = tracking_key(args)
+        check_tracking(args)
         self._claim(name)
-        before = self.state if self.resumed else {}
-        self.id = before.get("run", {}).get("id") or uuid.uuid4().hex[:12]
+        before = self.state if self.resumed else None
+        self.id = before["run"]["id"] if before else uuid.uuid4().hex[:12]
         write_json_atomic(asdict(args), self.dir / "args.json")
-        path = self.dir / "metrics.jsonl"
-        kept = []
-        if self.resumed:  # cut back to the checkpoint; resumed into a new directory, its history comes along
-            history = path if path.exists() else self.source.parents[1] / "metrics.jsonl"
-            lines = history.read_text().splitlines(True) if history.exists() else []
-            kept = [line for line in lines if line.endswith("\n")][: before["run"]["log_lines"]]
-        path.write_text("".join(kept))
-        self.jsonl, self.lines = path.open("a"), len(kept)
+        self._open_log(before)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.dir), purge_step=before["loop"]["global_step"] + 1 if before else None)
+        purge = (
+            before["loop"]["global_step"] + 1 if before else None
+        )  # points that will come again
+        self.writer = SummaryWriter(str(self.dir), purge_step=purge)
         if not before:
             rows = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
         if args.track:
-            self.wandb = start_wandb(args, self.dir, self.id, key)
+            self.wandb = start_wandb(args, self.dir, self.id)
+
+    def _open_log(self, before: dict | None):
+        """metrics.jsonl, cut back to the checkpoint; a new directory gets the history too."""
+        path, kept = self.dir / "metrics.jsonl", []
+        if before:
+            old = self.source.resolve().parent.parent / "metrics.jsonl"
+            history = path if path.exists() else old
+            lines = history.read_text().splitlines(True) if history.exists() else []
+            kept = [line for line in lines if line.endswith("\n")][: before["run"]["log_lines"]]
+        path.write_text("".join(kept))
+        self.jsonl, self.lines = path.open("a"), len(kept)
 
     def _claim(self, name: str):
         from filelock import FileLock, Timeout
 
         args = self.args
-        base = Path(args.run_dir or f"runs/{name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-        self.dir, k = base, 1
+        default = f"runs/{name}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.dir = base = Path(args.run_dir or default)
+        taken = 1
         try:
             while args.run_dir is None:  # two starts within a second get two folders
                 try:
                     self.dir.mkdir(parents=True)
                     break
                 except FileExistsError:
-                    k += 1
-                    self.dir = base.with_name(f"{base.name}-{k}")
+                    taken += 1
+                    self.dir = base.with_name(f"{base.name}-{taken}")
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.dir / ".lock")
-            self.lock.acquire(timeout=0)
+            lock = FileLock(self.dir / ".lock")
+            lock.acquire(timeout=0)
         except Timeout:
-            pid = (self.dir / ".pid").read_text() if (self.dir / ".pid").exists() else "?"
-            self.lock = None
-            raise UsageError(f"--run-dir {self.dir}: in use by process {pid}") from None
+            pid = self.dir / ".pid"
+            owner = pid.read_text() if pid.exists() else "?"
+            raise UsageError(f"--run-dir {self.dir}: in use by process {owner}") from None
         except OSError as e:
             raise UsageError(f"--run-dir {self.dir}: {e.strerror}") from e
+        self.lock = lock
         held = (self.dir / "metrics.jsonl").exists()
         own = self.resumed and self.source.resolve().is_relative_to(self.dir.resolve())
-        anew = args.resume is not None and not self.resumed  # what is there ended before its first transition
-        refuse((held and not own and not anew, f"--run-dir {self.dir} holds a run already: --resume auto continues it"))
+        # what --resume found there ended before its first transition
+        anew = args.resume is not None and not self.resumed
+        why = f"--run-dir {self.dir} holds a run already: --resume auto continues it"
+        refuse((held and not own and not anew, why))
         (self.dir / ".pid").write_text(str(os.getpid()))
 
     def log(self, record: dict, loop):
-        """A line of metrics.jsonl, the record of truth; TensorBoard and wandb mirror it. None and NaN become null."""
+        """A line of metrics.jsonl, the record of truth; TensorBoard and wandb mirror it.
+
+        None and NaN become null.
+        """
         if self.rank:
             return
         step = loop.global_step
@@ -397,21 +487,25 @@ class Run:
             try:
                 self.wandb.log(known | {"global_step": step})
             except Exception as e:  # whatever wandb raises: training goes on
-                print(f"wandb failed ({type(e).__name__}: {e}): tracking is off from here on", file=sys.stderr)
+                complain("wandb failed", e)
                 self.wandb = None
 
     def charts(self, loop, samples: int | None = None) -> dict:
-        """charts/SPS since the last call (transitions a second of rollouts and learning), counts, time by phase."""
-        spent = self.guard.phases()
-        seconds, step = spent.get("rollout", 0) + spent.get("learn", 0), loop.global_step
-        mark = self._sps["mark"]
-        if mark and seconds > mark[1]:
-            self._sps["latest"] = (step - mark[0]) / (seconds - mark[1])
-            self._sps["steps"] += step - mark[0]
-            self._sps["seconds"] += seconds - mark[1]
-        self._sps["mark"] = step, seconds  # before the first call kernels compile and caches warm up
-        record = {"charts/SPS": self._sps["latest"], "charts/updates": loop.updates,
-                  "charts/replay_ratio": loop.updates / max(step, 1)}
+        """charts/SPS since the last call (rollouts and learning), counts, time by phase."""
+        spent, step, sps = self.guard.phases(), loop.global_step, self._sps
+        seconds = spent.get("rollout", 0) + spent.get("learn", 0)
+        if sps["mark"]:  # before the first call kernels compile and caches warm up
+            steps, took = step - sps["mark"][0], seconds - sps["mark"][1]
+            if took > 0:
+                sps["latest"] = steps / took
+                sps["steps"] += steps
+                sps["seconds"] += took
+        sps["mark"] = step, seconds
+        record = {
+            "charts/SPS": sps["latest"],
+            "charts/updates": loop.updates,
+            "charts/replay_ratio": loop.updates / max(step, 1),
+        }
         if samples is not None:
             record["charts/samples_per_transition"] = samples / max(step, 1)
         return record | {f"time/{k}": v for k, v in spent.items()}
@@ -431,24 +525,30 @@ class Run:
         return REPORT_SECONDS + self._evaluations * self.eval_seconds
 
     def out_of_time(self, more: float = 0.0) -> bool:
-        """Whether to leave the loop: a signal, or no more time than the end needs (`more`: seconds beside the final
-        evaluations and the report). All processes of torchrun get the same answer."""
+        """Whether to leave the loop: a signal, or no more time than the end needs.
+
+        more: seconds beside the final evaluations and the report. All processes of torchrun get the
+        same answer.
+        """
         stop = self.guard.should_stop(self.reserve() + more)
+        self._due = time.monotonic() - self._saved > self.args.checkpoint_interval
         if self.world > 1:
             import torch
 
-            due = self.rank == 0 and time.monotonic() - self._saved > self.args.checkpoint_interval
-            votes = torch.tensor([float(stop), float(due)], device=self.device)
+            votes = torch.tensor(
+                [stop, self._due and self.rank == 0], dtype=torch.float, device=self.device
+            )
             torch.distributed.all_reduce(votes)
-            stop, self._due = bool(votes[0]), bool(votes[1])
+            stop, self._due = votes.bool().tolist()
         return stop
 
     def eval_limit(self, share: float = 1.0) -> float:
-        """Seconds that an evaluation may take now: --eval-timeout, and no more than `share` of what is left."""
-        return min(self.args.eval_timeout or math.inf, max(share * self.guard.remaining(), 0.1))
+        """Seconds for an evaluation now: --eval-timeout, at most `share` of what is left."""
+        left = max(share * self.guard.remaining(), 0.1)
+        return min(self.args.eval_timeout or math.inf, left)
 
     def every(self, period: int, step: int, name: str = "eval") -> bool:
-        """Whether `step` has passed another multiple of `period` since this was last true; resumed exactly."""
+        """Whether `step` passed a multiple of `period` since this was last true; resumed too."""
         fired = step // period > self._fired.get(name, 0)
         if fired:
             self._fired[name] = step // period
@@ -458,34 +558,48 @@ class Run:
     def restore(self, loop, config: dict, policy: dict, **parts):
         """Say what is saved, and load it if the run is resumed. Returns the loop's counters.
 
-        config: plain values that rebuild the networks. policy: what load_policy() needs, in every checkpoint; parts:
-        what else a resumed run needs, in last.pt. Each has state_dict() and load_state_dict(), or is a random generator.
+        config: plain values that rebuild the networks. policy: what load_policy() needs, in every
+        checkpoint; parts: what else a resumed run needs, in last.pt. Each has state_dict() and
+        load_state_dict(), or is a random generator.
         """
         self.config, self._policy, self._parts, self.loop = config, policy, parts, loop
-        if self.state is None:
+        state = self.state
+        if state is None:
             return loop
-        for name, part in policy.items():
-            load_part(part, self.state[name], name)
+        self._load_policy(state)
+        counters = state["loop"]
         if self.args.eval_only:
-            loop.global_step, loop.updates = (self.state["loop"][k] for k in ("global_step", "updates"))
+            loop.global_step, loop.updates = counters["global_step"], counters["updates"]
             return loop
         for name, part in parts.items():
-            state = self.state["parts"][name]
-            load_part(part, state[self.rank % len(state)] if name in self.state["by_rank"] else state, name)
-        mine = self.state["run"]
-        self.best, self._fired = mine["best"], mine["fired"]
-        load_part(self.rng, mine["rng"], "rng")
-        set_torch_rng(mine["torch_rng"], self.device)
-        for name, value in self.state["loop"].items():
+            saved = state["parts"][name]
+            if name in state["by_rank"]:
+                saved = saved[self.rank % len(saved)]
+            load_part(part, saved, name)
+        own = state["run"]
+        self.best, self._fired = own["best"], own["fired"]
+        load_part(self.rng, own["rng"], "rng")
+        set_torch_rng(own["torch_rng"], self.device)
+        for name, value in counters.items():
             setattr(loop, name, value)
         if self.rank == 0 and self.best["policy"]:  # best.pt may be younger than last.pt
             self._save("best.pt", self.best["loop"], self.best["policy"])
         print(f"resumed {self.source} at {loop.global_step} transitions, {loop.updates} updates")
         return loop
 
+    def _load_policy(self, state: dict):
+        for name, part in self._policy.items():
+            load_part(part, state[name], name)
+
     def _save(self, name: str, loop: dict, policy: dict, **more):
-        state = {"schema": self.schema, "script": self.script.stem, "args": plain(asdict(self.args)),
-                 "data": self.data, "config": self.config, "loop": loop}
+        state = {
+            "schema": self.schema,
+            "script": self.script.stem,
+            "args": plain(asdict(self.args)),
+            "data": self.data,
+            "config": self.config,
+            "loop": loop,
+        }
         save_atomic(state | policy | more, self.dir / "checkpoints" / name)
 
     def policy_state(self) -> dict:
@@ -495,22 +609,32 @@ class Run:
         """checkpoints/last.pt: all that a resumed run needs. Every process of torchrun calls it."""
         with self.guard.phase("io"):
             parts = {name: state_of(part) for name, part in self._parts.items()}
-            by_rank = [name for name, part in self._parts.items() if getattr(part, "per_rank", False)]
+            by_rank = []
             if self.world > 1:
-                gathered = gather({name: parts[name] for name in by_rank}, self.rank, self.world)
-                parts |= {name: [one[name] for one in gathered or []] for name in by_rank}
+                by_rank = [
+                    k for k, part in self._parts.items() if getattr(part, "per_rank", False)
+                ]
+                everyone = gather({name: parts[name] for name in by_rank}, self.rank, self.world)
+                parts |= {name: [one[name] for one in everyone] for name in by_rank}
             self._saved = time.monotonic()
             if self.rank:
                 return
-            mine = {"best": self.best, "fired": self._fired, "log_lines": self.lines, "id": self.id,
-                    "rng": state_of(self.rng), "torch_rng": torch_rng(self.device)}
-            self._save("last.pt", asdict(loop), self.policy_state(), parts=parts, run=mine,
-                       by_rank=by_rank if self.world > 1 else [])
+            own = {
+                "best": self.best,
+                "fired": self._fired,
+                "log_lines": self.lines,
+                "id": self.id,
+                "rng": state_of(self.rng),
+                "torch_rng": torch_rng(self.device),
+            }
+            more = {"parts": parts, "run": own, "by_rank": by_rank}
+            self._save("last.pt", asdict(loop), self.policy_state(), **more)
 
     def checkpoint(self, loop):
         """Every --checkpoint-interval: last.pt and a rotated copy of the agent."""
-        due = self._due if self.world > 1 else time.monotonic() - self._saved > self.args.checkpoint_interval
-        if not due:
+        if self.world == 1:
+            self._due = time.monotonic() - self._saved > self.args.checkpoint_interval
+        if not self._due:
             return
         self.save_last(loop)
         if self.args.keep_checkpoints and self.rank == 0:
@@ -522,21 +646,26 @@ class Run:
         if self.rank or not loop.updates or not score > self.best["score"]:
             return False
         policy = self.policy_state()
-        self.best = {"score": float(score), "step": loop.global_step, "updates": loop.updates, "policy": policy,
-                     "loop": asdict(loop)}
+        self.best = {
+            "score": float(score),
+            "step": loop.global_step,
+            "updates": loop.updates,
+            "policy": policy,
+            "loop": asdict(loop),
+        }
         self._save("best.pt", self.best["loop"], policy)
         return True
 
     def use_best(self, loop):
-        """After the loop: last.pt is written, and the policy becomes that of best.pt (the last, if none was best)."""
+        """After the loop: last.pt is written, and the policy becomes that of best.pt if there is one."""
         if self.args.eval_only:
             return
         self.save_last(loop)
+        self.loop = None  # last.pt is whole, and the policy is another one from here on
         if self.rank:
             return
         if self.best["policy"]:
-            for name, part in self._policy.items():
-                load_part(part, self.best["policy"][name], name)
+            self._load_policy(self.best["policy"])
         else:
             self._save("best.pt", asdict(loop), self.policy_state())
 
@@ -574,8 +703,11 @@ class Run:
                 self.save_last(self.loop)
 
     def finish(self, loop, results: dict, audit: dict, columns: tuple, **more) -> dict:
-        """summary.json, report.html and the table. results: {split: {"agent": metrics, "baselines": {name: metrics}}};
-        columns: the metrics of the table; more: keys of the summary, merged where both are dicts."""
+        """summary.json, report.html and the table.
+
+        results: {split: {"agent": metrics, "baselines": {name: metrics}}}; columns: the metrics of
+        the table; more: keys of the summary, merged where both are dicts.
+        """
         import gymnasium
         import numba
         import numpy
@@ -589,20 +721,36 @@ class Run:
         updates, steps = loop.updates, max(loop.global_step, 1)
         audit = {"replay_ratio": updates / steps} | audit
         versions = {m.__name__: m.__version__ for m in (torch, numpy, numba, gymnasium)}
+        began = time.gmtime(time.time() - self.guard.elapsed())
+        seconds = self._sps["seconds"]
         summary = {
-            "status": self.guard.status, "command": shlex.join(sys.argv), "commit": commit_of(self.script),
-            "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() - self.guard.elapsed())),
+            "status": self.guard.status,
+            "command": shlex.join(sys.argv),
+            "commit": commit_of(self.script),
+            "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", began),
             "global_step": loop.global_step,
-            "updates": updates, "replay_ratio": updates / steps, "best_step": self.best["step"],
-            "best_updates": self.best["updates"], "env_builds": Lanes.builds - self._builds,
+            "updates": updates,
+            "replay_ratio": updates / steps,
+            "best_step": self.best["step"],
+            "best_updates": self.best["updates"],
+            "env_builds": Lanes.builds - self._builds,
             "buffer_allocations": pool.stats()["allocations"],
-            "sps": self._sps["steps"] / self._sps["seconds"] if self._sps["seconds"] else None,
-            "eval": results, "audit": audit, "versions": versions | {"python": sys.version.split()[0]},
-            "device": {"torch": str(self.device), "backend": self.backend, "threads": self.threads,
-                       "cpu_count": os.cpu_count(), "processes": self.world},
-            "data": self.data}
+            "sps": self._sps["steps"] / seconds if seconds else None,
+            "eval": results,
+            "audit": audit,
+            "versions": versions | {"python": sys.version.split()[0]},
+            "device": {
+                "torch": str(self.device),
+                "backend": self.backend,
+                "threads": self.threads,
+                "cpu_count": os.cpu_count(),
+                "processes": self.world,
+            },
+            "data": self.data,
+        }
         for key, value in more.items():
-            summary[key] = summary[key] | value if isinstance(summary.get(key), dict) else value
+            merged = isinstance(summary.get(key), dict)
+            summary[key] = summary[key] | value if merged else value
         self.phase("report")
         self._write(summary)
         wrote = self._report()
@@ -610,7 +758,9 @@ class Run:
         print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
         print(f"{self.dir}: summary.json" + ", report.html" * wrote)
         if self.wandb:
-            self.wandb.summary.update({"verdict": audit["verdict"], "best_step": self.best["step"]})
+            self.wandb.summary.update(
+                {"verdict": audit["verdict"], "best_step": self.best["step"]}
+            )
         self._write(summary)
         return summary | {"run_dir": str(self.dir), "exit_code": self.guard.exit_code}
 
@@ -620,35 +770,38 @@ class Run:
 
     def _report(self) -> bool:
         program = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
-        again = f"python {program} {self.dir}"
+        left = self.guard.remaining() - 1.0
         if not self.args.report:
             return False
-        left = self.guard.remaining() - 1.0
-        if left < 3.0:
-            print(f"no time for report.html: {again}")
-            return False
-        command = [sys.executable, str(program), str(self.dir)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left if left < math.inf else None)
-            why = (done.stderr.strip().splitlines() or ["exit code " + str(done.returncode)])[-1]
-        except subprocess.TimeoutExpired:
-            done, why = None, f"not done in {left:.0f} s"
-        if done is None or done.returncode:
-            print(f"report.html was not written ({why}); again: {again}", file=sys.stderr)
-            return False
-        return True
+        why = f"{max(left, 0):.0f} s are left"
+        if left >= 3.0:
+            command = [sys.executable, str(program), str(self.dir)]
+            limit = left if left < math.inf else None
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+                if done.returncode == 0:
+                    return True
+                why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            except subprocess.TimeoutExpired:
+                why = f"not done in {left:.0f} s"
+        print(
+            f"report.html was not written ({why}); again: python {program} {self.dir}",
+            file=sys.stderr,
+        )
+        return False
 
 
-# ---------------------------------------------------------------------------------------------------- helpers
+# ----------------------------------------------------------------------------------------- helpers
 def differences(there: dict, here: dict, names) -> str:
     return "; ".join(f"{flag(k)} {there.get(k)} there, {here.get(k)} here" for k in names)
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit of the checkout that holds `path`, with a + where files differ from it; None outside of one."""
-    command = ["git", "-C", str(path.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    """The commit of the checkout of `path`, with a + where files differ; None outside of one."""
+    command = "git describe --always --abbrev=12 --exclude=* --dirty=+".split()
+    options = {"cwd": path.parent, "capture_output": True, "text": True, "timeout": 5}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        return subprocess.run(command, **options).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):  # no git, a disk that hangs
         return None
 
@@ -656,10 +809,10 @@ def commit_of(path: Path) -> str | None:
 def load_run(path, script: Path, schema: int, device="cpu") -> dict:
     """A checkpoint of `script`. Raises CheckpointError (one line)."""
     state = load_checkpoint(path, device)
-    found = state.get("script"), state.get("schema")
-    if found != (script.stem, schema):
-        raise CheckpointError(f"{path}: not a checkpoint of {script.name} (of {found[0]}, schema {found[1]}; expected "
-                              f"schema {schema})")
+    name, number = state.get("script"), state.get("schema")
+    if (name, number) != (script.stem, schema):
+        found = f"of {name}, schema {number}; expected schema {schema}"
+        raise CheckpointError(f"{path}: not a checkpoint of {script.name} ({found})")
     return state
 
 
@@ -684,13 +837,13 @@ def load_part(part, state, name: str):
 
     if isinstance(part, np.random.Generator):
         part.bit_generator.state = json.loads(state)
-    elif isinstance(part, torch.Generator):
-        if part.device.type == state["device"]:
-            part.set_state(state["state"])
-        else:
-            print(f"{name}: made on {state['device']}, random numbers start from the seed on {part.device.type}")
-    elif hasattr(part, "load_state_dict"):
+    elif not isinstance(part, torch.Generator):
         part.load_state_dict(state)
+    elif part.device.type == state["device"]:
+        part.set_state(state["state"])
+    else:
+        where = f"made on {state['device']}, on {part.device.type} now"
+        print(f"{name}: {where}: random numbers start from the seed")
 
 
 def torch_rng(device) -> dict:
@@ -708,41 +861,52 @@ def set_torch_rng(state: dict, device):
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def gather(mine: dict, rank: int, world: int) -> list | None:
+def gather(own: dict, rank: int, world: int) -> list:
+    """What every process of torchrun holds, on the first; elsewhere nothing."""
     import torch
 
     everyone = [None] * world if rank == 0 else None
-    torch.distributed.gather_object(mine, everyone)
-    return everyone
+    torch.distributed.gather_object(own, everyone)
+    return everyone or []
 
 
-def tracking_key(args) -> bool:
-    """Whether wandb can be reached with a key; refused before anything is written where it cannot."""
+def complain(what: str, error: Exception):
+    print(f"{what} ({type(error).__name__}: {error}): training goes on", file=sys.stderr)
+
+
+def check_tracking(args):
+    """Refuse --track without wandb or a key, before anything is written."""
     if not args.track:
-        return False
+        return
     try:
         import wandb
     except ImportError as e:
         raise UsageError(f"--track: {e}; pip install wandb") from e
-    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    refuse((args.wandb_mode == "online" and not has_key,
-            "--track: no wandb key: run `wandb login`, set WANDB_API_KEY, or use --wandb-mode offline"))
-    return has_key
+    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    way_out = "run `wandb login`, set WANDB_API_KEY, or use --wandb-mode offline"
+    refuse((args.wandb_mode == "online" and not key, f"--track: no wandb key: {way_out}"))
 
 
-def start_wandb(args, folder: Path, run_id: str, has_key: bool):
+def start_wandb(args, folder: Path, run_id: str):
     """wandb's run, or None, said aloud: it may neither hang nor end a training."""
     import wandb
 
     try:
         run = wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, mode=args.wandb_mode, dir=str(folder),
-            config=asdict(args), name=folder.name, id=run_id, resume="allow",
-            settings=wandb.Settings(init_timeout=30))
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            mode=args.wandb_mode,
+            dir=str(folder),
+            config=asdict(args),
+            name=folder.name,
+            id=run_id,
+            resume="allow",
+            settings=wandb.Settings(init_timeout=30),
+        )
         run.define_metric("*", step_metric="global_step")
         return run
-    except Exception as e:  # whatever wandb raises: training goes on
-        print(f"wandb did not start ({type(e).__name__}: {e}): training goes on without it", file=sys.stderr)
+    except Exception as e:  # whatever wandb raises
+        complain("wandb did not start", e)
         return None
 
 
@@ -751,21 +915,30 @@ def print_table(summary: dict, columns: tuple):
     from rich.console import Console
     from rich.table import Table
 
-    done = f"{summary['status']} after {summary['global_step']} transitions, {summary['updates']} updates"
-    table = Table(title=f"{summary['data'].get('spec', '')}: {done}")
+    done = f"{summary['status']} after {summary['global_step']} transitions"
+    spec = summary["data"].get("spec", "")
+    table = Table(title=f"{spec}: {done}, {summary['updates']} updates")
     for name in ("split", "who", *columns):
-        table.add_column(name, justify="left" if name in ("split", "who") else "right", overflow="fold")
+        side = "left" if name in ("split", "who") else "right"
+        table.add_column(name, justify=side, overflow="fold")
     for split, result in summary["eval"].items():
         rows = {"agent": result["agent"]} | result["baselines"]
         for name, metrics in rows.items():
-            values = [metrics.get(k) for k in columns]
-            cells = ["" if x is None else str(x) if isinstance(x, int) else f"{x:.3f}" for x in values]
-            table.add_row(split if name == "agent" else "", name, *cells, end_section=name == list(rows)[-1])
+            cells = [cell(metrics.get(k)) for k in columns]
+            first, last = name == "agent", name == list(rows)[-1]
+            table.add_row(split if first else "", name, *cells, end_section=last)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
+def cell(x) -> str:
+    if x is None:
+        return ""
+    return str(x) if isinstance(x, int) else f"{x:.3f}"
+
+
 def experiment(main):
-    """Decorates main(argv): whatever ends it, last.pt keeps a state that is whole, and everything is closed."""
+    """Decorates main(argv): whatever ends it, last.pt keeps a whole state, and all is closed."""
+
     @wraps(main)
     def wrapped(argv=None, **kwargs):
         try:
@@ -791,26 +964,27 @@ class Unbreakable:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except (BrokenPipeError, ValueError):
-            self.stream = open(os.devnull, "w")
-            return len(text)
+        self._try("write", text)
+        return len(text)
 
     def flush(self):
+        self._try("flush")
+
+    def _try(self, method, *args):
         try:
-            self.stream.flush()
+            getattr(self.stream, method)(*args)
         except (BrokenPipeError, ValueError):
             self.stream = open(os.devnull, "w")
 
 
 def exit_with(main):
-    """Run main() as a program. An exception with an `exit_code` is one line on stderr; any other is a bug."""
+    """Run main() as a program: an exception with an `exit_code` is one line, any other a bug."""
     sys.stdout = Unbreakable(sys.stdout)
     try:
         code = main()["exit_code"]
     except OSError as e:  # a full disk under a log, a folder that went away
-        print(f"error: {e.filename or 'writing the run directory'}: {e.strerror}", file=sys.stderr)
+        where = e.filename or "writing the run directory"
+        print(f"error: {where}: {e.strerror}", file=sys.stderr)
         code = 2
     except Exception as e:
         if not hasattr(e, "exit_code"):

@@ -272,6 +272,22 @@ def test_a_bug_at_a_log_point_saves_a_state_that_is_whole(tmp_path, whole, monke
     assert_same_run(folder, whole[0])
 
 
+def test_a_bug_after_the_loop_leaves_last_with_its_own_policy(tmp_path, whole, monkeypatch):
+    """The policy in memory is that of best.pt by then."""
+    folder = tmp_path / "r"
+    monkeypatch.setattr(toy, "BUG_AT_THE_END", True)
+    with pytest.raises(ZeroDivisionError):
+        play(folder)
+    assert_same_run(folder, whole[0])
+    assert last(folder)["run"]["best"]["step"] < 200
+
+
+def test_a_checkpoint_named_without_its_folder_is_found(tmp_path, whole, monkeypatch):
+    monkeypatch.chdir(whole[0] / "checkpoints")
+    play(tmp_path / "r", "--resume", "last.pt", "--total-timesteps", 240)
+    assert [row["global_step"] for row in records(tmp_path / "r")] == list(range(40, 241, 40))
+
+
 def test_metrics_are_cut_back_and_come_along_into_a_new_folder(tmp_path, whole):
     old, new = tmp_path / "old", tmp_path / "new"
     play(old, "--total-timesteps", 120)

@@ -21,6 +21,7 @@ from common.lanes import Lanes  # noqa: E402
 LENGTH = 5  # decisions after which an episode is truncated
 EDGE = 2.0  # |x| beyond which it is terminated
 BUG_IN_UPDATE = BUG_IN_EVALUATION = None  # a transition at which main() raises
+BUG_AT_THE_END = False
 
 
 @dataclass
@@ -156,6 +157,8 @@ def main(argv=None):
 
     run.use_best(loop)
     run.phase("eval")
+    if BUG_AT_THE_END:
+        raise ZeroDivisionError
     score = {"mean": float(net.weight.detach()), "trades": 3}
     results = {"eval": {"agent": score, "baselines": {"flat": {"mean": 0.0, "trades": 0}}}}
     audit = {"verdict": "healthy", "reasons": ["it moves"], "nan": math.nan}
