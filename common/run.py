@@ -838,7 +838,8 @@ def load_part(part, state, name: str):
     if isinstance(part, np.random.Generator):
         part.bit_generator.state = json.loads(state)
     elif not isinstance(part, torch.Generator):
-        part.load_state_dict(state)
+        if hasattr(part, "load_state_dict"):  # a market's fits were rebuilt from the state before
+            part.load_state_dict(state)
     elif part.device.type == state["device"]:
         part.set_state(state["state"])
     else:
