@@ -328,7 +328,7 @@ def fast(function):
 
 
 def point(function):
-    """fast, and always inlined: a loop over lanes with a call in it is not vectorised."""
+    """fast, and always inlined: a loop over lanes that calls is not vectorised, and handing records on costs time."""
     return function if nb.config.ENABLE_CUDASIM else jit(function, forceinline=True)
 
 
@@ -469,7 +469,7 @@ def class_of_nb(cells, k):
 
 
 # lo, hi: the lanes of a task, unsigned: an index that could be negative is not vectorised
-@fast
+@point
 def face_nb(lo, hi, c, s, k, roads, cells, face, law):
     """face[k] <- flux of class k (veh/s) between cells c and c + 1 of segment s."""
     own, other, _, v, w, cross = class_of_nb(cells, k)
@@ -489,7 +489,7 @@ def face_nb(lo, hi, c, s, k, roads, cells, face, law):
         )
 
 
-@fast
+@point
 def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
     """Cell c of class k after its fluxes, in place; the right ones become the next cell's left ones."""
     own, _, mom, _, w, _ = class_of_nb(cells, k)
@@ -512,7 +512,7 @@ def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
         left_mom[k, ln] = out_mom
 
 
-@fast
+@point
 def settle_nb(lo, hi, c, s, roads, cells, gain, speed, law):
     """Relax cell c in place and raise `speed` (1/s) to its wave speed over dx."""
     rho_m, rho_c, mom_m, mom_c = cells.rho_m, cells.rho_c, cells.mom_m, cells.mom_c
@@ -542,7 +542,7 @@ def settle_nb(lo, hi, c, s, roads, cells, gain, speed, law):
         speed[ln] = fastest if fastest > speed[ln] else speed[ln]
 
 
-@fast
+@point
 def relax_cell_nb(lo, hi, c, inv_jam, k_m, k_c, cells, gain, law):
     """Relax cell c in place, and its speeds and w for the fluxes."""
     rho_m, rho_c, mom_m, mom_c, v_m, v_c, w_m, w_c = cells
@@ -719,14 +719,15 @@ def drive_nb(lo, hi, s, roads, cells, scratch, totals, law):
             left_mom[k, ln] = scratch.into_mom[k, s, ln]
             lost[k, ln] = ZERO
     for c in range(roads.first[s], end + 1):
-        for k in range(2):
-            if c < end:
-                face_nb(lo, hi, c, s, k, roads, cells, face, law)
-            else:
-                for ln in range(lo, hi):
-                    face[k, ln] = scratch.out[k, s, ln]
-        for k in range(2):
-            transport_nb(lo, hi, c, k, roads.inv_dx[s], cells, scratch)
+        if c < end:
+            face_nb(lo, hi, c, s, 0, roads, cells, face, law)
+            face_nb(lo, hi, c, s, 1, roads, cells, face, law)
+        else:
+            for ln in range(lo, hi):
+                face[0, ln] = scratch.out[0, s, ln]
+                face[1, ln] = scratch.out[1, s, ln]
+        transport_nb(lo, hi, c, 0, roads.inv_dx[s], cells, scratch)
+        transport_nb(lo, hi, c, 1, roads.inv_dx[s], cells, scratch)
         settle_nb(lo, hi, c, s, roads, cells, scratch.gain, scratch.speed, law)
     for k in range(2):
         for ln in range(lo, hi):
@@ -1469,7 +1470,8 @@ def serve_in_turn(env, slots: np.ndarray, speed):
     """
     net = env.network
     least = (
-        math.ceil((net.all_red + net.min_green) / env.decision_interval) * env.decision_interval
+        math.ceil((net.all_red + net.min_green) / env.decision_interval)
+        * env.decision_interval
     )
     exists = (np.arange(slots.shape[1]) < net.n_phases[:, None])[..., None]
     slots = np.maximum(slots, least) * exists
@@ -1706,7 +1708,9 @@ def controller(env, name: str, tuned: dict):
     nearest = np.abs(level[:, None] - np.array(list(tuned))).argmin(1)
     rows = list(tuned.values())
     constants = {
-        key: torch.as_tensor(np.array([rows[i][key] for i in nearest]), device=env.torch_device)
+        key: torch.as_tensor(
+            np.array([rows[i][key] for i in nearest]), device=env.torch_device
+        )
         for key in rows[0]
     }
     return CONTROLLERS[name](env, **constants)
@@ -1722,7 +1726,12 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(
-        layer(inputs, hidden), nn.SiLU(), layer(hidden, hidden), nn.SiLU(), layer(hidden, outputs, gain))
+        layer(inputs, hidden),
+        nn.SiLU(),
+        layer(hidden, hidden),
+        nn.SiLU(),
+        layer(hidden, outputs, gain),
+    )
 
 
 class Agent(nn.Module):
@@ -1818,7 +1827,9 @@ class RewardScale:
     def __init__(self, rows: int, gamma: float, device):
         self.gamma = gamma
         self.running = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.moments = torch.zeros(3, dtype=torch.float64, device=device)  # count, mean, squared deviations
+        self.moments = torch.zeros(
+            3, dtype=torch.float64, device=device
+        )  # count, mean, squared deviations
 
     def __call__(self, rewards, ends):  # (T, rows)
         for reward, ended in zip(rewards, ends):
@@ -1833,8 +1844,15 @@ class RewardScale:
         """The moments joined with those of new rows (Chan 1979)."""
         before, mean, squares = self.moments
         delta = total / count - mean
-        squares = squares + square - total**2 / count + delta * delta * before * count / (before + count)
-        self.moments = torch.stack([before + count, mean + delta * count / (before + count), squares])
+        squares = (
+            squares
+            + square
+            - total**2 / count
+            + delta * delta * before * count / (before + count)
+        )
+        self.moments = torch.stack(
+            [before + count, mean + delta * count / (before + count), squares]
+        )
 
     def state_dict(self) -> dict:
         return {"running": self.running.cpu(), "moments": self.moments.cpu()}
@@ -1858,9 +1876,13 @@ class Schedule:
             self.began, self.first_step = now, loop.global_step
         if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
             pace = (loop.global_step - self.first_step) / (now - self.began)
-            end = loop.global_step + pace * max(self.run.guard.remaining() - self.run.reserve(), 0.0)
+            end = loop.global_step + pace * max(
+                self.run.guard.remaining() - self.run.reserve(), 0.0
+            )
             # every process has its own clock, the learning rate is one
-            end = reduce_sum(torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device))
+            end = reduce_sum(
+                torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device)
+            )
             self.end = min(args.total_timesteps, int(end))
         share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
         self.latest = args.learning_rate * max(0.0, 1 - share)
@@ -1876,7 +1898,9 @@ class Greedy:
 
     @torch.no_grad()
     def __call__(self, obs):  # (..., observations) -> (...)
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.agent.critic[0].weight.device)
+        obs = torch.as_tensor(
+            obs, dtype=torch.float32, device=self.agent.critic[0].weight.device
+        )
         rows = obs.flatten(0, -2)
         self.states.append(rows[:: max(1, len(rows) // 64)].clone())
         return self.agent.act(self.agent.normalise(rows)).reshape(obs.shape[:-1])
@@ -1892,36 +1916,69 @@ def check_env(envs):
     envs.load_state_dict(state)
     envs.step_lanes(still)
     gap, moved = (float((envs.observe() - x).abs().max()) for x in (other, first))
-    arrived, rate, interval = envs.totals[ARRIVED : ARRIVED + 2].sum(0), envs.rate.sum((0, 1)), envs.decision_interval
+    arrived, rate, interval = (
+        envs.totals[ARRIVED : ARRIVED + 2].sum(0),
+        envs.rate.sum((0, 1)),
+        envs.decision_interval,
+    )
     inflow = float((arrived / rate.clamp(min=1e-9)).mean())
-    envs.decision.fill_(envs.length - decisions)  # the end of the episode, without all of the way there
+    envs.decision.fill_(
+        envs.length - decisions
+    )  # the end of the episode, without all of the way there
     rewards, early = [], 0
     for _ in range(decisions):
         reward, terminated, truncated = envs.step_lanes(still)
         rewards += reward.tolist()
         early += int((terminated | truncated).sum())
     envs.check_state()
-    ended, values, stats = int(truncated.sum()), len(np.unique(np.round(rewards, 9))), envs.stats("finals")
+    ended, values, stats = (
+        int(truncated.sum()),
+        len(np.unique(np.round(rewards, 9))),
+        envs.stats("finals"),
+    )
     error, courant = float(stats["mass_error"].max()), float(stats["max_cfl"].max())
-    bound = 2 * torch.finfo(envs.rho_c.dtype).eps * max(float(envs.finals[STEPS].max()), 50.0)  # rounding of each step
+    bound = (
+        2 * torch.finfo(envs.rho_c.dtype).eps * max(float(envs.finals[STEPS].max()), 50.0)
+    )  # rounding of each step
     for good, expected, found in (
-            (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
-            (moved > 1e-6, "a constant action to change the observation", f"a change of {moved}"),
-            (abs(inflow - interval) < 1e-3 * interval,
-             f"the demand of {interval} s to arrive in a decision of --decision-interval", f"{inflow:.3f} s"),
-            (early == ended, f"no episode to end before decision {envs.length}", f"{early - ended} that did"),
-            (ended == envs.num_envs, f"truncation of every episode at decision {envs.length}",
-             f"{ended} of {envs.num_envs}"),
-            (values > decisions // 2, "rewards of many values", f"{values} in {decisions} decisions"),
-            (error <= bound, f"vehicles to be conserved to {bound:.1e}", f"a relative error of {error:.1e}"),
-            (courant <= CFL * (1 + 1e-6), f"Courant numbers up to {CFL}", f"{courant:.3f}"),
-            (float(stats["throughput_veh"].min()) > 0, "vehicles to leave over some exit", "none")):
+        (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
+        (moved > 1e-6, "a constant action to change the observation", f"a change of {moved}"),
+        (
+            abs(inflow - interval) < 1e-3 * interval,
+            f"the demand of {interval} s to arrive in a decision of --decision-interval",
+            f"{inflow:.3f} s",
+        ),
+        (
+            early == ended,
+            f"no episode to end before decision {envs.length}",
+            f"{early - ended} that did",
+        ),
+        (
+            ended == envs.num_envs,
+            f"truncation of every episode at decision {envs.length}",
+            f"{ended} of {envs.num_envs}",
+        ),
+        (
+            values > decisions // 2,
+            "rewards of many values",
+            f"{values} in {decisions} decisions",
+        ),
+        (
+            error <= bound,
+            f"vehicles to be conserved to {bound:.1e}",
+            f"a relative error of {error:.1e}",
+        ),
+        (courant <= CFL * (1 + 1e-6), f"Courant numbers up to {CFL}", f"{courant:.3f}"),
+        (float(stats["throughput_veh"].min()) > 0, "vehicles to leave over some exit", "none"),
+    ):
         if not good:
             raise CheckFailed(f"sanity: expected {expected}, found {found}")
 
 
 @torch.no_grad()
-def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tuple[dict, dict, bool]:
+def evaluate(
+    make, envs, seconds: float = math.inf, trace: bool = False
+) -> tuple[dict, dict, bool]:
     """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) -> actions.
 
     Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether the time was up
@@ -1944,10 +2001,19 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
     ended, running = envs.stats("finals"), envs.stats()
     done = ended["episode_length"] > 0
     stats = {k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()}
-    result = {split: {k: float(x[lanes].max() if k in WORST else x[lanes].mean()) for k, x in stats.items()}
-              | {"std": float(stats["episode_return"][lanes].std(correction=0))}
-              for split, lanes in envs.splits.items()}
-    return result, {k: [row[k] for row in columns] for k in (columns[0] if columns else ())}, cut
+    result = {
+        split: {
+            k: float(x[lanes].max() if k in WORST else x[lanes].mean())
+            for k, x in stats.items()
+        }
+        | {"std": float(stats["episode_return"][lanes].std(correction=0))}
+        for split, lanes in envs.splits.items()
+    }
+    return (
+        result,
+        {k: [row[k] for row in columns] for k in (columns[0] if columns else ())},
+        cut,
+    )
 
 
 @torch.no_grad()
@@ -1958,8 +2024,11 @@ def diagnose(agent: Agent, obs) -> dict[str, float]:
     _, entropy = agent.log_prob_entropy(x, action)
     action = action.double()
     return {
-        "state_dependence": float(action.std()), "action_mean": float(action.mean()),
-        "entropy": float(entropy.double().mean()), "v_mean": float(agent.value(x).double().mean())}
+        "state_dependence": float(action.std()),
+        "action_mean": float(action.mean()),
+        "entropy": float(entropy.double().mean()),
+        "v_mean": float(agent.value(x).double().mean()),
+    }
 
 
 def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[str, list[str]]:
@@ -1979,9 +2048,15 @@ def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[s
     beside = f"the best tuned controller, {name}, has {best:.0f}: the agent's is {abs(percent):.1f} % "
     beside += "lower" if percent >= 0 else "higher"
     if not dependence >= 0.01:
-        return ("constant_is_right" if percent >= -1 else "collapsed"), [f"one phase in every state: {found}", beside]
+        return ("constant_is_right" if percent >= -1 else "collapsed"), [
+            f"one phase in every state: {found}",
+            beside,
+        ]
     if percent < 0:
-        return "undertrained", [f"the tuned controller {name} beats the agent: {found}", beside]
+        return "undertrained", [
+            f"the tuned controller {name} beats the agent: {found}",
+            beside,
+        ]
     return "healthy", [f"the action answers to the state: {found}", beside]
 
 
@@ -2010,11 +2085,27 @@ class Loop:
     evaluated: int = -1  # global_step of the last evaluation
 
 
-def make_envs(args: Args, backend: str, num_envs: int = EVAL_LANES, lane0: int = 0, cases: str | None = None):
+def make_envs(
+    args: Args,
+    backend: str,
+    num_envs: int = EVAL_LANES,
+    lane0: int = 0,
+    cases: str | None = None,
+):
     """The training environment, or with cases="eval" the evaluation one."""
     return NetworkVectorEnv(
-        num_envs, args.scenario, args.decision_interval, args.episode_seconds, LEVELS, args.pressure, args.cell_length,
-        seed=args.seed, backend=backend, lane0=lane0, cases=cases)
+        num_envs,
+        args.scenario,
+        args.decision_interval,
+        args.episode_seconds,
+        LEVELS,
+        args.pressure,
+        args.cell_length,
+        seed=args.seed,
+        backend=backend,
+        lane0=lane0,
+        cases=cases,
+    )
 
 
 def describe(run: Run, envs) -> dict:
@@ -2024,16 +2115,28 @@ def describe(run: Run, envs) -> dict:
     for array in vars(net).values():
         if isinstance(array, np.ndarray):
             content.update(np.ascontiguousarray(array))
-    return {"spec": run.args.scenario, "sha256": content.hexdigest(), "levels": LEVELS, "variation": VARIATION,
-            "eval_seed": EVAL_SEED, "eval_lanes": EVAL_LANES}
+    return {
+        "spec": run.args.scenario,
+        "sha256": content.hexdigest(),
+        "levels": LEVELS,
+        "variation": VARIATION,
+        "eval_seed": EVAL_SEED,
+        "eval_lanes": EVAL_LANES,
+    }
 
 
 def agent_config(run: Run, envs) -> dict:
     """Plain values that rebuild the agent from a checkpoint alone. Raises UsageError if the checkpoint's differ."""
-    config = {"observations": envs.row_obs, "phases": int(envs.network.n_phases.max()), "hidden": run.args.hidden,
-              "held": envs.held}
+    config = {
+        "observations": envs.row_obs,
+        "phases": int(envs.network.n_phases.max()),
+        "hidden": run.args.hidden,
+        "held": envs.held,
+    }
     there = run.state["config"] if run.state else config
-    other = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
+    other = [
+        f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v
+    ]
     refuse((other, f"{run.source} does not fit these flags: {'; '.join(other)}"))
     return config
 
@@ -2055,12 +2158,17 @@ def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
     lanes, levels = envs.lane_id.clone(), envs.level.clone()
     tuned, sweeps = tune(envs, run.eval_limit(TUNING_SHARE))
     envs.assign(lanes, levels)
-    print(f"baselines: constants tuned on {min(TUNING_LANES, envs.num_envs)} training lanes, {sweeps} of 2 sweeps"
-          + ("" if sweeps == 2 else f" in {100 * TUNING_SHARE:g} % of the time"))
+    print(
+        f"baselines: constants tuned on {min(TUNING_LANES, envs.num_envs)} training lanes, {sweeps} of 2 sweeps"
+        + ("" if sweeps == 2 else f" in {100 * TUNING_SHARE:g} % of the time")
+    )
     results, short = {}, False
     for name, levels in tuned.items():
-        words = [f"x{level}: " + ", ".join(f"{k} {v:g}" for k, v in row.items())
-                 for level, row in levels.items() if row]
+        words = [
+            f"x{level}: " + ", ".join(f"{k} {v:g}" for k, v in row.items())
+            for level, row in levels.items()
+            if row
+        ]
         print(f"baseline {name}: {'; '.join(words) or 'nothing to tune'}")
         make = partial(controller, name=name, tuned=levels)
         results[name], _, cut = evaluate(make, eval_envs, run.eval_limit(0.05))
@@ -2073,17 +2181,26 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     policy = Greedy(agent)
     result, _, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.5))
     audit = diagnose(agent, torch.cat(policy.states))
-    record = {f"eval/{split}/{k}": v for split, metrics in result.items() for k, v in metrics.items()}
-    record |= {"value/v_mean": audit.pop("v_mean")} | {f"policy/{k}": v for k, v in audit.items()}
+    record = {
+        f"eval/{split}/{k}": v for split, metrics in result.items() for k, v in metrics.items()
+    }
+    record |= {"value/v_mean": audit.pop("v_mean")} | {
+        f"policy/{k}": v for k, v in audit.items()
+    }
     loop.evaluated = loop.global_step
     score = next(iter(result.values()))["episode_return"]
     if cut:
         print("cut short by --eval-timeout: not compared with other evaluations")
     else:
         run.keep_best(score, loop)
-    print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  "
-          + "  ".join(f"{split} {metrics['episode_return']:.0f}" for split, metrics in result.items())
-          + f"  state_dependence {audit['state_dependence']:.2f}", flush=True)
+    print(
+        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  "
+        + "  ".join(
+            f"{split} {metrics['episode_return']:.0f}" for split, metrics in result.items()
+        )
+        + f"  state_dependence {audit['state_dependence']:.2f}",
+        flush=True,
+    )
     return record
 
 
@@ -2094,24 +2211,39 @@ def episode_record(envs) -> dict[str, float]:
     done = stats["episode_length"] > 0
     if not done.any():
         return {}
-    mean = {k: float(x[done].max() if k in WORST else x[done].double().mean()) for k, x in stats.items()}
+    mean = {
+        k: float(x[done].max() if k in WORST else x[done].double().mean())
+        for k, x in stats.items()
+    }
     charts = {f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")}
     return charts | {f"env/{k}": v for k, v in mean.items()}
 
 
-def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short) -> tuple[dict, dict]:
+def final_results(
+    run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short
+) -> tuple[dict, dict]:
     """The best agent beside the baselines, split by split, a trace, and the diagnostics with their verdict."""
     import pandas as pd
 
     policy = Greedy(agent)
-    result, columns, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.8), trace=True)
+    result, columns, cut = evaluate(
+        lambda envs: policy, eval_envs, run.eval_limit(0.8), trace=True
+    )
     (run.dir / "traces").mkdir(exist_ok=True)
     pd.DataFrame(columns).to_parquet(run.dir / "traces" / f"{eval_envs.network.name}.parquet")
-    results = {split: {"agent": metrics, "baselines": {name: b[split] for name, b in baselines.items()},
-                       "partial": cut or short} for split, metrics in result.items()}
+    results = {
+        split: {
+            "agent": metrics,
+            "baselines": {name: b[split] for name, b in baselines.items()},
+            "partial": cut or short,
+        }
+        for split, metrics in result.items()
+    }
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
-    audit["verdict"], audit["reasons"] = verdict(audit, chosen["agent"], chosen["baselines"], loop.updates)
+    audit["verdict"], audit["reasons"] = verdict(
+        audit, chosen["agent"], chosen["baselines"], loop.updates
+    )
     return results, audit
 
 
@@ -2121,7 +2253,8 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     run = Run(Args, argv, SCHEMA, evaluations=3.0)
     args, device, steps = run.args, run.device, run.args.num_steps
     lanes = args.num_envs // run.world
-    refuse((args.num_envs % run.world, f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"))
+    uneven = args.num_envs % run.world
+    refuse((uneven, f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"))
     envs = run.closing(envs or make_envs(args, run.backend, lanes, run.rank * lanes))
     eval_envs = run.closing(eval_envs or make_envs(args, run.backend, cases="eval"))
     config, agents = agent_config(run, envs), envs.agents
@@ -2131,7 +2264,9 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     run.phase("setup")
     agent = Agent(**config).to(device)
     forward = torch.compile(agent) if args.compile else agent
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(
+        agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True
+    )
     schedule, draws = Schedule(run), torch.Generator(device).manual_seed(args.seed)
     # a row is a junction of a lane: all share the weights, and decide at the same time
     rows, all_rows, row0 = lanes * agents, args.num_envs * agents, run.rank * lanes * agents
@@ -2143,14 +2278,16 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     log_probs, rewards = torch.zeros(2, steps, rows, device=device)
     terminations, ends = torch.zeros(2, steps, rows, dtype=torch.bool, device=device)
     envs.reset(seed=args.seed, options={"stagger": True})
-    loop = run.restore(
-        Loop(), config, policy=dict(agent=agent), optimizer=optimizer, envs=envs, scale=scale, draws=draws)
+    saved = dict(optimizer=optimizer, envs=envs, scale=scale, draws=draws)
+    loop = run.restore(Loop(), config, policy=dict(agent=agent), **saved)
+    last_step = 0 if args.eval_only else args.total_timesteps
 
-    while not args.eval_only and loop.global_step < args.total_timesteps and not run.out_of_time():
+    while loop.global_step < last_step and not run.out_of_time():
         # ALGO LOGIC: action
         run.phase("rollout")
         noise = torch.rand((steps, all_rows, config["phases"]), generator=draws, device=device)
-        noise = noise[:, row0 : row0 + rows]  # of one process or of several: the same numbers for a lane
+        # of one process or of several: the same numbers for a lane
+        noise = noise[:, row0 : row0 + rows]
         for t in range(steps):
             with torch.no_grad():
                 obs[t] = envs.observe().flatten(0, 1)
@@ -2166,7 +2303,9 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
         loop.global_step += steps * args.num_envs
         loop.iteration += 1
         if args.sim_timeout and envs.longest_call > args.sim_timeout:
-            print(f"a simulation call took {envs.longest_call:.2f} s, --sim-timeout is {args.sim_timeout}: stopping")
+            print(
+                f"a simulation call took {envs.longest_call:.2f} s, --sim-timeout is {args.sim_timeout}: stopping"
+            )
             run.guard.expired = True
 
         # ALGO LOGIC: training
@@ -2177,7 +2316,14 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
             next_values = values[1:].clone()
             next_values[ends] = agent.value(agent.normalise(last_obs[ends]))
             advantages, returns = gae(
-                scaled, values[:-1], next_values, terminations, ends, args.gamma, args.gae_lambda)
+                scaled,
+                values[:-1],
+                next_values,
+                terminations,
+                ends,
+                args.gamma,
+                args.gae_lambda,
+            )
             explained = 1 - (returns - values[:-1]).var() / returns.var()
         optimizer.param_groups[0]["lr"] = schedule.learning_rate(loop)
         columns = obs[:-1], actions, log_probs, advantages, returns
@@ -2189,7 +2335,9 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 if run.world > 1:  # every process takes its rows' share of the same minibatch
                     t, row = index // all_rows, index % all_rows - row0
                     index = (t * rows + row)[(row >= 0) & (row < rows)]
-                x, action, old_log_prob, advantage, target = (column[index] for column in columns)
+                x, action, old_log_prob, advantage, target = (
+                    column[index] for column in columns
+                )
                 log_prob, entropy, value = forward(x, action)
                 ratio = (log_prob - old_log_prob).exp()
                 advantage = normalised(advantage, size)
@@ -2209,7 +2357,9 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 with torch.no_grad():
                     kl = (ratio - 1 - (log_prob - old_log_prob)).sum() / size  # Schulman's k3
                     clipped = ((ratio - 1).abs() > args.clip_coef).sum() / size
-                    stats = reduce_sum(torch.stack([policy_loss, value_loss, entropy, kl, clipped]))
+                    stats = reduce_sum(
+                        torch.stack([policy_loss, value_loss, entropy, kl, clipped])
+                    )
                 losses.append(torch.cat([stats, grad_norm[None]]))
                 stopped = args.target_kl is not None and float(stats[3]) > args.target_kl
                 if stopped:
@@ -2219,11 +2369,25 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
 
         # evaluate, log, keep the best; here alone something crosses to the host
         if run.every(args.eval_interval, loop.global_step):
-            names = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
-            record = {f"losses/{k}": v for k, v in zip(names, torch.stack(losses).mean(0).tolist())}
+            names = (
+                "policy_loss",
+                "value_loss",
+                "entropy",
+                "approx_kl",
+                "clipfrac",
+                "grad_norm",
+            )
+            record = {
+                f"losses/{k}": v for k, v in zip(names, torch.stack(losses).mean(0).tolist())
+            }
             if not math.isfinite(record["losses/policy_loss"] + record["losses/value_loss"]):
-                raise CheckFailed(f"the loss is not finite after {loop.updates} updates: lower --learning-rate")
-            record |= {"losses/explained_variance": explained, "charts/learning_rate": schedule.latest}
+                raise CheckFailed(
+                    f"the loss is not finite after {loop.updates} updates: lower --learning-rate"
+                )
+            record |= {
+                "losses/explained_variance": explained,
+                "charts/learning_rate": schedule.latest,
+            }
             run.phase("eval")
             if run.rank == 0:
                 record |= run.charts(loop, loop.updates * size) | episode_record(envs)
@@ -2238,8 +2402,15 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
         return {"exit_code": run.guard.exit_code}
     results, audit = final_results(run, loop, agent, eval_envs, baselines, short)
     longest = max(x.longest_call for x in (envs, eval_envs))
-    return run.finish(loop, results, audit, COLUMNS, device={"longest_simulation_call_s": longest},
-                      selected_by=next(iter(results)), samples_per_transition=loop.updates * size / loop.global_step)
+    return run.finish(
+        loop,
+        results,
+        audit,
+        COLUMNS,
+        device={"longest_simulation_call_s": longest},
+        selected_by=next(iter(results)),
+        samples_per_transition=loop.updates * size / loop.global_step,
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Static data of signalised road networks: read from files, or made (a corridor, a town), validated, never changed.
 
-    from common.networks import find_network
-    net = find_network("corridor")  # or "town5", or "roads.csv" with roads.json beside it
+from common.networks import find_network
+net = find_network("corridor")  # or "town5", or "roads.csv" with roads.json beside it
 """
 
 import csv
@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,15 @@ CLASSES = ("motorcycle", "car")
 TOP_SPEED = (100 * KMH, 120 * KMH)  # m/s, of a class on an empty road without a limit
 RHO_JAM = 0.2  # veh/m and lane
 ROADS = {  # km/h where a segment gives no limit; a class that ends in _link has that of its road
-    "motorway": 120.0, "trunk": 100.0, "primary": 60.0, "secondary": 50.0, "tertiary": 40.0, "unclassified": 40.0,
-    "residential": 30.0, "living_street": 20.0}
+    "motorway": 120.0,
+    "trunk": 100.0,
+    "primary": 60.0,
+    "secondary": 50.0,
+    "tertiary": 40.0,
+    "unclassified": 40.0,
+    "residential": 30.0,
+    "living_street": 20.0,
+}
 CELL_LENGTH = 25.0  # m
 ZONES = (50.0, 150.0)  # m upstream of the stop line: near, middle, far
 ALL_RED, MIN_GREEN = 4.0, 6.0  # s, where a plan gives none
@@ -78,8 +86,12 @@ def near(name: str, names) -> str:
 
 # ---------------------------------------------------------------------------------------------------- the plan
 SHAPES = {
-    "signals": (dict, list, list, str), "demand": (dict, dict, float), "turns": (dict, dict, dict, float),
-    "all_red": (float,), "min_green": (float,)}
+    "signals": (dict, list, list, str),
+    "demand": (dict, dict, float),
+    "turns": (dict, dict, dict, float),
+    "all_red": (float,),
+    "min_green": (float,),
+}
 MEANING = {dict: "an object", list: "a list", str: "a node's name", float: "a number >= 0"}
 
 
@@ -87,7 +99,11 @@ def check_shape(value, shape: tuple, at: str):
     """Raises NetworkError where value is not what `shape` says, level by level, and names the place."""
     kind, *inner = shape
     if kind is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        good = (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and 0 <= value < math.inf
+        )
     else:
         good = isinstance(value, kind)
     if not good:
@@ -104,7 +120,9 @@ class Builder:
         self.table, self.text = where
         for key, value in plan.items():
             if key not in SHAPES:
-                raise NetworkError(f"{self.text}: unknown key {key!r}, must be one of {', '.join(SHAPES)}")
+                raise NetworkError(
+                    f"{self.text}: unknown key {key!r}, must be one of {', '.join(SHAPES)}"
+                )
             check_shape(value, SHAPES[key], f"{self.text}: {key}")
         self.plan, self.rows, self.notes = plan, segments, []
         self.ends = [(str(row["from"]), str(row["to"])) for row in segments]
@@ -119,12 +137,16 @@ class Builder:
 
     def check_node(self, node, section: str):
         if node not in self.into:
-            raise NetworkError(f"{self.text}: {section}: no segment touches node {node!r}{near(node, self.nodes)}")
+            raise NetworkError(
+                f"{self.text}: {section}: no segment touches node {node!r}{near(node, self.nodes)}"
+            )
 
     def find_segment(self, start, node, at: str) -> int:
         if (start, node) not in self.index:
             known = [self.ends[s][0] for s in self.into[node]]
-            raise NetworkError(f"{self.text}: {at}: no segment {start} > {node}{near(start, known)}")
+            raise NetworkError(
+                f"{self.text}: {at}: no segment {start} > {node}{near(start, known)}"
+            )
         return self.index[start, node]
 
     def size(self, dx: float):
@@ -144,11 +166,15 @@ class Builder:
             zone_of.append(zone)
             zone_share.append(self.dx[s] / self.zone_length[zone, s])
             if row["length_m"] < SHORT:
-                self.notes.append(f"{self.name_of(s)} is {row['length_m']:g} m long: every time step shrinks with it")
+                self.notes.append(
+                    f"{self.name_of(s)} is {row['length_m']:g} m long: every time step shrinks with it"
+                )
         self.first = np.r_[0, np.cumsum(counts)].astype(np.int64)
         self.zone_of = np.concatenate(zone_of).astype(np.int64)
         self.zone_share = np.concatenate(zone_share)
-        self.capacity = self.jam * self.limit[1]  # veh/s times 4: lanes times speed, what shares are weighted by
+        self.capacity = (
+            self.jam * self.limit[1]
+        )  # veh/s times 4: lanes times speed, what shares are weighted by
 
     def name_of(self, s: int) -> str:
         return f"{self.table}: segment {s + 1}, {self.ends[s][0]} > {self.ends[s][1]},"
@@ -162,14 +188,20 @@ class Builder:
                 self.find_segment(start, node, f"turns: {node}")
         for s, (start, node) in enumerate(self.ends):
             given = turns.get(node, {}).get(start)
-            share = self.usual_shares(s) if given is None else self.given_shares(given, node, start)
+            share = (
+                self.usual_shares(s) if given is None else self.given_shares(given, node, start)
+            )
             total = sum(share.values())
             for j in self.out_of[node]:
                 if share.get(j, 0) > 0:
                     moves.append((s, j))
                     shares.append(share[j] / total)
         moves = np.array(moves, np.int64).reshape(-1, 2)
-        self.move_from, self.move_to, self.share = moves[:, 0].copy(), moves[:, 1].copy(), np.array(shares, float)
+        self.move_from, self.move_to, self.share = (
+            moves[:, 0].copy(),
+            moves[:, 1].copy(),
+            np.array(shares, float),
+        )
 
     def usual_shares(self, s: int) -> dict:
         """In proportion to lanes times limit, never back."""
@@ -191,7 +223,9 @@ class Builder:
         demand, led_into = self.plan.get("demand", {}), set(self.move_to.tolist())
         entries = [s for s in range(len(self.ends)) if s not in led_into]
         if not entries:
-            raise NetworkError(f"{self.table}: no entry: something leads into every segment, so nobody can arrive")
+            raise NetworkError(
+                f"{self.table}: no entry: something leads into every segment, so nobody can arrive"
+            )
         for node, flows in demand.items():
             self.check_node(node, "demand")
             for kind in flows:
@@ -199,20 +233,26 @@ class Builder:
                     hint = f"unknown class {kind!r}, must be motorcycle or car"
                     raise NetworkError(f"{self.text}: demand: {node}: {hint}")
             if not set(self.out_of[node]) & set(entries):
-                raise NetworkError(f"{self.text}: demand: {node}: no entry begins there (nothing leads into an entry)")
+                raise NetworkError(
+                    f"{self.text}: demand: {node}: no entry begins there (nothing leads into an entry)"
+                )
         self.entry, base = np.full(len(self.ends), -1, np.int64), []
         for s in entries:
             start = self.ends[s][0]
             if start not in demand:
-                raise NetworkError(f"{self.name_of(s)} is an entry (nothing leads into it) but {self.text}: demand has "
-                                   f"no {start}: give its flows, 0 to close it")
+                raise NetworkError(
+                    f"{self.name_of(s)} is an entry (nothing leads into it) but {self.text}: demand has "
+                    f"no {start}: give its flows, 0 to close it"
+                )
             together = sum(self.capacity[j] for j in self.out_of[start] if j in entries)
             share = self.capacity[s] / together
             self.entry[s] = len(base)
             base.append([demand[start].get(kind, 0) / 3600 * share for kind in CLASSES])
             if sum(base[-1]) > self.capacity[s] / 4:
                 wants, most = 3600 * sum(base[-1]), 900 * self.capacity[s]
-                self.notes.append(f"{self.name_of(s)} has a demand of {wants:.0f} veh/h but carries {most:.0f}")
+                self.notes.append(
+                    f"{self.name_of(s)} has a demand of {wants:.0f} veh/h but carries {most:.0f}"
+                )
         self.base = np.array(base).T.copy()
 
     def light(self):
@@ -223,40 +263,54 @@ class Builder:
             at = f"signals: {node}"
             self.check_node(node, "signals")
             if not 2 <= len(phases) <= 62:  # bits of a whole number
-                raise NetworkError(f"{self.text}: {at}: {len(phases)} phases, a signal needs 2 to 62")
+                raise NetworkError(
+                    f"{self.text}: {at}: {len(phases)} phases, a signal needs 2 to 62"
+                )
             for p, starts in enumerate(phases):
                 if not starts:
-                    raise NetworkError(f"{self.text}: {at}: phase {p + 1} is empty: name the nodes it serves")
+                    raise NetworkError(
+                        f"{self.text}: {at}: phase {p + 1} is empty: name the nodes it serves"
+                    )
                 for start in starts:
                     self.green[self.find_segment(start, node, f"{at}: phase {p + 1}")] |= 1 << p
             for s in self.into[node]:
                 self.signal[s] = g
                 if not self.green[s]:
-                    raise NetworkError(f"{self.text}: {at}: {self.ends[s][0]} > {node} is green in no phase")
+                    raise NetworkError(
+                        f"{self.text}: {at}: {self.ends[s][0]} > {node} is green in no phase"
+                    )
             if not self.out_of[node]:
                 self.notes.append(f"{self.text}: {at}: no segment leaves it: a signal at an exit")
         self.n_phases = np.array([len(phases) for phases in signals.values()], np.int64)
 
     def look_for_islands(self):
         """Segments that no vehicle of the largest connected part can reach."""
-        part = {node: node for node in self.nodes}
-
-        def root(node):
-            while part[node] != node:
-                node = part[node]
-            return node
-
-        for start, node in self.ends:
-            part[root(start)] = root(node)
-        roots = [root(start) for start, _ in self.ends]
-        largest = max(roots, key=roots.count)
-        apart = [s for s, found in enumerate(roots) if found != largest]
+        part = {}
+        for first in self.nodes:
+            reached = [] if first in part else [first]
+            while reached:
+                node = reached.pop()
+                if node in part:
+                    continue
+                part[node] = first
+                reached += [self.ends[s][1] for s in self.out_of[node]]
+                reached += [self.ends[s][0] for s in self.into[node]]
+        parts = Counter(part[start] for start, _ in self.ends)
+        largest = parts.most_common(1)[0][0]
+        apart = [s for s, (start, _) in enumerate(self.ends) if part[start] != largest]
         if apart:
-            self.notes.append(f"{self.name_of(apart[0])} and {len(apart) - 1} more have no connection with the rest")
+            self.notes.append(
+                f"{self.name_of(apart[0])} and {len(apart) - 1} more have no connection with the rest"
+            )
 
 
-def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_LENGTH,
-                  where: tuple[str, str] = ("segments", "plan")) -> Network:
+def build_network(
+    name: str,
+    segments: list[dict],
+    plan: dict,
+    dx: float = CELL_LENGTH,
+    where: tuple[str, str] = ("segments", "plan"),
+) -> Network:
     """Records of segments (from, to, length_m, class, lanes, limit km/h or None for the class's) and a plan -> Network.
 
     plan: signals {node: [[from, ...] a phase]}; demand {node: {motorcycle, car: veh/h}}, joined by every entry; turns
@@ -269,9 +323,28 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
     b.light()
     b.look_for_islands()
     net = Network(
-        name, tuple(b.ends), b.first, b.dx, b.jam, b.limit, b.move_from, b.move_to, b.share, b.entry, b.signal, b.green,
-        b.n_phases, tuple(plan.get("signals", {})), b.base, b.zone_of, b.zone_share, b.zone_length,
-        float(plan.get("all_red", ALL_RED)), float(plan.get("min_green", MIN_GREEN)), tuple(b.notes))
+        name,
+        tuple(b.ends),
+        b.first,
+        b.dx,
+        b.jam,
+        b.limit,
+        b.move_from,
+        b.move_to,
+        b.share,
+        b.entry,
+        b.signal,
+        b.green,
+        b.n_phases,
+        tuple(plan.get("signals", {})),
+        b.base,
+        b.zone_of,
+        b.zone_share,
+        b.zone_length,
+        float(plan.get("all_red", ALL_RED)),
+        float(plan.get("min_green", MIN_GREEN)),
+        tuple(b.notes),
+    )
     for array in vars(net).values():
         if isinstance(array, np.ndarray):
             array.setflags(write=False)
@@ -280,7 +353,11 @@ def build_network(name: str, segments: list[dict], plan: dict, dx: float = CELL_
 
 # ------------------------------------------------------------------------------------------------------- files
 COLUMNS = {"from": str, "to": str, "length_m": float, "class": str, "lanes": int, "limit": float}
-ALLOWED = {"length_m": (0.1, 1e5), "lanes": (1, 100), "limit": (3, 1e3)}  # m, lanes, km/h: beyond them is a slip
+ALLOWED = {
+    "length_m": (0.1, 1e5),
+    "lanes": (1, 100),
+    "limit": (3, 1e3),
+}  # m, lanes, km/h: beyond them is a slip
 LARGEST = 50_000_000  # bytes of a file
 
 
@@ -295,7 +372,9 @@ def unique(where: Path, pairs: list) -> dict:
 
 def read_text(path: Path) -> str:
     if not path.is_file():
-        raise NetworkError(f"{path}: no such file (a network is NAME.csv with its segments and NAME.json beside it)")
+        raise NetworkError(
+            f"{path}: no such file (a network is NAME.csv with its segments and NAME.json beside it)"
+        )
     if path.stat().st_size > LARGEST:
         raise NetworkError(f"{path}: {path.stat().st_size} bytes, at most {LARGEST} are read")
     try:
@@ -310,10 +389,17 @@ def check_columns(path: Path, columns: list):
     found = ", ".join(map(repr, columns)) or "an empty line"
     for column in COLUMNS:
         if column not in columns:
-            hint = near(column, [c.lower() for c in columns if c != c.lower()])
-            hint = "; separate them with commas" if ";" in found or "\\t" in found else f"{hint} (lower case)" * (hint != "")
-            hint = "; the first line must name the columns" if found.startswith("'#") else hint
-            raise NetworkError(f"{path}: no column {column!r} among {found:.200}{hint}; needs {', '.join(COLUMNS)}")
+            hint = ""
+            if column in [c.strip().lower() for c in columns]:
+                hint = " (lower case, no spaces)"
+            elif ";" in found or "\\t" in found:
+                hint = " (commas separate columns)"
+            elif found.startswith("'#"):
+                hint = " (the first line names the columns)"
+            needs = ", ".join(COLUMNS)
+            raise NetworkError(
+                f"{path}: no column {column!r}{hint}, found {found:.200}; needs {needs}"
+            )
     for column in columns:
         if column not in COLUMNS:
             raise NetworkError(f"{path}: unknown column {column!r}{near(column, COLUMNS)}")
@@ -347,14 +433,22 @@ def read_segments(path: Path) -> list[dict]:
             at = f"{path}: line {number}"
             if None in raw:
                 raise NetworkError(f"{at}: more values than the {len(COLUMNS)} columns")
-            row = {column: read_value(column, (raw[column] or "").strip(), f"{at}: {column}") for column in COLUMNS}
+            row = {
+                column: read_value(column, (raw[column] or "").strip(), f"{at}: {column}")
+                for column in COLUMNS
+            }
             pair = row["from"], row["to"]
             if row["limit"] is None and row["class"].removesuffix("_link") not in ROADS:
-                raise NetworkError(f"{at}: class: unknown {row['class']!r}: give its limit, or one of {', '.join(ROADS)}")
+                known = ", ".join(ROADS)
+                raise NetworkError(
+                    f"{at}: class: unknown {row['class']!r}: give its limit, or one of {known}"
+                )
             if row["from"] == row["to"]:
                 raise NetworkError(f"{at}: from and to are both {row['to']!r}")
             if pair in pairs:
-                raise NetworkError(f"{at}: {row['from']} > {row['to']} is there twice: merge the lanes")
+                raise NetworkError(
+                    f"{at}: {row['from']} > {row['to']} is there twice: merge the lanes"
+                )
             pairs.add(pair)
             rows.append(row)
     except csv.Error as e:
@@ -370,7 +464,9 @@ def read_plan(path: Path) -> dict:
     except json.JSONDecodeError as e:
         raise NetworkError(f"{path}: line {e.lineno}: not JSON: {e.msg}") from None
     except RecursionError:
-        raise NetworkError(f"{path}: brackets within brackets, hundreds deep: not a plan") from None
+        raise NetworkError(
+            f"{path}: brackets within brackets, hundreds deep: not a plan"
+        ) from None
     except NetworkError:
         raise
     except ValueError as e:  # a number of thousands of digits
@@ -384,7 +480,9 @@ def load_network(path: str, dx: float = CELL_LENGTH) -> Network:
     """A segments CSV (from, to, length_m, class, lanes, limit km/h or empty) and the JSON of that stem."""
     table = Path(path)
     text = table.with_suffix(".json")
-    return build_network(table.stem, read_segments(table), read_plan(text), dx, (str(table), str(text)))
+    return build_network(
+        table.stem, read_segments(table), read_plan(text), dx, (str(table), str(text))
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- made
@@ -405,8 +503,11 @@ def corridor_network(dx: float = CELL_LENGTH) -> Network:
         segments += both_ways(south, node, 200, "tertiary", 1)
         plan["signals"][node] = [[west, east], [north, south]]
         plan["turns"][node] = {
-            west: {east: 0.8, north: 0.1, south: 0.1}, east: {west: 0.8, north: 0.1, south: 0.1},
-            north: {south: 0.4, west: 0.3, east: 0.3}, south: {north: 0.4, west: 0.3, east: 0.3}}
+            west: {east: 0.8, north: 0.1, south: 0.1},
+            east: {west: 0.8, north: 0.1, south: 0.1},
+            north: {south: 0.4, west: 0.3, east: 0.3},
+            south: {north: 0.4, west: 0.3, east: 0.3},
+        }
         side = (340, 460, 300, 520, 400)[g]
         for start in (north, south):
             plan["demand"][start] = {"motorcycle": 0.4 * side, "car": 0.6 * side}
@@ -429,7 +530,10 @@ def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
             segments += both_ways(name(i, j), name(i, j + 1), 200, road, 1)
             segments += both_ways(name(j, i), name(j + 1, i), 200, road, 1)
     for (i, j), node in inside.items():
-        plan["signals"][node] = [[name(i, j - 1), name(i, j + 1)], [name(i - 1, j), name(i + 1, j)]]
+        plan["signals"][node] = [
+            [name(i, j - 1), name(i, j + 1)],
+            [name(i - 1, j), name(i + 1, j)],
+        ]
     for node in sorted({row["from"] for row in segments} - set(inside.values())):
         plan["demand"][node] = {"motorcycle": 100, "car": 150}
     return build_network(f"town{n}", segments, plan, dx)
@@ -445,5 +549,7 @@ def find_network(spec, dx: float = CELL_LENGTH) -> Network:
     if spec.startswith("town") and size.isdigit() and 0 < int(size) <= 50:
         return pool.static(("network", spec, dx), lambda: town_network(int(size), dx))
     if not spec.endswith(".csv"):
-        raise NetworkError(f"--scenario {spec}: must be corridor, townN such as town5 (at most 50), or a segments CSV")
+        raise NetworkError(
+            f"--scenario {spec}: must be corridor, townN such as town5 (at most 50), or a segments CSV"
+        )
     return load_network(spec, dx)
