@@ -1,7 +1,8 @@
-"""What batched environments share. Lanes speak torch: a kernel's array and the tensor of the loop are one memory.
+"""What batched environments share. Lanes speak torch: a kernel's array and the tensor of the loop
+are one memory.
 
-A subclass has kernels, a step_lanes() that runs them, observe(), and names what it saves in SAVED. Gymnasium's NumPy
-API (step, reset, final_obs, final_info) is a thin wrapper here, for other libraries.
+A subclass has kernels, a step_lanes() that runs them, observe(), and names what it saves in SAVED.
+Gymnasium's NumPy API (step, reset, final_obs, final_info) is a thin wrapper for other libraries.
 """
 
 import gymnasium as gym
@@ -13,10 +14,11 @@ from common.gpu_pool import pool
 
 
 class Lanes(gym.vector.VectorEnv):
-    """A native batched environment. Same-step autoreset; the last state of an ended episode stands in final_*.
+    """A native batched environment. Same-step autoreset; final_* hold the last state of an end.
 
-    backend: "cpu" (arrays are NumPy's, tensors share them) or "cuda" (arrays are Numba's on the device, tensors view
-    them). take() makes both; `self.arrays[name]` goes to kernels, `self.name` is the tensor.
+    backend: "cpu" (arrays are NumPy's, tensors share them) or "cuda" (arrays are Numba's on the
+    device, tensors view them). take() makes both; `self.arrays[name]` goes to kernels, `self.name`
+    is the tensor.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
@@ -24,9 +26,17 @@ class Lanes(gym.vector.VectorEnv):
     builds = 0  # environments built in this process
     per_rank = True  # processes of torchrun have lanes of their own
 
-    def __init__(self, num_envs: int, observation: gym.Space, action: gym.Space, backend: str = "cpu", seed: int = 1):
+    def __init__(
+        self,
+        num_envs: int,
+        observation: gym.Space,
+        action: gym.Space,
+        backend: str = "cpu",
+        seed: int = 1,
+    ):
         Lanes.builds += 1
-        self.num_envs, self.backend, self.seed, self.was_reset = num_envs, backend, int(seed), False
+        self.num_envs, self.backend = num_envs, backend
+        self.seed, self.was_reset = int(seed), False
         self.single_observation_space, self.single_action_space = observation, action
         self.observation_space = gym.vector.utils.batch_space(observation, num_envs)
         self.action_space = gym.vector.utils.batch_space(action, num_envs)
@@ -37,7 +47,7 @@ class Lanes(gym.vector.VectorEnv):
         return torch.device("cuda" if self.backend == "cuda" else "cpu")
 
     def take(self, name: str, shape: tuple, dtype) -> torch.Tensor:
-        """A buffer of zeros from the pool: arrays[name] for kernels and, the same memory, the tensor `name`."""
+        """Zeros from the pool: arrays[name] for kernels and, the same memory, the tensor `name`."""
         array = self.arrays[name] = self.lease.acquire(shape, dtype, self.backend)
         tensor = torch.as_tensor(array, device=self.torch_device)
         setattr(self, name, tensor)
@@ -45,8 +55,10 @@ class Lanes(gym.vector.VectorEnv):
 
     # a subclass writes these
     def step_lanes(self, action: torch.Tensor):
-        """Step all lanes: action (N, ...) on the device -> reward (N,), terminated, truncated (N,) bool. Tensors that
-        the next call overwrites."""
+        """Step all lanes: action (N, ...) on the device -> reward, terminated, truncated (N,).
+
+        Tensors that the next call overwrites.
+        """
         raise NotImplementedError
 
     def reset_lanes(self, first: bool, options: dict):
@@ -58,7 +70,7 @@ class Lanes(gym.vector.VectorEnv):
         raise NotImplementedError
 
     def observe_final(self, lanes: torch.Tensor):
-        """The last observation of the episodes that ended in `lanes` (n,) int64: a tensor (n, ...) or a dict."""
+        """The last observation of the episodes that ended in `lanes` (n,) int64, as observe()."""
         raise NotImplementedError
 
     def episode(self) -> dict[str, torch.Tensor]:
@@ -66,7 +78,7 @@ class Lanes(gym.vector.VectorEnv):
         raise NotImplementedError
 
     def check_action(self, actions) -> torch.Tensor:
-        """A user's NumPy actions as the tensor that step_lanes() takes. Raises ValueError naming the lane."""
+        """A user's NumPy actions as the tensor of step_lanes(). ValueError naming the lane."""
         shape, kind = self.action_space.shape, self.action_space.dtype
         actions = np.asarray(actions)
         if actions.shape != shape:
@@ -90,22 +102,28 @@ class Lanes(gym.vector.VectorEnv):
     def step(self, actions):
         if not self.was_reset:
             raise gym.error.ResetNeeded("call reset() before the first step")
-        reward, terminated, truncated = (to_numpy(x) for x in self.step_lanes(self.check_action(actions)))
+        step = self.step_lanes(self.check_action(actions))
+        reward, terminated, truncated = (to_numpy(x) for x in step)
         done, info = terminated | truncated, {}
         if done.any():
             lanes = np.flatnonzero(done)
             last = to_numpy(self.observe_final(torch.as_tensor(lanes, device=self.torch_device)))
             final = np.full(self.num_envs, None, object)
             for k, lane in enumerate(lanes):
-                final[lane] = {key: x[k] for key, x in last.items()} if isinstance(last, dict) else last[k]
+                final[lane] = row(last, k)
             episode = {key: np.where(done, to_numpy(x), 0) for key, x in self.episode().items()}
-            info = {"final_obs": final, "_final_obs": done,
-                    "final_info": {"episode": episode, "_episode": done}, "_final_info": done}
+            info = {
+                "final_obs": final,
+                "_final_obs": done,
+                "final_info": {"episode": episode, "_episode": done},
+                "_final_info": done,
+            }
         return to_numpy(self.observe()), reward, terminated, truncated, info
 
     def state_dict(self) -> dict:
-        """Tensors and plain values with which load_state_dict() continues exactly, on any device."""
-        return {name: getattr(self, name).cpu().clone() for name in self.SAVED} | {"seed": self.seed}
+        """Tensors and plain values with which load_state_dict() goes on exactly, on any device."""
+        state = {name: getattr(self, name).cpu().clone() for name in self.SAVED}
+        return state | {"seed": self.seed}
 
     def load_state_dict(self, state: dict):
         for name in self.SAVED:
@@ -123,32 +141,43 @@ class OneLane(gym.Env):
 
     def __init__(self, lanes: Lanes, render_mode: None = None):
         self.render_mode, self.lanes = render_mode, lanes
-        self.observation_space, self.action_space = lanes.single_observation_space, lanes.single_action_space
+        self.observation_space = lanes.single_observation_space
+        self.action_space = lanes.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        return first(self.lanes.reset(seed=seed, options=options)[0]), {}
+        return row(self.lanes.reset(seed=seed, options=options)[0], 0), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.lanes.step(np.asarray(action)[None])
-        obs = info["final_obs"][0] if "final_obs" in info else first(obs)
+        obs = info["final_obs"][0] if "final_obs" in info else row(obs, 0)
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
     def close(self):
         self.lanes.close()
 
 
-def first(obs):
-    return {key: x[0] for key, x in obs.items()} if isinstance(obs, dict) else obs[0]
+def row(x, k: int):
+    """Row k of an array, or of each array of a dict."""
+    return {key: y[k] for key, y in x.items()} if isinstance(x, dict) else x[k]
 
 
 def to_numpy(x):
     """A NumPy copy of a tensor, or of a dict of them."""
-    return {key: to_numpy(y) for key, y in x.items()} if isinstance(x, dict) else x.cpu().numpy().copy()
+    if isinstance(x, dict):
+        return {key: to_numpy(y) for key, y in x.items()}
+    return x.cpu().numpy().copy()
 
 
 def register(name: str, make_vec):
-    """gymnasium.make(name, ...) and make_vec(name, num_envs=N, ...) from make_vec(num_envs, **kwargs) -> Lanes."""
-    if name not in gym.registry:  # __main__ and an import of it may be two modules
-        single = lambda render_mode=None, **kwargs: OneLane(make_vec(1, **kwargs), render_mode)  # noqa: E731
-        gym.register(name, entry_point=single, vector_entry_point=make_vec)
+    """gymnasium.make(name, ...) and make_vec(name, num_envs=N, ...).
+
+    make_vec(num_envs, **kwargs) -> Lanes.
+    """
+    if name in gym.registry:  # __main__ and an import of it may be two modules
+        return
+
+    def make(render_mode=None, **kwargs):
+        return OneLane(make_vec(1, **kwargs), render_mode)
+
+    gym.register(name, entry_point=make, vector_entry_point=make_vec)
