@@ -1,18 +1,23 @@
-"""Speed of tqc_film_batch.py beside sb3-contrib's TQC with the same networks: same machine, same process, in turns.
+"""Speed of tqc_film_batch.py beside sb3-contrib's TQC with the same networks, in one process, in turns.
 
     python scripts/benchmark.py --out benchmark.json       # about ten minutes on 2 CPU cores
-    python scripts/benchmark.py --quick                    # tiny sizes: shows that it runs, its numbers mean nothing
+    python scripts/benchmark.py --quick                    # tiny sizes: shows that it runs
 
-Ours is the script itself, run with flags that make it do the peer's work (batch of different rows, one exposure a
-row, the actor's targets, no dropout), and once more with the defaults it ships with. Its rates are read from its own
-log: seconds of its phases `learn` and `rollout` between two log points, what comes before the first one left out.
-The peer is sb3-contrib's TQC as it is (its buffer, losses, optimisers and loop); its policy holds copies of our
-networks, and its features extractor recomputes the frozen encoder for every batch, as any of its users would have
-it, in float32, the only precision it knows. Its first vector step is left out. Order: ours, peer, ours; medians are
-shown. Before the peer is timed, both sides compute the three losses of a first update on the same weights, batch and
-noise: float32 must agree to 1e-4 and bf16 to 2e-2 (relative), and both must train the same number of parameters.
-What ran is counted and checked; a wrong count ends the benchmark with exit code 1. CPU only.
+Ours is the script itself, run with flags that make it do the peer's work (batch of different rows,
+one exposure a row, the actor's targets, no dropout), and once more with its defaults. Its rates are
+read from its own log: seconds of its phases `learn` and `rollout` between two log points, without
+what comes before the first. The peer is sb3-contrib's TQC as it is (its buffer, losses, optimisers
+and loop); its policy holds copies of our networks, and its features extractor recomputes the frozen
+encoder for every batch, as any of its users would have it, in float32, the only precision it knows.
+Its first vector step is left out. Order: ours, peer, ours; medians are shown.
+
+Before the peer is timed, both sides compute the three losses of a first update on the same weights,
+batch and noise: float32 must agree to 1e-4 and bf16 to 2e-2 (relative), and both must train the
+same number of parameters. What ran is counted and checked; a wrong count is exit code 1. CPU only.
 """
+
+from __future__ import annotations
+
 import contextlib
 import gc
 import io
@@ -29,12 +34,14 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from common.run import answer_help, exit_with, parse_args  # noqa: E402
+
+answer_help(__name__, __file__)
 
 import gymnasium as gym  # noqa: E402
 import numba as nb  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
@@ -50,25 +57,35 @@ try:
     from stable_baselines3.common.type_aliases import DictReplayBufferSamples
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as e:
-    sys.exit(f"scripts/benchmark.py: {e}: the peer comes with pip install -r requirements-test.txt")
+    sys.exit(f"scripts/benchmark.py: {e}: pip install -r requirements-test.txt")
 
 from cleanrl_crypto import tqc_film_batch as tqc  # noqa: E402
+from common.lanes import to_numpy  # noqa: E402
 from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
 from scripts.machine import check, machine  # noqa: E402
 
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of each loss of the first update
-TARGETS = {"updates": 40.0, "transitions": 40.0, "without_observations": 20e6}  # the first two in peers
-# the peer's work: different rows, one exposure each, the actor's next action in the target, no dropout
-SAME_WORK = {"policy": "actor", "segment": 1, "counterfactuals": 0, "updates_per_step": 1, "dropout": 0.0}
-TINY = {"window": 8, "d_model": 16, "n_heads": 2, "d_ff": 32, "fusion_width": 32, "hidden": 16}
+# the first two in peers, the last in lane-steps a second
+TARGETS = {"updates": 40.0, "transitions": 40.0, "without_observations": 20e6}
+# the peer's work: different rows, one exposure each, the actor's next action in the target
+SAME_WORK = {
+    "policy": "actor",
+    "segment": 1,
+    "counterfactuals": 0,
+    "updates_per_step": 1,
+    "dropout": 0.0,
+}
+TINY = {"window": 8, "d_model": 16, "fusion_width": 32, "hidden": 16}
+TARGET_ENTROPY = -1.0
 
 
 @dataclass
 class Args:
+    # what is measured
     data: str = "synthetic:regime"
     """market to train on, as in tqc_film_batch.py"""
-    threads: int | None = None
-    """torch and numba threads of both sides (None: all cores)"""
     num_envs: int = 1024
     """lanes"""
     batch_size: int = 512
@@ -80,81 +97,108 @@ class Args:
     peer_updates: int = 3
     """updates, and vector steps, of the peer that are measured (one more of each is run first)"""
     env_steps: int = 20_000
-    """vector steps of one measurement of the environment, observations off (a hundredth of them with observations)"""
-    out: Path | None = None
+    """vector steps of one measurement of the environment, a hundredth with observations"""
+
+    # how
+    threads: int | None = None
+    """torch and numba threads of both sides (default: all cores)"""
+    out: str | None = None
     """write everything to this file as JSON"""
     quick: bool = False
-    """tiny networks, few steps: a test that it runs"""
+    """tiny networks, few steps: a test that it runs, its numbers mean nothing"""
 
 
-# ------------------------------------------------------------------------------------- the peer: sb3-contrib's TQC
+# ------------------------------------------------------------- the peer: sb3-contrib's TQC
 class Features(BaseFeaturesExtractor):
     """Frozen encoder, recomputed for every batch, then FiLM and fusion: copies of our modules."""
 
     def __init__(self, space, agent: tqc.Agent, encoder: tqc.CryptoMAE):
         super().__init__(space, agent.config["fusion_width"])
         self.columns, self.trains_market = encoder.embed.in_features, True
-        self.encoder, self.market, self.fusion = (deepcopy(m) for m in (encoder, agent.extractor, agent.critic.fusion))
-        self.encoder.requires_grad_(False)
+        self.encoder = deepcopy(encoder).requires_grad_(False)
+        self.market = deepcopy(agent.extractor)
+        self.fusion = deepcopy(agent.critic.fusion)
 
     def forward(self, obs):
         x = obs["market"]
+        z = self.encoder.context(x[..., : self.columns])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_market):
-            market = self.market(self.encoder.context(x[..., : self.columns]), x[:, -1, self.columns :])
+            market = self.market(z, x[:, -1, self.columns :])
         return self.fusion(market, obs["position"], obs["w_cost"])[:, 0]
 
 
 class PeerCritic(policies.Critic):
-    """SB3's critic of Q(position, action): our afterstate's value at the action, plus the cost of getting there."""
+    """SB3's critic of Q(position, action): the value of the action, plus the cost of the trade."""
 
-    config: dict
-    reward_scale: float
+    agent: tqc.Agent
+    reward_scale: torch.Tensor
 
     def forward(self, obs, action):
-        features = self.extract_features({**obs, "position": action}, self.features_extractor)
-        quantiles = torch.stack([qf(features) for qf in self.q_networks], 1)  # (B, critics, quantiles)
-        c, scale = self.config, self.reward_scale
-        paid = tqc.trade_reward(obs["position"], action, c["cost"], c["penalty"] * obs["w_cost"], c["drift"])
-        return quantiles + scale * paid[..., None]
+        features = self.extract_features(
+            {**obs, "position": action}, self.features_extractor
+        )
+        quantiles = torch.stack([qf(features) for qf in self.q_networks], 1)  # (B, C, N)
+        penalty = self.config["penalty"] * obs["w_cost"]
+        paid = tqc.trade_reward(obs["position"], action, self.costs, penalty)
+        return quantiles + self.reward_scale * paid[..., None]
 
 
 class PeerPolicy(policies.TQCPolicy):
-    """SB3's policy with our agent's weights. As in ours, the critic's loss alone trains the market encoding."""
+    """SB3's policy with our agent's weights. As in ours, the critic's loss alone trains the market
+    encoding."""
+
+    @property
+    def agent(self) -> tqc.Agent:
+        return self.features_extractor_kwargs["agent"]
 
     def make_critic(self, features_extractor=None):
-        agent = self.features_extractor_kwargs["agent"]
         kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        kwargs["features_dim"] -= 1  # the action stands in the position's column of the fusion layer, not behind it
+        # the action stands in the position's column of the fusion layer, not behind it
+        kwargs["features_dim"] -= 1
         critic = PeerCritic(**kwargs)
-        critic.config, critic.reward_scale = agent.config, agent.reward_scale
+        critic.config, critic.costs = self.agent.config, self.agent.costs
+        critic.reward_scale = self.agent.reward_scale
         return critic.to(self.device)
 
     def _build(self, lr_schedule):
-        agent = self.features_extractor_kwargs["agent"]
-        self.actor, self.critic, self.critic_target = self.make_actor(), self.make_critic(), self.make_critic()
-        for peer, ours in ((self.critic, agent.critic), (self.critic_target, agent.target)):
-            peer.features_extractor.fusion.load_state_dict(ours.fusion.state_dict())
-            for qf, net in zip(peer.q_networks, ours.nets, strict=True):
-                qf.load_state_dict(net.state_dict())
+        ours = self.agent
+        self.actor, self.critic = self.make_actor(), self.make_critic()
+        self.critic_target = self.make_critic()
+        for peer, critic in (
+            (self.critic, ours.critic),
+            (self.critic_target, ours.target),
+        ):
+            copy_weights(peer.features_extractor.fusion, critic.fusion)
+            for qf, net in zip(peer.q_networks, critic.nets, strict=True):
+                copy_weights(qf, net)
         features = self.actor.features_extractor
-        features.market, features.trains_market = self.critic.features_extractor.market, False
-        features.fusion.load_state_dict(agent.actor.fusion.state_dict())
-        self.actor.latent_pi.load_state_dict(agent.actor.latent.state_dict())
-        self.actor.mu[0].load_state_dict(agent.actor.mu.state_dict())
-        self.actor.log_std.data.copy_(agent.actor.log_std.data[:, None])
+        features.market = self.critic.features_extractor.market
+        features.trains_market = False
+        copy_weights(features.fusion, ours.actor.fusion)
+        copy_weights(self.actor.latent_pi, ours.actor.latent)
+        copy_weights(self.actor.mu[0], ours.actor.mu)
+        self.actor.log_std.data.copy_(ours.actor.log_std.data[:, None])
         self.critic_target.set_training_mode(False)
         market = set(map(id, features.market.parameters()))
         for net, without in ((self.actor, market), (self.critic, set())):
-            trained = [p for p in net.parameters() if p.requires_grad and id(p) not in without]
-            net.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)
+            trained = [p for p in net.parameters() if p.requires_grad]
+            trained = [p for p in trained if id(p) not in without]
+            rate = lr_schedule(1)
+            net.optimizer = self.optimizer_class(trained, lr=rate, **self.optimizer_kwargs)
 
 
-class Lanes(VecEnv):
+def copy_weights(to: nn.Module, source: nn.Module):
+    to.load_state_dict(source.state_dict())
+
+
+class PeerLanes(VecEnv):
     """Our environment behind SB3's interface; nothing is copied that SB3 does not ask for."""
 
     def __init__(self, env: tqc.MarketVectorEnv):
         self.env = env
-        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        super().__init__(
+            env.num_envs, env.single_observation_space, env.single_action_space
+        )
 
     def reset(self):
         return self.env.reset(seed=1)[0]
@@ -166,7 +210,10 @@ class Lanes(VecEnv):
         obs, reward, terminated, truncated, info = self.env.step(self.actions)
         infos = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(terminated | truncated):
-            infos[i] = {"terminal_observation": info["final_obs"][i], "TimeLimit.truncated": bool(truncated[i])}
+            infos[i] = {
+                "terminal_observation": info["final_obs"][i],
+                "TimeLimit.truncated": bool(truncated[i]),
+            }
         return obs, reward, terminated | truncated, infos
 
     def close(self):
@@ -186,7 +233,7 @@ class Lanes(VecEnv):
 
 
 class InOrder(DictReplayBuffer):
-    """sample() is the first vector step, lane by lane: a batch that the other side can be given too."""
+    """sample() is the first vector step, lane by lane: a batch that the other side gets too."""
 
     def sample(self, batch_size, env=None):
         def first(x):
@@ -194,107 +241,233 @@ class InOrder(DictReplayBuffer):
 
         dones = self.dones * (1 - self.timeouts)  # as SB3: a time limit bootstraps
         return DictReplayBufferSamples(
-            observations={k: first(v) for k, v in self.observations.items()}, actions=first(self.actions),
+            observations={k: first(v) for k, v in self.observations.items()},
+            actions=first(self.actions),
             next_observations={k: first(v) for k, v in self.next_observations.items()},
-            dones=first(dones)[:, None], rewards=first(self.rewards)[:, None])
+            dones=first(dones)[:, None],
+            rewards=first(self.rewards)[:, None],
+        )
 
 
-def make_peer(agent: tqc.Agent, encoder: tqc.CryptoMAE, env, batch_size: int, buffer=DictReplayBuffer):
+def make_peer(agent, encoder, env, batch_size: int, buffer=DictReplayBuffer):
     """sb3-contrib's TQC on `env`, every network a copy of ours."""
     c = agent.config
     networks = {
-        "features_extractor_class": Features, "features_extractor_kwargs": {"agent": agent, "encoder": encoder},
-        "net_arch": [c["hidden"]] * 2, "activation_fn": nn.ReLU, "log_std_init": c["log_std_init"],
-        "n_quantiles": c["n_quantiles"], "n_critics": c["n_critics"]}
+        "features_extractor_class": Features,
+        "features_extractor_kwargs": {"agent": agent, "encoder": encoder},
+        "net_arch": [c["hidden"]] * 2,
+        "activation_fn": nn.ReLU,
+        "log_std_init": c["log_std_init"],
+        "n_quantiles": c["n_quantiles"],
+        "n_critics": c["n_critics"],
+    }
     peer = sb3_contrib.TQC(
-        PeerPolicy, Lanes(env), learning_rate=1e-3, buffer_size=4 * env.num_envs, learning_starts=0,
-        batch_size=batch_size, tau=0.05, gamma=c["gamma"], train_freq=1, gradient_steps=1, ent_coef="auto_0.5",
-        target_entropy=-1.0, top_quantiles_to_drop_per_net=c["drop"], use_sde=True, sde_sample_freq=64,
-        replay_buffer_class=buffer, policy_kwargs=networks, device="cpu", seed=1)
+        PeerPolicy,
+        PeerLanes(env),
+        learning_rate=1e-3,
+        buffer_size=4 * env.num_envs,
+        learning_starts=0,
+        batch_size=batch_size,
+        tau=0.05,
+        gamma=c["gamma"],
+        train_freq=1,
+        gradient_steps=1,
+        ent_coef="auto_0.5",
+        target_entropy=TARGET_ENTROPY,
+        top_quantiles_to_drop_per_net=0,
+        use_sde=True,
+        sde_sample_freq=64,
+        replay_buffer_class=buffer,
+        policy_kwargs=networks,
+        device="cpu",
+        seed=1,
+    )
     peer.set_logger(configure(None, []))
     return peer
 
 
-def peer_losses(peer: sb3_contrib.TQC, batch_size: int) -> dict[str, float]:
-    """One update by SB3's own train(); the losses that it logs, all three from the weights before their steps."""
+# ---------------------------------------------------------------- the same problem on both sides
+def peer_losses(peer, batch_size: int) -> dict[str, float]:
+    """One update by SB3's own train(); the losses that it logs, from the weights before a step."""
+    for optimizer in optimizers_of(peer):
+        optimizer.step = lambda *args: None
     peer.train(gradient_steps=1, batch_size=batch_size)
-    return {k: float(peer.logger.name_to_value[f"train/{k}"]) for k in ("critic_loss", "actor_loss", "ent_coef_loss")}
+    names = ("critic_loss", "actor_loss", "ent_coef_loss")
+    return {k: float(peer.logger.name_to_value[f"train/{k}"]) for k in names}
 
 
-def sde_noise(actor: tqc.Actor, matrix: torch.Tensor, market, position, w_cost) -> torch.Tensor:
-    """xi (B,) with std * xi = latent @ matrix: SB3's one noise matrix a batch, as our losses take their noise."""
-    with torch.no_grad():
-        _, latent = actor(market, position, w_cost)
-        return (latent @ matrix)[:, 0] / tqc.gsde_std(latent, actor.log_std)
+def sde_noise(actor, matrix, market, position, w_cost) -> torch.Tensor:
+    """xi (B,) with std * xi = latent @ matrix: SB3's one noise matrix a batch, as ours takes it."""
+    _, latent = actor(market, position, w_cost)
+    return (latent @ matrix)[:, 0] / tqc.gsde_std(latent, actor.log_std)
 
 
-def our_losses(agent: tqc.Agent, batch: tqc.Batch, rules: tuple, matrix, autocast=contextlib.nullcontext) -> dict:
-    """The three losses of one update, from the script's own functions, under SB3's noise matrix (hidden, 1)."""
-    funding, drift, *_ = rules
-    with torch.no_grad():  # the noise in float32, whatever the losses run in
-        every, w = agent.extractor(batch.z, batch.hmm), batch.w_cost[:, None]
-        held = tqc.drift_position(batch.after, batch.ret[:, None], funding, drift)
-        noise = sde_noise(agent.actor, matrix, every[batch.at], batch.position[:, None], w)
-        next_noise = sde_noise(agent.actor, matrix, every[batch.next_at], held, w)
-    with autocast():
-        loss, market, _ = tqc.critic_loss(agent, batch, rules, agent.reward_scale, next_noise)
-        policy_loss, log_prob, _ = tqc.actor_loss(agent, market, batch, rules, agent.reward_scale, noise)
-    losses = {"critic_loss": loss, "actor_loss": policy_loss,
-              "ent_coef_loss": tqc.ent_coef_loss(agent.log_alpha, log_prob, -1.0)}
+@torch.no_grad()
+def noises(agent, contexts, batch, matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """SB3's noise (hidden, 1) at every row and at the next one."""
+    rows = tqc.encode_stretches(agent.extractor, contexts, batch.rows)
+    ret = contexts.ret[batch.rows[:, 0]][:, None]
+    held = tqc.next_position(batch.after, ret, agent.costs)
+    both = zip(rows, (batch.position, held))
+    return tuple(sde_noise(agent.actor, matrix, z, p, batch.w_cost) for z, p in both)
+
+
+@torch.no_grad()
+def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
+    """The losses of one update by the script's own functions."""
+    c, scale = agent.config, agent.reward_scale
+    ret = contexts.ret[batch.rows[:, 0]][:, None]
+    held = tqc.next_position(batch.after, ret, agent.costs)
+    growth = tqc.bar_growth(batch.after, ret, c["funding"])
+    with contexts.autocast():
+        latents, following = tqc.encode_stretches(agent.extractor, contexts, batch.rows)
+        next_quantiles, next_log_prob = tqc.sampled_next(
+            agent, following, held, batch.w_cost, scale, next_noise
+        )
+        target = tqc.tqc_target(
+            next_quantiles,
+            (scale * growth.log()).flatten(),
+            (growth <= tqc.LOST).float().flatten(),
+            c["gamma"],
+            agent.alpha,
+            next_log_prob,
+            0,
+        )
+        quantiles = agent.critic(latents, batch.after, batch.w_cost).flatten(0, 1)
+        pi, log_prob, _ = tqc.sample_action(
+            agent.actor, latents, batch.position, batch.w_cost, noise
+        )
+        q = tqc.action_values(agent, latents, batch.position, batch.w_cost, pi[:, None])
+        losses = {
+            "critic_loss": tqc.quantile_huber_loss(quantiles, target),
+            "actor_loss": (agent.alpha * log_prob - q[:, 0]).mean(),
+            "ent_coef_loss": -(agent.log_alpha * (log_prob + TARGET_ENTROPY)).mean(),
+        }
     return {k: v.item() for k, v in losses.items()}
 
 
-def store_step(peer: sb3_contrib.TQC, env: tqc.MarketVectorEnv, action: np.ndarray, scale: float) -> tuple:
-    """Step all lanes once and give the transitions to the peer's buffer; returns what our replay holds of them."""
-    lanes = Lanes(env)
-    row, position, w_cost, cost = env.ints[0].copy(), *(env.floats[k].astype(np.float32) for k in (0, 1, 2))
-    obs = env.observe(row, position, w_cost)
-    next_obs, reward, done, infos = lanes.step(action[:, None])
+def one_step(peer, env, action: np.ndarray, scale: float) -> tqc.Batch:
+    """Step all lanes once, give the transitions to the peer's buffer; as a batch of ours."""
+    row = env.ints[tqc.ROW].clone()
+    position, w_cost = env.floats[[tqc.POSITION, tqc.W_COST]].float()
+    obs = to_numpy(env.observe())
+    next_obs, reward, done, infos = PeerLanes(env).step(action)
     peer._last_obs = obs
-    peer._store_transition(peer.replay_buffer, action[:, None], next_obs, scale * reward, done, infos)
-    return row, position, w_cost, cost
+    stored = scale * reward
+    peer._store_transition(peer.replay_buffer, action, next_obs, stored, done, infos)
+    after = torch.from_numpy(action)
+    rows = torch.stack([row, row + 1], 1)
+    return tqc.Batch(rows, position[:, None], after, w_cost[:, None])
 
 
-def as_batch(encoder: tqc.CryptoMAE, market: tqc.Market, row, position, after, w_cost, cost) -> tqc.Batch:
-    """Our batch of those transitions; after (n, K). The encoder's output is computed once for each different row."""
-    contexts = tqc.Contexts(encoder, market, torch.device("cpu"), torch.float32, keep=False)
-    different, at, next_at = tqc.shared_rows(row)
-    z, hmm = contexts(different)
-    floats = {"ret": market.ret[row], "position": position, "after": after, "w_cost": w_cost, "cost": cost}
-    floats = {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in floats.items()}
-    return tqc.Batch(z=z, hmm=hmm, n_drawn=len(np.unique(row)), at=at, next_at=next_at, **floats)
+def compare(agent, encoder, market, args: Args, precisions) -> dict:
+    """Trainable parameters and the losses of a first update, both sides."""
+    rng, n = np.random.default_rng(0), args.batch_size
+    env = tqc.MarketVectorEnv(market, market.rows["train"], n, seed=0)
+    env.reset(seed=0)
+    env.floats[tqc.POSITION] = torch.from_numpy(rng.uniform(-1, 1, n))
+    peer = make_peer(agent, encoder, env, n, InOrder)
+    parameters = {"ours": count(p for p in agent.parameters() if p.requires_grad)}
+    groups = [g for o in optimizers_of(peer) for g in o.param_groups]
+    parameters["peer"] = count(p for g in groups for p in g["params"])
+    same = parameters["ours"] == parameters["peer"]
+    check(same, f"trainable parameters differ: {parameters}")
+
+    action = rng.uniform(-1, 1, (n, 1)).astype(np.float32)
+    batch = one_step(peer, env, action, agent.reward_scale.item())
+    env.close()
+    theirs = peer_losses(peer, n)
+    matrix = peer.actor.action_dist.exploration_mat.detach()
+    exact = tqc.Contexts(encoder, market, CPU, keep=False)
+    noise = noises(agent, exact, batch, matrix)  # in float32, whatever the losses run in
+    losses = {}
+    for precision in precisions:
+        contexts = tqc.Contexts(encoder, market, CPU, DTYPES[precision], keep=False)
+        ours = our_losses(agent, contexts, batch, *noise)
+        losses[precision] = rows = {}
+        for name, peers in theirs.items():
+            apart = abs(ours[name] - peers) / abs(peers)
+            rows[name] = {"ours": ours[name], "peer": peers, "relative": apart}
+            said = f"{name} in {precision}: {ours[name]:.6g}, the peer's {peers:.6g}"
+            check(apart <= TOLERANCE[precision], f"{said}: too far apart")
+    tolerance = {p: TOLERANCE[p] for p in precisions}
+    return {
+        "parameters": parameters,
+        "rows": n,
+        "losses": losses,
+        "tolerance": tolerance,
+    }
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+def optimizers_of(peer) -> tuple:
+    return peer.actor.optimizer, peer.critic.optimizer, peer.ent_coef_optimizer
+
+
+def count(parameters) -> int:
+    """Elements, each tensor once."""
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values())
+
+
+# --------------------------------------------------------------------------- what is measured
 def run_ours(flags: dict, folder: Path, args: Args, threads: int) -> dict:
-    """One run of the script; rates between its log points. It must have made the updates that were asked for."""
-    tiny = TINY if args.quick else {}
-    flags = tiny | {"data": args.data, "num_envs": args.num_envs, "torch_threads": threads, "mae_steps": 0,
-                    "patience": 0, "eval_timeout": 1.0, "checkpoint_interval": 1e9, "run_dir": str(folder)} | flags
-    argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()] + ["--no-cuda", "--no-report"]
+    """One run of the script; rates between its log points; its counts are checked."""
+    flags = {
+        "data": args.data,
+        "num_envs": args.num_envs,
+        "torch_threads": threads,
+        "mae_steps": 0,
+        "patience": 0,
+        "eval_timeout": 1.0,
+        "checkpoint_interval": 1e9,
+        "run_dir": folder,
+    } | flags
+    if args.quick:
+        flags |= TINY
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+    argv += ["--no-cuda", "--no-report"]
     with contextlib.redirect_stdout(io.StringIO()):
         summary = tqc.main(argv)
-    used = json.loads((folder / "args.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    points = [r for r in lines if "time/learn" in r]
-    steps = used["total_timesteps"] // used["num_envs"]
-    idle = -(-used["learning_starts"] // used["num_envs"]) - 1  # vector steps before the first with updates
-    updates = (steps - idle) * used["updates_per_step"]
-    made, rows = summary["updates"], round(summary["samples_per_transition"] * summary["global_step"])
-    check(summary["status"] == "finished", f"{folder.name} ended as {summary['status']}")
-    stepped = summary["global_step"]
-    check(stepped == steps * used["num_envs"], f"{folder.name} made {stepped} transitions")
-    check(made == updates, f"{folder.name} made {made} updates, {updates} were asked for")
-    check(rows == updates * used["batch_size"], f"{folder.name} drew {rows} rows in {updates} updates")
+    check_counts(folder, summary)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    points = [row for row in map(json.loads, lines) if "time/learn" in row]
     check(len(points) >= 2, f"{folder.name} has {len(points)} log points")
     rates = {"updates": [], "transitions": []}
     for a, b in itertools.pairwise(points):
         learn, rollout = (b[f"time/{k}"] - a[f"time/{k}"] for k in ("learn", "rollout"))
-        rates["updates"].append((b["charts/updates"] - a["charts/updates"]) / learn)
-        rates["transitions"].append((b["global_step"] - a["global_step"]) / (learn + rollout))
-    return {"flags": argv, "precision": summary["device"]["precision"], "updates": updates,
-            "transitions": stepped, "rows": rows, "updates_per_second": rates["updates"],
-            "transitions_per_second": rates["transitions"]}
+        updates = b["charts/updates"] - a["charts/updates"]
+        rates["updates"].append(updates / learn)
+        steps = b["global_step"] - a["global_step"]
+        rates["transitions"].append(steps / (learn + rollout))
+    return {
+        "flags": argv,
+        "precision": summary["device"]["precision"],
+        "updates": summary["updates"],
+        "transitions": summary["global_step"],
+        "rows": rows_of(summary),
+        "updates_per_second": rates["updates"],
+        "transitions_per_second": rates["transitions"],
+    }
+
+
+def rows_of(summary: dict) -> int:
+    """Rows drawn for updates."""
+    return round(summary["samples_per_transition"] * summary["global_step"])
+
+
+def check_counts(folder: Path, summary: dict):
+    """The run must have made the transitions and updates that its flags ask for."""
+    used = json.loads((folder / "args.json").read_text())
+    lanes, name = used["num_envs"], folder.name
+    steps = used["total_timesteps"] // lanes
+    idle = -(-used["learning_starts"] // lanes) - 1  # vector steps before the first update
+    updates = (steps - idle) * used["updates_per_step"]
+    check(summary["status"] == "finished", f"{name} ended as {summary['status']}")
+    for what, value, expected in (
+        ("transitions", summary["global_step"], steps * lanes),
+        ("updates", summary["updates"], updates),
+        ("rows", rows_of(summary), updates * used["batch_size"]),
+    ):
+        check(value == expected, f"{name}: {value} {what} instead of {expected}")
 
 
 class Clock(BaseCallback):
@@ -309,196 +482,198 @@ class Clock(BaseCallback):
 
 
 def run_peer(agent, encoder, market, args: Args) -> dict:
-    """Transitions a second of SB3's learn(), one update a vector step; then updates a second of its train()."""
+    """Transitions a second of SB3's learn(), one update a vector step; updates of its train()."""
     env = tqc.MarketVectorEnv(market, market.rows["train"], args.num_envs, seed=1)
     peer = make_peer(agent, encoder, env, args.batch_size)
     clock, n = Clock(), args.peer_updates
     peer.learn((n + 1) * args.num_envs, callback=clock)
     learned, seconds = list(np.diff(clock.times)), []
-    check(peer.num_timesteps == (n + 1) * args.num_envs, f"the peer made {peer.num_timesteps} transitions")
-    check(peer._n_updates == n + 1 and len(learned) == n, f"the peer made {peer._n_updates} updates while stepping")
     for _ in range(n):
         began = time.perf_counter()
         peer.train(gradient_steps=1, batch_size=args.batch_size)
         seconds.append(time.perf_counter() - began)
-    check(peer._n_updates == 2 * n + 1, f"the peer made {peer._n_updates} updates")
+    env.close()
+    updates, steps = peer._n_updates, peer.num_timesteps
+    check(steps == (n + 1) * args.num_envs, f"the peer made {steps} transitions")
+    check(updates == 2 * n + 1 and len(learned) == n, f"the peer made {updates} updates")
     features = peer.critic.features_extractor
-    pairs = zip(features.encoder.parameters(), encoder.parameters(), strict=True)
-    check(all(torch.equal(a, b) for a, b in pairs), "the peer's frozen encoder moved")
-    check(not torch.equal(features.market.market.weight, agent.extractor.market.weight), "the peer did not learn")
-    env.close()
-    return {"updates": 2 * n + 1, "transitions": peer.num_timesteps, "rows": (2 * n + 1) * args.batch_size,
-            "updates_per_second": [1 / s for s in seconds],
-            "transitions_per_second": [args.num_envs / s for s in learned]}
-
-
-def compare(agent, encoder, market, args: Args, precisions) -> dict:
-    """Trainable parameters and the losses of a first update, both sides, on the same weights, batch and noise."""
-    rng, n = np.random.default_rng(0), args.batch_size
-    env = tqc.MarketVectorEnv(market, market.rows["train"], n, seed=0)
-    env.reset(seed=0)
-    env.floats[0] = rng.uniform(-1, 1, n)
-    peer = make_peer(agent, encoder, env, n, InOrder)
-    action = rng.uniform(-1, 1, n).astype(np.float32)
-    row, position, w_cost, cost = store_step(peer, env, action, agent.reward_scale)
-    env.close()
-    batch = as_batch(encoder, market, row, position, action[:, None], w_cost, cost)
-    parameters = {"ours": count_parameters(p for p in agent.parameters() if p.requires_grad),
-                  "peer": count_parameters(p for o in optimizers_of(peer) for g in o.param_groups for p in g["params"])}
-    check(parameters["ours"] == parameters["peer"], f"trainable parameters differ: {parameters}")
-    for o in optimizers_of(peer):
-        o.step = lambda *args: None  # so that all three losses are of the same weights
-    theirs = peer_losses(peer, n)
-    matrix = peer.actor.action_dist.exploration_mat.detach()
-    rules = (0.0, False, agent.config["penalty"], agent.config["gamma"], float("inf"))
-    losses = {}
-    for p in precisions:
-        autocast = (lambda: torch.autocast("cpu", torch.bfloat16)) if p == "bf16" else contextlib.nullcontext
-        mine = our_losses(agent, batch, rules, matrix, autocast)
-        losses[p] = {k: {"ours": mine[k], "peer": v, "relative": abs(mine[k] - v) / abs(v)} for k, v in theirs.items()}
-        for k, x in losses[p].items():
-            check(x["relative"] <= TOLERANCE[p], f"{k} in {p}: {x['ours']:.6g}, the peer's {x['peer']:.6g}: more than "
-                                                 f"{TOLERANCE[p]:g} apart")
-    return {"parameters": parameters, "rows": n, "losses": losses, "tolerance": {p: TOLERANCE[p] for p in precisions}}
-
-
-def optimizers_of(peer) -> tuple:
-    return peer.actor.optimizer, peer.critic.optimizer, peer.ent_coef_optimizer
-
-
-def count_parameters(parameters) -> int:
-    """Elements, each tensor once."""
-    return sum(p.numel() for p in {id(p): p for p in parameters}.values())
+    frozen = zip(features.encoder.parameters(), encoder.parameters(), strict=True)
+    check(all(torch.equal(a, b) for a, b in frozen), "the peer's frozen encoder moved")
+    still = torch.equal(features.market.market.weight, agent.extractor.market.weight)
+    check(not still, "the peer did not learn")
+    return {
+        "updates": updates,
+        "transitions": steps,
+        "rows": updates * args.batch_size,
+        "updates_per_second": [1 / s for s in seconds],
+        "transitions_per_second": [args.num_envs / s for s in learned],
+    }
 
 
 def run_env(market, args: Args, observations: bool) -> dict:
-    """Lane-steps a second of the environment, random actions. A second, counted walk must end in the same state."""
-    steps = max(args.env_steps // (100 if observations else 1), 2)
-    env = tqc.MarketVectorEnv(market, market.rows["train"], args.num_envs, seed=1)
-    actions = np.random.default_rng(0).uniform(-1, 1, (16, args.num_envs))
-    step, rates = env.step if observations else env.step_lanes, []
-    for n in (min(steps, 100), steps, steps, steps):
+    """Lane-steps a second under random actions. A second walk, counted, must end in the same
+    state."""
+    n, steps = args.num_envs, max(args.env_steps // (100 if observations else 1), 2)
+    env = tqc.MarketVectorEnv(market, market.rows["train"], n, seed=1)
+    actions = np.random.default_rng(0).uniform(-1, 1, (16, n, 1))
+    tensors = torch.from_numpy(actions)
+    rates = []
+    for length in (min(steps, 100), steps, steps, steps):
         env.reset(seed=1)
         began = time.perf_counter()
-        for t in range(n):
-            step(actions[t % 16])
-        rates.append(n * args.num_envs / (time.perf_counter() - began))
-    timed = env.ints.copy(), env.floats.copy()
+        for t in range(length):
+            if observations:
+                env.step(actions[t % 16])
+            else:
+                env.step_lanes(tensors[t % 16])
+        rates.append(length * n / (time.perf_counter() - began))
+    end = env.ints.clone(), env.floats.clone()
     env.reset(seed=1)
-    done, traded = 0, np.zeros(args.num_envs, bool)
+    bars, traded = 0, torch.zeros(n, dtype=torch.bool)
     for t in range(steps):
-        reward, terminated, truncated = env.step_lanes(actions[t % 16])
-        done += int(env.final_ints[1][terminated | truncated].sum())
+        reward, terminated, truncated = env.step_lanes(tensors[t % 16])
+        bars += int(env.last_ints[tqc.CLOCK][terminated | truncated].sum())
         traded |= reward != 0
-    same = np.array_equal(timed[0], env.ints) and np.array_equal(timed[1], env.floats)
+    bars += int(env.ints[tqc.CLOCK].sum())
+    env_state = env.ints, env.floats
+    same = all(torch.equal(a, b) for a, b in zip(end, env_state))
     check(same, "the same walk through the environment ended elsewhere")
-    check(done + int(env.ints[1].sum()) == steps * args.num_envs, "the lanes' clocks do not add up to the steps made")
+    check(bars == steps * n, "the lanes' clocks do not add up to the steps made")
     check(bool(traded.all()), "a lane never traded")
     env.close()
-    return {"lane_steps": 3 * steps * args.num_envs, "lane_steps_per_second": rates[1:]}
+    return {"lane_steps": 3 * steps * n, "lane_steps_per_second": rates[1:]}
+
+
+# --------------------------------------------------------------------------------------- main
+def shrink(args: Args):
+    """--quick: sizes of a test."""
+    args.num_envs, args.batch_size = 32, 16
+    args.intervals, args.interval_steps = 2, 2
+    args.peer_updates, args.env_steps = 2, 200
+    if args.data == "synthetic:regime":
+        args.data += "?bars=3000"
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run everything, print the table, write --out; returns what it wrote."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args, _ = parse_args(Args, argv)
     if args.quick:
-        args.num_envs, args.batch_size, args.intervals, args.interval_steps = 32, 16, 2, 2
-        args.peer_updates, args.env_steps = 2, 200
-        args.data = "synthetic:regime?bars=3000" if args.data == "synthetic:regime" else args.data
+        shrink(args)
     threads = args.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
     # without bf16 matrix instructions it would be emulated: slower than float32, and nobody runs it
-    precisions = ("fp32", "bf16") if tqc.cpu_has_bf16() or args.quick else ("fp32",)
-    where = machine(threads, torch, np, nb, gym, stable_baselines3, sb3_contrib) | {
-        "numba_threads": nb.get_num_threads(), "bf16_hardware": tqc.cpu_has_bf16()}
-    result = {"machine": where, "data": args.data, "num_envs": args.num_envs,
-              "batch_size": args.batch_size, "quick": args.quick}
-    print(", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "versions"))
-    print(", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()), flush=True)
-    runs = {p: [] for p in precisions}
-    every = args.num_envs * args.interval_steps
-    same = SAME_WORK | {"batch_size": args.batch_size, "learning_starts": args.num_envs, "eval_interval": every,
-                        "total_timesteps": (args.intervals + 1) * every}
-
+    bf16 = tqc.has_bf16(CPU)
+    precisions = ("fp32", "bf16") if bf16 or args.quick else ("fp32",)
+    where = machine(threads, torch, np, nb, gym, stable_baselines3, sb3_contrib)
+    where |= {"numba_threads": nb.get_num_threads(), "bf16_hardware": bf16}
+    result = {
+        "machine": where,
+        "data": args.data,
+        "num_envs": args.num_envs,
+        "batch_size": args.batch_size,
+        "quick": args.quick,
+    }
+    print(", ".join(f"{k} {v}" for k, v in where.items() if k != "versions"))
+    print(", ".join(f"{k} {v}" for k, v in where["versions"].items()), flush=True)
     with tempfile.TemporaryDirectory() as temp:
-        def ours(name: str, flags: dict) -> dict:
-            print(f"ours: {name} ...", flush=True)
-            out = run_ours(flags, Path(temp) / name, args, threads)
-            torch.use_deterministic_algorithms(False)  # the script's own choice, no part of the peer
-            gc.collect()  # its embedding cache
-            return out
-
-        for p in precisions:
-            runs[p].append(ours(f"{p}_first", same | {"precision": p}))
-        state = load_checkpoint(Path(temp) / "fp32_first" / "checkpoints" / "last.pt")
-        config = state["config"]
-        market = tqc.load_market(args.data, window=config["window"])
-        encoder = tqc.build_encoder(config).eval().requires_grad_(False)
-        encoder.load_state_dict(state["encoder"])
-        torch.manual_seed(1)
-        agent = tqc.Agent(config)
-        agent.watch_rewards(np.log1p(market.ret[slice(*market.rows["train"])]))
-        print("the losses of both on the same weights and batch ...", flush=True)
-        result["check"] = compare(agent, encoder, market, args, precisions)
-        print("peer ...", flush=True)
-        result["peer"] = run_peer(agent, encoder, market, args)
-        for p in reversed(precisions):
-            runs[p].append(ours(f"{p}_second", same | {"precision": p}))
-        result["ours"] = runs
-        steps = 2 if args.quick else 8
-        result["defaults"] = ours("defaults", {
-            "learning_starts": args.num_envs * steps, "eval_interval": args.num_envs * steps,
-            "total_timesteps": args.num_envs * steps * (args.intervals + 2)})
-    print("environment ...", flush=True)
-    result["environment"] = {"without_observations": run_env(market, args, False),
-                             "with_observations": run_env(market, args, True)}
+        measure(result, args, precisions, Path(temp))
     result["median"] = medians(result)
     show(result)
     if args.out:
         write_json_atomic(result, args.out)
         print(f"written: {args.out}")
-    return result
+    return result | {"exit_code": 0}
+
+
+def measure(result: dict, args: Args, precisions, folder: Path):
+    """Ours, the comparison, the peer, ours again, ours with its defaults, the environment."""
+    threads, every = result["machine"]["threads"], args.num_envs * args.interval_steps
+    same = SAME_WORK | {
+        "batch_size": args.batch_size,
+        "learning_starts": args.num_envs,
+        "eval_interval": every,
+        "total_timesteps": (args.intervals + 1) * every,
+    }
+    runs = result["ours"] = {p: [] for p in precisions}
+    for p in precisions:
+        flags = same | {"precision": p}
+        runs[p].append(ours(f"{p}_first", flags, folder, args, threads))
+    state = load_checkpoint(folder / "fp32_first" / "checkpoints" / "last.pt")
+    config = state["config"]
+    market = tqc.load_market(args.data, window=config["window"])
+    encoder = tqc.build_encoder(config).eval().requires_grad_(False)
+    encoder.load_state_dict(state["encoder"])
+    torch.manual_seed(1)
+    agent = tqc.Agent(config)
+    contexts = tqc.Contexts(encoder, market, CPU, keep=False)
+    agent.watch_rewards(contexts.full_reward[slice(*market.rows["train"])])
+    print("the losses of both on the same weights and batch ...", flush=True)
+    result["check"] = compare(agent, encoder, market, args, precisions)
+    print("peer ...", flush=True)
+    result["peer"] = run_peer(agent, encoder, market, args)
+    for p in reversed(precisions):
+        flags = same | {"precision": p}
+        runs[p].append(ours(f"{p}_second", flags, folder, args, threads))
+    start = args.num_envs * (2 if args.quick else 8)
+    flags = {
+        "learning_starts": start,
+        "eval_interval": start,
+        "total_timesteps": start * (args.intervals + 2),
+    }
+    result["defaults"] = ours("defaults", flags, folder, args, threads)
+    print("environment ...", flush=True)
+    result["environment"] = {
+        "without_observations": run_env(market, args, False),
+        "with_observations": run_env(market, args, True),
+    }
+
+
+def ours(name: str, flags: dict, folder: Path, args: Args, threads: int) -> dict:
+    print(f"ours: {name} ...", flush=True)
+    out = run_ours(flags, folder / name, args, threads)
+    torch.use_deterministic_algorithms(False)  # the script's own choice, no part of the peer
+    gc.collect()  # its embedding cache
+    return out
 
 
 def medians(result: dict) -> dict:
     """What the table shows: medians over all measured intervals of all runs."""
     out = {}
     for key in ("updates_per_second", "transitions_per_second"):
-        mine = {p: median(x for run in runs for x in run[key]) for p, runs in result["ours"].items()}
         peer = median(result["peer"][key])
-        ratios = {f"ratio_{p}": v / peer for p, v in mine.items()}
-        out[key] = {"peer": peer} | mine | ratios | {"defaults": median(result["defaults"][key])}
+        out[key] = {"peer": peer, "defaults": median(result["defaults"][key])}
+        for precision, runs in result["ours"].items():
+            rate = median(x for run in runs for x in run[key])
+            out[key] |= {precision: rate, f"ratio_{precision}": rate / peer}
     env = result["environment"]
-    out["lane_steps_per_second"] = {k: median(v["lane_steps_per_second"]) for k, v in env.items()}
-    return out
+    rates = {k: median(v["lane_steps_per_second"]) for k, v in env.items()}
+    return out | {"lane_steps_per_second": rates}
 
 
 def show(result: dict):
-    precisions, median_of = list(result["ours"]), result["median"]
-    title = f"{result['data']}, {result['num_envs']} lanes, batch {result['batch_size']}"
-    table = Table(title=title + (" (--quick: no measurement)" if result["quick"] else ""))
-    columns = ["a second", "peer", *(f"ours {p}" for p in precisions), *(f"{p} / peer" for p in precisions)]
-    for name in [*columns, "target", "ours, defaults"]:
-        table.add_column(name, justify="left" if name == "a second" else "right")
-    for name in ("updates", "transitions"):
-        m = median_of[f"{name}_per_second"]
-        ours = [f"{m[p]:.4g}" for p in precisions] + [f"{m[f'ratio_{p}']:.1f}" for p in precisions]
-        table.add_row(name, f"{m['peer']:.4g}", *ours, f">= {TARGETS[name]:g} x peer", f"{m['defaults']:.4g}")
-    for name, value in median_of["lane_steps_per_second"].items():
+    rates = result["median"]
+    lanes, batch = result["num_envs"], result["batch_size"]
+    title = f"{result['data']}, {lanes} lanes, batch {batch}"
+    title += " (--quick: no measurement)" if result["quick"] else ""
+    table = Table("a second", "rate", "of the peer", "target", title=title)
+    for what in ("updates", "transitions"):
+        row = rates[f"{what}_per_second"]
+        table.add_row(f"{what}, the peer", f"{row['peer']:.4g}", "1")
+        for precision in result["ours"]:
+            ratio = f"{row[f'ratio_{precision}']:.1f}"
+            target = f">= {TARGETS[what]:g}"
+            table.add_row(f"{what}, ours, {precision}", f"{row[precision]:.4g}", ratio, target)
+        table.add_row(f"{what}, ours, defaults", f"{row['defaults']:.4g}")
+    for name, rate in rates["lane_steps_per_second"].items():
         target = f">= {TARGETS[name]:.0e}" if name in TARGETS else ""
-        blank = [""] * (2 * len(precisions) - 1)
-        table.add_row(f"lane-steps {name.replace('_', ' ')}", "", f"{value:.3e}", *blank, target, "")
-    Console(width=130).print(table)
+        table.add_row(f"lane-steps {name.replace('_', ' ')}", f"{rate:.3e}", "", target)
+    Console(width=100).print(table)
     print(f"{result['check']['parameters']['ours']} trainable parameters on both sides")
-    for p, losses in result["check"]["losses"].items():
+    for precision, losses in result["check"]["losses"].items():
         apart = ", ".join(f"{k} {x['relative']:.1e}" for k, x in losses.items())
-        print(f"{p}: relative difference of a first update's {apart} (allowed {TOLERANCE[p]:g})")
+        print(f"{precision}: relative difference of a first update's {apart}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+    exit_with(main)
