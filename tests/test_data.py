@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from common import data
 from common.data import COLUMNS, DataError, load_bars, read_bars, split_rows, split_series
-from common.run import UsageError
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 KINDS = ("parquet", "csv")
@@ -46,7 +45,7 @@ def refusal(call, *args):
     """The message of the DataError that call(*args) must raise: one line."""
     with pytest.raises(DataError) as error:
         call(*args)
-    assert "\n" not in str(error.value) and error.value.exit_code == 2
+    assert "\n" not in str(error.value) and error.value.exit_code == 2  # a usage error
     return str(error.value)
 
 
@@ -57,10 +56,6 @@ def nanoseconds(frame):
 
 def values(frame):
     return frame[list(COLUMNS[1:])].to_numpy(float)
-
-
-def test_a_data_error_is_a_usage_error():
-    assert issubclass(DataError, UsageError) and issubclass(DataError, ValueError)
 
 
 # ---------------------------------------------------------------------------------------- one file
@@ -176,13 +171,6 @@ def test_bars_that_cannot_be_are_refused(tmp_path, kind, edit, words):
     message = refusal(load_bars, path)
     assert message.startswith(f"{path}: ")
     assert all(word in message for word in words), message
-
-
-def test_a_bar_without_range_and_volume_is_fine(tmp_path):
-    frame = make_frame()
-    frame.loc[7, list(COLUMNS[1:5])] = 100.0
-    frame.loc[7, "volume"] = 0.0
-    load_bars(save(frame, tmp_path / "a.parquet"))
 
 
 TIMES = {  # what stands for a time -> what the refusal says of it
@@ -326,17 +314,6 @@ def test_gaps_are_reported_and_never_filled(tmp_path):
     assert whole.gaps[0]["count"] == 0 and whole.gaps[0]["longest_at"] is None
 
 
-@FAST
-@given(st.sets(st.integers(1, 98), max_size=30))
-def test_gaps_against_a_count_by_hand(missing):
-    clock = np.datetime64("2024-01-01", "ns") + np.arange(100) * np.timedelta64(1, "h")
-    kept = [i for i in range(100) if i not in missing]
-    runs = [b - a - 1 for a, b in zip(kept, kept[1:]) if b - a > 1]
-    gap = data.find_gaps("x", clock[kept])
-    assert (gap["count"], gap["missing_bars"]) == (len(runs), len(missing))
-    assert gap["longest_bars"] == max(runs, default=0)
-
-
 def test_what_is_implausible_is_said(tmp_path, capsys):
     frame = make_frame(200)
     clean = load_bars(save(frame, tmp_path / "clean.csv")).facts[0]
@@ -436,12 +413,8 @@ def test_files_that_cannot_be_aligned(tmp_path):
     ):
         message = refusal(load_bars, write_two(tmp_path, make_frame(60), second))
         assert "B_1h.csv" in message and all(word in message for word in words), message
-
-
-def test_an_illiquid_market_is_no_longer_bar(tmp_path):
-    # half of the hours are missing, so the median step is two hours; the bars are hourly all the same
+    # half of the hours are missing, the median step is two hours: the bars are hourly all the same
     b = make_frame(61, seed=1).drop(index=[i for i in range(61) if i % 6 in (2, 4, 5)])
-    assert np.median(np.diff(nanoseconds(b))) > np.timedelta64(1, "h")
     assert load_bars(write_two(tmp_path, make_frame(60), b)).filled[1].sum() == 30
 
 

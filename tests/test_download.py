@@ -1,4 +1,4 @@
-"""scripts/download_data.py against a real HTTP server here that answers like Binance and like Bitstamp."""
+"""scripts/download_data.py against a real HTTP server here that answers like Binance."""
 
 import json
 import signal
@@ -38,8 +38,7 @@ def make_bars(n, start=START, holes=()):
 
 
 class StandIn(ThreadingHTTPServer):
-    """Binance's and Bitstamp's endpoints over `bars`; `now` is its clock, `asked` the start of each page,
-    `spans` how many ms a page of Bitstamp's may cover.
+    """Binance's endpoints over `bars`; `now` is its clock, `asked` the start of each page.
 
     trouble(n), for the n-th page from 0: a status to answer with; "cut" drops the connection, "hang" waits,
     "none" answers without bars, "html" with a page for people.
@@ -50,7 +49,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, bars, now):
         super().__init__(("127.0.0.1", 0), Handler)
         self.bars, self.now, self.trouble = bars, now, lambda n: None
-        self.asked, self.spans = [], []
+        self.asked = []
         self.hanging, self.let_go = threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -81,18 +80,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"symbols": []})
         if url.path == "/api/v3/time":
             return self.answer({"serverTime": server.now})
-        if url.path == "/api/v2/markets/":
-            market = {"name": "BTC/USD", "market_symbol": "btcusd", "trading": "Enabled"}
-            market |= {"base_currency": "BTC", "base_decimals": 8, "minimum_order_value": "10"}
-            market |= {"counter_currency": "USD", "counter_decimals": 2, "market_type": "SPOT"}
-            return self.answer([market | {"description": "Bitcoin / U.S. dollar"}])
-        if url.path == "/api/v2/currencies/":
-            return self.answer([])
-        if url.path not in ("/api/v3/klines", "/api/v2/ohlc/btcusd/"):
+        if url.path != "/api/v3/klines":
             return self.answer({"code": -1, "msg": f"no such endpoint {url.path}"}, 404)
 
-        binance = url.path == "/api/v3/klines"
-        start = int(query["startTime"]) if binance else int(query["start"]) * 1000
+        start = int(query["startTime"])
         server.asked.append(start)
         trouble = server.trouble(len(server.asked) - 1)
         if trouble == "hang":
@@ -108,19 +99,10 @@ class Handler(BaseHTTPRequestHandler):
         if trouble:
             code, why = (0, "restricted location") if trouble == 451 else (-1003, "later")
             return self.answer({"code": code, "msg": why}, trouble)
-        if binance:
-            assert query["symbol"] == "BTCUSDT" and query["interval"] == "1h"
-            rows = server.page(start, 2**60, int(query["limit"]))
-            tail = [0, "0", 1, "0", "0", "0"]
-            return self.answer([[row[0], *map(repr, row[1:]), *tail] for row in rows])
-        stop = (int(query["end"]) + 1) * 1000
-        server.spans.append(stop - start)
-        rows = server.page(start, stop, int(query["limit"]))
-        names = ("open", "high", "low", "close", "volume")
-        ohlc = []
-        for ms, *bar in rows:
-            ohlc.append({"timestamp": str(ms // 1000), **dict(zip(names, map(repr, bar)))})
-        return self.answer({"data": {"pair": "BTC/USD", "ohlc": ohlc}})
+        assert query["symbol"] == "BTCUSDT" and query["interval"] == "1h"
+        rows = server.page(start, 2**60, int(query["limit"]))
+        tail = [0, "0", 1, "0", "0", "0"]
+        return self.answer([[row[0], *map(repr, row[1:]), *tail] for row in rows])
 
 
 @pytest.fixture
@@ -181,26 +163,19 @@ def test_pages_become_a_file_that_the_scripts_read(serve, tmp_path):
     assert data.load_bars(str(out)).names == ("BTCUSDT_1h",)
 
 
-@pytest.mark.parametrize("exchange, limit", [("binance", 100), ("bitstamp", 9999)])
-def test_until_is_exclusive_since_may_lie_within_and_pages_are_of_the_exchanges_size(
-    serve, tmp_path, exchange, limit
-):
-    bars = make_bars(1500)
+def test_until_is_exclusive_since_may_lie_within(serve, tmp_path):
+    bars = make_bars(300)
     server, out = serve(bars), tmp_path / "a.parquet"
-    symbol = {"binance": "BTC/USDT", "bitstamp": "BTC/USD"}[exchange]
-    span = {"since": "2024-01-02T03:00Z", "until": "2024-03-02T05:00:00+02:00"}
-    argv = flags(server, out, exchange=exchange, symbol=symbol, limit=limit, **span)
-    download_data.main(argv)
-    assert_holds(out, {ms: bars[ms] for ms in at(*range(27, 61 * 24 + 3))})
-    assert len(server.asked) == (15 if exchange == "binance" else 2)
-    assert set(server.spans) <= {1000 * HOUR}
+    span = {"since": "2024-01-02T03:00Z", "until": "2024-01-09T05:00:00+02:00", "limit": 9999}
+    download_data.main(flags(server, out, **span))
+    assert_holds(out, {ms: bars[ms] for ms in at(*range(27, 8 * 24 + 3))})
+    assert server.asked == at(27)  # a page of the exchange's own size
 
 
 def test_empty_pages_before_a_listing_and_in_a_silence(serve, tmp_path, capsys):
     bars = make_bars(900, start=START + 250 * HOUR, holes=range(200, 500))
     server, out = serve(bars), tmp_path / "a.parquet"
-    more = {"exchange": "bitstamp", "symbol": "BTC/USD", "until": "2024-02-17T22:00"}
-    assert download_data.main(flags(server, out, **more))["gaps"]["missing_bars"] == 300
+    assert download_data.main(flags(server, out))["gaps"]["missing_bars"] == 300
     assert_holds(out, bars)
     assert "2024-01-11T10:00:00Z" in capsys.readouterr().out  # the first bar, not --since
 

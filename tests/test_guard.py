@@ -143,20 +143,6 @@ def test_handlers_are_given_back():
     assert found == [False]
 
 
-@POSIX
-def test_main_twice_in_one_process(repo, tmp_path):
-    code = """
-def main(interrupt):
-    with TimeoutGuard(50) as guard:
-        if interrupt:
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(.01)
-        return guard.should_stop(), guard.exit_code
-print(main(True), main(False), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
-"""
-    assert run(repo, tmp_path, code)[0] == "(True, 130) (False, 0) True"
-
-
 # ------------------------------------------------------------------------------------------- phases
 def test_phases_are_exclusive_and_add_up(monkeypatch):
     now = [10**9]

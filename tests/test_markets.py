@@ -87,13 +87,6 @@ def test_reference_values_of_the_regime_market():
     assert reward / BP == pytest.approx(0.54, abs=0.005)
 
 
-def test_two_state_drift_regime_oracle():
-    law = one_regime(ic=0.2, phi=1 - 2 / 200, n_states=2)  # leaves with probability 1/200
-    reward, turnover = mean_reward(law, 0.05 * SIGMA, optimum(law, 0.05 * SIGMA))
-    assert reward / SIGMA == pytest.approx(0.2 - 0.05 * 2 / 200, abs=1e-9)
-    assert turnover == pytest.approx(2 / 200, abs=1e-9)
-
-
 def test_policies_with_a_known_mean():
     law, cost = one_regime(), 0.5
     assert mean_reward(law, cost * SIGMA, STAY) == (0, 0)
@@ -103,28 +96,6 @@ def test_policies_with_a_known_mean():
     flip = np.broadcast_to(np.where(np.arange(21) == 20, 0, 20), (1, 21, 21))  # -1 to +1 and back
     reward, turnover = mean_reward(law, 5 * BP, flip)
     assert turnover == pytest.approx(2, abs=1e-9) and reward == pytest.approx(-10 * BP, abs=1e-12)
-
-
-def test_threshold_of_the_constant_trap():
-    """Above c = IC E[s; s >= k] / (2 P(s >= k, s' < k)) every memoryless threshold policy loses."""
-    values, rows, weights = rouwenhorst(21, 0.9)
-    states = np.arange(21)
-
-    def threshold(k):
-        up = states >= k
-        leaves = weights[up] @ rows[np.ix_(up, ~up)].sum(1)
-        return 0.1 * (weights * values)[up].sum() / (2 * leaves)
-
-    def best_step(cost):  # +1 from state k on, else 0
-        steps = (np.where(states >= k, 20, 10) for k in range(1, 21))
-        tables = (np.broadcast_to(step[:, None], (1, 21, 21)) for step in steps)
-        return max(mean_reward(one_regime(), cost * SIGMA, table)[0] for table in tables)
-
-    c = max(threshold(k) for k in range(1, 21))
-    assert c == pytest.approx(0.349, abs=5e-4)
-    assert best_step(0.999 * c) > 0 > best_step(1.001 * c)
-    dear = 1.2 * c * SIGMA  # memory escapes
-    assert mean_reward(one_regime(), dear, optimum(one_regime(), dear))[0] > 0.03 * SIGMA
 
 
 # --------------------------------------------------------------------------- the dynamic programme
@@ -214,14 +185,6 @@ def test_generated_chains_move_by_their_law(market):
         count = moves.sum(1, keepdims=True)
         error = np.sqrt(table * (1 - table) * np.maximum(count, 1)) + 1
         assert (np.abs(moves - count * table) < 5 * error).all()
-
-
-def test_the_first_bar_is_drawn_from_the_stationary_law():
-    starts = [generate(parse_law(f"synthetic:regime?bars=64&seed={k}"))[2] for k in range(600)]
-    signal, storm = np.array([(t.signal[0], t.regime[0]) for t in starts]).T
-    assert signal.mean() == pytest.approx(0, abs=0.16)
-    assert signal.std() == pytest.approx(1, abs=0.12)
-    assert storm.mean() == pytest.approx(1 / 3, abs=0.08)
 
 
 # ----------------------------------------------------------------------------------------- the bars
