@@ -150,7 +150,8 @@ def parse_law(spec: str) -> Law:
             raise ValueError(f"{spec!r}: key {key!r} is given twice")
         given[key] = _number(spec, key, text)
     if name == "drift":
-        given.setdefault("drift", DRIFT * given.get("sigma", Law.sigma)[0])
+        sigma = given.get("sigma", Law.sigma)
+        given.setdefault("drift", DRIFT * sigma[0])
     return Law(name, **{**MARKETS[name], **given})
 
 
@@ -186,8 +187,9 @@ def rouwenhorst(n_states: int, phi: float) -> tuple[np.ndarray, np.ndarray, np.n
         wide[1:, 1:] += p * rows
         wide[1:-1] /= 2  # the inner rows were added twice
         rows = wide
-    values = np.linspace(-1, 1, n_states) * math.sqrt(n_states - 1)
-    weights = np.array([math.comb(n_states - 1, k) / 2 ** (n_states - 1) for k in range(n_states)])
+    last = n_states - 1
+    values = np.linspace(-1, 1, n_states) * math.sqrt(last)
+    weights = np.array([math.comb(last, k) / 2**last for k in range(n_states)])
     return values, rows, weights
 
 
@@ -195,7 +197,9 @@ def stationary(rows: np.ndarray) -> np.ndarray:
     """Stationary law (N,) of the transition matrix rows (N, N)."""
     n = len(rows)
     equations = np.vstack([rows.T - np.eye(n), np.ones(n)])
-    return np.linalg.lstsq(equations, np.r_[np.zeros(n), 1.0], rcond=None)[0]
+    right = np.append(np.zeros(n), 1.0)
+    solution = np.linalg.lstsq(equations, right, rcond=None)
+    return solution[0]
 
 
 def expected_return(law: Law) -> np.ndarray:
@@ -204,7 +208,8 @@ def expected_return(law: Law) -> np.ndarray:
     The floor on returns is left out: it is 79 sigma away at the defaults.
     """
     values = rouwenhorst(law.n_states, law.phi)[0]
-    return np.outer(np.multiply(law.sigma, law.sign) * law.ic, values) + law.drift
+    slope = np.multiply(law.sigma, law.sign) * law.ic
+    return np.outer(slope, values) + law.drift
 
 
 def _steps(weights) -> list[float]:
@@ -231,9 +236,11 @@ def _bars(log_return, sigma, uniform):
     opens = np.r_[START_PRICE, close[:-1]]
     scale = -2 * sigma[:, None] ** 2
     spread = np.sqrt(log_return[:, None] ** 2 + scale * np.log(1 - uniform))
-    up, down = (log_return + spread[:, 0]) / 2, (log_return - spread[:, 1]) / 2
-    high = np.maximum(opens * np.exp(up), np.maximum(opens, close))
-    low = np.minimum(opens * np.exp(down), np.minimum(opens, close))
+    up = (log_return + spread[:, 0]) / 2
+    down = (log_return - spread[:, 1]) / 2
+    top, bottom = np.maximum(opens, close), np.minimum(opens, close)
+    high = np.maximum(opens * np.exp(up), top)
+    low = np.minimum(opens * np.exp(down), bottom)
     return opens, high, low, close
 
 
@@ -254,7 +261,8 @@ def generate(law: Law) -> tuple[np.ndarray, np.ndarray, Truth]:
 
     eps, volume_noise = normal.standard_normal((law.bars, 2)).T
     if law.tails is not None:
-        eps = eps * np.sqrt((law.tails - 2) / tail.chisquare(law.tails, law.bars))
+        draws = tail.chisquare(law.tails, law.bars)
+        eps = eps * np.sqrt((law.tails - 2) / draws)
     shock = sigma * math.sqrt(1 - law.ic**2) * eps
     earned = np.maximum(expected + shock, RETURN_FLOOR)
     log_return = np.r_[0.0, np.log1p(earned[:-1])]  # what row t foretells, bar t+1 shows
@@ -282,7 +290,8 @@ def _tables(law: Law, cost: float, actions, funding=0.0):
     if not 0 <= cost < math.inf:
         wanted = "0 or more (fraction of equity per unit of change)"
         raise ValueError(f"cost is {cost}, must be {wanted}")
-    if np.shape(funding) not in ((), (2,)) or not np.isfinite(funding).all():
+    constant = np.shape(funding) in ((), (2,))
+    if not constant or not np.isfinite(funding).all():
         raise ValueError(
             "funding must be a finite number a bar or a pair (long, short): the optimum of funding "
             "that changes over time is not known"
@@ -329,7 +338,8 @@ def _solve(rows, hold, size, cost: float, gamma: float) -> np.ndarray:
         new = (arrive[:, :, None] - cost * size).max(1)  # (X, P): size is symmetric
         change = new - value
         value = new - new.mean()
-        if np.ptp(change) <= 1e-12 * (scale + np.abs(value).max()):
+        size_of_value = scale + np.abs(value).max()
+        if np.ptp(change) <= 1e-12 * size_of_value:
             break
     else:
         raise RuntimeError(f"no optimum after 200000 sweeps at gamma {gamma}: lower gamma or phi")
@@ -357,7 +367,8 @@ def optimum_path(
     actions = np.asarray(actions, np.float64)
     position = _flat(actions)
     policy = optimum(truth.law, cost, gamma, actions, funding)
-    table = policy[truth.regime[start:stop], truth.s[start:stop]].tolist()  # (stop - start, P)
+    rows = slice(start, stop)
+    table = policy[truth.regime[rows], truth.s[rows]].tolist()  # (stop - start, P)
     path = [position := row[position] for row in table]
     return actions[path]
 
