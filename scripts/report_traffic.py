@@ -10,13 +10,21 @@ import numpy as np
 from scripts.report import CYCLE, INK, Page, Record, thin, within, words
 
 # columns that are drawn together over time_s
-EPISODE = re.compile(r"(rho|v|action)_\d+|phase_.+|(in|out)side_veh|reward|time_s")
-FREEWAY_M = 500.0  # length of the road of the scenario freeway
+EPISODE = re.compile(
+    r"(rho|v|action)_\d+|phase_.+|(in|out)side_veh|reward|time_s"
+)
 CONTROL = "_constant"  # ends the name of a trace of the same episode without control
-CAPTIONS = {
-    "road": "Traffic drives upwards; dark is dense and slow: stripes that run down are waves.",
-    "network": "Waiting outside, or one colour from end to end: somebody starves.",
-    "episode": "The action and what it is paid.",
+# a column of the trace -> what the figure shows, and how to read it
+KINDS = {
+    "rho_0": (
+        "density and speed",
+        "Traffic drives upwards; dark is dense and slow: stripes that run down are waves.",
+    ),
+    "inside_veh": (
+        "vehicles and signals",
+        "Waiting outside, or one colour from end to end: somebody starves.",
+    ),
+    "reward": ("actions and reward", "The action and what it is paid."),
 }
 
 
@@ -37,33 +45,36 @@ class Panel(NamedTuple):
 
 def columns_of(trace: dict, stem: str) -> dict[str, str]:
     """{column: its name without the stem} of an episode's columns."""
-    names = [k for k in trace if k.startswith(stem) and EPISODE.fullmatch(k)]
-    return {k: k.removeprefix(stem) for k in names}
+    names = {}
+    for name in trace:
+        if name.startswith(stem) and EPISODE.fullmatch(name):
+            names[name] = name.removeprefix(stem)
+    return names
 
 
-def panels_of(trace: dict, length: float | None, actions: dict) -> list[Panel]:
-    place = "position, m" if length else "point of road"
+def panels_of(
+    trace: dict, length: float | None, actions: dict
+) -> list[Panel]:
+    rho = columns_of(trace, "rho_")
+    v = columns_of(trace, "v_")
     phases = columns_of(trace, "phase_")
-    acts = (
-        {}
-        if phases
-        else {k: actions.get(k, words(k)) for k in columns_of(trace, "action_")}
-    )
+    acts = {}
+    if not phases:
+        acts = {
+            k: actions.get(k, words(k)) for k in columns_of(trace, "action_")
+        }
     vehicles = {k: k[:-4] for k in trace if k.endswith("side_veh")}
+    reward = {k: "" for k in trace if k == "reward"}
+    place = "position, m" if length else "point of road"
     panels = [
-        Panel(
-            "image",
-            place,
-            columns_of(trace, "rho_"),
-            1.7,
-            "density, veh/m",
-            "viridis_r",
-        ),
-        Panel("image", place, columns_of(trace, "v_"), 1.7, "speed, m/s", "viridis"),
+        Panel("image", place, rho, 1.7, "density, veh/m", "viridis_r"),
+        Panel("image", place, v, 1.7, "speed, m/s", "viridis"),
         Panel("lines", "vehicles", vehicles, 1.5),
-        Panel("stripes", "", phases, min(0.3 + 0.2 * len(phases), 6.0), "phase"),
+        Panel(
+            "stripes", "", phases, min(0.3 + 0.2 * len(phases), 6.0), "phase"
+        ),
         Panel("lines", "action", acts, 1.0),
-        Panel("lines", "reward", {k: "" for k in trace if k == "reward"}, 1.0),
+        Panel("lines", "reward", reward, 1.0),
     ]
     return [p for p in panels if p.keys]
 
@@ -79,15 +90,13 @@ def draw_episode(sides: dict, length: float | None, actions: dict):
     heights = [p.height for p in panels]
     height = sum(heights) + 0.16 * len(panels) + 0.7
     fig = Figure((10.4, height))
-    grid = fig.subplots(
-        len(panels),
-        len(sides),
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        height_ratios=heights,
+    shared = dict(
+        squeeze=False, sharex=True, sharey="row", height_ratios=heights
     )
-    fig.subplots_adjust(0.075, 0.44 / height, 0.89, 1 - 0.28 / height, 0.08, 0.14)
+    grid = fig.subplots(len(panels), len(sides), **shared)
+    fig.subplots_adjust(
+        0.075, 0.44 / height, 0.89, 1 - 0.28 / height, 0.08, 0.14
+    )
     for panel, axes in zip(panels, grid, strict=True):
         axes[0].set_ylabel(panel.label)
         if panel.kind == "lines":
@@ -104,7 +113,8 @@ def draw_episode(sides: dict, length: float | None, actions: dict):
 def span_of(trace: dict) -> tuple[float, float]:
     """Seconds from the first decision to the end of the last one."""
     t = trace["time_s"]
-    return t[0], 2 * t[-1] - t[-2] if len(t) > 1 else t[0] + 1
+    step = t[-1] - t[-2] if len(t) > 1 else 1.0
+    return t[0], t[-1] + step
 
 
 def draw_lines(panel: Panel, axes, sides: dict):
@@ -113,39 +123,40 @@ def draw_lines(panel: Panel, axes, sides: dict):
         for i, (key, name) in enumerate(panel.keys.items()):
             # a value holds until the next decision
             values = np.append(trace[key], trace[key][-1])
-            ax.step(times, values, where="post", color=CYCLE[i % 8], label=name)
+            ax.step(
+                times, values, where="post", color=CYCLE[i % 8], label=name
+            )
     if any(panel.keys.values()):
-        axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes[-1].legend(
+            loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9
+        )
 
 
 def stack(panel: Panel, trace: dict, how: str) -> np.ndarray:
-    return np.stack([thin(trace["time_s"], trace[k], 1000, how)[1] for k in panel.keys])
+    rows = []
+    for key in panel.keys:
+        _, values = thin(trace["time_s"], trace[key], 1000, how)
+        rows.append(values)
+    return np.stack(rows)
 
 
 def draw_images(panel: Panel, axes, sides: dict, length: float | None):
     """Space and time, or a stripe a junction with a colour a phase: (rows, decisions)."""
     stripes = panel.kind == "stripes"
-    images = [
-        stack(panel, trace, "last" if stripes else "mean") for trace in sides.values()
-    ]
-    levels = np.unique(np.concatenate([image[np.isfinite(image)] for image in images]))
-    style = dict(cmap=panel.colours)
-    if levels.size:
-        style |= dict(vmin=levels[0], vmax=levels[-1])
+    how = "last" if stripes else "mean"
+    images = [stack(panel, trace, how) for trace in sides.values()]
+    levels = np.unique(np.concatenate([image.ravel() for image in images]))
+    levels = levels[np.isfinite(levels)]
+    style = dict(aspect="auto", origin="lower", interpolation="nearest")
     if stripes:
-        style = phase_style(levels)
+        style |= phase_style(levels)
         images = [np.searchsorted(levels, image) for image in images]
+    elif levels.size:
+        style |= dict(cmap=panel.colours, vmin=levels[0], vmax=levels[-1])
     top = length if length and not stripes else len(panel.keys)
     for ax, trace, image in zip(axes, sides.values(), images, strict=True):
         extent = *span_of(trace), 0, top
-        image = ax.imshow(
-            image,
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            extent=extent,
-            **style,
-        )
+        image = ax.imshow(image, extent=extent, **style)
         ax.grid(False)
     box = axes[-1].get_position()
     place = ax.figure.add_axes((0.9, box.y0, 0.012, box.height))
@@ -165,7 +176,9 @@ def phase_style(levels: np.ndarray) -> dict:
 def name_stripes(axes, names: list[str]):
     """A name a stripe, every few of them where there are many, and white lines between."""
     step = -(-len(names) // 30)
-    axes[0].set_yticks(np.arange(0.5, len(names), step), names[::step], color=INK)
+    axes[0].set_yticks(
+        np.arange(0.5, len(names), step), names[::step], color=INK
+    )
     axes[0].invert_yaxis()
     for ax in axes:
         for y in range(1, len(names)):
@@ -178,39 +191,26 @@ def add_traces(page: Page, run: Record):
     if not traces:
         page.lack(
             "one episode over time",
-            "no traces/*.parquet with rows has the column time_s",
+            "no traces/*.parquet has the column time_s",
         )
         return
-    freeway = "freeway" in (
-        within(run.summary, "data").get("spec"),
-        run.args.get("scenario"),
-    )
+    length = within(run.summary, "data", "road").get("length_m")
     control = run.args.get("control")
-    ends = ("outlet", "inlet") if control == "both" else (control,)
-    actions = {f"action_{i}": str(end) for i, end in enumerate(ends) if end}
-    page.section(
-        "road",
-        "On the road",
-        "One episode of the agent that is reported, without exploration noise.",
-    )
+    actions = {"action_0": control or "action"}
+    if control == "both":
+        actions = {"action_0": "outlet", "action_1": "inlet"}
+    lead = "One episode of the agent that is reported, without exploration noise."
+    page.section("road", "On the road", lead)
     for name, trace in traces.items():
         if name.endswith(CONTROL) and name.removesuffix(CONTROL) in traces:
             continue
-        free = traces.get(name + CONTROL)
         sides = {"agent": trace}
+        free = traces.get(name + CONTROL)
         if free and set(trace) <= set(free):
             sides["without control"] = free
-        kind = (
-            "road"
-            if "rho_0" in trace
-            else "network"
-            if "inside_veh" in trace
-            else "episode"
-        )
-        what = {"road": "density and speed", "network": "vehicles and signals"}.get(
-            kind, "actions and reward"
-        )
-        fig = draw_episode(sides, FREEWAY_M if freeway else None, actions)
+        kind = next((k for k in KINDS if k in trace), "reward")
+        what, caption = KINDS[kind]
+        fig = draw_episode(sides, length, actions)
         title = f"{name}: {what} over one episode"
         alt = f"{title}, {' beside '.join(sides)}"
-        page.plot(f"episode_{name}", title, fig, CAPTIONS[kind], alt, wide=True)
+        page.plot(f"episode_{name}", title, fig, caption, alt, wide=True)
