@@ -129,6 +129,13 @@ def band(forecast: np.ndarray, level: float) -> np.ndarray:
     return side[last_true(side != 0)]
 
 
+def train_rows(assets: list[Series], rows: list) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (n, K) and next returns (n,) of these rows of each asset, one after the other."""
+    x = [s.x[part] for s, part in zip(assets, rows)]
+    y = [s.ret[part] for s, part in zip(assets, rows)]
+    return np.concatenate(x), np.concatenate(y)
+
+
 def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None):
     """Lasso of y (n,) on x (n, K) along penalties: (penalties, center (K,), weights (K, P)).
 
@@ -138,12 +145,13 @@ def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None):
     from sklearn.linear_model import lasso_path  # more than a second
 
     center, scale = x.mean(0), x.std(0) + 1e-9
-    z = (x - center) / scale
-    gram, rhs = z.T @ z, z.T @ (y - y.mean())
+    z, y = (x - center) / scale, y - y.mean()
+    gram, rhs = z.T @ z, z.T @ y
     if penalties is None:
-        penalties = np.abs(rhs).max() / len(y) * np.geomspace(1.0, 0.1, 12)
-    _, weights, _ = lasso_path(z, y - y.mean(), alphas=penalties, precompute=gram, Xy=rhs)
-    return penalties, center, weights / scale[:, None]
+        first = np.abs(rhs).max() / len(y)
+        penalties = first * np.geomspace(1.0, 0.1, 12)
+    path = lasso_path(z, y, alphas=penalties, precompute=gram, Xy=rhs)
+    return penalties, center, path[1] / scale[:, None]
 
 
 def out_of_fold(assets: list[Series], penalties) -> list[np.ndarray]:
@@ -151,24 +159,20 @@ def out_of_fold(assets: list[Series], penalties) -> list[np.ndarray]:
 
     FOLDS consecutive stretches; GAP rows on each side of the one that is left out are not used.
     """
-    forecasts = []
-    for s in assets:
-        a, b = s.rows["train"]
-        forecasts.append(np.zeros((b - a, len(penalties))))
+    forecasts = [[] for _ in assets]
     for k in range(FOLDS):
-        xs, ys, cuts = [], [], []
+        folds, others = [], []
         for s in assets:
             a, b = s.rows["train"]
-            lo, hi = a + (b - a) * k // FOLDS, a + (b - a) * (k + 1) // FOLDS
-            rest = np.r_[a : max(a, lo - GAP), min(b, hi + GAP) : b]
-            xs.append(s.x[rest])
-            ys.append(s.ret[rest])
-            cuts.append((lo, hi))
-        _, center, weights = lasso_path_of(np.concatenate(xs), np.concatenate(ys), penalties)
-        for s, (lo, hi), forecast in zip(assets, cuts, forecasts):
-            a = s.rows["train"][0]
-            forecast[lo - a : hi - a] = (s.x[lo:hi] - center) @ weights
-    return forecasts
+            low, high = (a + (b - a) * edge // FOLDS for edge in (k, k + 1))
+            folds.append(slice(low, high))
+            before, after = max(a, low - GAP), min(b, high + GAP)
+            others.append(np.r_[a:before, after:b])
+        x, y = train_rows(assets, others)
+        _, center, weights = lasso_path_of(x, y, penalties)
+        for s, fold, parts in zip(assets, folds, forecasts):
+            parts.append((s.x[fold] - center) @ weights)
+    return [np.concatenate(parts) for parts in forecasts]
 
 
 def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
@@ -178,10 +182,10 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
     the train rows, out of fold; flat where nothing earns.
     """
     trains = [slice(*s.rows["train"]) for s in assets]
-    x = np.concatenate([s.x[train] for s, train in zip(assets, trains)])
-    y = np.concatenate([s.ret[train] for s, train in zip(assets, trains)])
+    flat = [np.zeros(len(s.ret)) for s in assets]
+    x, y = train_rows(assets, trains)
     if not y.std() > 0:
-        return [np.zeros(len(s.ret)) for s in assets]
+        return flat
     penalties, center, weights = lasso_path_of(x, y)
     forecasts = out_of_fold(assets, penalties)
 
@@ -191,21 +195,34 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
             smooth = [ewma_nb(np.ascontiguousarray(f[:, k]), keep) for f in forecasts]
             spread = np.concatenate(smooth).std()
             for threshold in THRESHOLDS:
-                earned = []
-                for s, train, forecast in zip(assets, trains, smooth):
-                    path = band(forecast, threshold * spread)
-                    earned.append(s.walk(path, train.start, train.stop)[0].mean())
-                if np.mean(earned) > most:
-                    most, choice = np.mean(earned), (k, keep, threshold)
+                paths = [band(forecast, threshold * spread) for forecast in smooth]
+                score = earned_on(assets, paths, trains)
+                if score > most:
+                    most, choice = score, (k, keep, threshold)
     if choice is None:
-        return [np.zeros(len(s.ret)) for s in assets]
+        return flat
     k, keep, threshold = choice
     smooth = [ewma_nb((s.x - center) @ weights[:, k], keep) for s in assets]
-    spread = np.concatenate([f[train] for f, train in zip(smooth, trains)]).std()
+    spread = spread_on(smooth, trains)
     return [band(forecast, threshold * spread) for forecast in smooth]
 
 
-def edge_over_constant(assets: list[Series], paths: list, split: str, levels) -> tuple[float, float]:
+def spread_on(forecasts: list, rows: list[slice]) -> float:
+    return np.concatenate([f[part] for f, part in zip(forecasts, rows)]).std()
+
+
+def earned_on(assets: list[Series], targets: list, rows: list[slice]) -> float:
+    """Mean reward, over assets, of trading `targets` (n,) on these rows of each."""
+    means = []
+    for series, target, part in zip(assets, targets, rows):
+        reward = series.walk(target, part.start, part.stop)[0]
+        means.append(reward.mean())
+    return float(np.mean(means))
+
+
+def edge_over_constant(
+    assets: list[Series], paths: list, split: str, levels
+) -> tuple[float, float]:
     """What `paths` earn over the best constant on a split, bp a bar, and its standard error.
 
     paths: exposures (T,), or (n,) of the split alone, an array an asset. Mean over assets; where
@@ -230,10 +247,13 @@ def ridge_paths(assets: list[Series]) -> list[np.ndarray]:
     One ridge of the next return on x, fitted on the first 70 % of every asset's train rows;
     penalty, smoothing and no-trade threshold are chosen on the rest.
     """
-    trains = [s.rows["train"] for s in assets]
-    fits = [slice(a, a + int(0.7 * (b - a))) for a, b in trains]
-    x = np.concatenate([s.x[fit] for s, fit in zip(assets, fits)])
-    y = np.concatenate([s.ret[fit] for s, fit in zip(assets, fits)])
+    fits, rests = [], []
+    for s in assets:
+        a, b = s.rows["train"]
+        middle = a + int(0.7 * (b - a))
+        fits.append(slice(a, middle))
+        rests.append(slice(middle, b))
+    x, y = train_rows(assets, fits)
     center, scale = x.mean(0), x.std(0) + 1e-9
     x = (x - center) / scale
     gram, rhs = x.T @ x, x.T @ (y - y.mean())
@@ -244,41 +264,19 @@ def ridge_paths(assets: list[Series]) -> list[np.ndarray]:
         forecasts = [(s.x - center) / scale @ weights for s in assets]
         for keep in SMOOTHING:
             smooth = [ewma_nb(forecast, keep) for forecast in forecasts]
-            spread = np.std(np.concatenate([f[fit] for f, fit in zip(smooth, fits)]))
+            spread = spread_on(smooth, fits)
             for threshold in THRESHOLDS:
-                targets = [band(f, threshold * spread) for f in smooth]
-                score = earned_on_the_rest(assets, targets, fits)
+                targets = [band(forecast, threshold * spread) for forecast in smooth]
+                parts = [target[rest] for target, rest in zip(targets, rests)]
+                score = earned_on(assets, parts, rests)
                 if score > best:
                     best, paths = score, targets
     return paths
 
 
-def earned_on_the_rest(assets, targets, fits) -> float:
-    """Mean reward on the train rows after each fit's."""
-    means = []
-    for series, target, fit in zip(assets, targets, fits):
-        start, stop = fit.stop, series.rows["train"][1]
-        reward = series.walk(target[start:stop], start, stop)[0]
-        means.append(reward.mean())
-    return float(np.mean(means))
-
-
 def ridge_edge(assets: list[Series], levels) -> tuple[float, float]:
-    """Edge of the ridge policy over the best constant on eval, bp a bar, and its standard error.
-
-    Mean over assets; where the conditional mean is known (synthetic) it stands in for the realised
-    return.
-    """
-    means, errors = [], []
-    for s, path in zip(assets, ridge_paths(assets)):
-        a, b = s.rows["eval"]
-        constant = np.full(b - a, best_constant(s, levels))
-        which = int(s.known)  # of what walk returns: realised or expected
-        edge = s.walk(path[a:b], a, b)[which] - s.walk(constant, a, b)[which]
-        means.append(edge.mean())
-        errors.append(standard_error(edge))
-    error = np.sqrt(np.sum(np.square(errors))) / len(assets)
-    return float(np.mean(means) / BP), float(error / BP)
+    """Edge of the ridge policy over the best constant on eval, bp a bar, and its standard error."""
+    return edge_over_constant(assets, ridge_paths(assets), "eval", levels)
 
 
 def verdict(
