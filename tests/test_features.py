@@ -317,6 +317,43 @@ def test_refusals_name_the_file_the_numbers_and_the_way_out(one):
     assert type(columns).from_state_dict(json.loads(json.dumps(columns.state_dict()))) == columns
 
 
+# -------------------------------------------------------------------------------------------- screen
+def test_t_values_against_a_regression_and_by_simulation():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 3))
+    y = 0.1 * x[:, 0] + rng.normal(size=4000)
+    t = features.newey_west_t(x, y)
+    assert t[0] == pytest.approx(0.1 * sqrt(4000), abs=2.5) and np.abs(t[1:]).max() < 3.5
+    # a slow column and slow errors: the plain t-value is far too wide, this one nearly a normal
+    values = []
+    for _ in range(200):
+        slow = np.cumsum(rng.normal(size=(2, 1000)), 1)
+        slow -= np.apply_along_axis(np.convolve, 1, slow, np.ones(8) / 8, "same")
+        values.append(features.newey_west_t(slow[:1].T, slow[1])[0])
+    assert 0.7 < np.std(values) < 1.35
+
+
+def test_the_bound_of_the_screen():
+    assert features.least_t(np.array([[0.5, 1.0], [-2.0, 0.1]]), 0.01) == math.inf
+    t = np.array([9.0, -5.0, 4.5, 0.3, 1.9])
+    assert features.least_t(t, 0.01) == 4.5  # all beyond pass, whatever their sign
+    share = 2.0 * 2.8e-3 * (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) * 5 / 4  # p of 2.99, rank 4 of 5
+    assert features.least_t(np.array([9.0, -5.0, 4.5, 2.99, 1.0]), share) == 2.99
+
+
+@pytest.mark.parametrize("name, passes", [("signal?ic=.3&", True), ("noise?", False)])
+def test_the_screen_keeps_what_foretells_and_drops_the_rest(name, passes):
+    bars = load_bars(f"synthetic:{name}bars=6000")
+    model = fit_features(bars, 4200, screen=True)
+    volume = model.columns.index("log_volume")
+    assert bool(model.passed[volume]) == passes and (passes or not model.passed.any())
+    assert model.passed.sum() < 35
+    x = model.transform(bars)
+    assert (x[:, :50][:, ~model.passed] == 0).all() and x[:, 50:].any()
+    assert FeatureModel.from_state_dict(json.loads(json.dumps(model.state_dict()))) == model
+    assert fit_features(bars, 4200).passed.all()
+
+
 # ------------------------------------------------------------------------------------------- context
 @pytest.mark.parametrize("seed", [4, 7])
 def test_posterior_knows_the_regime(seed):

@@ -382,6 +382,21 @@ def test_the_ridge_policy_finds_the_edge_of_a_signal_and_none_in_noise():
         assert nothing < 2 * se + 1e-9
 
 
+def test_the_sparse_rival_is_chosen_inside_the_train_rows():
+    pairs = [series_of(f"signal?bars=6000&ic=.3&seed={k}") for k in (0, 1)]
+    paths = scoring.sparse_linear(pairs)
+    edge, se = scoring.edge_over_constant(pairs, paths, "test", ACTIONS)
+    assert edge > 4 * se > 0 and all(set(path) <= {-1.0, 0.0, 1.0} for path in paths)
+    for s in pairs:  # what comes later says the opposite
+        s.ret[s.rows["train"][1] :] *= -1
+    again = scoring.sparse_linear(pairs)
+    assert all(np.array_equal(a, b) for a, b in zip(paths, again))
+    for spec in ("noise?bars=6000", "drift?bars=20000&drift=.002"):
+        series = [series_of(spec)]
+        found = scoring.edge_over_constant(series, scoring.sparse_linear(series), "test", ACTIONS)
+        assert found[0] < 2 * found[1] + 1e-9
+
+
 def judge(updates=10, dependence=0.5, turnover=0.1, trades=50, edge=1.0, se=0.1, rows=None):
     audit = {"state_dependence": dependence, "ridge_edge_bps": edge, "ridge_edge_se_bps": se}
     agent = {"turnover": turnover, "exposure": 0.5, "trades": trades}
