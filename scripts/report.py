@@ -258,7 +258,7 @@ def metric_table(page: str) -> dict[str, Meaning]:
 
     Their cells: one or more names in backticks, formula, healthy range, what to do if not.
     """
-    table, inside = {}, False
+    table, inside, above = {}, False, Meaning("", "", "")
     for line in page.splitlines():
         cells = re.split(r"(?<!\\)\|", line.strip())[1:-1]
         cells = [c.strip().replace("\\|", "|") for c in cells]
@@ -267,8 +267,9 @@ def metric_table(page: str) -> dict[str, Meaning]:
         elif cells[0].lower() == "metric":
             inside = True
         elif inside:
-            row = Meaning(*(cells[1:] + ["", "", ""])[:3])
-            table |= {name: row for name in re.findall(r"`([^`]+)`", cells[0])}
+            pairs = zip(cells[1:] + [""] * 3, above)
+            above = Meaning(*(b if a == "as above" else a for a, b in pairs))
+            table |= {name: above for name in re.findall(r"`([^`]+)`", cells[0])}
     return table
 
 

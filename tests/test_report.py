@@ -311,11 +311,13 @@ def test_an_unknown_flag_is_one_line(tmp_path, capsys):
 # -------------------------------------------------------------------------------- the docs' tables
 def test_metric_table():
     page = ("| metric | formula | healthy | if not |\n| --- | --- | --- | --- |\n"
-            "| `losses/a`, `losses/b` | x \\| y | above `c` | [look](#here) |\n\n"
+            "| `losses/a`, `losses/b` | x \\| y | above `c` | [look](#here) |\n"
+            "| `losses/c` | z | as above | as above |\n\n"
             "| flag | meaning |\n| --- | --- |\n| `--x` | not a metric |\n\n"
             "| Metric | what | healthy |\n| --- | --- | --- |\n| `time/io` | disk | small |\n")
     table = report.metric_table(page)
-    assert set(table) == {"losses/a", "losses/b", "time/io"}
+    assert set(table) == {"losses/a", "losses/b", "losses/c", "time/io"}
+    assert table["losses/c"] == ("z", "above `c`", "[look](#here)")
     assert table["losses/a"] == table["losses/b"] == ("x | y", "above `c`", "[look](#here)")
     assert table["time/io"] == ("disk", "small", "")
     assert report.from_markdown("[look](#here) at `<c>`") == "look at <code>&lt;c&gt;</code>"
