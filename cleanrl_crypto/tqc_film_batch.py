@@ -1804,24 +1804,14 @@ def main(argv: list[str] | None = None):
                 raise CheckFailed(
                     f"critic not finite after {loop.updates} updates: lower {flags}"
                 )
-            change = (action - position).abs().mean()
-            run.log(
-                envs.charts()
-                | run.charts(loop, loop.samples)
-                | {
-                    "losses/qf_loss": qf_loss.detach(),
-                    "losses/actor_loss": actor_loss.detach(),
-                    "losses/grad_norm": grad_norm,
-                    "losses/target_mean": target.mean(),
-                    "env/reward_std": reward.std(),
-                    "env/turnover": change,
-                    "env/costs": change * config["cost"] / BP,
-                    "env/exposure": action.mean(),
-                    "charts/learning_rate": args.learning_rate * share,
-                },
-                loop,
-            )
             run.phase("eval")
+            change = (action - position).abs().mean()
+            run.log(envs.charts() | run.charts(loop, loop.samples) | {
+                "losses/qf_loss": qf_loss.detach(), "losses/actor_loss": actor_loss.detach(),
+                "losses/grad_norm": grad_norm, "losses/target_mean": target.mean(),
+                "env/reward_std": reward.std(), "env/turnover": change,
+                "env/costs": change * config["cost"] / BP, "env/exposure": action.mean(),
+                "charts/learning_rate": args.learning_rate * share}, loop)
             judge(averaged, contexts, run, loop)
         run.checkpoint(loop)
 
