@@ -585,11 +585,16 @@ class Page:
         self.lacks.append((what, why))
 
     def meaning(self, key: str) -> Meaning:
-        """The docs' row of a metric: of its name, of any split, or of the name's last part."""
-        last = key.split("/")[-1]
-        any_split = f"eval/<split>/{last}" if key.startswith("eval/") else key
-        ends = {name.split("/")[-1]: name for name in reversed(self.meanings)}
-        for name in (key, any_split, ends.get(last)):
+        """The docs' row of a metric, of any split; a bare name is looked up by its last part."""
+        group, _, last = key.rpartition("/")
+        names = [key]
+        if group.startswith("eval/"):
+            names.append(f"eval/<split>/{last}")
+        if not group:
+            names += [
+                k for k in self.meanings if k.endswith(f"/{last}") and "alarm" not in k
+            ]
+        for name in names:
             if name in self.meanings:
                 return self.meanings[name]
         return Meaning("", "", "")
