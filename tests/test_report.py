@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +32,9 @@ def make_trace(n: int, seed: int, synthetic: bool = True) -> pd.DataFrame:
         "_flat": np.zeros(n),
         "_buy_and_hold": np.ones(n),
     }
-    columns = {
-        "timestamp": pd.date_range("2024-01-01", periods=n, freq="h", tz="UTC"),
-        "close": 100 * np.cumprod(1 + growth),
-        "next_return": np.append(growth[:-1], np.nan),
-        "q_spread": rng.random(n),
-    }
+    times = pd.date_range("2024-01-01", periods=n, freq="h", tz="UTC")
+    columns = {"timestamp": times, "close": 100 * np.cumprod(1 + growth)}
+    columns |= {"next_return": np.append(growth[:-1], np.nan), "q_spread": rng.random(n)}
     if synthetic:
         position["_optimum"] = np.sign(expected)
         columns |= {"expected": expected, "signal": signal, "regime": regime}
@@ -58,14 +54,9 @@ def scores(synthetic: bool = True) -> dict:
     """A split of summary.json: the critic's grid acts, the optimum earns 8 bp."""
     everyone = {"flat": 0.0, "buy_and_hold": -1.5} | ({"optimum": 8.0} if synthetic else {})
     agent = metrics_of(6.0, synthetic) | {"score": 0.75 if synthetic else None}
-    return {
-        "agent": agent,
-        "critic_grid": agent,
-        "actor": metrics_of(4.0, synthetic),
-        "baselines": {k: metrics_of(v, synthetic) for k, v in everyone.items()},
-        "rows": [100, 1600],
-        "partial": False,
-    }
+    baselines = {k: metrics_of(v, synthetic) for k, v in everyone.items()}
+    return {"agent": agent, "critic_grid": agent, "actor": metrics_of(4.0, synthetic),
+            "baselines": baselines, "rows": [100, 1600], "partial": False}
 
 
 def log_lines(points: int) -> list[dict]:
@@ -73,16 +64,11 @@ def log_lines(points: int) -> list[dict]:
     for i in range(points):
         x = i / max(points - 1, 1)
         row = {
-            "global_step": 1024 * (1 + 12 * i),
-            "losses/qf_loss": 0.1 + np.exp(-6 * x),
-            "charts/SPS": 5000.0,
-            "policy/alpha": 0.5 * np.exp(-8 * x) + 0.002,
-            "policy/state_dependence": 0.6 * x,
+            "global_step": 1024 * (1 + 12 * i), "wall": 200 * x, "time/learn": 100 * x,
+            "losses/qf_loss": 0.1 + np.exp(-6 * x), "charts/SPS": 5000.0,
+            "policy/alpha": 0.5 * np.exp(-8 * x) + 0.002, "policy/state_dependence": 0.6 * x,
             "value/q_action_spread": 0.4 * (1 - np.exp(-5 * x)) + 1e-3,
-            "env/turnover": 0.9 - 0.8 * x,
-            "time/learn": 100 * x,
-            "alarm/sigma": float(x < 0.3),
-            "wall": 200 * x,
+            "env/turnover": 0.9 - 0.8 * x, "alarm/sigma": float(x < 0.3),
         }
         if i % 4 == 0:
             row |= {"eval/eval/score": 0.7 * x, "eval/eval/turnover": 0.2}
@@ -107,19 +93,13 @@ def make_run(folder: Path, bars=60, points=4, synthetic=True, traces=True) -> Pa
     data = "synthetic:regime" if synthetic else "BTCUSDT_1h.parquet"
     attribution = {"technical": 0.42, "hmm": 0.31}
     summary = {
-        "status": "timeout",
-        "began": "2026-01-02 03:04:05 UTC",
-        "commit": "0ddba11c0ffe+",
+        "status": "timeout", "began": "2026-01-02 03:04:05 UTC", "commit": "0ddba11c0ffe+",
         "command": "cleanrl_crypto/tqc_film_batch.py --timeout 300",
-        "global_step": 480_000,
-        "updates": 470,
-        "best_step": 2048,
-        "selected_by": "mean_expected_bps",
+        "global_step": 480_000, "updates": 470, "best_step": 2048,
         "phases": {"setup": 8.1, "rollout": 40.2, "learn": 160.3},
         "eval": {s: scores(synthetic) for s in frames},
         "audit": {"verdict": "healthy", "reasons": ["yes"], "attribution": attribution},
-        "versions": {"torch": "2.9"},
-        "device": {"torch": "cpu", "backend": "cpu"},
+        "versions": {"torch": "2.9"}, "device": {"torch": "cpu", "backend": "cpu"},
         "data": {"spec": data, "names": ["BTC"], "sha256": "0123456789abcdef" * 4},
     }
     args = {"exp_name": "tqc_film_batch", "seed": 1, "data": data, "timeout": 300.0}
@@ -161,9 +141,7 @@ def make_road(folder: Path, kind: str = "freeway", twin: bool = False) -> Path:
     }
     split = {"agent": everyone.pop("agent"), "baselines": everyone}
     summary = {
-        "command": "cleanrl_crypto/ppo_arz_gpu.py",
-        "updates": 9,
-        "selected_by": "validation",
+        "command": "cleanrl_crypto/ppo_arz_gpu.py", "updates": 9, "selected_by": "validation",
         "eval": {"validation": split, "published": split, "heldout": split},
         "data": {"spec": kind, "road": {"length_m": 500.0} if freeway else None},
     }
@@ -193,24 +171,16 @@ def rows_in(page: str, start: str = "<table") -> dict[str, list[str]]:
     return {re.sub("<.*?>", "", name): re.findall("<td>(.*?)</td>", cells) for name, cells in found}
 
 
-class Balance(HTMLParser):
-    """Raises on a closing tag that does not match; text outside of <style> is kept."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open, self.text = [], ""
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img", "br", "path"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert tag == "path" or self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data if "style" not in self.open else ""
+def text_of(page: str) -> str:
+    """What a reader sees; every tag but the empty ones must be closed, in order."""
+    body, stack = re.sub("<style>.*?</style>", "", page, flags=re.S), []
+    for close, tag in re.findall(r"<(/?)([a-z]\w*)[^>]*>", body):
+        if close:
+            assert stack.pop() == tag
+        elif tag not in ("meta", "img", "br", "path"):
+            stack.append(tag)
+    assert stack == []
+    return re.sub("<[^>]*>", "", body)
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +209,13 @@ def test_full_run_has_every_section_and_figure(full):
     assert {k.split("/")[-1].replace("_", " ") for k in names} <= set(shown)
     evaluated, traces = ["turnover"], ["train", "eval", "test"]
     assert page.count('<svg class="spark"') == len(names + evaluated + traces)
-    Balance(page)
+    text_of(page)
 
 
 def test_table_shows_the_numbers_of_the_summary(full):
     page = full[1]
     block = page[page.index("<th>test</th>") : page.index("<th>eval</th>")]
-    rows = re.findall(r"<tr[^>]*><th>(.*?)</th>(<td>.*?)</tr>", block)
-    table = {re.sub("<.*?>", "", name): re.findall("<td>(.*?)<", cells) for name, cells in rows}
+    table = {k: v for k, v in rows_in(block + "</table>", "<th>").items() if v}
     # the critic's grid acts: its row would repeat the agent's
     assert table == {
         "agent": ["0.75", "+6.00", "+5.88", "−6.0 %", "7"],
@@ -445,7 +414,7 @@ def test_pairs_are_a_table_the_test_split_unfolded(tmp_path):
     figures = report.build(report.read_run(run)).figures
     assert [t.get_text() for t in figures["band"].axes[0].get_yticklabels()] == ["EURUSD", "USDJPY"]
     assert {"equity_test", "equity_eval"} == {k for k in figures if k.startswith("equity")}
-    assert "symbols" not in Balance(page).text and "3147a5aa, d459b83c" in page
+    assert "symbols" not in text_of(page) and "3147a5aa, d459b83c" in page
 
 
 # ------------------------------------------------------------------------------------ broken files
@@ -530,7 +499,7 @@ def test_run_without_updates(tmp_path, points):
     run = make_run(tmp_path / "run", points=points)
     edit(run / "summary.json", updates=0, global_step=0, audit={"verdict": "untrained"})
     page = page_of(run)
-    assert "untrained" in Balance(page).text
+    assert "untrained" in text_of(page)
     assert ('id="learning"' in page) == (points > 0)
     assert page.count('<p class="note">') == 1
 
@@ -553,7 +522,7 @@ def test_run_without_traces_or_with_unknown_columns(tmp_path):
     # all that a script may leave out of its summary, at once
     (run / "summary.json").write_text("{}")
     (run / "args.json").write_text("{}")
-    Balance(page_of(run))
+    text_of(page_of(run))
 
 
 def test_real_bars_have_no_optimum(tmp_path):
@@ -581,7 +550,7 @@ def test_text_from_files_is_escaped(tmp_path):
     frame[f"position_{evil}"], frame[f"equity_{evil}"], frame[evil] = 0.5, 1.0, 2.0
     frame.to_parquet(run / "traces" / "test.parquet")
     page = page_of(run)
-    Balance(page)
+    text_of(page)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not any("<script" in svg for _, svg in images_in(page))
 
@@ -635,7 +604,7 @@ def test_network_shows_vehicles_phases_and_reward(tmp_path):
 
 def test_headline_of_traffic(tmp_path):
     page = page_of(make_road(tmp_path / "run"))
-    assert not re.search(r"\b(market|bars|equity|trades)\b", Balance(page).text)
+    assert not re.search(r"\b(market|bars|equity|trades)\b", text_of(page))
     # the split that chose nothing, its best two baselines: the return's highest, the delay's lowest
     tiles = re.findall(r'class="of">(.*?)</span><b>(.*?)</b><span>(.*?)</span>', page)
     assert tiles[0][0].startswith("heldout") and tiles[0][1:] == ("−90", "pi −107.9 · p −108.5")
