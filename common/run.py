@@ -978,19 +978,29 @@ class Unbreakable:
             self.stream = open(os.devnull, "w")
 
 
+def out_of_memory(e: Exception) -> bool:
+    """NumPy's, or torch's on a GPU or a CPU."""
+    torchs = isinstance(e, RuntimeError) and re.search(
+        "out of memory|can't allocate memory", str(e)
+    )
+    return isinstance(e, MemoryError) or bool(torchs)
+
+
 def exit_with(main):
     """Run main() as a program: an exception with an `exit_code` is one line, any other a bug."""
     sys.stdout = Unbreakable(sys.stdout)
     try:
-        code = main()["exit_code"]
+        code, why = main()["exit_code"], None
     except OSError as e:  # a full disk under a log, a folder that went away
-        where = e.filename or "writing the run directory"
-        print(f"error: {where}: {e.strerror}", file=sys.stderr)
-        code = 2
+        code, why = 2, f"{e.filename or 'writing the run directory'}: {e.strerror}"
     except Exception as e:
-        if not hasattr(e, "exit_code"):
+        code, why = getattr(e, "exit_code", 1), e
+        if out_of_memory(e):
+            text = (str(e).splitlines() or [""])[0]
+            why = f"out of memory: smaller buffers, batches or networks, or fewer lanes ({text})"
+        elif not hasattr(e, "exit_code"):
             raise
-        print(f"error: {e}", file=sys.stderr)
-        code = e.exit_code
+    if why is not None:
+        print(f"error: {why}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)

@@ -18,7 +18,7 @@ import torch
 import toy
 from common import run as common_run
 from common.lanes import Lanes, OneLane, register
-from common.run import CheckFailed, Run, UsageError, exit_with, flag_groups, load_run
+from common.run import CheckFailed, Run, UsageError, exit_with, flag_groups, load_run, refuse
 from common.timeout_guard import CheckpointError, load_checkpoint
 from runs import SUMMARY, assert_same, load_summary, records, wait_until
 
@@ -140,24 +140,24 @@ def test_help_of_a_program_that_is_no_run_has_its_own_flags_only(tmp_path, capsy
     assert re.findall(r"^  (--[\w-]+)", out, re.M) == ["--size"]
 
 
-@pytest.mark.parametrize("error, code", [
-    (UsageError("bad"), 2),
-    (CheckpointError("bad"), 2),
-    (CheckFailed("bad"), 1),
-    (OSError(28, "No space left on device", "metrics.jsonl"), 2),
-    (None, 143),
-])
-def test_exit_codes(error, code, capsys):
-    def main():
-        if error:
-            raise error
-        return {"exit_code": 143}
+def fail(error):
+    raise error
 
+
+@pytest.mark.parametrize("ends, code, lines", [
+    (lambda: refuse((True, "bad")), 2, 1),
+    (lambda: load_checkpoint("no.pt"), 2, 1),
+    (lambda: fail(CheckFailed("bad")), 1, 1),
+    (lambda: fail(OSError(28, "No space left on device", "metrics.jsonl")), 2, 1),
+    (lambda: np.empty(2**50), 1, 1),
+    (lambda: torch.empty(2**50), 1, 1),
+    (lambda: {"exit_code": 143}, 143, 0),
+])
+def test_exit_codes(ends, code, lines, capsys):
     with pytest.raises(SystemExit) as stop:
-        exit_with(main)
-    assert stop.value.code == code
+        exit_with(ends)
     err = capsys.readouterr().err
-    assert err.count("\n") == (error is not None) and err.startswith("error: " if error else "")
+    assert stop.value.code == code and err.count("\n") == lines == err.count("error: ")
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         exit_with(lambda: 1 / 0)
 
