@@ -83,9 +83,11 @@ class Lanes(gym.vector.VectorEnv):
         actions = np.asarray(actions)
         if actions.shape != shape:
             raise ValueError(f"actions: need shape {shape}, got {actions.shape}")
-        if np.issubdtype(kind, np.integer) and not np.issubdtype(actions.dtype, np.integer):
+        whole = np.issubdtype(actions.dtype, np.integer)
+        if np.issubdtype(kind, np.integer) and not whole:
             raise ValueError(f"actions: need integers, got {actions.dtype}")
-        bad = ~np.isfinite(actions.reshape(self.num_envs, -1)).all(1)
+        by_lane = actions.reshape(self.num_envs, -1)
+        bad = ~np.isfinite(by_lane).all(1)
         if bad.any():
             raise ValueError(f"action of lane {int(bad.argmax())} is not finite")
         return torch.as_tensor(actions, device=self.torch_device)
@@ -107,11 +109,14 @@ class Lanes(gym.vector.VectorEnv):
         done, info = terminated | truncated, {}
         if done.any():
             lanes = np.flatnonzero(done)
-            last = to_numpy(self.observe_final(torch.as_tensor(lanes, device=self.torch_device)))
+            ended = torch.as_tensor(lanes, device=self.torch_device)
+            last = to_numpy(self.observe_final(ended))
             final = np.full(self.num_envs, None, object)
             for k, lane in enumerate(lanes):
                 final[lane] = row(last, k)
-            episode = {key: np.where(done, to_numpy(x), 0) for key, x in self.episode().items()}
+            episode = {}
+            for key, x in self.episode().items():
+                episode[key] = np.where(done, to_numpy(x), 0)
             info = {
                 "final_obs": final,
                 "_final_obs": done,
@@ -122,8 +127,10 @@ class Lanes(gym.vector.VectorEnv):
 
     def state_dict(self) -> dict:
         """Tensors and plain values with which load_state_dict() goes on exactly, on any device."""
-        state = {name: getattr(self, name).cpu().clone() for name in self.SAVED}
-        return state | {"seed": self.seed}
+        state = {"seed": self.seed}
+        for name in self.SAVED:
+            state[name] = getattr(self, name).cpu().clone()
+        return state
 
     def load_state_dict(self, state: dict):
         for name in self.SAVED:
@@ -146,10 +153,12 @@ class OneLane(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        return row(self.lanes.reset(seed=seed, options=options)[0], 0), {}
+        obs, _ = self.lanes.reset(seed=seed, options=options)
+        return row(obs, 0), {}
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.lanes.step(np.asarray(action)[None])
+        batch = np.asarray(action)[None]
+        obs, reward, terminated, truncated, info = self.lanes.step(batch)
         obs = info["final_obs"][0] if "final_obs" in info else row(obs, 0)
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
@@ -159,7 +168,9 @@ class OneLane(gym.Env):
 
 def row(x, k: int):
     """Row k of an array, or of each array of a dict."""
-    return {key: y[k] for key, y in x.items()} if isinstance(x, dict) else x[k]
+    if isinstance(x, dict):
+        return {key: y[k] for key, y in x.items()}
+    return x[k]
 
 
 def to_numpy(x):
