@@ -154,7 +154,8 @@ def log_root(var, floor):
 
 def log_return(b, m):
     y = np.full(len(b.x), np.nan)
-    y[m:] = (b.x[m:] - b.x[:-m]).clip(-RETURN_CLIP, RETURN_CLIP)
+    move = b.x[m:] - b.x[:-m]
+    y[m:] = move.clip(-RETURN_CLIP, RETURN_CLIP)
     return y
 
 
@@ -163,7 +164,8 @@ def macd_hist(b, fast, slow, signal):
 
 
 def macd(b):
-    return (indicator("EMA", b.c, 12) - indicator("EMA", b.c, 26)) / b.c
+    fast, slow = indicator("EMA", b.c, 12), indicator("EMA", b.c, 26)
+    return (fast - slow) / b.c
 
 
 def di_spread(b, m):
@@ -181,11 +183,13 @@ def sma_ratio(b, m):
 
 def vwap_ratio(b, m):
     typical = (b.h + b.l + b.c) / 3
-    return np.log(b.c * rolling_mean(b.v, m) / rolling_mean(b.v * typical, m))
+    traded = rolling_mean(b.v * typical, m)
+    return np.log(b.c * rolling_mean(b.v, m) / traded)
 
 
 def true_range(b, m):
-    return np.maximum(indicator("ATR", b.h, b.l, b.c, m) / b.c, b.range_floor)
+    average = indicator("ATR", b.h, b.l, b.c, m)
+    return np.maximum(average / b.c, b.range_floor)
 
 
 def atr_ratio(b, fast, slow):
@@ -212,7 +216,8 @@ def imbalance(b, m):
 
 
 def close_location(b):
-    return (2 * b.c - b.h - b.l) / np.maximum(b.h - b.l, TINY * b.c)
+    span = np.maximum(b.h - b.l, TINY * b.c)
+    return (2 * b.c - b.h - b.l) / span
 
 
 def parkinson(b, m):
@@ -436,7 +441,8 @@ def forward_filter(x, mean, var, trans, start):
     for t in range(n):
         top = -np.inf
         for k in range(states):
-            distance = (x[t] - mean[k]) ** 2 / var[k] + np.log(var[k])
+            distance = (x[t] - mean[k]) ** 2 / var[k]
+            distance += np.log(var[k])
             p[t, k] = np.log(prior[k]) - 0.5 * distance
             top = max(top, p[t, k])
         total = 0.0
@@ -467,12 +473,14 @@ def hmm_rows(x):
     length = HMM_ROWS // STRETCHES
     starts = np.linspace(0, len(x) - length, STRETCHES).astype(int)
     print(f"HMM: fitted on {HMM_ROWS} of {len(x)} train rows, {STRETCHES} stretches of {length}")
-    return np.concatenate([x[a : a + length] for a in starts]), [length] * STRETCHES
+    stretches = [x[a : a + length] for a in starts]
+    return np.concatenate(stretches), [length] * STRETCHES
 
 
 def start_means(x, start, rng):
     """(4,) where EM begins: even levels of the slow mean, later starts jittered by half a step."""
-    low, high = np.quantile(rolling_mean(x, SLOW)[SLOW - 1 :], (0.02, 0.98))
+    slow = rolling_mean(x, SLOW)[SLOW - 1 :]
+    low, high = np.quantile(slow, (0.02, 0.98))
     step = (high - low) / (STATES - 1)
     jitter = (start > 0) * step * rng.uniform(-0.5, 0.5, STATES)
     return np.linspace(low, high, STATES) + jitter
@@ -538,7 +546,8 @@ def fit_hmm(x, seed, seconds=math.inf):
             f"the HMM found no finite likelihood on {len(x)} train rows of log volatility"
         )
     order = np.argsort(best.means_[:, 0], kind="stable")
-    trans = (1 - STICKY) * best.transmat_[np.ix_(order, order)] + STICKY * np.eye(STATES)
+    moves = best.transmat_[np.ix_(order, order)]
+    trans = (1 - STICKY) * moves + STICKY * np.eye(STATES)
     trans /= trans.sum(1, keepdims=True)
     return {
         "mean": best.means_[order, 0].tolist(),
@@ -598,7 +607,8 @@ def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
     t = [newey_west_t(tech, ret)]
     for k in range(hmm.shape[1]):
         t.append(newey_west_t(tech * hmm[:, k : k + 1], ret))
-    return np.abs(t).max(0).tolist(), least_t(np.array(t), FALSE_DISCOVERIES)
+    least = least_t(np.array(t), FALSE_DISCOVERIES)
+    return np.abs(t).max(0).tolist(), least
 
 
 # ----------------------------------------------------------------------------------------- models
@@ -607,12 +617,14 @@ class Fitted:
 
     def state_dict(self) -> dict:
         """Lists, strings and numbers only: a checkpoint with it loads with weights_only=True."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        state = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
 
     @classmethod
     def from_state_dict(cls, state: dict):
         names = ("names", "columns", "train_dates")
-        return cls(**{k: tuple(v) if k in names else v for k, v in state.items()})
+        fields = {k: tuple(v) if k in names else v for k, v in state.items()}
+        return cls(**fields)
 
 
 @dataclass
@@ -664,7 +676,8 @@ class FeatureModel(Fitted):
             raise DataError(f"{bars.spec}: features fitted on the order {', '.join(there)}")
         raw, traded = raw_columns(bars.ohlcv, bars.timestamp, self.assets)
         tech = scaled(raw, self) * self.passed
-        return finish(np.concatenate([tech, context(traded.lg, self.hmm)], 1), self, bars.spec)
+        out = np.concatenate([tech, context(traded.lg, self.hmm)], 1)
+        return finish(out, self, bars.spec)
 
 
 @dataclass
@@ -732,10 +745,12 @@ def fit_features(
     )
     if screen:
         rows = slice(WARMUP, train_stop - 1)  # the last row's next bar is not a train row
-        tech, hmm = scaled(raw[rows], model), context(traded.lg, model.hmm)[rows]
+        tech = scaled(raw[rows], model)
+        hmm = context(traded.lg, model.hmm)[rows]
         ret = bars.next_return[rows]
         limit = usual_limit(ret)
-        model.evidence, model.least_evidence = screen_columns(tech, hmm, ret.clip(-limit, limit))
+        found = screen_columns(tech, hmm, ret.clip(-limit, limit))
+        model.evidence, model.least_evidence = found
     return model
 
 
@@ -774,7 +789,8 @@ def fit_columns(bars: Bars, names, train_stop: int) -> ColumnModel:
     raw = np.column_stack([formula(b) for formula in formulas])
     holes = np.flatnonzero(~np.isfinite(raw).all(1))
     warmup = int(holes[-1]) + 1 if len(holes) else 0
-    never = [name for name, column in zip(names, raw.T) if not np.isfinite(column).any()]
+    known = np.isfinite(raw).any(0)
+    never = [name for name, column in zip(names, known) if not column]
     if never:  # the whole table tells how far it looks back
         full = find_column(never[0])(asset_views(bars.ohlcv[0], bars.timestamp, asset))
         first = int(np.argmax(np.append(np.isfinite(full), True)))
