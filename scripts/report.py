@@ -908,7 +908,7 @@ def note_of(result: dict) -> str:
     """Which rows a split has, and whether time cut it."""
     note = "PARTIAL, time ran out " if result.get("partial") else ""
     rows = result.get("rows")
-    if isinstance(rows, list) and isinstance(rows[0], int):
+    if isinstance(rows, list) and rows and isinstance(rows[0], int):
         note += f"rows {rows[0]:,} to {rows[1] - 1:,}"
     return note
 
