@@ -87,6 +87,7 @@ BROKEN = -1e3  # reward of a decision after which a state is not finite
 FIRST, SECOND, PUBLISHED = (0,), (0, 0), None  # order of the finite volumes, or Richtmyer's scheme on nodes
 SCHEMES = {"richtmyer": PUBLISHED, "godunov": FIRST, "muscl": SECOND}
 CFL = {"godunov": 0.9, "muscl": 0.45, "richtmyer": math.nan}  # Courant numbers; the published step is fixed
+PRESSURES = {"gap": (V_MAX, 1.0), "power": (V_MAX, 2.0), "singular": (2.0, 0.5)}  # usual scale (m/s), exponent
 FLUX, OPEN, RING = range(3)  # a road's end: prescribed flux, free, joined to the other
 CONTROLS = "outlet", "inlet", "both"
 
@@ -113,10 +114,10 @@ class Args(RunArgs):
     pressure: str = "gap"
     """gap (V(0) - V(rho), the published law); with finite volumes also power, or singular (at the jam density; stiff:
     many small steps)"""
-    pressure_scale: float = 40.0
-    """m/s, of the laws power (at the jam density) and singular (at half of it)"""
-    pressure_exponent: float = 2.0
-    """of the laws power and singular"""
+    pressure_scale: float | None = None
+    """m/s, of the laws power (at the jam density; default 40) and singular (at half of it; default 2)"""
+    pressure_exponent: float | None = None
+    """of the laws power (default 2) and singular (default 0.5)"""
     sim_timeout: float | None = None
     """seconds for one simulation call (one decision of all lanes): after a longer one the run stops, saved; a call
     that does not return is ended by --timeout's watchdog alone"""
@@ -166,7 +167,7 @@ class Args(RunArgs):
         script = "python cleanrl_crypto/ppo_arz_signals.py"
         refuse((self.scenario != "freeway", f"--scenario {self.scenario}: networks have a script of their own: "
                 f"{script} --scenario {self.scenario}"))
-        check(self, {"control": CONTROLS, "scheme": tuple(SCHEMES), "pressure": ("gap", "power", "singular")}, {
+        check(self, {"control": CONTROLS, "scheme": tuple(SCHEMES), "pressure": tuple(PRESSURES)}, {
             (0, 0.9999): "gamma", (0, 1): "gae_lambda learning_rate", (0.01, 10): "clip_coef",
             (0, 100): "ent_coef vf_coef", (1e-6, 1e9): "max_grad_norm target_kl sim_timeout",
             (-20, 5): "log_std_init", (0, 10**12): "total_timesteps", (1, 10**12): "eval_interval",
@@ -174,7 +175,7 @@ class Args(RunArgs):
             (0.1, 1000): "pressure_scale", (0.1, 10): "pressure_exponent",
             (0.25, 3600): "decision_interval", (0.25, 86400): "episode_seconds"})
         interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
-        gap, laws = self.pressure == "gap", (self.pressure_scale, self.pressure_exponent)
+        gap = self.pressure == "gap"
         refuse(
             (interval % SAMPLE, f"--decision-interval {interval}: must be a multiple of {SAMPLE} s"),
             (episode % interval,
@@ -184,7 +185,7 @@ class Args(RunArgs):
              f"--num-minibatches {self.num_minibatches}"),
             (self.scheme == "richtmyer" and not gap,
              f"--pressure {self.pressure} needs --scheme godunov or muscl: the published scheme has its own"),
-            (gap and laws != (Args.pressure_scale, Args.pressure_exponent),
+            (gap and (self.pressure_scale or self.pressure_exponent),
              "--pressure-scale and --pressure-exponent need --pressure power or singular"),
             (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"))
 
@@ -224,6 +225,9 @@ class Totals(NamedTuple):
     steps: float  # of the solver
 
 
+AT, SUM = Lane(*range(len(Lane._fields))), Totals(*range(len(Totals._fields)))  # lane[AT.q_in, j]
+
+
 # -------------------------------------------------------------------------------------------------- kernels
 jit = partial(nb.njit, cache=True, error_model="numpy")
 
@@ -231,21 +235,6 @@ jit = partial(nb.njit, cache=True, error_model="numpy")
 def fast(function):
     """njit; as it is under NUMBA_ENABLE_CUDASIM, where kernels are Python. A division by zero gives inf."""
     return function if nb.config.ENABLE_CUDASIM else jit(function)
-
-
-def view(function):
-    """As fast(), not cached: named rows are views inside kernels, and no cached kernel has their type."""
-    return function if nb.config.ENABLE_CUDASIM else nb.njit(function)
-
-
-@view
-def lane_rows(x):
-    return Lane(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8])
-
-
-@view
-def total_rows(x):
-    return Totals(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14])
 
 
 @jit
@@ -339,38 +328,37 @@ def richtmyer(u, work, lane, totals, road, dt):
     dx, v_max, rho_max, tau, _, _ = road
     rho, y, half_rho, half_y, last = u[0], u[1], work[0], work[1], u.shape[1] - 1
     speed, ledger, a, b = work[2, 0], work[2, 1:3], work[2, 3], work[2, 4]
-    at, total = lane_rows(lane), total_rows(totals)
     for j in range(rho.shape[1]):
         speed[j], ledger[0, j], ledger[1, j] = ZERO, ZERO, ZERO
-        a[j], b[j] = HALF * dt / dx * at.moves[j], HALF * dt / tau * at.moves[j]
-        if at.moves[j] > ZERO:
+        a[j], b[j] = HALF * dt / dx * lane[AT.moves, j], HALF * dt / tau * lane[AT.moves, j]
+        if lane[AT.moves, j] > ZERO:
             rho[0, j], rho[last, j] = rho[1, j], rho[last - 1, j]
-            y[0, j] = end_nb(rho[0, j], at.q_in[j], v_max, rho_max)
-            y[last, j] = end_nb(rho[last, j], at.q_out[j], v_max, rho_max)
+            y[0, j] = end_nb(rho[0, j], lane[AT.q_in, j], v_max, rho_max)
+            y[last, j] = end_nb(rho[last, j], lane[AT.q_out, j], v_max, rho_max)
     half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max)
     whole_step(rho, y, half_rho, half_y, ledger, a, b, road)
     for j in range(rho.shape[1]):
         into, _ = published_flux_nb(half_rho[0, j], half_y[0, j], v_max, rho_max)
         out, _ = published_flux_nb(half_rho[last - 1, j], half_y[last - 1, j], v_max, rho_max)
         courant = speed[j] * dt / dx
-        total.entered[j] += into * dt * at.moves[j]
-        total.left[j] += out * dt * at.moves[j]
-        total.added[j] += ledger[0, j] * dx
-        total.clamped[j] += ledger[1, j] * dx
-        total.steps[j] += at.moves[j]
-        total.max_cfl[j] = courant if courant > total.max_cfl[j] else total.max_cfl[j]
+        totals[SUM.entered, j] += into * dt * lane[AT.moves, j]
+        totals[SUM.left, j] += out * dt * lane[AT.moves, j]
+        totals[SUM.added, j] += ledger[0, j] * dx
+        totals[SUM.clamped, j] += ledger[1, j] * dx
+        totals[SUM.steps, j] += lane[AT.moves, j]
+        totals[SUM.max_cfl, j] = courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
 
 
 # finite volumes: rho and z = rho w of cells, w = v + p(rho)
-def pressure_of(kind: str, scale: float, exponent: float, rho_max: float = RHO_MAX, real=np.float32) -> tuple:
-    """Law of the pressure: (c, gamma, rho_max), one or two zeros longer for power and singular: its type.
+def pressure_of(kind: str, scale: float | None = None, exponent: float | None = None, real=np.float32) -> tuple:
+    """Law of the pressure: (c, gamma, rho_max), for power one zero longer, for singular two: its type.
 
     gap is V(0) - V(rho); power has `scale` m/s at rho_max, singular at rho_max / 2.
     """
-    gap = kind == "gap"
-    c = V_MAX / rho_max if gap else scale / rho_max**exponent
-    zeros = ("gap", "power", "singular").index(kind) * (real(0),)
-    return real(c), real(exponent), real(rho_max), *zeros
+    usual = PRESSURES[kind]
+    scale, exponent = scale or usual[0], exponent or usual[1]
+    zeros = list(PRESSURES).index(kind) * (real(0),)
+    return real(scale / RHO_MAX**exponent), real(exponent), real(RHO_MAX), *zeros
 
 
 @fast
@@ -424,7 +412,8 @@ def critical_nb(w, pressure):
 def flux_nb(rho_l, v_l, rho_r, v_r, pressure):
     """Exact Godunov flux: the smaller of the left state's demand and the right state's supply, at the left one's w.
 
-    Returns (rho flux, rho w flux). The supply leaves the middle state (w_L, v_R); an empty road supplies all.
+    Returns (rho flux, rho w flux). The supply leaves the middle state (w_L, v_R), no denser than a jam; an empty road
+    supplies all.
     """
     w = v_l + pressure_nb(rho_l, pressure)
     w = w if w > ZERO else ZERO
@@ -435,6 +424,7 @@ def flux_nb(rho_l, v_l, rho_r, v_r, pressure):
     behind = behind if behind < w else w
     behind = behind if rho_r > ZERO else w
     middle = density_nb(w - behind, pressure)
+    middle = middle if middle < pressure[2] else pressure[2]
     supply = middle * behind if middle >= best else most
     f = demand if demand < supply else supply
     return f, f * w
@@ -511,10 +501,10 @@ def faces(r, v, f, g, order, pressure):
 @fast
 def inlet(r, v, f, g, a, lane, dx, v_max, pressure):
     """Face 0 lets the prescribed flux pass, and what waits outside; what the first cell cannot take waits."""
-    at, rho_max = lane_rows(lane), pressure[2]
+    rho_max = pressure[2]
     for j in range(r.shape[1]):
-        q, rho, p = at.q_in[j], r[2, j], pressure_nb(r[2, j], pressure)
-        q += at.waiting[j] / (a[j] * dx) if at.waiting[j] > ZERO and a[j] > ZERO else ZERO
+        q, rho, p = lane[AT.q_in, j], r[2, j], pressure_nb(r[2, j], pressure)
+        q += lane[AT.waiting, j] / (a[j] * dx) if lane[AT.waiting, j] > ZERO and a[j] > ZERO else ZERO
         speed = q / rho  # what enters has the first cell's density, and so the speed that gives the flux
         speed = speed if speed < v_max else v_max
         f[0, j], g[0, j] = q, q * (speed + p)
@@ -532,23 +522,11 @@ def inlet(r, v, f, g, a, lane, dx, v_max, pressure):
 @fast
 def outlet(r, v, f, g, lane, pressure):
     """The last face lets the prescribed flux pass, or what the last cell gives to an empty road."""
-    m, at = f.shape[0] - 1, lane_rows(lane)
+    m = f.shape[0] - 1
     for j in range(r.shape[1]):
         most, _ = flux_nb(r[m + 1, j], v[m + 1, j], ZERO, ZERO, pressure)
-        f[m, j] = at.q_out[j] if at.q_out[j] < most else most
+        f[m, j] = lane[AT.q_out, j] if lane[AT.q_out, j] < most else most
         g[m, j] = f[m, j] * (v[m + 1, j] + pressure_nb(r[m + 1, j], pressure))
-
-
-@fast
-def make_room(r, f, g, a, rho_max):
-    """No face lets more pass than the cell behind it has room for below the jam density, from the outlet back."""
-    for i in range(f.shape[0] - 2, -1, -1):
-        for j in range(r.shape[1]):
-            room = rho_max - r[i + 2, j] + a[j] * f[i + 1, j]
-            room = room if room > ZERO else ZERO
-            share = room / (a[j] * f[i, j]) if a[j] * f[i, j] > room else ONE
-            f[i, j] *= share
-            g[i, j] *= share
 
 
 @fast
@@ -617,7 +595,7 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
     m, width = u.shape[1], u.shape[2]
     rho, z, half_rho, half_z = u[0], u[1], work[4, :m], work[5, :m]
     r, v, f, g = work[0, : m + 4], work[1, : m + 4], work[2, : m + 1], work[3, : m + 1]
-    rows, at, total = work[4, m:], lane_rows(lane), total_rows(totals)
+    rows = work[4, m:]
     into, out, added, refused = rows[0], rows[1], rows[2], rows[3]
     a, keep, speed, rest = rows[4], rows[5], rows[6], rows[7]
     weight, more = dx * HALF if len(order) == 2 else dx, True
@@ -635,8 +613,8 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
             a[j] = step / dx
             keep[j] = math.exp(-HALF * step / tau)
             courant = a[j] * speed[j]
-            total.max_cfl[j] = courant if courant > total.max_cfl[j] else total.max_cfl[j]
-            total.steps[j] += ONE if step > ZERO else ZERO
+            totals[SUM.max_cfl, j] = courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
+            totals[SUM.steps, j] += ONE if step > ZERO else ZERO
             into[j], out[j], added[j], refused[j] = ZERO, ZERO, ZERO, ZERO
         for stage in range(len(order)):
             if stage == 0:
@@ -648,7 +626,6 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
                 outlet(r, v, f, g, lane, pressure)
             if left == FLUX:
                 inlet(r, v, f, g, a, lane, dx, v_max, pressure)
-                make_room(r, f, g, a, pressure[2])
             if len(order) == 1:
                 update(rho, z, f, g, a, rho, z, added, floor, v_max)
             elif stage == 0:
@@ -658,15 +635,15 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
             for j in range(width):
                 into[j] += a[j] * f[0, j]
                 out[j] += a[j] * f[m, j]
-                refused[j] += a[j] * (at.q_in[j] - f[0, j])
+                refused[j] += a[j] * (lane[AT.q_in, j] - f[0, j])
         relax(rho, z, keep, v_max, pressure)
         for j in range(width):
-            total.entered[j] += weight * into[j]
-            total.left[j] += weight * out[j]
-            total.added[j] += weight * added[j]
-            total.clamped[j] += weight * added[j]
+            totals[SUM.entered, j] += weight * into[j]
+            totals[SUM.left, j] += weight * out[j]
+            totals[SUM.added, j] += weight * added[j]
+            totals[SUM.clamped, j] += weight * added[j]
             if left == FLUX:
-                at.waiting[j] += weight * refused[j]
+                lane[AT.waiting, j] += weight * refused[j]
 
 
 # an episode
@@ -689,16 +666,17 @@ def nodes(u, work, v_max, order, pressure):
 
 
 @fast
-def norms(r, v, lane, sums, weight):
-    """One sample of the NODES points into sums (4, W): squared relative errors of rho and of v, and by the trapezoid
-    rule rho and rho v."""
-    at, square_rho, square_v, mass, flow = lane_rows(lane), sums[0], sums[1], sums[2], sums[3]
+def norms(work, lane, weight):
+    """One sample of the NODES points work[0], work[1] into the first rows (W,) of work[2] to work[5]: squared relative
+    errors of rho and of v, and by the trapezoid rule rho and rho v."""
+    r, v = work[0], work[1]
+    square_rho, square_v, mass, flow = work[2, 0], work[3, 0], work[4, 0], work[5, 0]
     for j in range(r.shape[1]):
         square_rho[j], square_v[j], mass[j], flow[j] = ZERO, ZERO, ZERO, ZERO
     for i in range(NODES):
         share = weight * HALF if i == 0 or i == NODES - 1 else weight
         for j in range(r.shape[1]):
-            a, b = r[i, j] / at.rho_star[j] - ONE, v[i, j] / at.v_star[j] - ONE
+            a, b = r[i, j] / lane[AT.rho_star, j] - ONE, v[i, j] / lane[AT.v_star, j] - ONE
             square_rho[j] += a * a
             square_v[j] += b * b
             mass[j] += share * r[i, j]
@@ -707,11 +685,10 @@ def norms(r, v, lane, sums, weight):
 
 @fast
 def observe(work, lane, obs):
-    at = lane_rows(lane)
     for j in range(obs.shape[0]):
         for i in range(NODES):
-            obs[j, i] = work[0, i, j] / at.rho_star[j] - ONE
-            obs[j, NODES + i] = work[1, i, j] / at.v_star[j] - ONE
+            obs[j, i] = work[0, i, j] / lane[AT.rho_star, j] - ONE
+            obs[j, NODES + i] = work[1, i, j] / lane[AT.v_star, j] - ONE
 
 
 @fast
@@ -732,7 +709,6 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
     """
     u, _, lane, totals, clock, waves = state
     dx, v_max, rho_max = road[0], road[1], road[2]
-    at = lane_rows(lane)
     rho_star, amplitude, phase = waves[0, j], waves[1, j], waves[2, j]
     if rho_star == 0.0:
         rho_star = between_nb(TRAIN_WAVES[0], uniform_nb(seed, lane0 + j, clock[1, j], 0))
@@ -742,7 +718,7 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
     q_star = rho_star * v_star
     for k in range(lane.shape[0]):
         lane[k, j] = ZERO
-    at.rho_star[j], at.v_star[j], at.q_star[j] = rho_star, v_star, q_star
+    lane[AT.rho_star, j], lane[AT.v_star, j], lane[AT.q_star, j] = rho_star, v_star, q_star
     first = 0.0 if order is None else 0.5
     for i in range(u.shape[1]):
         angle = 3.0 * math.pi * (i + first) * dx / LENGTH + phase
@@ -754,14 +730,13 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
             u[1, i, j] = q_star + rho * pressure_nb(u[0, i, j], pressure)
     for k in range(totals.shape[0]):
         totals[k, j] = 0.0
-    total_rows(totals).at_start[j] = stored(u, order, dx, j)
+    totals[SUM.at_start, j] = stored(u, order, dx, j)
     clock[0, j] = 0
 
 
 @fast
 def act(action, lane, totals, control, swing):
     """The fluxes that actions (W, A) in [-1, 1] ask for: of the outlet, of the inlet, or of both."""
-    at, total = lane_rows(lane), total_rows(totals)
     for j in range(action.shape[0]):
         out, into = ZERO, ZERO
         if control != 1:
@@ -770,10 +745,10 @@ def act(action, lane, totals, control, swing):
             into = action[j, control - 1]
         out = -ONE if out < -ONE else ONE if out > ONE else out
         into = -ONE if into < -ONE else ONE if into > ONE else into
-        at.q_in[j] = at.q_star[j] * (ONE + swing * into)
-        at.q_out[j] = at.q_star[j] * (ONE + swing * out)
-        total.switches[j] += HALF * (abs(out - at.last_out[j]) + abs(into - at.last_in[j]))
-        at.last_out[j], at.last_in[j] = out, into
+        lane[AT.q_in, j] = lane[AT.q_star, j] * (ONE + swing * into)
+        lane[AT.q_out, j] = lane[AT.q_star, j] * (ONE + swing * out)
+        totals[SUM.switches, j] += HALF * (abs(out - lane[AT.last_out, j]) + abs(into - lane[AT.last_in, j]))
+        lane[AT.last_out, j], lane[AT.last_in, j] = out, into
 
 
 @fast
@@ -787,7 +762,8 @@ def decide(state, result, rules, order, action, seed, lane0):
     u, work, lane, totals, clock, _ = state
     obs, final_obs, finals, reward, terminated, truncated = result
     road, pressure, swing, seconds, control, length, samples = rules
-    dx, v_max, at, total, sums, ended = road[0], road[1], lane_rows(lane), total_rows(totals), work[2:6, 0], False
+    dx, v_max, ended = road[0], road[1], False
+    square_rho, square_v, mass, flow = work[2, 0], work[3, 0], work[4, 0], work[5, 0]
     act(action, lane, totals, control, swing)
     for j in range(reward.size):
         reward[j], terminated[j] = 0.0, False
@@ -796,21 +772,21 @@ def decide(state, result, rules, order, action, seed, lane0):
             advance(u, work, lane, totals, road, seconds, order, FLUX, FLUX, pressure)
         else:
             for j in range(reward.size):
-                at.moves[j] = ONE if clock[0, j] * samples + s + 1 < length * samples else ZERO
+                lane[AT.moves, j] = ONE if clock[0, j] * samples + s + 1 < length * samples else ZERO
             richtmyer(u, work, lane, totals, road, seconds)
         nodes(u, work, v_max, order, pressure)
-        norms(work[0], work[1], lane, sums, dx)
+        norms(work, lane, dx)
         for j in range(reward.size):
-            r = -(math.sqrt(sums[1, j]) + math.sqrt(sums[0, j]))
+            r = -(math.sqrt(square_v[j]) + math.sqrt(square_rho[j]))
             broken = not r > -1e6  # NaN too
             r = BROKEN if broken else r
             terminated[j] = terminated[j] or broken
             reward[j] += r / samples
-            total.episode_return[j] += r
-            total.delay[j] += seconds * (sums[2, j] - sums[3, j] / v_max)
-            total.distance[j] += seconds * sums[3, j]
-            total.presence[j] += seconds * sums[2, j]
-            total.waiting[j] = at.waiting[j]
+            totals[SUM.episode_return, j] += r
+            totals[SUM.delay, j] += seconds * (mass[j] - flow[j] / v_max)
+            totals[SUM.distance, j] += seconds * flow[j]
+            totals[SUM.presence, j] += seconds * mass[j]
+            totals[SUM.waiting, j] = lane[AT.waiting, j]
     for j in range(reward.size):
         clock[0, j] += 1
         truncated[j] = not terminated[j] and clock[0, j] >= length
@@ -821,8 +797,7 @@ def decide(state, result, rules, order, action, seed, lane0):
             if terminated[j] or truncated[j]:
                 for k in range(totals.shape[0]):
                     finals[k, j] = totals[k, j]
-                last = total_rows(finals)
-                last.at_end[j], last.decisions[j] = stored(u, order, dx, j), clock[0, j]
+                finals[SUM.at_end, j], finals[SUM.decisions, j] = stored(u, order, dx, j), clock[0, j]
                 clock[1, j] += 1
                 start_lane(state, road, order, pressure, seed, lane0, j)
         nodes(u, work, v_max, order, pressure)
@@ -914,7 +889,7 @@ class FreewayVectorEnv(Lanes):
     def __init__(
         self, num_envs: int = 1, control: str = "outlet", scheme: str = "richtmyer",
         decision_interval: float = 1.0, episode_seconds: float = 240.0, precision: str = "float32",
-        pressure: str = "gap", pressure_scale: float = V_MAX, pressure_exponent: float = 2.0,
+        pressure: str = "gap", pressure_scale: float | None = None, pressure_exponent: float | None = None,
         cfl: float | None = None, seed: int = 1, backend: str = "cpu", lane0: int = 0, cases: str | None = None,
     ):
         if scheme == "richtmyer" and pressure != "gap":
@@ -928,7 +903,7 @@ class FreewayVectorEnv(Lanes):
         real = np.dtype(precision).type
         road = DX, V_MAX, RHO_MAX, RELAX, RHO_FLOOR, cfl or CFL[scheme]
         self.road = tuple(real(x) for x in road)
-        self.pressure = pressure_of(pressure, pressure_scale, pressure_exponent, RHO_MAX, real)
+        self.pressure = pressure_of(pressure, pressure_scale, pressure_exponent, real)
         self.rules = (self.road, self.pressure, real(SWING), real(SAMPLE), self.control, self.length, self.samples)
         cells = NODES if scheme == "richtmyer" else NODES - 1
         width = num_envs if backend == "cuda" else min(BLOCK, num_envs)
