@@ -909,7 +909,9 @@ def pay_nb(lo, hi, roads, street, result):
         for ln in range(lo, hi):
             delay = street.delay[s, ln]
             if not -1e30 < delay < 1e30:
-                street.broken[ln], delay = 1 + s, 0.0
+                delay = 0.0
+                if street.broken[ln] == 0:
+                    street.broken[ln] = 1 + s
             result.totals[DELAY, ln] += delay
             if roads.owner[s] >= 0:
                 result.local_reward[ln, roads.owner[s]] -= delay
@@ -1492,7 +1494,7 @@ def serve_in_turn(env, slots: np.ndarray, speed):
         torch.as_tensor(slots.cumsum(1), device=device),
         torch.as_tensor(cycle[:, 0], device=device),
     )
-    last = torch.as_tensor(net.n_phases, device=device) - 1
+    last = env.n_phases - 1
 
     def act(obs):
         at = (env.decision * env.decision_interval - offset) % cycle  # (G, N)

@@ -1,0 +1,472 @@
+"""The signalised network: Gymnasium's contract, signals, demand, what is paid and seen, evaluation cases, baselines."""
+
+import gymnasium as gym
+import numba as nb
+import numpy as np
+import pytest
+import torch
+
+from cleanrl_crypto import ppo_arz_signals as arz
+from common import networks
+from common.gpu_pool import pool
+from common.lanes import Lanes
+from common.run import CheckFailed
+
+SHORT = dict(interval=15.0, seconds=90.0)
+CROSS = [  # a junction of four roads and four phases, one for each
+    {"from": a, "to": b, "length_m": 100.0, "class": "secondary", "lanes": 1, "limit": None}
+    for node in "NESW" for a, b in ((node, "J"), ("J", node))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These arrays are small: threads of several workers would only wait for each other."""
+    threads = torch.get_num_threads(), nb.get_num_threads()
+    torch.set_num_threads(1)
+    nb.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    nb.set_num_threads(threads[1])
+
+
+def make(n=2, seed=4, **kwargs):
+    envs = arz.NetworkVectorEnv(n, **(SHORT | kwargs))
+    envs.reset(seed=seed)
+    return envs
+
+
+def actions(envs, t=0):
+    lane = torch.arange(envs.num_envs)[:, None]
+    return (lane + torch.arange(envs.agents) + t) % 2
+
+
+def same(envs, phase=0):
+    return torch.full((envs.num_envs, envs.agents), phase)
+
+
+def crossing(**plan):
+    phases = {"J": [[node] for node in "NESW"]}
+    demand = {node: {"car": flow} for node, flow in zip("NESW", (500, 300, 400, 200))}
+    return networks.build_network("cross", CROSS, {"signals": phases, "demand": demand} | plan)
+
+
+# ------------------------------------------------------------------------------------------------- Gymnasium
+def test_spaces_shapes_and_refusals():
+    envs = arz.NetworkVectorEnv(3, **SHORT)
+    obs, info = envs.reset(seed=0)
+    assert obs.shape == (3, 5, envs.row_obs) and obs in envs.observation_space and info == {}
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
+    obs, reward, terminated, truncated, info = envs.step(envs.action_space.sample())
+    assert obs in envs.observation_space
+    assert reward.shape == terminated.shape == truncated.shape == (3,)
+    reward, terminated, truncated = envs.step_lanes(same(envs))
+    assert reward.shape == terminated.shape == truncated.shape == (3,)
+    assert envs.local_reward.shape == (3, 5) and envs.observe().dtype == torch.float32
+    for wrong in (np.full((3, 5), 2), np.full((3, 5), -1), np.zeros((3, 4), int), np.zeros((3, 5))):
+        with pytest.raises(ValueError, match="actions"):
+            envs.step(wrong)
+
+
+def test_made_by_gymnasium():
+    envs = gym.make_vec("cleanrl_crypto/Network-v0", num_envs=3, level=(1.0, 1.3), **SHORT)
+    ours = arz.NetworkVectorEnv(3, level=(1.0, 1.3), **SHORT)
+    np.testing.assert_array_equal(envs.reset(seed=3)[0], ours.reset(seed=3)[0])
+    chosen = envs.action_space.sample()
+    for got, expected in zip(envs.step(chosen)[:4], ours.step(chosen)[:4]):
+        np.testing.assert_array_equal(got, expected)
+    one = gym.make("cleanrl_crypto/Network-v0", level=(1.0, 1.3), **SHORT)
+    obs, _ = one.reset(seed=3)
+    np.testing.assert_array_equal(obs, ours.reset(seed=3)[0][0])
+    ended = [one.step(one.action_space.sample())[3] for _ in range(6)]
+    assert ended == [False] * 5 + [True]
+
+
+def test_episodes_end_at_their_length_and_the_next_begins_at_once():
+    envs, longer = make(), make(seconds=180.0)
+    for t in range(envs.length):
+        obs, reward, terminated, truncated, info = envs.step(actions(envs, t).numpy())
+        true = longer.step(actions(envs, t).numpy())[0]
+        assert not terminated.any() and truncated.all() == truncated.any() == (t == 5)
+    assert envs.length == 6
+    np.testing.assert_array_equal(np.stack(info["final_obs"]), true)
+    np.testing.assert_array_equal(envs.last_observations(), true)
+    episode = info["final_info"]["episode"]
+    assert (episode["l"] == 6).all() and (episode["r"] == -episode["delay_veh_s"]).all() and (obs != true).any()
+    fresh = make()
+    np.testing.assert_array_equal(obs, fresh.reset()[0])  # the second episode of the same lanes
+
+
+def test_reset_builds_nothing():
+    envs = make()
+    builds, before = Lanes.builds, pool.stats()["allocations"]
+    for _ in range(3):
+        envs.reset()
+        for t in range(7):
+            envs.step_lanes(actions(envs, t))
+    assert Lanes.builds == builds and pool.stats()["allocations"] == before
+    envs.close()
+    arz.NetworkVectorEnv(2, **SHORT)
+    assert pool.stats()["allocations"] == before
+
+
+def test_seeds():
+    obs = [make(4, seed).observe().clone() for seed in (1, 1, 2)]
+    assert torch.equal(obs[0], obs[1]) and (obs[0] != obs[2]).any() and (obs[0][0] != obs[0][1]).any()
+
+
+def test_a_state_can_be_put_back():
+    envs, other = make(), make(seed=99)
+    for t in range(8):
+        envs.step_lanes(actions(envs, t))
+    state = envs.state_dict()
+    ahead = [(*(x.clone() for x in envs.step_lanes(actions(envs, t))), envs.observe().clone()) for t in range(6)]
+    other.load_state_dict(state)
+    for t in range(6):
+        again = *other.step_lanes(actions(envs, t)), other.observe()
+        assert all(torch.equal(a, b) for a, b in zip(again, ahead[t]))
+
+
+def test_staggered_lanes_end_at_different_times():
+    envs = make(60)
+    envs.reset(seed=4, options={"stagger": True})
+    ends = torch.stack([envs.step_lanes(actions(envs, t))[2].clone() for t in range(6)])
+    assert (ends.sum(0) == 1).all() and set(ends.sum(1).tolist()) <= {9, 10, 11}
+    again = torch.stack([envs.step_lanes(actions(envs, t))[2].clone() for t in range(6)])
+    assert torch.equal(ends, again)  # then every episode has its length
+    envs.reset(seed=4)
+    assert not any(envs.step_lanes(actions(envs, t))[2].any() for t in range(5))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(interval=7.0, seconds=450.0), "interval 7.0 s must divide"),
+    (dict(interval=3.0, seconds=450.0), "all_red"),
+    (dict(network=networks.build_network("x", CROSS, {"demand": {n: {"car": 9} for n in "NESW"}})), "no signal"),
+    (dict(network=crossing(demand={n: {} for n in "NESW"})), "demand is 0 everywhere"),
+    (dict(cases="eval", num_envs=12), "fifths")])
+def test_what_does_not_fit_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        arz.NetworkVectorEnv(**(SHORT | change))
+
+
+# --------------------------------------------------------------------------------------------- reward and sight
+def test_reward_is_minus_the_delay_of_all_junctions():
+    envs, total, values = make(3), torch.zeros(3), []
+    for t in range(envs.length):
+        before = envs.totals[arz.DELAY].clone()
+        reward, _, _ = envs.step_lanes(actions(envs, t))
+        total += reward
+        values.append(envs.local_reward.clone())
+        assert torch.allclose(envs.local_reward.sum(1), reward)
+        if t < envs.length - 1:
+            assert torch.allclose(reward, before - envs.totals[arz.DELAY])
+    stats = envs.stats("finals")
+    assert torch.allclose(stats["episode_return"].float(), total)
+    assert (stats["throughput_veh"] > 20).all() and ((1 < stats["mean_speed"]) & (stats["mean_speed"] < 14)).all()
+    assert len(torch.stack(values).round(decimals=3).unique()) > 80
+    assert not make(n=1).roads.owner.min() < 0  # every segment of the corridor touches a signal
+
+
+def test_delay_is_the_integral_of_the_vehicles_that_stand():
+    """A side street that is shut for good: everybody stands, so its delay is vehicles times seconds."""
+    envs = make(1, seconds=600.0, variation=(1.0, 1.0, 0.0))
+    for _ in range(30):
+        envs.step_lanes(same(envs))
+    net = envs.network
+    s = net.ends.index(("N1", "J1"))
+
+    def vehicles():
+        return float(envs.counts()[s, 0] + envs.queue[:, net.entry[s], 0].sum())
+
+    before = vehicles()
+    envs.step_lanes(same(envs))
+    assert vehicles() > before > 40
+    assert float(envs.delay[s, 0]) == pytest.approx(15 * (before + vehicles()) / 2, rel=0.02)
+
+
+def test_two_actions_give_two_states_and_a_constant_one_changes_the_observation():
+    a, b = make(), make()
+    other = same(b)
+    other[0, 0] = 1
+    a.step_lanes(same(a))
+    b.step_lanes(other)
+    first = a.observe().clone()
+    assert (first[0] != b.observe()[0]).any() and torch.equal(first[1], b.observe()[1])
+    assert (a.rho_c[:, 0] != b.rho_c[:, 0]).any() and torch.equal(a.rho_c[:, 1], b.rho_c[:, 1])
+    a.step_lanes(same(a))
+    assert (first != a.observe()).any(-1).all()
+
+
+def test_a_number_that_is_not_finite_ends_the_lane_and_is_named():
+    envs = make()
+    s = envs.network.ends.index(("J2", "J3"))
+    envs.rho_m[envs.network.first[s], 1] = np.nan
+    reward, terminated, truncated = envs.step_lanes(actions(envs))
+    assert terminated.tolist() == [False, True] and not truncated.any() and torch.isfinite(reward).all()
+    with pytest.raises(CheckFailed, match=r"lane 1, segment \w+ > \w+"):
+        envs.check_state()
+
+
+# ----------------------------------------------------------------------------------------------- signals, demand
+def test_minimum_green_and_all_red_hold():
+    envs = make(1, interval=1.0, seconds=120.0)
+    rng, phase, changed, gaps = np.random.default_rng(0), envs.phase.clone(), {}, []
+    for t in range(119):
+        envs.step_lanes(torch.as_tensor(rng.integers(0, 2, (1, 5))))
+        for g in np.flatnonzero((envs.phase != phase)[:, 0]):
+            gaps.append(t - changed.get(g, -100))
+            changed[g] = t
+        phase = envs.phase.clone()
+    assert min(gaps) == 10 and len(gaps) > 20
+
+
+def test_all_red_shuts_every_approach():
+    envs = make(1, interval=1.0, seconds=60.0, fill=0.3)
+    net = envs.network
+    exits = [net.first[s] for s, (a, _) in enumerate(net.ends) if a == "J3"]
+    near = []
+    for t in range(20):
+        envs.step_lanes(same(envs, int(t >= 10)))
+        near.append(float((envs.rho_m + envs.rho_c)[exits, 0].sum()))
+    assert near[13] < near[9] * 0.7 and near[16] > near[13]
+
+
+def test_times_of_the_plan_count():
+    net = crossing(all_red=2.0, min_green=3.0)
+    envs = make(1, network=net, interval=1.0, seconds=60.0)
+    switches = []
+    for t in range(30):
+        before = envs.phase.clone()
+        envs.step_lanes(before.T + 1)
+        switches.append(bool((envs.phase != before).any()))
+    assert np.diff(np.flatnonzero(switches)).tolist() == [5] * (sum(switches) - 1) and sum(switches) > 2
+
+
+def test_demand_is_random_changes_within_an_episode_and_has_the_mean_it_should():
+    rules = arz.Rules(1, 1, 1.0, 0.0, 0.0, *arz.VARIATION, 0.0)
+    factor = np.array([[[arz.demand_factor_nb(1, lane, 0, e, float(t), rules) for t in range(0, 450, 15)]
+                        for e in range(4)] for lane in range(200)])
+    assert factor.mean() == pytest.approx(1.0, abs=0.03)
+    assert factor.std(2).mean() > 0.1 and factor.min() > 0.19
+    assert abs(np.corrcoef(factor[:, 0].mean(1), factor[:, 1].mean(1))[0, 1]) < 0.25
+    envs = make(200, seconds=450.0, level=(1.3, 1.3))
+    for t in range(envs.length - 1):
+        envs.step_lanes(actions(envs, t))
+    arrived = envs.totals[arz.ARRIVED : arz.ARRIVED + 2].mean(1)
+    assert arrived.numpy() == pytest.approx(1.3 * envs.network.base.sum(1) * 435, rel=0.03)
+
+
+def test_what_cannot_enter_waits_outside_and_is_seen():
+    envs = make(1, seconds=900.0, level=(3.0, 3.0), fill=0.0)
+    for _ in range(51):
+        envs.step_lanes(same(envs))
+    assert envs.counts().sum() > 100 and envs.queue.sum() > 100 and envs.observe()[0].max() > 10
+
+
+def test_evaluation_cases_are_fixed_paired_and_apart_from_training():
+    envs = arz.NetworkVectorEnv(15, cases="eval", **SHORT)
+    obs = envs.reset(seed=9)[0]
+    np.testing.assert_array_equal(obs, envs.reset(seed=9)[0])
+    low, high = envs.splits["x1.0"], envs.splits["x1.3"]
+    np.testing.assert_array_equal(obs[low], obs[high])  # the same start, another demand
+    assert (envs.level[0, high] == 1.3).all() and (envs.level[0, low] == 1.0).all()
+    assert [len(range(15)[lanes]) for lanes in envs.splits.values()] == [3, 6, 6]
+    assert set(envs.level[0, envs.splits["eval"]].tolist()) == {1.0, 1.3}
+    train = make(15, 9).observe().numpy()
+    assert not (train[:, None] == obs[None]).all((2, 3)).any()
+    assert not (obs[envs.splits["eval"], None] == obs[None, low]).all((2, 3)).any()
+
+
+# ----------------------------------------------------------------------------------------------------- baselines
+@pytest.fixture(scope="module")
+def delays():
+    """Total delay of every controller on the crossing of four phases, and of one that never switches."""
+    envs = arz.NetworkVectorEnv(64, crossing(), 5.0, 300.0)
+    tuned, sweeps = arz.tune(envs)
+    assert sweeps == 2
+    envs.assign(np.arange(100, 164), np.ones((2, 64)))
+    makers = {name: (lambda envs, name=name, levels=levels: arz.controller(envs, name, levels))
+              for name, levels in tuned.items()}
+    makers["stuck"] = lambda envs: lambda obs: same(envs)
+    found, served = {}, {}
+    for name, make_act in makers.items():
+        envs.reset(seed=6)
+        act, phases = make_act(envs), []
+        for _ in range(envs.length):
+            asked = act(envs.observe())
+            assert asked.shape == (64, 1) and asked.min() >= 0 and asked.max() <= 3
+            envs.step_lanes(asked)
+            phases.append(envs.phase[0].clone())
+        found[name] = float(envs.stats("finals")["delay_veh_s"].mean())
+        served[name] = [len(lane.unique()) for lane in torch.stack(phases[:-1], 1)]
+    return found, served, tuned
+
+
+@pytest.mark.parametrize("name", arz.CONTROLLERS)
+def test_baselines_serve_every_phase_of_a_network_that_is_no_corridor(delays, name):
+    found, served, _ = delays
+    assert found[name] < 0.6 * found["stuck"] and min(served[name]) == 4
+
+
+def test_tuning_finds_what_the_start_does_not_know(delays):
+    _, _, tuned = delays
+    envs = arz.NetworkVectorEnv(64, crossing(), 5.0, 300.0)
+    for name in ("actuated", "max_pressure", "fixed_cycle"):
+        rows = [arz.START[name], tuned[name][1.0]]
+        start, best = arz.delays(envs, name, rows, [1.0, 1.0], np.inf)
+        assert best <= start and all(value in arz.GRIDS[key] for key, value in rows[1].items())
+
+
+def test_tuning_without_time_keeps_the_start():
+    envs = make(2)
+    tuned, sweeps = arz.tune(envs, 0.0)
+    assert sweeps == 0 and tuned["actuated"][1.0] == arz.START["actuated"]
+
+
+def constants(envs, **values):
+    return {key: torch.full((envs.num_envs,), value, dtype=torch.float64) for key, value in values.items()}
+
+
+def test_fixed_cycle_keeps_its_times():
+    envs = make(1, interval=5.0, seconds=300.0)
+    act, asked = arz.fixed_cycle(envs, **constants(envs, cycle=60.0, skew=0.0, speed=0.0)), []
+    for _ in range(24):
+        asked.append(int(act(None)[0, 0]))
+        envs.step_lanes(act(None))
+    assert asked == ([0] * 6 + [1] * 6) * 2
+
+
+def test_actuated_leaves_an_empty_street():
+    envs = make(1, interval=5.0, seconds=300.0, fill=0.0)
+    act = arz.actuated(envs, **constants(envs, gap=0.1, longest=40.0))
+    ends = envs.network.ends
+    envs.zones.zero_()
+    envs.zones[0, ends.index(("N2", "J2"))] = 0.5
+    assert act(None).tolist() == [[0, 1, 0, 0, 0]]
+    envs.zones[0, ends.index(("J1", "J2"))] = 0.5
+    assert act(None).tolist() == [[0, 0, 0, 0, 0]]
+    envs.age[1] = 50.0
+    assert act(None).tolist() == [[0, 1, 0, 0, 0]]
+
+
+def test_a_lane_gets_the_constants_of_its_demand():
+    """Two levels in one environment ask for what each would ask for alone."""
+    tuned = {1.0: {"cycle": 40.0, "skew": 0.0, "speed": 0.0}, 1.3: {"cycle": 80.0, "skew": 2.0, "speed": 14.0}}
+    envs = arz.NetworkVectorEnv(10, cases="eval", interval=5.0, seconds=300.0)
+    envs.reset(seed=1)
+    mixed = arz.controller(envs, "fixed_cycle", tuned)
+    alone = [arz.fixed_cycle(envs, **constants(envs, **row)) for row in tuned.values()]
+    high, different = (envs.level[0] == 1.3)[:, None], 0
+    for _ in range(30):
+        asked, low_plan, high_plan = (act(None) for act in (mixed, *alone))
+        assert torch.equal(asked, torch.where(high, high_plan, low_plan))
+        different += int((low_plan != high_plan).sum())
+        envs.step_lanes(asked)
+    assert different > 100 and 0 < high.sum() < 10
+
+
+# --------------------------------------------------------------------------------------------------------- sanity
+def test_sanity_passes_and_hands_the_environment_on():
+    envs, fresh = make(3, level=(1.0, 1.3), interval=5.0), make(3, level=(1.0, 1.3), interval=5.0)
+    builds = Lanes.builds
+    arz.check_env(envs)
+    assert Lanes.builds == builds
+    np.testing.assert_array_equal(envs.reset(seed=7)[0], fresh.reset(seed=7)[0])
+
+
+class Deaf(arz.NetworkVectorEnv):
+    def step_lanes(self, action):
+        return super().step_lanes(torch.zeros_like(action))
+
+
+class Blind(arz.NetworkVectorEnv):
+    def observe(self):
+        return torch.zeros_like(self.obs)
+
+
+class Endless(arz.NetworkVectorEnv):
+    def step_lanes(self, action):
+        reward, terminated, truncated = super().step_lanes(action)
+        return reward, terminated, torch.zeros_like(truncated)
+
+
+class Short(arz.NetworkVectorEnv):
+    def step_lanes(self, action):
+        self.decision += 1
+        return super().step_lanes(action)
+
+
+class Leaky(arz.NetworkVectorEnv):
+    def step_lanes(self, action):
+        self.rho_m[100] = self.rho_c[100] = 0.0
+        return super().step_lanes(action)
+
+
+class Slow(arz.NetworkVectorEnv):
+    def step_lanes(self, action):
+        self.decision_interval = 15.0
+        return super().step_lanes(action)
+
+
+class Flat(arz.NetworkVectorEnv):
+    def step_lanes(self, action):
+        reward, terminated, truncated = super().step_lanes(action)
+        return torch.zeros_like(reward), terminated, truncated
+
+
+@pytest.mark.parametrize("broken, words", [
+    (Deaf, "two actions"), (Blind, "two actions"), (Endless, "truncation"), (Short, "no episode to end before"),
+    (Leaky, "conserved"), (Slow, "--decision-interval"), (Flat, "many values")])
+def test_sanity_fails_with_what_it_found(broken, words):
+    with pytest.raises(CheckFailed, match=words) as error:
+        arz.check_env(broken(3, interval=5.0, seconds=90.0))
+    assert "found" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- agent
+def test_where_no_request_counts_the_agent_keeps_the_phase_and_learns_nothing():
+    envs = make(8, interval=5.0)
+    torch.manual_seed(0)
+    agent = arz.Agent(observations=envs.row_obs, phases=2, hidden=64, held=envs.held)
+    for t in range(6):
+        envs.step_lanes(torch.randint(0, 2, (8, 5), generator=torch.Generator().manual_seed(t)))
+    free, phase = envs.age.T.flatten() >= 10, envs.phase.T.flatten()
+    agent.actor[-1].weight.data *= 300  # far from a coin toss
+    x = agent.normalise(envs.observe().flatten(0, 1))
+    assert 5 < free.sum() < 35 and 0 < phase[~free].double().mean() < 1
+    for noise in (None, torch.rand(40, 2)):
+        asked = agent.act(x, noise)
+        assert torch.equal(asked[~free], phase[~free])
+    assert (asked[free] != phase[free]).any()
+    log_prob, entropy = agent.log_prob_entropy(x, asked)
+    assert (log_prob[~free].abs() < 1e-6).all() and (entropy[~free] < 1e-6).all() and (entropy[free] > 1e-6).any()
+    agent.log_prob_entropy(x[~free], 1 - asked[~free])[0].sum().backward()
+    assert all((p.grad == 0).all() for p in agent.actor.parameters())
+    agent.log_prob_entropy(x[free], asked[free])[0].sum().backward()
+    assert any((p.grad != 0).any() for p in agent.actor.parameters())
+
+
+def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
+    generator = torch.Generator().manual_seed(0)
+    rewards, ends = torch.randn(50, 6, generator=generator), torch.rand(50, 6, generator=generator) < 0.1
+    scale, parts = arz.RewardScale(6, 0.9, "cpu"), []
+    scaled = [scale(rewards[i : i + 10], ends[i : i + 10]) for i in range(0, 50, 10)]
+    returns, running = [], np.zeros(6)
+    for reward, ended in zip(rewards.numpy().astype(float), ends.numpy()):
+        running = running * 0.9 + reward
+        returns.append(running.copy())
+        running[ended] = 0
+    assert float(scaled[-1][0, 0]) == pytest.approx(float(rewards[40, 0]) / np.std(returns), rel=1e-5)
+    other = arz.RewardScale(6, 0.9, "cpu")
+    other.load_state_dict(scale.state_dict())
+    assert torch.equal(other(rewards[:5], ends[:5]), scale(rewards[:5], ends[:5]))
+
+
+@pytest.mark.parametrize("dependence, agent, updates, expected", [
+    (0.5, 90.0, 0, "untrained"), (0.5, 90.0, 9, "healthy"), (0.5, 101.0, 9, "undertrained"),
+    (0.001, 300.0, 9, "collapsed"), (0.001, 100.5, 9, "constant_is_right")])
+def test_the_verdict(dependence, agent, updates, expected):
+    baselines = {"webster": {"delay_veh_s": 120.0}, "actuated": {"delay_veh_s": 100.0}}
+    audit = {"state_dependence": dependence}
+    name, reasons = arz.verdict(audit, {"delay_veh_s": agent}, baselines, updates)
+    assert name == expected and reasons
+    assert updates == 0 or "actuated" in reasons[-1]

@@ -1,0 +1,234 @@
+"""cleanrl_crypto/ppo_arz_signals.py through its command line, at tiny sizes: runs, resume, refusals, processes."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numba as nb
+import numpy as np
+import pytest
+import torch
+
+from cleanrl_crypto import ppo_arz_signals as arz
+from common.run import CheckFailed, UsageError
+from common.timeout_guard import CheckpointError, load_checkpoint
+from runs import SUMMARY, assert_same, flags_of, records, wait_until
+
+SCRIPT = Path(arz.__file__)
+TINY = dict(
+    scenario="town1", num_envs=4, num_steps=5, num_minibatches=2, update_epochs=2, hidden=8, episode_seconds=50,
+    total_timesteps=120, eval_interval=60, report=False, torch_threads=1, cuda=False)
+LOGGED = {
+    "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/updates", "charts/replay_ratio",
+    "charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
+    "losses/clipfrac", "losses/grad_norm", "losses/explained_variance", "policy/entropy", "policy/action_mean",
+    "policy/state_dependence", "value/v_mean", "env/delay_veh_s", "env/max_cfl", "env/mass_error", "env/switches",
+    "time/learn", "time/rollout", "time/baselines", "eval/eval/episode_return", "eval/x1.0/delay_veh_s",
+    "eval/x1.3/std"}
+ROADS = "from,to,length_m,class,lanes,limit\nA,J,200,secondary,1,\nB,J,150,tertiary,1,\nJ,C,200,secondary,1,\n"
+PLAN = {"signals": {"J": [["A"], ["B"]]}, "demand": {"A": {"car": 500}, "B": {"car": 200}}}
+# as a program of its own, but with the kernels that this process has compiled
+PROGRAM = f"import sys; sys.path.insert(0, {str(SCRIPT.parents[1])!r}); " \
+          "from cleanrl_crypto.ppo_arz_signals import exit_with, main; exit_with(main)"
+
+flags = partial(flags_of, TINY)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These arrays are small: threads of several workers would only wait for each other."""
+    threads = torch.get_num_threads(), nb.get_num_threads()
+    torch.set_num_threads(1)
+    nb.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    nb.set_num_threads(threads[1])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the default flags at tiny size: its directory and its summary."""
+    run_dir = tmp_path_factory.mktemp("signals") / "run"
+    return run_dir, arz.main(flags(run_dir))
+
+
+def own_network(folder: Path, plan=PLAN) -> Path:
+    (folder / "roads.csv").write_text(ROADS)
+    (folder / "roads.json").write_text(json.dumps(plan))
+    return folder / "roads.csv"
+
+
+def last(run_dir) -> dict:
+    return load_checkpoint(run_dir / "checkpoints" / "last.pt")
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+def test_a_run_and_what_it_leaves(finished):
+    run_dir, summary = finished
+    assert SUMMARY <= set(summary) and summary["status"] == "finished" and summary["global_step"] == 120
+    assert summary["updates"] == 120 // (4 * 5) * 2 * 2 and summary["samples_per_transition"] == 2
+    assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
+    assert summary["env_builds"] == 2 and set(summary["eval"]) == {"eval", "x1.0", "x1.3"}
+    for result in summary["eval"].values():
+        assert set(result["baselines"]) == set(arz.CONTROLLERS)
+        for metrics in (result["agent"], *result["baselines"].values()):
+            assert all(math.isfinite(v) for v in metrics.values()) and metrics["delay_veh_s"] > 0
+            assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 0.9 + 1e-6
+    assert LOGGED <= {key for record in records(run_dir) for key in record}
+    assert json.loads((run_dir / "summary.json").read_text())["eval"] == summary["eval"]
+    assert {"last.pt", "best.pt"} <= {p.name for p in (run_dir / "checkpoints").iterdir()}
+    assert (run_dir / "traces" / "town1.parquet").stat().st_size > 500
+
+
+def test_the_last_weights_are_evaluated(tmp_path):
+    arz.main(flags(tmp_path / "run", eval_interval=100, total_timesteps=80))
+    assert [r["global_step"] for r in records(tmp_path / "run") if "eval/eval/std" in r] == [80]
+
+
+def test_environments_of_the_tests_own(tmp_path):
+    make = partial(arz.NetworkVectorEnv, network="town1", seconds=50.0)
+    envs, eval_envs = make(4, level=arz.LEVELS), make(5, cases="eval")
+    summary = arz.main(flags(tmp_path / "run"), envs=envs, eval_envs=eval_envs)
+    assert summary["updates"] == 24 and summary["env_builds"] == 0
+    assert len(eval_envs.lane_id) == 5 and summary["eval"]["x1.0"]["agent"]["delay_veh_s"] > 0
+
+
+def test_the_learning_rate_falls_and_target_kl_stops_epochs(tmp_path):
+    arz.main(flags(tmp_path / "run", target_kl=1e-6, learning_rate=0.05))
+    logged = [r for r in records(tmp_path / "run") if "charts/learning_rate" in r]
+    assert [r["charts/learning_rate"] for r in logged] == pytest.approx([0.025, 0.0], abs=1e-9)
+    assert logged[-1]["charts/updates"] < 24
+
+
+def test_a_network_that_breaks_ends_in_one_line(tmp_path):
+    class Broken(arz.NetworkVectorEnv):
+        def step_lanes(self, action):
+            result = super().step_lanes(action)
+            self.rho_c[3, 1] = np.nan
+            return result
+
+    envs = Broken(4, "town1", seconds=50.0)
+    with pytest.raises(CheckFailed, match="lane 1, segment"):
+        arz.main(flags(tmp_path / "run"), envs=envs)
+
+
+# ------------------------------------------------------------------------------------------------ resume, policies
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_interrupted_and_resumed_it_has_the_bits_of_the_uninterrupted_run(tmp_path, kill):
+    steps = 2000 if kill else 120
+    changes = dict(resume="auto", checkpoint_interval=0, total_timesteps=steps, anneal_lr=False)
+    arz.main(flags(tmp_path / "whole", **changes))
+    parts = tmp_path / "parts"
+    if kill:
+        argv = [sys.executable, "-c", PROGRAM, *flags(parts, **changes)]
+        child = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_until(child, lambda: len(list((parts / "checkpoints").glob("step_*.pt"))) >= 2)
+        child.kill()
+        child.communicate()
+        assert 0 < last(parts)["loop"]["global_step"] < steps
+    else:
+        arz.main(flags(parts, **changes | dict(total_timesteps=60)))
+    arz.main(flags(parts, **changes))
+    a, b = (last(tmp_path / name) for name in ("whole", "parts"))
+    assert a["loop"]["global_step"] == steps
+    assert_same(a["agent"], b["agent"])
+    assert_same(a["parts"], b["parts"])
+    rows = [[r for r in records(tmp_path / name) if "losses/entropy" in r] for name in ("whole", "parts")]
+    assert len(rows[0]) == len(rows[1]) >= 2
+    for one, two in zip(*rows):
+        same = {k for k in one if not k.startswith("time/") and k not in ("wall", "charts/SPS")}
+        assert {k: one[k] for k in same} == {k: two[k] for k in same}
+
+
+def test_a_policy_from_its_file_alone_acts_as_evaluated(finished, tmp_path):
+    run_dir, summary = finished
+    path = run_dir / "checkpoints" / "best.pt"
+    policy = arz.load_policy(path)
+    envs = arz.NetworkVectorEnv(arz.EVAL_LANES, "town1", seconds=50.0, cases="eval")
+    result, _, _ = arz.evaluate(lambda envs: lambda obs: torch.as_tensor(policy(obs.numpy())), envs)
+    assert result["x1.3"] == summary["eval"]["x1.3"]["agent"]
+    own = dict(eval_only=True, checkpoint=path, report=False, torch_threads=1, cuda=False)  # town1, 50 s: its own
+    again = arz.main(flags_of(own, tmp_path / "again"))
+    assert again["eval"]["x1.3"]["agent"] == result["x1.3"] and again["global_step"] == summary["best_step"]
+    with pytest.raises(UsageError, match="does not fit"):
+        arz.main(flags(tmp_path / "other", eval_only=True, checkpoint=path, scenario="town2"))
+
+
+def test_files_that_are_no_checkpoint_of_this_script(finished, tmp_path):
+    torch.save({"schema": 1, "script": "other"}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("other.pt", "text.pt", "nothing.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            arz.load_policy(tmp_path / name)
+
+
+def test_a_network_whose_file_changed_is_not_resumed(tmp_path):
+    path = own_network(tmp_path)
+    arz.main(flags(tmp_path / "run", scenario=path, total_timesteps=20))
+    own_network(tmp_path, PLAN | {"demand": {"A": {"car": 400}, "B": {"car": 200}}})
+    with pytest.raises(UsageError, match="sha256"):
+        arz.main(flags(tmp_path / "run", scenario=path, total_timesteps=40, resume="auto"))
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+def test_refusals_are_one_line_with_exit_code_2(refusal_of, tmp_path):
+    refusal = refusal_of(SCRIPT)
+    for changes, words in (
+            (dict(num_minibatches=3), "--num-minibatches 3"), (dict(decision_interval=7), "--decision-interval 7"),
+            (dict(pressure="singular"), "--pressure singular"), (dict(gamma=1.0), "--gamma 1.0"),
+            (dict(scenario="freeway"), "--scenario freeway"), (dict(cell_length=1000), "--cell-length 1000"),
+            (dict(decision_interval=3, episode_seconds=51), "all_red"),
+            (dict(scenario=tmp_path / "none.csv"), "none.csv: no such file"), (dict(seed=2**31), "--seed")):
+        assert words in refusal(flags(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_large_town_keeps_a_short_deadline(tmp_path):
+    """Set-up, tuning and evaluations ask the clock: without that this takes minutes."""
+    summary = arz.main(flags(tmp_path / "run", scenario="town8", num_envs=64, episode_seconds=450, timeout=12,
+                             total_timesteps=10**9, num_minibatches=2))
+    assert summary["status"] == "timeout" and summary["exit_code"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one_and_resume_with_lanes_of_their_own(tmp_path):
+    def together(**changes):
+        port, children = free_port(), []
+        for rank in "01":
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            argv = ["env", *(f"{k}={v}" for k, v in env.items()), sys.executable, "-c", PROGRAM,
+                    *flags(tmp_path / "two", **changes)]
+            children.append(subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+        for child in children:
+            assert child.wait(timeout=600) == 0, child.stderr.read()[-2000:]
+
+    arz.main(flags(tmp_path / "one"))
+    together(total_timesteps=60)
+    together(resume="auto")
+    one, two = ([r for r in records(tmp_path / name) if "losses/entropy" in r] for name in ("one", "two"))
+    for a, b in zip(one, two):
+        for key in ("losses/policy_loss", "losses/value_loss", "losses/entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
+    parts = last(tmp_path / "two")["parts"]
+    assert [p["lane_id"].tolist() for p in parts["envs"]] == [[0, 1], [2, 3]]
+    assert not torch.equal(parts["scale"][0]["running"], parts["scale"][1]["running"])
+
+
+@pytest.mark.slow
+def test_the_program_itself(tmp_path):
+    """Compiles anew: the kernels of a program are not those of an imported module."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags(tmp_path / "run", report=None)], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
