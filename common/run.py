@@ -582,7 +582,9 @@ class Run:
         set_torch_rng(own["torch_rng"], self.device)
         for name, value in counters.items():
             setattr(loop, name, value)
-        if self.rank == 0 and self.best["policy"]:  # best.pt may be younger than last.pt
+        if self.rank:
+            return loop
+        if self.best["policy"]:  # best.pt may be younger than last.pt
             self._save("best.pt", self.best["loop"], self.best["policy"])
         print(f"resumed {self.source} at {loop.global_step} transitions, {loop.updates} updates")
         return loop

@@ -334,6 +334,20 @@ def test_auto_starts_a_run_where_there_is_none(tmp_path, whole):
     assert_same_run(tmp_path / "r", whole[0])
 
 
+@pytest.mark.slow
+def test_two_processes_of_torchrun_share_a_run_and_its_resume(tmp_path):
+    folder = tmp_path / "r"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOY)]
+    for total, more in ((80, []), (160, ["--resume", "auto"])):
+        argv = [*TINY, "--run-dir", str(folder), "--total-timesteps", str(total), *more]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *launch, *argv], env=env, check=True, capture_output=True)
+    state = last(folder)
+    assert state["by_rank"] == ["envs"] and len(state["parts"]["envs"]) == 2
+    assert state["loop"]["global_step"] == 160
+    assert [row["global_step"] for row in records(folder)] == [40, 80, 120, 160]
+
+
 # ---------------------------------------------------------------------------------------- eval only
 def test_evaluation_runs_with_the_checkpoints_flags_and_prints_differences(tmp_path, capsys):
     folder = tmp_path / "r"
