@@ -234,7 +234,7 @@ def test_times_of_the_plan_count():
     net = crossing(all_red=2.0, min_green=3.0)
     envs = make(1, network=net, interval=1.0, seconds=60.0)
     switches = []
-    for t in range(30):
+    for _ in range(30):
         before = envs.phase.clone()
         envs.step_lanes(before.T + 1)
         switches.append(bool((envs.phase != before).any()))
@@ -448,7 +448,7 @@ def test_where_no_request_counts_the_agent_keeps_the_phase_and_learns_nothing():
 def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
     generator = torch.Generator().manual_seed(0)
     rewards, ends = torch.randn(50, 6, generator=generator), torch.rand(50, 6, generator=generator) < 0.1
-    scale, parts = arz.RewardScale(6, 0.9, "cpu"), []
+    scale = arz.RewardScale(6, 0.9, "cpu")
     scaled = [scale(rewards[i : i + 10], ends[i : i + 10]) for i in range(0, 50, 10)]
     returns, running = [], np.zeros(6)
     for reward, ended in zip(rewards.numpy().astype(float), ends.numpy()):
