@@ -1803,7 +1803,7 @@ def main(argv: list[str] | None = None) -> dict:
         run.checkpoint(loop)
 
     collector.land()
-    if loop.judged < loop.updates and not args.eval_only:  # the run was ended before its time
+    if loop.judged < loop.updates and run.guard.status == "timeout":
         judge_and_keep(run, loop, judge, averaged, {})
     run.use_best(loop)
     results, audit = final_results(run, loop, judge, averaged, config)
