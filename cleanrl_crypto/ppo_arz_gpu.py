@@ -1,7 +1,8 @@
 r"""PPO on a freeway of Aw-Rascle-Zhang traffic, simulated on CPU or CUDA by one set of kernels.
 
-On a laptop: 500 m of road, stop-and-go damped by the flux at the outlet, a minute and a half on one core,
-episode_return on the published wave -88 to -90 (constant flux -382, backstepping -262, tuned PI -108):
+On a laptop: 500 m of road, stop-and-go damped by the flux at the outlet, a minute and a half on one
+core, episode_return on the published wave -88 to -90 (constant flux -382, backstepping -262, tuned
+PI -108):
 
     python cleanrl_crypto/ppo_arz_gpu.py --timeout 90
 
@@ -12,14 +13,16 @@ Control at both ends, and finite volumes in place of the published scheme:
 
 GPU, Kaggle: lanes and agent stay on the device; nothing crosses to the host but what is logged.
 
-    python cleanrl_crypto/ppo_arz_gpu.py --scheme muscl --num-envs 16384 --total-timesteps 100000000 \
-        --run-dir /kaggle/working/run --compile --cudagraphs --timeout 3600
+    python cleanrl_crypto/ppo_arz_gpu.py --scheme muscl --num-envs 16384 \
+        --total-timesteps 100000000 --run-dir /kaggle/working/run --compile --cudagraphs \
+        --timeout 3600
 
 Several processes: each simulates its share of the lanes, gradients are averaged, rank 0 writes.
 
     torchrun --nproc-per-node 2 cleanrl_crypto/ppo_arz_gpu.py --timeout 180
 
-Resume after whatever ended the run (the same command starts and continues it), or evaluate a checkpoint:
+Resume after whatever ended the run (the same command starts and continues it), or evaluate a
+checkpoint:
 
     python cleanrl_crypto/ppo_arz_gpu.py --run-dir runs/road --resume auto
     python cleanrl_crypto/ppo_arz_gpu.py --eval-only --checkpoint runs/road/checkpoints/best.pt
@@ -30,9 +33,10 @@ Use the agent in another program, from its checkpoint alone:
     policy = load_policy("runs/road/checkpoints/best.pt")
     action = policy(obs)  # (B, 102): rho/rho* - 1, then v/v* - 1, at 51 points -> (B, 1) in [-1, 1]
 
-Signals on a network of roads are another experiment: ppo_arz_signals.py. Every flag: --help. Every metric, and what
-to do when it is off: docs/ppo_arz_gpu.md
+Signals on a network of roads are another experiment: ppo_arz_signals.py. Every flag: --help. Every
+metric, and what to do when it is off: docs/ppo_arz_gpu.md
 """
+
 import math
 import sys
 import time
@@ -44,11 +48,22 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from common.run import CheckFailed, Run, RunArgs, answer_help, check, exit_with, experiment, load_run, refuse
+    from common.run import (
+        CheckFailed,
+        Run,
+        RunArgs,
+        answer_help,
+        check,
+        exit_with,
+        experiment,
+        load_run,
+        refuse,
+    )
 except ModuleNotFoundError as e:
     if e.name != "common":
         raise
-    sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {Path(__file__).resolve().parents[1]}")
+    root = Path(__file__).resolve().parents[1]
+    sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {root}")
 answer_help(__name__, __file__)
 
 import gymnasium as gym
@@ -61,9 +76,9 @@ from numba import cuda
 
 from common.lanes import Lanes, register
 
-# literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
+# literals of the kernels: a float32 times these stays float32 (Python's 0.5 would widen it)
 ZERO, HALF, ONE, TWO = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(2.0)
-BLOCK = 64  # lanes a CPU task simulates together: SIMD width times a few, and their state stays in the cache
+BLOCK = 64  # lanes a CPU task simulates together: their state stays in the cache
 SCHEMA = 4  # of the checkpoint (3 was the script of three experiments)
 EVAL_SEED = 2**31  # of the evaluation waves: a training seed is below it
 
@@ -77,22 +92,36 @@ RELAX = 60.0  # s, tau
 SAMPLE = 0.25  # s between the states whose norms are the reward; the published scheme's time step
 RHO_STAR = 0.12  # veh/m, the published steady state
 RHO_FLOOR = 1e-4  # veh/m
-FULL = np.float32(0.98)  # of the jam density: a first cell beyond it takes only what Godunov's flux lets in
+FULL = np.float32(
+    0.98
+)  # of the jam density: a first cell beyond it takes only what Godunov's flux lets in
 SWING = 0.2  # an action of 1 is a flux of (1 + SWING) q*
 WAVE = (RHO_STAR, 0.1, 0.0)  # rho*, amplitude, phase of the published initial wave
 TRAIN_WAVES = ((0.11, 0.13), (0.05, 0.15), (0.0, 2 * math.pi))  # ranges of the same three
 BROKEN = -1e3  # reward of a decision after which a state is not finite
 
-# a tuple's length is part of its type, None too: each of these is compiled on its own, without the others' branches
-FIRST, SECOND, PUBLISHED = (0,), (0, 0), None  # order of the finite volumes, or Richtmyer's scheme on nodes
+# a tuple's length is part of its type, None too: each of these is compiled on its own
+FIRST, SECOND, PUBLISHED = (
+    (0,),
+    (0, 0),
+    None,
+)  # order of the finite volumes, or Richtmyer's scheme on nodes
 SCHEMES = {"richtmyer": PUBLISHED, "godunov": FIRST, "muscl": SECOND}
-CFL = {"godunov": 0.9, "muscl": 0.45, "richtmyer": math.nan}  # Courant numbers; the published step is fixed
-PRESSURES = {"gap": (V_MAX, 1.0), "power": (V_MAX, 2.0), "singular": (2.0, 0.5)}  # usual scale (m/s), exponent
+CFL = {
+    "godunov": 0.9,
+    "muscl": 0.45,
+    "richtmyer": math.nan,
+}  # Courant numbers; the published step is fixed
+PRESSURES = {
+    "gap": (V_MAX, 1.0),
+    "power": (V_MAX, 2.0),
+    "singular": (2.0, 0.5),
+}  # usual scale (m/s), exponent
 FLUX, OPEN, RING = range(3)  # a road's end: prescribed flux, free, joined to the other
 CONTROLS = "outlet", "inlet", "both"
 
 
-# -------------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args(RunArgs):
     exp_name: str = Path(__file__).stem
@@ -106,21 +135,23 @@ class Args(RunArgs):
     control: str = "outlet"
     """the end whose flux is the action: outlet, inlet or both (then outlet first)"""
     scheme: str = "richtmyer"
-    """richtmyer (the published scheme), godunov or muscl (finite volumes of first and second order)"""
+    """richtmyer (the published scheme), godunov or muscl (finite volumes of first and second
+    order)"""
     decision_interval: float = 1.0
     """seconds between decisions, a multiple of 0.25"""
     episode_seconds: float = 240.0
     """seconds after which an episode is truncated"""
     pressure: str = "gap"
-    """gap (V(0) - V(rho), the published law); with finite volumes also power, or singular (at the jam density; stiff:
-    many small steps)"""
+    """gap (V(0) - V(rho), the published law); with finite volumes also power, or singular (at the
+    jam density; stiff: many small steps)"""
     pressure_scale: float | None = None
-    """m/s, of the laws power (at the jam density; default 40) and singular (at half of it; default 2)"""
+    """m/s, of the laws power (at the jam density; default 40) and singular (at half of it;
+    default 2)"""
     pressure_exponent: float | None = None
     """of the laws power (default 2) and singular (default 0.5)"""
     sim_timeout: float | None = None
-    """seconds for one simulation call (one decision of all lanes): after a longer one the run stops, saved; a call
-    that does not return is ended by --timeout's watchdog alone"""
+    """seconds for one simulation call (one decision of all lanes): after a longer one the run
+    stops, saved; a call that does not return is ended by --timeout's watchdog alone"""
 
     # algorithm
     total_timesteps: int = 16_000_000
@@ -165,32 +196,66 @@ class Args(RunArgs):
     def __post_init__(self):
         super().__post_init__()
         script = "python cleanrl_crypto/ppo_arz_signals.py"
-        refuse((self.scenario != "freeway", f"--scenario {self.scenario}: networks have a script of their own: "
-                f"{script} --scenario {self.scenario}"))
-        check(self, {"control": CONTROLS, "scheme": tuple(SCHEMES), "pressure": tuple(PRESSURES)}, {
-            (0, 0.9999): "gamma", (0, 1): "gae_lambda learning_rate", (0.01, 10): "clip_coef",
-            (0, 100): "ent_coef vf_coef", (1e-6, 1e9): "max_grad_norm target_kl sim_timeout",
-            (-20, 5): "log_std_init", (0, 10**12): "total_timesteps", (1, 10**12): "eval_interval",
-            (1, 2**20): "num_envs num_steps", (1, 2**16): "num_minibatches update_epochs hidden",
-            (0.1, 1000): "pressure_scale", (0.1, 10): "pressure_exponent",
-            (0.25, 3600): "decision_interval", (0.25, 86400): "episode_seconds"})
-        interval, episode, rows = self.decision_interval, self.episode_seconds, self.num_envs * self.num_steps
+        refuse(
+            (
+                self.scenario != "freeway",
+                f"--scenario {self.scenario}: networks have a script of their own: "
+                f"{script} --scenario {self.scenario}",
+            )
+        )
+        check(
+            self,
+            {"control": CONTROLS, "scheme": tuple(SCHEMES), "pressure": tuple(PRESSURES)},
+            {
+                (0, 0.9999): "gamma",
+                (0, 1): "gae_lambda learning_rate",
+                (0.01, 10): "clip_coef",
+                (0, 100): "ent_coef vf_coef",
+                (1e-6, 1e9): "max_grad_norm target_kl sim_timeout",
+                (-20, 5): "log_std_init",
+                (0, 10**12): "total_timesteps",
+                (1, 10**12): "eval_interval",
+                (1, 2**20): "num_envs num_steps",
+                (1, 2**16): "num_minibatches update_epochs hidden",
+                (0.1, 1000): "pressure_scale",
+                (0.1, 10): "pressure_exponent",
+                (0.25, 3600): "decision_interval",
+                (0.25, 86400): "episode_seconds",
+            },
+        )
+        interval, episode, rows = (
+            self.decision_interval,
+            self.episode_seconds,
+            self.num_envs * self.num_steps,
+        )
         gap = self.pressure == "gap"
         refuse(
-            (interval % SAMPLE, f"--decision-interval {interval}: must be a multiple of {SAMPLE} s"),
-            (episode % interval,
-             f"--episode-seconds {episode} must be a multiple of --decision-interval {interval}"),
-            (rows % self.num_minibatches,
-             f"--num-envs {self.num_envs} times --num-steps {self.num_steps} is not a multiple of "
-             f"--num-minibatches {self.num_minibatches}"),
-            (self.scheme == "richtmyer" and not gap,
-             f"--pressure {self.pressure} needs --scheme godunov or muscl: the published scheme has its own"),
-            (gap and (self.pressure_scale or self.pressure_exponent),
-             "--pressure-scale and --pressure-exponent need --pressure power or singular"),
-            (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"))
+            (
+                interval % SAMPLE,
+                f"--decision-interval {interval}: must be a multiple of {SAMPLE} s",
+            ),
+            (
+                episode % interval,
+                f"--episode-seconds {episode} must be a multiple of --decision-interval {interval}",
+            ),
+            (
+                rows % self.num_minibatches,
+                f"--num-envs {self.num_envs} times --num-steps {self.num_steps} is not a multiple "
+                f"of --num-minibatches {self.num_minibatches}",
+            ),
+            (
+                self.scheme == "richtmyer" and not gap,
+                f"--pressure {self.pressure} needs --scheme godunov or muscl",
+            ),
+            (
+                gap and (self.pressure_scale or self.pressure_exponent),
+                "--pressure-scale and --pressure-exponent need --pressure power or singular",
+            ),
+            (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"),
+        )
 
 
-# ---------------------------------------------------------------------------------------------- named rows
+# ------------------------------------------------------------------------------------- named rows
 class Lane(NamedTuple):
     """What a lane knows of its episode; a row (W,) each."""
 
@@ -225,25 +290,34 @@ class Totals(NamedTuple):
     steps: float  # of the solver
 
 
-AT, SUM = Lane(*range(len(Lane._fields))), Totals(*range(len(Totals._fields)))  # lane[AT.q_in, j]
+AT, SUM = (
+    Lane(*range(len(Lane._fields))),
+    Totals(*range(len(Totals._fields))),
+)  # lane[AT.q_in, j]
 
 
-# -------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------------------------------- kernels
 jit = partial(nb.njit, cache=True, error_model="numpy")
 
 
 def fast(function):
-    """njit; as it is under NUMBA_ENABLE_CUDASIM, where kernels are Python. A division by zero gives inf."""
+    """njit; as it is under NUMBA_ENABLE_CUDASIM, where kernels are Python. A division by zero
+    gives inf."""
     return function if nb.config.ENABLE_CUDASIM else jit(function)
 
 
 @jit
 def uniform_nb(seed, lane, episode, draw):
-    """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
+    """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode,
+    draw)."""
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = (x ^ (x >> np.uint64(31))) + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw)
+    x = (
+        (x ^ (x >> np.uint64(31)))
+        + np.uint64(episode) * np.uint64(0xD1342543DE82EF95)
+        + np.uint64(draw)
+    )
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))
@@ -278,7 +352,8 @@ def end_nb(rho, q, v_max, rho_max):
 
 @fast
 def half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max):
-    """Half nodes (M - 1, W) after half a step of the nodes (M, W); a, b (W,): dt / (2 dx), dt / (2 tau).
+    """Half nodes (M - 1, W) after half a step of the nodes (M, W); a, b (W,): dt / (2 dx), dt /
+    (2 tau).
 
     speed (W,): the largest |v|, |v - rho p'| of each lane, p = V(0) - V.
     """
@@ -297,8 +372,8 @@ def half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max):
 
 @fast
 def whole_step(rho, y, half_rho, half_y, ledger, a, b, road):
-    """Inner nodes after the whole step, clamped to the physical range; ledger (2, W): density that the clamp added,
-    net and without signs."""
+    """Inner nodes after the whole step, clamped to the physical range; ledger (2, W): density
+    that the clamp added, net and without signs."""
     v_max, rho_max, floor = road[1], road[2], road[4]
     added, clamped = ledger[0], ledger[1]
     for i in range(1, rho.shape[0] - 1):
@@ -306,7 +381,9 @@ def whole_step(rho, y, half_rho, half_y, ledger, a, b, road):
             f0, g0 = published_flux_nb(half_rho[i - 1, j], half_y[i - 1, j], v_max, rho_max)
             f1, g1 = published_flux_nb(half_rho[i, j], half_y[i, j], v_max, rho_max)
             raw = rho[i, j] - TWO * a[j] * (f1 - f0)
-            raw_y = y[i, j] - TWO * a[j] * (g1 - g0) - b[j] * (half_y[i - 1, j] + half_y[i, j])
+            raw_y = (
+                y[i, j] - TWO * a[j] * (g1 - g0) - b[j] * (half_y[i - 1, j] + half_y[i, j])
+            )
             new = raw if raw > floor else floor
             new = new if new < rho_max else rho_max
             low = -new * greenshields_nb(new, v_max, rho_max)  # v = 0
@@ -321,9 +398,10 @@ def whole_step(rho, y, half_rho, half_y, ledger, a, b, road):
 def richtmyer(u, work, lane, totals, road, dt):
     """One published two-step step of dt seconds times lane.moves (1 or 0), of one block, in place.
 
-    u (2, M, W): rho, y at the nodes; work (6, M + 8, W) scratch. Before the step both end nodes take their
-    neighbour's density and the prescribed flux. Values that leave the physical range (a bad policy drives this scheme
-    to NaN within seconds) are clamped, and the clamped mass goes to the ledger of the inner nodes.
+    u (2, M, W): rho, y at the nodes; work (6, M + 8, W) scratch. Before the step both end nodes
+    take their neighbour's density and the prescribed flux. Values that leave the physical range
+    (a bad policy drives this scheme to NaN within seconds) are clamped, and the clamped mass goes
+    to the ledger of the inner nodes.
     """
     dx, v_max, rho_max, tau, _, _ = road
     rho, y, half_rho, half_y, last = u[0], u[1], work[0], work[1], u.shape[1] - 1
@@ -339,19 +417,26 @@ def richtmyer(u, work, lane, totals, road, dt):
     whole_step(rho, y, half_rho, half_y, ledger, a, b, road)
     for j in range(rho.shape[1]):
         into, _ = published_flux_nb(half_rho[0, j], half_y[0, j], v_max, rho_max)
-        out, _ = published_flux_nb(half_rho[last - 1, j], half_y[last - 1, j], v_max, rho_max)
+        out, _ = published_flux_nb(
+            half_rho[last - 1, j], half_y[last - 1, j], v_max, rho_max
+        )
         courant = speed[j] * dt / dx
         totals[SUM.entered, j] += into * dt * lane[AT.moves, j]
         totals[SUM.left, j] += out * dt * lane[AT.moves, j]
         totals[SUM.added, j] += ledger[0, j] * dx
         totals[SUM.clamped, j] += ledger[1, j] * dx
         totals[SUM.steps, j] += lane[AT.moves, j]
-        totals[SUM.max_cfl, j] = courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
+        totals[SUM.max_cfl, j] = (
+            courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
+        )
 
 
 # finite volumes: rho and z = rho w of cells, w = v + p(rho)
-def pressure_of(kind: str, scale: float | None = None, exponent: float | None = None, real=np.float32) -> tuple:
-    """Law of the pressure: (c, gamma, rho_max), for power one zero longer, for singular two: its type.
+def pressure_of(
+    kind: str, scale: float | None = None, exponent: float | None = None, real=np.float32
+) -> tuple:
+    """Law of the pressure: (c, gamma, rho_max), for power one zero longer, for singular two: its
+    type.
 
     gap is V(0) - V(rho); power has `scale` m/s at rho_max, singular at rho_max / 2.
     """
@@ -363,13 +448,18 @@ def pressure_of(kind: str, scale: float | None = None, exponent: float | None = 
 
 @fast
 def pressure_nb(rho, pressure):
-    """p(rho), m/s: c rho (gap), c rho^gamma (power), c (1/rho - 1/rho_max)^-gamma (singular at the jam)."""
+    """p(rho), m/s: c rho (gap), c rho^gamma (power), c (1/rho - 1/rho_max)^-gamma (singular at
+    the jam)."""
     c, gamma, rho_max = pressure[0], pressure[1], pressure[2]
     if len(pressure) == 3:
         return c * rho
     if len(pressure) == 4:
         return c * rho**gamma
-    return c * (rho * rho_max / (rho_max - rho)) ** gamma if rho < rho_max else c * ONE * np.float32(1e9)
+    return (
+        c * (rho * rho_max / (rho_max - rho)) ** gamma
+        if rho < rho_max
+        else c * ONE * np.float32(1e9)
+    )
 
 
 @fast
@@ -393,14 +483,16 @@ def stiffness_nb(rho, pressure):
 
 @fast
 def critical_nb(w, pressure):
-    """The density at which the flux rho (w - p(rho)) of vehicles of one w is largest: w = p + rho p'."""
+    """The density at which the flux rho (w - p(rho)) of vehicles of one w is largest: w = p + rho
+    p'."""
     c, gamma, rho_max = pressure[0], pressure[1], pressure[2]
     if len(pressure) == 3:
         return w * (HALF / c)
     q = (w / (gamma + ONE) / c) ** (ONE / gamma)
     if len(pressure) == 4:
         return q
-    # q = 1 / (1/rho - 1/rho_max) solves p(q) (1 + gamma (1 + q / rho_max)) = w: convex, Newton from above
+    # q = 1 / (1/rho - 1/rho_max) solves p(q) (1 + gamma (1 + q / rho_max)) = w: convex, so Newton
+    # comes from above
     for _ in range(12):
         p = c * q**gamma
         value = p * (ONE + gamma + gamma * q / rho_max) - w
@@ -410,10 +502,11 @@ def critical_nb(w, pressure):
 
 @fast
 def flux_nb(rho_l, v_l, rho_r, v_r, pressure):
-    """Exact Godunov flux: the smaller of the left state's demand and the right state's supply, at the left one's w.
+    """Exact Godunov flux: the smaller of the left state's demand and the right state's supply, at
+    the left one's w.
 
-    Returns (rho flux, rho w flux). The supply leaves the middle state (w_L, v_R), no denser than a jam; an empty road
-    supplies all.
+    Returns (rho flux, rho w flux). The supply leaves the middle state (w_L, v_R), no denser than
+    a jam; an empty road supplies all.
     """
     w = v_l + pressure_nb(rho_l, pressure)
     w = w if w > ZERO else ZERO
@@ -438,7 +531,8 @@ def minmod_nb(a, b):
 
 @fast
 def face_nb(rho0, v0, rho1, v1, rho2, v2, rho3, v3, order, pressure):
-    """Flux between cells 1 and 2 of four: first order, or minmod slopes of rho and v (second order)."""
+    """Flux between cells 1 and 2 of four: first order, or minmod slopes of rho and v (second
+    order)."""
     if len(order) == 2:
         rho_l = rho1 + HALF * minmod_nb(rho1 - rho0, rho2 - rho1)
         v_l = v1 + HALF * minmod_nb(v1 - v0, v2 - v1)
@@ -450,25 +544,30 @@ def face_nb(rho0, v0, rho1, v1, rho2, v2, rho3, v3, order, pressure):
 
 @fast
 def relax_nb(rho, z, keep, v_max, pressure):
-    """z after a relaxation of v to Greenshields' V(rho), exact at fixed rho: v - V shrinks to `keep` of itself."""
+    """z after a relaxation of v to Greenshields' V(rho), exact at fixed rho: v - V shrinks to
+    `keep` of itself."""
     rest = rho * (greenshields_nb(rho, v_max, pressure[2]) + pressure_nb(rho, pressure))
     return z + (rest - z) * (ONE - keep)
 
 
 @fast
 def ghosts(r, v, left):
-    """Two cells beyond either end of r, v (M + 4, W): of the other end on a ring, else the last one again."""
+    """Two cells beyond either end of r, v (M + 4, W): of the other end on a ring, else the last
+    one again."""
     m = r.shape[0] - 4
     for i in range(2):
         first, last = (m + i, 2 + i) if left == RING else (2, m + 1)
-        for j in range(r.shape[1]):  # whole rows would need an allocator, which CUDA has not
+        for j in range(
+            r.shape[1]
+        ):  # whole rows would need an allocator, which CUDA has not
             r[i, j], r[m + 2 + i, j] = r[first, j], r[last, j]
             v[i, j], v[m + 2 + i, j] = v[first, j], v[last, j]
 
 
 @fast
 def primitives(rho, z, r, v, left, pressure):
-    """r, v (M + 4, W): density and speed of the cells rho, z (M, W), two ghost cells at either end."""
+    """r, v (M + 4, W): density and speed of the cells rho, z (M, W), two ghost cells at
+    either end."""
     for i in range(rho.shape[0]):
         for j in range(rho.shape[1]):
             r[i + 2, j] = rho[i, j]
@@ -494,23 +593,41 @@ def faces(r, v, f, g, order, pressure):
     for i in range(f.shape[0]):
         for j in range(r.shape[1]):
             f[i, j], g[i, j] = face_nb(
-                r[i, j], v[i, j], r[i + 1, j], v[i + 1, j], r[i + 2, j], v[i + 2, j], r[i + 3, j], v[i + 3, j],
-                order, pressure)
+                r[i, j],
+                v[i, j],
+                r[i + 1, j],
+                v[i + 1, j],
+                r[i + 2, j],
+                v[i + 2, j],
+                r[i + 3, j],
+                v[i + 3, j],
+                order,
+                pressure,
+            )
 
 
 @fast
 def inlet(r, v, f, g, a, lane, dx, v_max, pressure):
-    """Face 0 lets the prescribed flux pass, and what waits outside; what the first cell cannot take waits."""
+    """Face 0 lets the prescribed flux pass, and what waits outside; what the first cell cannot
+    take waits."""
     rho_max = pressure[2]
     for j in range(r.shape[1]):
         q, rho, p = lane[AT.q_in, j], r[2, j], pressure_nb(r[2, j], pressure)
-        q += lane[AT.waiting, j] / (a[j] * dx) if lane[AT.waiting, j] > ZERO and a[j] > ZERO else ZERO
-        speed = q / rho  # what enters has the first cell's density, and so the speed that gives the flux
+        q += (
+            lane[AT.waiting, j] / (a[j] * dx)
+            if lane[AT.waiting, j] > ZERO and a[j] > ZERO
+            else ZERO
+        )
+        speed = (
+            q / rho
+        )  # what enters has the first cell's density, and so the speed that gives the flux
         speed = speed if speed < v_max else v_max
         f[0, j], g[0, j] = q, q * (speed + p)
         after = rho + a[j] * (q - f[1, j])
         after_z = rho * (v[2, j] + p) + a[j] * (g[0, j] - g[1, j])
-        if after > FULL * rho_max or after_z < after * pressure_nb(after, pressure):  # or v < 0
+        if after > FULL * rho_max or after_z < after * pressure_nb(
+            after, pressure
+        ):  # or v < 0
             w = greenshields_nb(rho, v_max, rho_max) + p
             best = critical_nb(w, pressure)
             queue = w - pressure_nb(best, pressure)  # its speed
@@ -531,7 +648,8 @@ def outlet(r, v, f, g, lane, pressure):
 
 @fast
 def update_nb(rho, z, f0, g0, f1, g1, a, floor, w_floor):
-    """One conservative update of one cell; a = dt / dx. Returns rho, z, and the density that the floor added."""
+    """One conservative update of one cell; a = dt / dx. Returns rho, z, and the density that the
+    floor added."""
     rho, z = rho - a * (f1 - f0), z - a * (g1 - g0)
     added = floor - rho if rho < floor else ZERO
     return rho + added, floor * w_floor if rho < floor else z, added
@@ -546,7 +664,16 @@ def update(rho, z, f, g, a, new_rho, new_z, added, floor, w_floor):
     for i in range(rho.shape[0]):
         for j in range(rho.shape[1]):
             new_rho[i, j], new_z[i, j], more = update_nb(
-                rho[i, j], z[i, j], f[i, j], g[i, j], f[i + 1, j], g[i + 1, j], a[j], floor, w_floor)
+                rho[i, j],
+                z[i, j],
+                f[i, j],
+                g[i, j],
+                f[i + 1, j],
+                g[i + 1, j],
+                a[j],
+                floor,
+                w_floor,
+            )
             added[j] += more
 
 
@@ -556,7 +683,16 @@ def update_mean(rho, z, f, g, a, new_rho, new_z, added, floor, w_floor):
     for i in range(rho.shape[0]):
         for j in range(rho.shape[1]):
             end_rho, end_z, more = update_nb(
-                rho[i, j], z[i, j], f[i, j], g[i, j], f[i + 1, j], g[i + 1, j], a[j], floor, w_floor)
+                rho[i, j],
+                z[i, j],
+                f[i, j],
+                g[i, j],
+                f[i + 1, j],
+                g[i + 1, j],
+                a[j],
+                floor,
+                w_floor,
+            )
             added[j] += more
             new_rho[i, j] += HALF * (end_rho - new_rho[i, j])
             new_z[i, j] += HALF * (end_z - new_z[i, j])
@@ -587,9 +723,9 @@ def fastest_wave(rho, z, speed, pressure):
 def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
     """All lanes of one block of roads over `seconds` by finite volumes, in place.
 
-    u (2, M, W): rho and z of the cells; work (6, M + 8, W) scratch; every lane takes steps of its own: at most
-    cfl dx / max(|v|, |v - rho p'|), as equal as they come. Strang splitting: half a relaxation, transport (Euler, or
-    SSPRK2 where order is SECOND), half a relaxation.
+    u (2, M, W): rho and z of the cells; work (6, M + 8, W) scratch; every lane takes steps of its
+    own: at most cfl dx / max(|v|, |v - rho p'|), as equal as they come. Strang splitting: half a
+    relaxation, transport (Euler, or SSPRK2 where order is SECOND), half a relaxation.
     """
     dx, v_max, _, tau, floor, cfl = road
     m, width = u.shape[1], u.shape[2]
@@ -613,7 +749,9 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
             a[j] = step / dx
             keep[j] = math.exp(-HALF * step / tau)
             courant = a[j] * speed[j]
-            totals[SUM.max_cfl, j] = courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
+            totals[SUM.max_cfl, j] = (
+                courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
+            )
             totals[SUM.steps, j] += ONE if step > ZERO else ZERO
             into[j], out[j], added[j], refused[j] = ZERO, ZERO, ZERO, ZERO
         for stage in range(len(order)):
@@ -649,13 +787,16 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
 # an episode
 @fast
 def nodes(u, work, v_max, order, pressure):
-    """rho and v at the NODES points, into work[0] and work[1]: means of the two cells beside a point."""
+    """rho and v at the NODES points, into work[0] and work[1]: means of the two cells beside a
+    point."""
     rho, z, r, v, last = u[0], u[1], work[0], work[1], u.shape[1] - 1
     for i in range(NODES):
         if order is None:
             for j in range(rho.shape[1]):
                 r[i, j] = rho[i, j]
-                v[i, j] = z[i, j] / rho[i, j] + greenshields_nb(rho[i, j], v_max, pressure[2])
+                v[i, j] = z[i, j] / rho[i, j] + greenshields_nb(
+                    rho[i, j], v_max, pressure[2]
+                )
         else:
             west, east = i - 1 if i > 0 else 0, i if i < last else last
             for j in range(rho.shape[1]):
@@ -667,8 +808,8 @@ def nodes(u, work, v_max, order, pressure):
 
 @fast
 def norms(work, lane, weight):
-    """One sample of the NODES points work[0], work[1] into the first rows (W,) of work[2] to work[5]: squared relative
-    errors of rho and of v, and by the trapezoid rule rho and rho v."""
+    """One sample of the NODES points work[0], work[1] into the first rows (W,) of work[2] to
+    work[5]: squared relative errors of rho and of v, and by the trapezoid rule rho and rho v."""
     r, v = work[0], work[1]
     square_rho, square_v, mass, flow = work[2, 0], work[3, 0], work[4, 0], work[5, 0]
     for j in range(r.shape[1]):
@@ -693,8 +834,8 @@ def observe(work, lane, obs):
 
 @fast
 def stored(u, order, dx, j):
-    """Vehicles on lane j's road: of its cells, or of its inner nodes, which are what the published scheme
-    conserves."""
+    """Vehicles on lane j's road: of its cells, or of its inner nodes, which are what the
+    published scheme conserves."""
     margin, vehicles = 1 if order is None else 0, 0.0
     for i in range(margin, u.shape[1] - margin):
         vehicles += u[0, i, j] * dx
@@ -703,9 +844,11 @@ def stored(u, order, dx, j):
 
 @fast
 def start_lane(state, road, order, pressure, seed, lane0, j):
-    """First state of lane j's episode: rho* (1 + amplitude sin(3 pi x / L + phase)) with flux q* everywhere.
+    """First state of lane j's episode: rho* (1 + amplitude sin(3 pi x / L + phase)) with flux q*
+    everywhere.
 
-    waves (3, W): rho*, amplitude, phase of a lane whose wave is fixed; where rho* is 0 all three are drawn.
+    waves (3, W): rho*, amplitude, phase of a lane whose wave is fixed; where rho* is 0 all three
+    are drawn.
     """
     u, _, lane, totals, clock, waves = state
     dx, v_max, rho_max = road[0], road[1], road[2]
@@ -736,7 +879,8 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
 
 @fast
 def act(action, lane, totals, control, swing):
-    """The fluxes that actions (W, A) in [-1, 1] ask for: of the outlet, of the inlet, or of both."""
+    """The fluxes that actions (W, A) in [-1, 1] ask for: of the outlet, of the inlet, or of
+    both."""
     for j in range(action.shape[0]):
         out, into = ZERO, ZERO
         if control != 1:
@@ -747,7 +891,9 @@ def act(action, lane, totals, control, swing):
         into = -ONE if into < -ONE else ONE if into > ONE else into
         lane[AT.q_in, j] = lane[AT.q_star, j] * (ONE + swing * into)
         lane[AT.q_out, j] = lane[AT.q_star, j] * (ONE + swing * out)
-        totals[SUM.switches, j] += HALF * (abs(out - lane[AT.last_out, j]) + abs(into - lane[AT.last_in, j]))
+        totals[SUM.switches, j] += HALF * (
+            abs(out - lane[AT.last_out, j]) + abs(into - lane[AT.last_in, j])
+        )
         lane[AT.last_out, j], lane[AT.last_in, j] = out, into
 
 
@@ -755,9 +901,10 @@ def act(action, lane, totals, control, swing):
 def decide(state, result, rules, order, action, seed, lane0):
     """One decision of all lanes of one block, autoreset included.
 
-    state: u, work, lane, totals, clock (2, W): decisions and episodes so far, waves; result: obs, final_obs
-    (W, 2 NODES), finals: totals of the episode that ended, reward (W,): mean over the samples of minus (norm of
-    v/v* - 1 plus norm of rho/rho* - 1), Euclidean over the points, terminated, truncated (W,); action (W, A).
+    state: u, work, lane, totals, clock (2, W): decisions and episodes so far, waves; result: obs,
+    final_obs (W, 2 NODES), finals: totals of the episode that ended, reward (W,): mean over the
+    samples of minus (norm of v/v* - 1 plus norm of rho/rho* - 1), Euclidean over the points,
+    terminated, truncated (W,); action (W, A).
     """
     u, work, lane, totals, clock, _ = state
     obs, final_obs, finals, reward, terminated, truncated = result
@@ -772,7 +919,9 @@ def decide(state, result, rules, order, action, seed, lane0):
             advance(u, work, lane, totals, road, seconds, order, FLUX, FLUX, pressure)
         else:
             for j in range(reward.size):
-                lane[AT.moves, j] = ONE if clock[0, j] * samples + s + 1 < length * samples else ZERO
+                lane[AT.moves, j] = (
+                    ONE if clock[0, j] * samples + s + 1 < length * samples else ZERO
+                )
             richtmyer(u, work, lane, totals, road, seconds)
         nodes(u, work, v_max, order, pressure)
         norms(work, lane, dx)
@@ -797,7 +946,10 @@ def decide(state, result, rules, order, action, seed, lane0):
             if terminated[j] or truncated[j]:
                 for k in range(totals.shape[0]):
                     finals[k, j] = totals[k, j]
-                finals[SUM.at_end, j], finals[SUM.decisions, j] = stored(u, order, dx, j), clock[0, j]
+                finals[SUM.at_end, j], finals[SUM.decisions, j] = (
+                    stored(u, order, dx, j),
+                    clock[0, j],
+                )
                 clock[1, j] += 1
                 start_lane(state, road, order, pressure, seed, lane0, j)
         nodes(u, work, v_max, order, pressure)
@@ -813,18 +965,22 @@ def start(state, obs, road, order, pressure, seed, lane0):
     observe(state[1], state[2], obs)
 
 
-# drivers: arrays with a block axis in front; on a GPU there is one block, and a thread sees one lane of it
+# drivers: arrays with a block axis in front; on a GPU there is one block, a thread sees one lane
 @nb.njit(parallel=True, cache=True, error_model="numpy")
 def advance_cpu(u, work, lane, totals, road, seconds, order, left, right, pressure):
     for b in nb.prange(u.shape[0]):
-        advance(u[b], work[b], lane[b], totals[b], road, seconds, order, left, right, pressure)
+        advance(
+            u[b], work[b], lane[b], totals[b], road, seconds, order, left, right, pressure
+        )
 
 
 @nb.njit(parallel=True, cache=True, error_model="numpy")
 def decide_cpu(state, result, rules, order, action, seed, lane0):
     u, work, lane, totals, clock, waves = state
     obs, final_obs, finals, reward, terminated, truncated = result
-    road, pressure, swing, seconds, control, length, samples = rules  # prange takes no tuple in a tuple
+    road, pressure, swing, seconds, control, length, samples = (
+        rules  # prange takes no tuple in a tuple
+    )
     for b in nb.prange(u.shape[0]):
         block = u[b], work[b], lane[b], totals[b], clock[b], waves[b]
         out = obs[b], final_obs[b], finals[b], reward[b], terminated[b], truncated[b]
@@ -843,6 +999,7 @@ def start_cpu(state, obs, road, order, pressure, seed, lane0):
 @cache
 def cuda_kernels() -> tuple:
     """(kernel of decide_cpu's arguments, kernel of start_cpu's), built once a process."""
+
     @cuda.jit
     def decide_cuda(state, result, rules, order, action, seed, lane0):
         u, work, lane, totals, clock, waves = state
@@ -850,10 +1007,22 @@ def cuda_kernels() -> tuple:
         j = cuda.grid(1)
         k = j + 1
         if j < u.shape[3]:
-            mine = (u[0, :, :, j:k], work[0, :, :, j:k], lane[0, :, j:k], totals[0, :, j:k], clock[0, :, j:k],
-                    waves[0, :, j:k])
-            out = (obs[0, j:k], final_obs[0, j:k], finals[0, :, j:k], reward[0, j:k], terminated[0, j:k],
-                   truncated[0, j:k])
+            mine = (
+                u[0, :, :, j:k],
+                work[0, :, :, j:k],
+                lane[0, :, j:k],
+                totals[0, :, j:k],
+                clock[0, :, j:k],
+                waves[0, :, j:k],
+            )
+            out = (
+                obs[0, j:k],
+                final_obs[0, j:k],
+                finals[0, :, j:k],
+                reward[0, j:k],
+                terminated[0, j:k],
+                truncated[0, j:k],
+            )
             decide(mine, out, rules, order, action[0, j:k], seed, lane0 + j)
 
     @cuda.jit
@@ -862,23 +1031,30 @@ def cuda_kernels() -> tuple:
         j = cuda.grid(1)
         k = j + 1
         if j < u.shape[3]:
-            mine = (u[0, :, :, j:k], work[0, :, :, j:k], lane[0, :, j:k], totals[0, :, j:k], clock[0, :, j:k],
-                    waves[0, :, j:k])
+            mine = (
+                u[0, :, :, j:k],
+                work[0, :, :, j:k],
+                lane[0, :, j:k],
+                totals[0, :, j:k],
+                clock[0, :, j:k],
+                waves[0, :, j:k],
+            )
             start(mine, obs[0, j:k], road, order, pressure, seed, lane0 + j)
 
     return decide_cuda, start_cuda
 
 
-# ------------------------------------------------------------------------------------------------ environment
+# ------------------------------------------------------------------------------------ environment
 WORST = "mass_error", "max_cfl"  # the largest of the lanes is shown, of the others the mean
 
 
 class FreewayVectorEnv(Lanes):
     """Lanes of the freeway. Same-step autoreset; truncation at `length` decisions.
 
-    Observation (102,) float32: rho/rho* - 1, then v/v* - 1, at 51 points. Action (1,) or (2,) in [-1, 1]: flux
-    (1 + .2 a) q* at the outlet or the inlet, or at both. Reward: see decide(). cases="eval": lanes 0..49 are
-    validation waves, the last 50 held-out ones, lane 50 is the published wave.
+    Observation (102,) float32: rho/rho* - 1, then v/v* - 1, at 51 points. Action (1,) or (2,) in
+    [-1, 1]: flux (1 + .2 a) q* at the outlet or the inlet, or at both. Reward: see decide().
+    cases="eval": lanes 0..49 are validation waves, the last 50 held-out ones, lane 50 is the
+    published wave.
     """
 
     SAVED = "u", "lane", "totals", "finals", "clock", "waves"
@@ -887,41 +1063,86 @@ class FreewayVectorEnv(Lanes):
     obs_scale, traced = 10.0, 50
 
     def __init__(
-        self, num_envs: int = 1, control: str = "outlet", scheme: str = "richtmyer",
-        decision_interval: float = 1.0, episode_seconds: float = 240.0, precision: str = "float32",
-        pressure: str = "gap", pressure_scale: float | None = None, pressure_exponent: float | None = None,
-        cfl: float | None = None, seed: int = 1, backend: str = "cpu", lane0: int = 0, cases: str | None = None,
+        self,
+        num_envs: int = 1,
+        control: str = "outlet",
+        scheme: str = "richtmyer",
+        decision_interval: float = 1.0,
+        episode_seconds: float = 240.0,
+        precision: str = "float32",
+        pressure: str = "gap",
+        pressure_scale: float | None = None,
+        pressure_exponent: float | None = None,
+        cfl: float | None = None,
+        seed: int = 1,
+        backend: str = "cpu",
+        lane0: int = 0,
+        cases: str | None = None,
     ):
         if scheme == "richtmyer" and pressure != "gap":
             raise ValueError(f"scheme richtmyer has the pressure gap, not {pressure}")
-        num_envs, self.lane0, self.order = 101 if cases == "eval" else num_envs, lane0, SCHEMES[scheme]
-        self.decision_interval, self.samples = decision_interval, round(decision_interval / SAMPLE)
-        self.length, self.control = round(episode_seconds / decision_interval), CONTROLS.index(control)
+        num_envs, self.lane0, self.order = (
+            101 if cases == "eval" else num_envs,
+            lane0,
+            SCHEMES[scheme],
+        )
+        self.decision_interval, self.samples = (
+            decision_interval,
+            round(decision_interval / SAMPLE),
+        )
+        self.length, self.control = (
+            round(episode_seconds / decision_interval),
+            CONTROLS.index(control),
+        )
         self.actions, box = 2 if control == "both" else 1, gym.spaces.Box
-        super().__init__(num_envs, box(-np.inf, np.inf, (2 * NODES,), np.float32),
-                         box(-1.0, 1.0, (self.actions,), np.float32), backend, seed)
+        super().__init__(
+            num_envs,
+            box(-np.inf, np.inf, (2 * NODES,), np.float32),
+            box(-1.0, 1.0, (self.actions,), np.float32),
+            backend,
+            seed,
+        )
         real = np.dtype(precision).type
         road = DX, V_MAX, RHO_MAX, RELAX, RHO_FLOOR, cfl or CFL[scheme]
         self.road = tuple(real(x) for x in road)
         self.pressure = pressure_of(pressure, pressure_scale, pressure_exponent, real)
-        self.rules = (self.road, self.pressure, real(SWING), real(SAMPLE), self.control, self.length, self.samples)
+        self.rules = (
+            self.road,
+            self.pressure,
+            real(SWING),
+            real(SAMPLE),
+            self.control,
+            self.length,
+            self.samples,
+        )
         cells = NODES if scheme == "richtmyer" else NODES - 1
         width = num_envs if backend == "cuda" else min(BLOCK, num_envs)
         blocks = -(-num_envs // width)
         for name, shape, kind in (
-                ("u", (2, cells, width), real), ("work", (6, NODES + 8, width), real),
-                ("lane", (len(Lane._fields), width), real), ("waves", (3, width), np.float64),
-                ("totals", (len(Totals._fields), width), np.float64), ("clock", (2, width), np.int64),
-                ("finals", (len(Totals._fields), width), np.float64), ("action", (width, self.actions), real),
-                ("obs", (width, 2 * NODES), np.float32), ("final", (width, 2 * NODES), np.float32),
-                ("reward", (width,), np.float64), ("terminated", (width,), np.bool_),
-                ("truncated", (width,), np.bool_)):
+            ("u", (2, cells, width), real),
+            ("work", (6, NODES + 8, width), real),
+            ("lane", (len(Lane._fields), width), real),
+            ("waves", (3, width), np.float64),
+            ("totals", (len(Totals._fields), width), np.float64),
+            ("clock", (2, width), np.int64),
+            ("finals", (len(Totals._fields), width), np.float64),
+            ("action", (width, self.actions), real),
+            ("obs", (width, 2 * NODES), np.float32),
+            ("final", (width, 2 * NODES), np.float32),
+            ("reward", (width,), np.float64),
+            ("terminated", (width,), np.bool_),
+            ("truncated", (width,), np.bool_),
+        ):
             self.take(name, (blocks, *shape), kind)
         self.state = tuple(self.arrays[name] for name in self.STATE)
         self.result = tuple(self.arrays[name] for name in self.RESULT)
         self.splits, self.longest_call, self.timed = {}, 0.0, False
         if cases == "eval":
-            self.splits = {"validation": slice(0, 50), "published": slice(50, 51), "heldout": slice(51, 101)}
+            self.splits = {
+                "validation": slice(0, 50),
+                "published": slice(50, 51),
+                "heldout": slice(51, 101),
+            }
             waves = torch.zeros(3, num_envs, dtype=torch.float64)
             waves[:, self.traced] = torch.tensor(WAVE, dtype=torch.float64)
             self.spread("waves", waves)
@@ -935,7 +1156,9 @@ class FreewayVectorEnv(Lanes):
         """The way back; lanes that fill the last block up repeat the last one."""
         x = getattr(self, name)
         blocks, width = len(x), x.shape[-1]
-        lanes = torch.arange(blocks * width, device=values.device).clamp(max=self.num_envs - 1)
+        lanes = torch.arange(blocks * width, device=values.device).clamp(
+            max=self.num_envs - 1
+        )
         values = values[..., lanes].reshape(*values.shape[:-1], blocks, width)
         x.copy_(values.movedim(-2, 0))
 
@@ -944,9 +1167,10 @@ class FreewayVectorEnv(Lanes):
         return getattr(self, name).flatten(0, 1)[: self.num_envs]
 
     def reset_lanes(self, first: bool, options: dict):
-        """options {"waves": (3, N)}: rho*, amplitude, phase of the lanes from now on; rho* 0: drawn each episode.
-        {"stagger": True}: first episodes of every length, so that every rollout holds every part of an episode; with
-        all lanes in step PPO chases the part of the episode that it sees, and forgets the others.
+        """options {"waves": (3, N)}: rho*, amplitude, phase of the lanes from now on; rho* 0:
+        drawn each episode. {"stagger": True}: first episodes of every length, so that every
+        rollout holds every part of an episode; with all lanes in step PPO chases the part of the
+        episode that it sees, and forgets the others.
         """
         if "waves" in options:
             self.spread("waves", torch.as_tensor(options["waves"], dtype=torch.float64))
@@ -956,7 +1180,9 @@ class FreewayVectorEnv(Lanes):
         if options.get("stagger"):
             lanes = range(self.lane0, self.lane0 + self.num_envs)
             clock = self.rows("clock")
-            clock[0] = torch.tensor([int(uniform_nb(self.seed, i, 0, 3) * self.length) for i in lanes])
+            clock[0] = torch.tensor(
+                [int(uniform_nb(self.seed, i, 0, 3) * self.length) for i in lanes]
+            )
             self.spread("clock", clock)
 
     def launch(self, kernel: int, *arguments):
@@ -966,7 +1192,9 @@ class FreewayVectorEnv(Lanes):
             cuda_kernels()[kernel][(self.num_envs + 127) // 128, 128](*arguments)
             return
         threads = nb.get_num_threads()
-        nb.set_num_threads(min(threads, len(self.u)))  # a thread without a block would only be waited for
+        nb.set_num_threads(
+            min(threads, len(self.u))
+        )  # a thread without a block would only be waited for
         try:
             (decide_cpu, start_cpu)[kernel](*arguments)
         finally:
@@ -975,7 +1203,9 @@ class FreewayVectorEnv(Lanes):
     def step_lanes(self, action: torch.Tensor):
         began = time.perf_counter()
         self.per_lane("action").copy_(action)
-        self.launch(0, self.state, self.result, self.rules, self.order, self.arrays["action"])
+        self.launch(
+            0, self.state, self.result, self.rules, self.order, self.arrays["action"]
+        )
         if self.timed and self.backend == "cuda":  # a launch returns at once
             torch.cuda.synchronize()
         self.longest_call = max(self.longest_call, time.perf_counter() - began)
@@ -992,21 +1222,33 @@ class FreewayVectorEnv(Lanes):
         return self.last_observations()[lanes]
 
     def stats(self, name: str = "totals") -> dict[str, torch.Tensor]:
-        """Of the running episodes, or ("finals") of every lane's last one; mass_error of ended ones only."""
+        """Of the running episodes, or ("finals") of every lane's last one; mass_error of ended
+        ones only."""
         t = Totals(*self.rows(name))
         error = (t.at_end + t.left - t.at_start - t.entered - t.added).abs() / t.at_start
         return {
-            "episode_return": t.episode_return, "delay_veh_s": t.delay, "throughput_veh": t.left,
-            "mean_speed": t.distance / t.presence, "switches": t.switches, "mass_error": error,
-            "max_cfl": t.max_cfl, "floor_veh": t.clamped, "queue_veh": t.waiting, "episode_length": t.decisions}
+            "episode_return": t.episode_return,
+            "delay_veh_s": t.delay,
+            "throughput_veh": t.left,
+            "mean_speed": t.distance / t.presence,
+            "switches": t.switches,
+            "mass_error": error,
+            "max_cfl": t.max_cfl,
+            "floor_veh": t.clamped,
+            "queue_veh": t.waiting,
+            "episode_length": t.decisions,
+        }
 
     def episode(self) -> dict[str, torch.Tensor]:
         stats = self.stats("finals")
         return stats | {"r": stats["episode_return"], "l": stats["episode_length"]}
 
     def seconds_of_inflow(self) -> float:
-        """What entered since the start of the episode, in seconds of the flux that the actions asked for."""
-        return float((Totals(*self.rows("totals")).entered / Lane(*self.rows("lane")).q_in).mean())
+        """What entered since the start of the episode, in seconds of the flux that the actions
+        asked for."""
+        return float(
+            (Totals(*self.rows("totals")).entered / Lane(*self.rows("lane")).q_in).mean()
+        )
 
     def trace(self) -> dict[str, float]:
         """The traced lane's densities and speeds now."""
@@ -1027,10 +1269,12 @@ class FreewayVectorEnv(Lanes):
         self.seed, self.was_reset = state["seed"], True
 
 
-register("cleanrl_crypto/Freeway-v0", FreewayVectorEnv)  # gymnasium.make_vec(..., num_envs=8, scheme="muscl")
+register(
+    "cleanrl_crypto/Freeway-v0", FreewayVectorEnv
+)  # gymnasium.make_vec(..., num_envs=8, scheme="muscl")
 
 
-# --------------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------- networks
 def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
@@ -1040,13 +1284,25 @@ def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(
-        layer(inputs, hidden), nn.SiLU(), layer(hidden, hidden), nn.SiLU(), layer(hidden, outputs, gain))
+        layer(inputs, hidden),
+        nn.SiLU(),
+        layer(hidden, hidden),
+        nn.SiLU(),
+        layer(hidden, outputs, gain),
+    )
 
 
 class Agent(nn.Module):
     """Actor and critic. Observations are multiplied by obs_scale and clipped at 10."""
 
-    def __init__(self, observations: int, actions: int, hidden: int, log_std_init: float, obs_scale: float):
+    def __init__(
+        self,
+        observations: int,
+        actions: int,
+        hidden: int,
+        log_std_init: float,
+        obs_scale: float,
+    ):
         super().__init__()
         self.obs_scale = obs_scale
         self.actor = mlp(observations, hidden, actions, 0.01)
@@ -1060,7 +1316,8 @@ class Agent(nn.Module):
         return self.critic(x)[:, 0]
 
     def act(self, x, noise=None):
-        """Greedy action (B, A) of normalised observations, or a sample: noise (B, A) is standard normal."""
+        """Greedy action (B, A) of normalised observations, or a sample: noise (B, A) is standard
+        normal."""
         mean = self.actor(x)
         return mean if noise is None else mean + self.log_std.exp() * noise
 
@@ -1075,9 +1332,10 @@ class Agent(nn.Module):
         return *self.log_prob_entropy(x, action), self.value(x)
 
 
-# -------------------------------------------------------------------------------------------------- algorithm
+# -------------------------------------------------------------------------------------- algorithm
 def gaussian_log_prob(mean, log_std, action):
-    """Diagonal Gaussian: mean, action (B, A), log_std (A,) -> (B,). The environment clips, the density does not."""
+    """Diagonal Gaussian: mean, action (B, A), log_std (A,) -> (B,). The environment clips, the
+    density does not."""
     z = (action - mean) * (-log_std).exp()
     return (-0.5 * z * z - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -1089,9 +1347,9 @@ def gaussian_entropy(log_std):
 def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). All (T, N), the flags bool.
 
-    next_value: of the state that really followed, which for a truncated episode is the final one, not the reset
-    one: a time limit bootstraps. terminated: no future, whatever next_value is (a broken lane's is NaN); ended:
-    terminated or truncated. Returns advantages, returns.
+    next_value: of the state that really followed, which for a truncated episode is the final one,
+    not the reset one: a time limit bootstraps. terminated: no future, whatever next_value is (a
+    broken lane's is NaN); ended: terminated or truncated. Returns advantages, returns.
     """
     zero = torch.zeros_like(reward[0])
     advantage, running = torch.empty_like(reward), zero
@@ -1104,7 +1362,8 @@ def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
 
 
 def clipped_surrogate(ratio, advantage, clip: float):
-    """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent. All (B,)."""
+    """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent.
+    All (B,)."""
     return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
@@ -1116,14 +1375,16 @@ def reduce_sum(tensor):
 
 
 def normalised(advantage, size: int):
-    """Advantages of a minibatch of `size` rows, of which every process of torchrun holds a share."""
+    """Advantages of a minibatch of `size` rows, of which every process of torchrun holds a
+    share."""
     mean = reduce_sum(advantage.sum()) / size
     square = reduce_sum(((advantage - mean) ** 2).sum())
     return (advantage - mean) / ((square / (size - 1)).sqrt() + 1e-8)
 
 
 class Schedule:
-    """The learning rate: linearly to 0 at --total-timesteps, or at what --timeout will allow at this pace."""
+    """The learning rate: linearly to 0 at --total-timesteps, or at what --timeout will allow at
+    this pace."""
 
     def __init__(self, run: Run):
         self.run, self.rollouts, self.end = run, 0, run.args.total_timesteps
@@ -1137,16 +1398,20 @@ class Schedule:
             self.run.charts(loop)
         if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
             pace = (loop.global_step - self.first_step) / (now - self.began)
-            end = loop.global_step + pace * max(self.run.guard.remaining() - self.run.reserve(), 0.0)
+            end = loop.global_step + pace * max(
+                self.run.guard.remaining() - self.run.reserve(), 0.0
+            )
             # every process has its own clock, the learning rate is one
-            end = reduce_sum(torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device))
+            end = reduce_sum(
+                torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device)
+            )
             self.end = min(args.total_timesteps, int(end))
         share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
         self.latest = args.learning_rate * max(0.0, 1 - share)
         return self.latest
 
 
-# ------------------------------------------------------------------------------------- controllers to compare
+# ------------------------------------------------------------------------- controllers to compare
 class Constant:
     """Flux q* at the controlled ends: the road that nobody controls."""
 
@@ -1158,29 +1423,35 @@ class Constant:
 
 
 class LinearController:
-    """PI controller of the outlet's density error (the inlet's where that is the only action), P of the inlet's.
+    """PI controller of the outlet's density error (the inlet's where that is the only action), P
+    of the inlet's.
 
     Gains are numbers or (N,) tensors.
     """
 
     def __init__(self, envs, kp, ki=0.0, k_in=0.0):
         self.envs, self.gains = envs, (kp, ki, k_in)
-        self.total = torch.zeros(envs.num_envs, dtype=torch.float64, device=envs.torch_device)
+        self.total = torch.zeros(
+            envs.num_envs, dtype=torch.float64, device=envs.torch_device
+        )
 
     def __call__(self, obs):
         kp, ki, k_in = self.gains
         outlet, inlet = obs[:, NODES - 1].double(), obs[:, 0].double()
         error = inlet if self.envs.control == 1 else outlet  # the only end there is
         free = kp * error + ki * self.total
-        # anti-windup: the integral rests while the action is saturated and the error would push it further
+        # anti-windup: the integral rests while the error would push a saturated action further
         grows = (free.abs() < 1) | (free * error < 0)
-        self.total = self.total + torch.where(grows, error * self.envs.decision_interval, 0.0)
+        self.total = self.total + torch.where(
+            grows, error * self.envs.decision_interval, 0.0
+        )
         first = (kp * error + ki * self.total).clamp(-1, 1)
         return torch.stack([first, (k_in * inlet).clamp(-1, 1)][: self.envs.actions], 1)
 
 
 class Backstepping:
-    """Yu and Krstic (2019): full-state feedback for the flux at the outlet, kernels of the linearised system."""
+    """Yu and Krstic (2019): full-state feedback for the flux at the outlet, kernels of the
+    linearised system."""
 
     def __init__(self, envs):
         x = torch.arange(NODES, device=envs.torch_device, dtype=torch.float64) * DX
@@ -1205,8 +1476,8 @@ class Backstepping:
 
 
 class GainSearch:
-    """Grid search of a LinearController's gains on 16 training waves, all lanes of `envs` at once, for at most
-    `seconds`."""
+    """Grid search of a LinearController's gains on 16 training waves, all lanes of `envs` at
+    once, for at most `seconds`."""
 
     def __init__(self, envs, seconds: float):
         self.envs, self.deadline, self.complete = envs, time.monotonic() + seconds, True
@@ -1218,7 +1489,8 @@ class GainSearch:
         self.waves = np.tile(waves, envs.num_envs // self.n + 1)[:, : envs.num_envs]
 
     def best(self, grid: list[tuple]) -> tuple:
-        """grid of (kp, ki, k_in) -> its row of the highest return; the rows before the time was up."""
+        """grid of (kp, ki, k_in) -> its row of the highest return; the rows before the time
+        was up."""
         envs, scores, rows = self.envs, [], torch.tensor(grid, dtype=torch.float64)
         for first in range(0, len(grid), self.seats):
             if scores and time.monotonic() > self.deadline:
@@ -1238,30 +1510,40 @@ class GainSearch:
         """Of the P and of the PI controller."""
         both = self.envs.actions == 2
         inlet = np.arange(-24, 25, 8.0) if both else [0.0]
-        kp, _, k_in = self.best([(p, 0.0, e) for p in np.arange(-14, 15, 2.0) for e in inlet])
+        kp, _, k_in = self.best(
+            [(p, 0.0, e) for p in np.arange(-14, 15, 2.0) for e in inlet]
+        )
         around = np.arange(-1.5, 2, 0.5)
         inlet = 4 * around if both else [0.0]
         kp, _, k_in = self.best([(kp + p, 0.0, k_in + e) for p in around for e in inlet])
         integral = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
         integral = [*(-i for i in integral), 0.0, *integral]
-        pi = self.best([(kp * f, i, k_in) for f in (0.7, 0.8, 0.9, 1.0, 1.1) for i in integral])
+        pi = self.best(
+            [(kp * f, i, k_in) for f in (0.7, 0.8, 0.9, 1.0, 1.1) for i in integral]
+        )
         self.envs.reset(options={"waves": np.zeros((3, self.envs.num_envs))})
         return {"p": (float(kp), 0.0, float(k_in)), "pi": tuple(map(float, pi))}
 
 
 def make_controllers(envs, seconds: float) -> dict:
-    """name -> make(envs) -> act(obs); tuned on training waves with envs, the training environment."""
+    """name -> make(envs) -> act(obs); tuned on training waves with envs, the training
+    environment."""
     search = GainSearch(envs, seconds)
     gains = search.gains()
     for name, values in gains.items():
-        print(f"baseline {name}, tuned on training waves: kp, ki, k_in {values}"
-              + "" if search.complete else " (cut short: no more time for it)")
-    makers = {"constant": Constant} | {name: partial(LinearController, kp=kp, ki=ki, k_in=k_in)
-                                       for name, (kp, ki, k_in) in gains.items()}
+        print(
+            f"baseline {name}, tuned on training waves: kp, ki, k_in {values}" + ""
+            if search.complete
+            else " (cut short: no more time for it)"
+        )
+    makers = {"constant": Constant} | {
+        name: partial(LinearController, kp=kp, ki=ki, k_in=k_in)
+        for name, (kp, ki, k_in) in gains.items()
+    }
     return makers | ({"backstepping": Backstepping} if envs.control != 1 else {})
 
 
-# -------------------------------------------------------------------------------------- evaluation, diagnostics
+# ------------------------------------------------------------------------ evaluation, diagnostics
 class Greedy:
     """act(obs): the agent's deterministic policy; `states` keeps what it saw, for diagnose()."""
 
@@ -1276,7 +1558,8 @@ class Greedy:
 
 
 def check_env(envs):
-    """Real checks of the training environment, which is used and then handed on. Raises CheckFailed."""
+    """Real checks of the training environment, which is used and then handed on. Raises
+    CheckFailed."""
     still = torch.zeros(envs.num_envs, envs.actions, device=envs.torch_device)
     envs.reset(seed=1)
     first, state = envs.observe().clone(), envs.state_dict()
@@ -1300,30 +1583,59 @@ def check_env(envs):
     stats, limit = envs.stats("finals"), 0.5 if envs.order == SECOND else 1.0
     error, courant = float(stats["mass_error"].max()), float(stats["max_cfl"].max())
     steps = float(Totals(*envs.rows("finals")).steps.max())
-    bound = 100 * torch.finfo(envs.u.dtype).eps * max(1.0, math.sqrt(steps / 1000))  # sums round at every step
+    bound = (
+        100 * torch.finfo(envs.u.dtype).eps * max(1.0, math.sqrt(steps / 1000))
+    )  # sums round at every step
     for good, expected, found in (
-            (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
-            (moved > 1e-6, "a constant action to change the observation", f"a change of {moved}"),
-            (abs(inflow - interval) < 0.2 * interval,
-             f"{interval} s of inflow in a decision of --decision-interval", f"{inflow:.3f} s"),
-            (early == ended, f"no episode to end before decision {decisions}", f"{early - ended} that did"),
-            (ended == rows, f"truncation of every episode at decision {decisions}", f"{ended} of {rows}"),
-            (values > decisions // 2, "rewards of many values", f"{values} in {decisions} decisions"),
-            (error <= bound, f"vehicles to be conserved to {bound}", f"a relative error of {error:.2e}"),
-            (courant <= limit * (1 + 1e-6), f"Courant numbers up to {limit}", f"{courant:.3f}"),
-            (densest <= RHO_MAX * 1.001, f"densities up to {RHO_MAX} veh/m", f"{densest:.4f}"),
-            (slowest >= -1e-3, "speeds from 0 m/s", f"{slowest:.3f}"),
-            (float(stats["throughput_veh"].min()) > 0, "vehicles to leave", "none")):
+        (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
+        (
+            moved > 1e-6,
+            "a constant action to change the observation",
+            f"a change of {moved}",
+        ),
+        (
+            abs(inflow - interval) < 0.2 * interval,
+            f"{interval} s of inflow in a decision of --decision-interval",
+            f"{inflow:.3f} s",
+        ),
+        (
+            early == ended,
+            f"no episode to end before decision {decisions}",
+            f"{early - ended} that did",
+        ),
+        (
+            ended == rows,
+            f"truncation of every episode at decision {decisions}",
+            f"{ended} of {rows}",
+        ),
+        (
+            values > decisions // 2,
+            "rewards of many values",
+            f"{values} in {decisions} decisions",
+        ),
+        (
+            error <= bound,
+            f"vehicles to be conserved to {bound}",
+            f"a relative error of {error:.2e}",
+        ),
+        (courant <= limit * (1 + 1e-6), f"Courant numbers up to {limit}", f"{courant:.3f}"),
+        (densest <= RHO_MAX * 1.001, f"densities up to {RHO_MAX} veh/m", f"{densest:.4f}"),
+        (slowest >= -1e-3, "speeds from 0 m/s", f"{slowest:.3f}"),
+        (float(stats["throughput_veh"].min()) > 0, "vehicles to leave", "none"),
+    ):
         if not good:
             raise CheckFailed(f"sanity: expected {expected}, found {found}")
 
 
 @torch.no_grad()
-def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tuple[dict, dict, bool]:
-    """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) -> actions.
+def evaluate(
+    make, envs, seconds: float = math.inf, trace: bool = False
+) -> tuple[dict, dict, bool]:
+    """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) ->
+    actions.
 
-    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether the time was up
-    first: then the statistics are those of the episodes so far.
+    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether
+    the time was up first: then the statistics are those of the episodes so far.
     """
     began, columns, cut = time.monotonic(), [], False
     envs.reset(seed=EVAL_SEED)
@@ -1341,24 +1653,40 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
     ended, running = envs.stats("finals"), envs.stats()
     done = ended["episode_length"] > 0
     stats = {k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()}
-    result = {split: {k: float(x[lanes].max() if k in WORST else x[lanes].mean()) for k, x in stats.items()}
-              | {"std": float(stats["episode_return"][lanes].std(correction=0))}
-              for split, lanes in envs.splits.items()}
-    return result, {k: [row[k] for row in columns] for k in (columns[0] if columns else ())}, cut
+    result = {
+        split: {
+            k: float(x[lanes].max() if k in WORST else x[lanes].mean())
+            for k, x in stats.items()
+        }
+        | {"std": float(stats["episode_return"][lanes].std(correction=0))}
+        for split, lanes in envs.splits.items()
+    }
+    return (
+        result,
+        {k: [row[k] for row in columns] for k in (columns[0] if columns else ())},
+        cut,
+    )
 
 
 @torch.no_grad()
 def diagnose(agent: Agent, obs) -> dict[str, float]:
-    """What the policy does on states obs (B, observations): state_dependence, saturation, entropy, ..."""
+    """What the policy does on states obs (B, observations): state_dependence, saturation,
+    entropy, ..."""
     x = agent.normalise(obs)
     action = agent.act(x).double()
     return {
-        "state_dependence": float(action.clamp(-1, 1).std(0).mean()), "action_mean": float(action.mean()),
-        "entropy": float(gaussian_entropy(agent.log_std)), "v_mean": float(agent.value(x).double().mean()),
-        "saturation": float((action.abs() > 1).double().mean()), "log_std_mean": float(agent.log_std.mean())}
+        "state_dependence": float(action.clamp(-1, 1).std(0).mean()),
+        "action_mean": float(action.mean()),
+        "entropy": float(gaussian_entropy(agent.log_std)),
+        "v_mean": float(agent.value(x).double().mean()),
+        "saturation": float((action.abs() > 1).double().mean()),
+        "log_std_mean": float(agent.log_std.mean()),
+    }
 
 
-def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[str, list[str]]:
+def verdict(
+    audit: dict, result: dict, baselines: dict, updates: int
+) -> tuple[str, list[str]]:
     """untrained, undecided, collapsed, constant_is_right, undertrained or healthy, and why.
 
     result, baselines: of the split that chooses.
@@ -1376,18 +1704,26 @@ def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[s
     beside = f"the best baseline, {name}, returns {best:.2f}, constant {constant:.2f}"
     if not dependence >= 0.01:
         right = best <= constant + margin
-        return ("constant_is_right" if right else "collapsed"), [f"one action in every state: {found}", beside]
+        return ("constant_is_right" if right else "collapsed"), [
+            f"one action in every state: {found}",
+            beside,
+        ]
     if not score > constant + margin:
         return "collapsed", [f"no better than doing nothing: {found}", beside]
     if best > score:
-        return "undertrained", [f"the tuned controller {name} beats the agent: {found}", beside]
+        return "undertrained", [
+            f"the tuned controller {name} beats the agent: {found}",
+            beside,
+        ]
     return "healthy", [f"the action answers to the state: {found}", beside]
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
-    """policy(obs) -> actions from a checkpoint file alone: the deterministic policy that evaluation reports.
+    """policy(obs) -> actions from a checkpoint file alone: the deterministic policy that
+    evaluation reports.
 
-    obs (B, observations) NumPy, the environment's own -> (B, A) float32 in [-1, 1]. Raises CheckpointError.
+    obs (B, observations) NumPy, the environment's own -> (B, A) float32 in [-1, 1]. Raises
+    CheckpointError.
     """
     state = load_run(checkpoint, Path(__file__), SCHEMA, device)
     agent = Agent(**state["config"]).to(device).eval().requires_grad_(False)
@@ -1395,8 +1731,9 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     return lambda obs: Greedy(agent)(obs).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- main
 COLUMNS = "episode_return", "std", "delay_veh_s", "throughput_veh", "mean_speed", "switches"
+LOSSES = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
 
 
 @dataclass
@@ -1409,31 +1746,60 @@ class Loop:
     evaluated: int = -1  # global_step of the last evaluation
 
 
-def make_envs(args: Args, backend: str, num_envs: int = 1, lane0: int = 0, cases: str | None = None):
+def make_envs(
+    args: Args, backend: str, num_envs: int = 1, lane0: int = 0, cases: str | None = None
+):
     """The training environment, or with cases="eval" the evaluation one."""
     envs = FreewayVectorEnv(
-        num_envs, args.control, args.scheme, args.decision_interval, args.episode_seconds,
-        pressure=args.pressure, pressure_scale=args.pressure_scale, pressure_exponent=args.pressure_exponent,
-        seed=args.seed, backend=backend, lane0=lane0, cases=cases)
+        num_envs,
+        args.control,
+        args.scheme,
+        args.decision_interval,
+        args.episode_seconds,
+        pressure=args.pressure,
+        pressure_scale=args.pressure_scale,
+        pressure_exponent=args.pressure_exponent,
+        seed=args.seed,
+        backend=backend,
+        lane0=lane0,
+        cases=cases,
+    )
     envs.timed = args.sim_timeout is not None
     return envs
 
 
-def describe(run: Run, envs) -> dict:
-    """What the run is about, for its checkpoints: the road's constants and what an evaluation draws."""
-    road = dict(length_m=LENGTH, dx_m=DX, v_max=V_MAX, rho_max=RHO_MAX, relax_s=RELAX, swing=SWING, wave=WAVE,
-                train_waves=TRAIN_WAVES, eval_seed=EVAL_SEED)
-    return {"spec": "freeway", "road": road, "control": run.args.control, "scheme": run.args.scheme}
+def describe(args: Args) -> dict:
+    """What the run is about, for its checkpoints: the road and what an evaluation draws."""
+    road = {
+        "length_m": LENGTH,
+        "v_max": V_MAX,
+        "rho_max": RHO_MAX,
+        "relax_s": RELAX,
+        "swing": SWING,
+        "wave": WAVE,
+        "train_waves": TRAIN_WAVES,
+        "eval_seed": EVAL_SEED,
+    }
+    return {"spec": "freeway", "road": road, "control": args.control, "scheme": args.scheme}
 
 
 def agent_config(run: Run, envs) -> dict:
-    """Plain values that rebuild the agent from a checkpoint alone. Raises UsageError if the checkpoint's differ."""
+    """Plain values that rebuild the agent from a checkpoint alone. Raises UsageError if the
+    checkpoint's differ."""
     args = run.args
-    config = {"observations": envs.single_observation_space.shape[0], "hidden": args.hidden,
-              "actions": envs.single_action_space.shape[0], "log_std_init": args.log_std_init,
-              "obs_scale": envs.obs_scale}
+    config = {
+        "observations": envs.single_observation_space.shape[0],
+        "hidden": args.hidden,
+        "actions": envs.single_action_space.shape[0],
+        "log_std_init": args.log_std_init,
+        "obs_scale": envs.obs_scale,
+    }
     there = run.state["config"] if run.state else config
-    other = [f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v]
+    other = [
+        f"{k} {there.get(k)} there, {v} here"
+        for k, v in config.items()
+        if there.get(k) != v
+    ]
     refuse((other, f"{run.source} does not fit these flags: {'; '.join(other)}"))
     return config
 
@@ -1454,7 +1820,8 @@ def check_road(run: Run, envs):
 
 
 def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, dict, bool]:
-    """Controllers tuned within a tenth of the time, and their results: {name: make}, {name: result}, cut short."""
+    """Controllers tuned within a tenth of the time, and their results: {name: make}, {name:
+    result}, cut short."""
     run.phase("baselines")
     envs.reset(seed=run.args.seed)
     makers = make_controllers(envs, run.eval_limit(0.1))
@@ -1471,17 +1838,29 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     result, _, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.5))
     states = torch.cat(policy.states)
     audit = diagnose(agent, states[:: max(1, len(states) // 4096)])
-    record = {f"eval/{split}/{k}": v for split, metrics in result.items() for k, v in metrics.items()}
-    record |= {"value/v_mean": audit.pop("v_mean")} | {f"policy/{k}": v for k, v in audit.items()}
+    record = {
+        f"eval/{split}/{k}": v
+        for split, metrics in result.items()
+        for k, v in metrics.items()
+    }
+    record |= {"value/v_mean": audit.pop("v_mean")} | {
+        f"policy/{k}": v for k, v in audit.items()
+    }
     loop.evaluated = loop.global_step
     score = next(iter(result.values()))["episode_return"]
     if cut:
         print("cut short by --eval-timeout: not compared with other evaluations")
     else:
         run.keep_best(score, loop)
-    print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  "
-          + "  ".join(f"{split} {metrics['episode_return']:.2f}" for split, metrics in result.items())
-          + f"  state_dependence {audit['state_dependence']:.2f}", flush=True)
+    print(
+        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  "
+        f"{loop.updates:>6} updates  "
+        + "  ".join(
+            f"{split} {metrics['episode_return']:.2f}" for split, metrics in result.items()
+        )
+        + f"  state_dependence {audit['state_dependence']:.2f}",
+        flush=True,
+    )
     return record
 
 
@@ -1491,24 +1870,35 @@ def episode_record(envs) -> dict[str, float]:
     done = stats["episode_length"] > 0
     if not done.any():
         return {}
-    mean = {k: float(x[done].max() if k in WORST else x[done].double().mean()) for k, x in stats.items()}
-    charts = {f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")}
+    mean = {
+        k: float(x[done].max() if k in WORST else x[done].double().mean())
+        for k, x in stats.items()
+    }
+    charts = {
+        f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")
+    }
     return charts | {f"env/{k}": v for k, v in mean.items()}
 
 
-def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, makers, baselines, short) -> tuple[dict, dict]:
-    """The best agent beside the baselines, split by split, traces, and the diagnostics with their verdict."""
+def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, makers, baselines, short):
+    """({split: agent beside baselines}, diagnostics with their verdict) of the best agent; traces."""
     policy = Greedy(agent)
-    result, columns, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.4), trace=True)
+    limit = run.eval_limit(0.4)
+    result, columns, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
     traces = {"freeway": columns}
     if "constant" in makers:  # the road that nobody controls, for the picture
-        _, traces["freeway_constant"], _ = evaluate(Constant, eval_envs, run.eval_limit(0.4), trace=True)
+        limit = run.eval_limit(0.4)
+        _, traces["freeway_constant"], _ = evaluate(Constant, eval_envs, limit, trace=True)
     write_traces(run, traces)
-    results = {split: {"agent": metrics, "baselines": {name: b[split] for name, b in baselines.items()},
-                       "partial": cut or short} for split, metrics in result.items()}
+    results = {}
+    for split, metrics in result.items():
+        others = {name: baseline[split] for name, baseline in baselines.items()}
+        results[split] = {"agent": metrics, "baselines": others, "partial": cut or short}
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
-    audit["verdict"], audit["reasons"] = verdict(audit, chosen["agent"], chosen["baselines"], loop.updates)
+    audit["verdict"], audit["reasons"] = verdict(
+        audit, chosen["agent"], chosen["baselines"], loop.updates
+    )
     return results, audit
 
 
@@ -1522,16 +1912,19 @@ def write_traces(run: Run, traces: dict[str, dict]):
 
 @experiment
 def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
-    """Train (or --eval-only), evaluate, report; returns what summary.json holds. Tests hand environments over."""
+    """Train (or --eval-only), evaluate, report; returns what summary.json holds. Tests hand
+    environments over."""
     run = Run(Args, argv, SCHEMA, evaluations=3.0)
     args, device, steps = run.args, run.device, run.args.num_steps
-    lanes, on_road = args.num_envs // run.world, envs is None
-    refuse((args.num_envs % run.world, f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"))
+    uneven = f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"
+    refuse((args.num_envs % run.world, uneven))
+    lanes = args.num_envs // run.world
     lane0 = run.rank * lanes
+    on_road = envs is None
     envs = run.closing(envs or make_envs(args, run.backend, lanes, lane0))
     eval_envs = run.closing(eval_envs or make_envs(args, run.backend, cases="eval"))
     config = agent_config(run, envs)
-    run.open("freeway", describe(run, envs) if on_road else {"spec": type(envs).__name__})
+    run.open("freeway", describe(args) if on_road else {"spec": type(envs).__name__})
     makers, baselines, short = {}, {}, False
     if on_road:
         check_road(run, envs)
@@ -1539,38 +1932,42 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
         makers, baselines, short = judge_baselines(run, envs, eval_envs)
     run.phase("setup")
     agent = Agent(**config).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    schedule = Schedule(run)
+    draws = torch.Generator(device).manual_seed(args.seed)
     mode = "reduce-overhead" if args.cudagraphs else None
     forward = torch.compile(agent, mode=mode) if args.compile else agent
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    schedule, draws = Schedule(run), torch.Generator(device).manual_seed(args.seed)
-    width, size = config["actions"], steps * args.num_envs // args.num_minibatches
+    width = config["actions"]
+    size = steps * args.num_envs // args.num_minibatches
     obs = torch.zeros(steps + 1, lanes, config["observations"], device=device)
     last_obs = torch.zeros_like(obs[1:])  # of the episodes that end in a step
     actions = torch.zeros(steps, lanes, width, device=device)
     log_probs, rewards = torch.zeros(2, steps, lanes, device=device)
     terminations, ends = torch.zeros(2, steps, lanes, dtype=torch.bool, device=device)
     envs.reset(seed=args.seed, options={"stagger": True})
-    loop = run.restore(Loop(), config, policy=dict(agent=agent), optimizer=optimizer, envs=envs, draws=draws)
+    policy, parts = dict(agent=agent), dict(optimizer=optimizer, envs=envs, draws=draws)
+    loop = run.restore(Loop(), config, policy, **parts)
+    total = 0 if args.eval_only else args.total_timesteps
 
-    while not args.eval_only and loop.global_step < args.total_timesteps and not run.out_of_time():
+    while loop.global_step < total and not run.out_of_time():
         # ALGO LOGIC: action
         run.phase("rollout")
         noise = torch.randn((steps, args.num_envs, width), generator=draws, device=device)
-        noise = noise[:, lane0 : lane0 + lanes]  # of one process or of several: the same numbers for a lane
+        noise = noise[:, lane0 : lane0 + lanes]  # a lane's are the same in any number of processes
         for t in range(steps):
             with torch.no_grad():
                 obs[t] = envs.observe()
                 x = agent.normalise(obs[t])
                 actions[t] = agent.act(x, noise[t])
                 log_probs[t], _ = agent.log_prob_entropy(x, actions[t])
-            reward, terminated, truncated = envs.step_lanes(actions[t])
-            rewards[t], terminations[t], ends[t] = reward, terminated, terminated | truncated
+            rewards[t], terminations[t], truncated = envs.step_lanes(actions[t])
+            ends[t] = truncated.to(device) | terminations[t]
             last_obs[t] = envs.last_observations()
         obs[steps] = envs.observe()
         loop.global_step += steps * args.num_envs
         loop.iteration += 1
         if args.sim_timeout and envs.longest_call > args.sim_timeout:
-            print(f"a simulation call took {envs.longest_call:.2f} s, --sim-timeout is {args.sim_timeout}: stopping")
+            print(f"a simulation call took {envs.longest_call:.2f} s: --sim-timeout stops the run")
             run.guard.expired = True
 
         # ALGO LOGIC: training
@@ -1580,11 +1977,12 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
             next_values = values[1:].clone()
             next_values[ends] = agent.value(agent.normalise(last_obs[ends]))
             advantages, returns = gae(
-                rewards, values[:-1], next_values, terminations, ends, args.gamma, args.gae_lambda)
+                rewards, values[:-1], next_values, terminations, ends, args.gamma, args.gae_lambda
+            )
             explained = 1 - (returns - values[:-1]).var() / returns.var()
         optimizer.param_groups[0]["lr"] = schedule.learning_rate(loop)
-        columns = obs[:-1], actions, log_probs, advantages, returns
-        columns = [column.flatten(0, 1) for column in columns]
+        rows = obs[:-1], actions, log_probs, advantages, returns
+        rows = [column.flatten(0, 1) for column in rows]  # (steps x lanes, ...)
         losses, stopped = [], False
         for _ in range(args.update_epochs):
             order = torch.randperm(size * args.num_minibatches, generator=draws, device=device)
@@ -1592,11 +1990,12 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 if run.world > 1:  # every process takes its lanes' share of the same minibatch
                     t, lane = index // args.num_envs, index % args.num_envs - lane0
                     index = (t * lanes + lane)[(lane >= 0) & (lane < lanes)]
-                x, action, old_log_prob, advantage, target = (column[index] for column in columns)
+                x, action, old_log_prob, advantage, target = (column[index] for column in rows)
                 if args.cudagraphs:
                     torch.compiler.cudagraph_mark_step_begin()
-                log_prob, entropy, value = (out.clone() for out in forward(x, action))
-                ratio = (log_prob - old_log_prob).exp()
+                log_prob, entropy, value = (y.clone() for y in forward(x, action))
+                log_ratio = log_prob - old_log_prob
+                ratio = log_ratio.exp()
                 advantage = normalised(advantage, size)
 
                 policy_loss = clipped_surrogate(ratio, advantage, args.clip_coef).sum() / size
@@ -1613,23 +2012,25 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 optimizer.step()
                 loop.updates += 1
                 with torch.no_grad():
-                    kl = (ratio - 1 - (log_prob - old_log_prob)).sum() / size  # Schulman's k3
+                    kl = (ratio - 1 - log_ratio).sum() / size  # Schulman's k3
                     clipped = ((ratio - 1).abs() > args.clip_coef).sum() / size
-                    stats = reduce_sum(torch.stack([policy_loss, value_loss, entropy, kl, clipped]))
-                losses.append(torch.cat([stats, grad_norm[None]]))
+                    stats = torch.stack([policy_loss, value_loss, entropy, kl, clipped])
+                    losses.append(torch.cat([reduce_sum(stats), grad_norm[None]]))
                 stopped = args.target_kl is not None and float(stats[3]) > args.target_kl
                 if stopped:
                     break
             if stopped:
                 break
 
-        # evaluate, log, keep the best; here alone something crosses to the host
+        # evaluate, log, keep the best: here alone something crosses to the host
         if run.every(args.eval_interval, loop.global_step):
-            names = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
-            record = {f"losses/{k}": v for k, v in zip(names, torch.stack(losses).mean(0).tolist())}
-            if not math.isfinite(record["losses/policy_loss"] + record["losses/value_loss"]):
-                raise CheckFailed(f"the loss is not finite after {loop.updates} updates: lower --learning-rate")
-            record |= {"losses/explained_variance": explained, "charts/learning_rate": schedule.latest}
+            means = torch.stack(losses).mean(0).tolist()
+            record = {f"losses/{name}": mean for name, mean in zip(LOSSES, means)}
+            if not all(map(math.isfinite, means)):
+                why = f"the loss is not finite after {loop.updates} updates: lower --learning-rate"
+                raise CheckFailed(why)
+            record["losses/explained_variance"] = explained
+            record["charts/learning_rate"] = schedule.latest
             run.phase("eval")
             if run.rank == 0:
                 record |= run.charts(loop, loop.updates * size) | episode_record(envs)
@@ -1643,9 +2044,12 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     if run.rank:
         return {"exit_code": run.guard.exit_code}
     results, audit = final_results(run, loop, agent, eval_envs, makers, baselines, short)
-    longest = max(x.longest_call for x in (envs, eval_envs))
-    return run.finish(loop, results, audit, COLUMNS, device={"longest_simulation_call_s": longest},
-                      selected_by=next(iter(results)), samples_per_transition=loop.updates * size / max(loop.global_step, 1))
+    more = {
+        "selected_by": next(iter(results)),
+        "samples_per_transition": loop.updates * size / max(loop.global_step, 1),
+        "device": {"longest_simulation_call_s": max(envs.longest_call, eval_envs.longest_call)},
+    }
+    return run.finish(loop, results, audit, COLUMNS, **more)
 
 
 if __name__ == "__main__":
