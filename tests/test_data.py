@@ -114,16 +114,6 @@ def test_other_ways_to_write_the_same_bars(tmp_path, name):
     assert np.array_equal(timestamp, nanoseconds(frame)) and np.array_equal(ohlcv, values(frame))
 
 
-@FAST
-@given(st.lists(st.floats(1e-300, 1e300), min_size=3, max_size=8), st.integers(0, 2**60))
-def test_csv_prices_and_nanoseconds_survive_text(closes, ns):
-    steps = [ns + i * 3_600_000_000_000 for i in range(len(closes))]
-    times = np.array(steps, "datetime64[ns]")
-    rows = [f"{t}Z,{c!r},{c!r},{c!r},{c!r},0" for t, c in zip(times, closes)]
-    timestamp, ohlcv = read_bars("x.csv", "\n".join([",".join(COLUMNS), *rows]).encode())
-    assert np.array_equal(timestamp, times) and ohlcv[:, 3].tolist() == closes
-
-
 # ---------------------------------------------------------------------------------------- refusals
 def cell(row, column, value):
     def edit(frame):

@@ -132,15 +132,6 @@ def test_the_checker_catches(single, cheat):
     assert any(found) if cheat == "viterbi" else all(found)
 
 
-def test_the_checker_catches_a_smoothed_posterior_in_the_model_itself(single, monkeypatch):
-    def smoothed_filter(x, mean, var, trans, start):
-        return smoothed(x, {"mean": mean, "var": var, "trans": trans, "start": start})
-
-    bars, model = single
-    monkeypatch.setattr("common.features.forward_filter", smoothed_filter)
-    assert leaks(model.transform, bars, 1200, 0)
-
-
 # ---------------------------------------------------------------------------------------------- fit
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_fitted_changes_when_rows_after_train_change(fitted, seed):

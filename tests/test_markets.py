@@ -87,17 +87,6 @@ def test_reference_values_of_the_regime_market():
     assert reward / BP == pytest.approx(0.54, abs=0.005)
 
 
-def test_policies_with_a_known_mean():
-    law, cost = one_regime(), 0.5
-    assert mean_reward(law, cost * SIGMA, STAY) == (0, 0)
-    reward, turnover = mean_reward(law, cost * SIGMA, np.full((1, 21, 21, 21), 1 / 21))
-    assert reward / SIGMA == pytest.approx(-0.698 * cost, abs=5e-4 * cost)
-    assert turnover == pytest.approx(440 / 63 / 10, abs=1e-9)  # (n^2 - 1)/(3 n) steps of .1
-    flip = np.broadcast_to(np.where(np.arange(21) == 20, 0, 20), (1, 21, 21))  # -1 to +1 and back
-    reward, turnover = mean_reward(law, 5 * BP, flip)
-    assert turnover == pytest.approx(2, abs=1e-9) and reward == pytest.approx(-10 * BP, abs=1e-12)
-
-
 # --------------------------------------------------------------------------- the dynamic programme
 TINY = Law("tiny", n_states=2, ic=0.3, phi=0.6, sigma=(SIGMA,))
 FEW = np.array([-1.0, 0.0, 1.0])
