@@ -77,7 +77,8 @@ def usual_limit(returns: np.ndarray) -> float:
     most returns are equal.
     """
     low, high = np.quantile(returns, (0.25, 0.75))
-    return 12.0 * (high - low) / 1.349 or math.inf
+    sigma = (high - low) / 1.349
+    return 12.0 * sigma or math.inf
 
 
 def best_constant(series: Series, levels) -> float:
@@ -88,7 +89,8 @@ def best_constant(series: Series, levels) -> float:
     a, b = series.rows["train"]
     best, earned = 0.0, None
     for level in levels:
-        path = series.walk(np.full(b - a, float(level)), a, b)[0]
+        constant = np.full(b - a, float(level))
+        path = series.walk(constant, a, b)[0]
         if earned is None or path.mean() > earned.mean():
             best, earned = float(level), path
     visible = earned.mean() > 2 * standard_error(earned)
@@ -112,27 +114,32 @@ def random_path(n: int, turnover: float, seed: int, levels=None) -> np.ndarray:
 
 def last_true(mask: np.ndarray) -> np.ndarray:
     """(n,) index of the last True up to each row, 0 before the first."""
-    return np.maximum.accumulate(np.where(mask, np.arange(len(mask)), 0))
+    rows = np.arange(len(mask))
+    return np.maximum.accumulate(np.where(mask, rows, 0))
 
 
 @njit(cache=True)
 def ewma_nb(x, keep):
     out = x.copy()
     for t in range(1, x.size):
-        out[t] = keep * out[t - 1] + (1.0 - keep) * x[t]
+        news = (1.0 - keep) * x[t]
+        out[t] = keep * out[t - 1] + news
     return out
 
 
 def band(forecast: np.ndarray, level: float) -> np.ndarray:
     """+1 above `level`, -1 below -`level`, otherwise as before (0 at first)."""
-    side = np.where(np.abs(forecast) > level, np.sign(forecast), 0.0)
+    far = np.abs(forecast) > level
+    side = np.where(far, np.sign(forecast), 0.0)
     return side[last_true(side != 0)]
 
 
 def train_rows(assets: list[Series], rows: list) -> tuple[np.ndarray, np.ndarray]:
     """Columns (n, K) and next returns (n,) of these rows of each asset, one after the other."""
-    x = [s.x[part] for s, part in zip(assets, rows)]
-    y = [s.ret[part] for s, part in zip(assets, rows)]
+    x, y = [], []
+    for series, part in zip(assets, rows):
+        x.append(series.x[part])
+        y.append(series.ret[part])
     return np.concatenate(x), np.concatenate(y)
 
 
@@ -164,7 +171,8 @@ def out_of_fold(assets: list[Series], penalties) -> list[np.ndarray]:
         folds, others = [], []
         for s in assets:
             a, b = s.rows["train"]
-            low, high = (a + (b - a) * edge // FOLDS for edge in (k, k + 1))
+            low = a + (b - a) * k // FOLDS
+            high = a + (b - a) * (k + 1) // FOLDS
             folds.append(slice(low, high))
             before, after = max(a, low - GAP), min(b, high + GAP)
             others.append(np.r_[a:before, after:b])
@@ -202,13 +210,15 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
     if choice is None:
         return flat
     k, keep, threshold = choice
-    smooth = [ewma_nb((s.x - center) @ weights[:, k], keep) for s in assets]
+    chosen = weights[:, k]
+    smooth = [ewma_nb((s.x - center) @ chosen, keep) for s in assets]
     spread = spread_on(smooth, trains)
     return [band(forecast, threshold * spread) for forecast in smooth]
 
 
 def spread_on(forecasts: list, rows: list[slice]) -> float:
-    return np.concatenate([f[part] for f, part in zip(forecasts, rows)]).std()
+    pieces = [forecast[part] for forecast, part in zip(forecasts, rows)]
+    return np.concatenate(pieces).std()
 
 
 def earned_on(assets: list[Series], targets: list, rows: list[slice]) -> float:
@@ -231,14 +241,17 @@ def edge_over_constant(
     means, errors = [], []
     for s, path in zip(assets, paths):
         a, b = s.rows[split]
-        path = path if len(path) == b - a else path[a:b]
+        if len(path) != b - a:
+            path = path[a:b]
         constant = np.full(b - a, best_constant(s, levels))
         which = int(s.known)  # of what walk returns: realised or expected
-        edge = s.walk(path, a, b)[which] - s.walk(constant, a, b)[which]
+        earned = s.walk(path, a, b)[which]
+        edge = earned - s.walk(constant, a, b)[which]
         means.append(edge.mean())
         errors.append(standard_error(edge))
     error = np.sqrt(np.sum(np.square(errors))) / len(assets)
-    return float(np.mean(means) / BP), float(error / BP)
+    edge = np.mean(means)
+    return float(edge / BP), float(error / BP)
 
 
 def ridge_paths(assets: list[Series]) -> list[np.ndarray]:
@@ -256,11 +269,13 @@ def ridge_paths(assets: list[Series]) -> list[np.ndarray]:
     x, y = train_rows(assets, fits)
     center, scale = x.mean(0), x.std(0) + 1e-9
     x = (x - center) / scale
-    gram, rhs = x.T @ x, x.T @ (y - y.mean())
+    gram = x.T @ x
+    rhs = x.T @ (y - y.mean())
+    ones = np.eye(len(gram))
 
     best, paths = -math.inf, []
     for penalty in PENALTIES:
-        weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), rhs)
+        weights = np.linalg.solve(gram + penalty * ones, rhs)
         forecasts = [(s.x - center) / scale @ weights for s in assets]
         for keep in SMOOTHING:
             smooth = [ewma_nb(forecast, keep) for forecast in forecasts]
