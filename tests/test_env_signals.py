@@ -1,4 +1,4 @@
-"""The signalised network: Gymnasium's contract, signals, demand, what is paid and seen, evaluation cases, baselines."""
+"""The signalised network: Gymnasium's contract, signals, demand, reward and sight, evaluation cases, baselines."""
 
 import gymnasium as gym
 import numba as nb
@@ -426,7 +426,7 @@ def test_sanity_fails_with_what_it_found(broken, words):
 def test_where_no_request_counts_the_agent_keeps_the_phase_and_learns_nothing():
     envs = make(8, interval=5.0)
     torch.manual_seed(0)
-    agent = arz.Agent(observations=envs.row_obs, phases=2, hidden=64, held=envs.held)
+    agent = arz.Agent(observations=envs.row_obs, phases=2, hidden=64, phase_at=envs.phase_at)
     for t in range(6):
         envs.step_lanes(torch.randint(0, 2, (8, 5), generator=torch.Generator().manual_seed(t)))
     free, phase = envs.age.T.flatten() >= 10, envs.phase.T.flatten()

@@ -98,10 +98,10 @@ def test_filling_and_slope_belong_to_the_pressure(pressure):
 
 
 def test_relaxation_is_exact_and_never_speeds_up_what_stands_overfilled():
-    kept = np.exp(-0.7 / 1.5)
-    v, change = arz.relax_nb(9.0, 4.0, 11.0, 1.0 - kept)
-    assert v == pytest.approx(11.0 + (5.0 - 11.0) * kept) and change == pytest.approx(v - 5.0)
-    assert arz.relax_nb(9.0, 12.0, 0.0, 1.0 - kept) == (0.0, 0.0)
+    rest = np.exp(-0.7 / 1.5)
+    v, change = arz.relax_nb(9.0, 4.0, 11.0, 1.0 - rest)
+    assert v == pytest.approx(11.0 + (5.0 - 11.0) * rest) and change == pytest.approx(v - 5.0)
+    assert arz.relax_nb(9.0, 12.0, 0.0, 1.0 - rest) == (0.0, 0.0)
     assert arz.relax_nb(0.1, 0.3, 0.7, 0.0)[1] == 0.0
 
 
