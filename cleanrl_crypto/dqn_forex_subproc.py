@@ -196,7 +196,7 @@ class Args(RunArgs):
     learning_starts: int = 16_384
     """transitions with uniform random actions before the first update"""
     buffer_size: int = 1_000_000
-    """transitions kept (on markets row numbers and what the path adds: 27 bytes each)"""
+    """transitions kept (on markets row numbers and what the path adds: 19 bytes each)"""
     batch_size: int = 2048
     """transitions of an update"""
     updates_per_step: int = 4
