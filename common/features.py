@@ -611,6 +611,14 @@ def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
     return np.abs(t).max(0).tolist(), least
 
 
+def with_products(table, n_tech: int) -> np.ndarray:
+    """(T, 6 n_tech + 5) float64: the columns of a table (T, n_tech + 5), technical ones times context."""
+    table = np.asarray(table, np.float64)
+    tech = table[:, :n_tech]
+    products = [tech * table[:, k : k + 1] for k in range(n_tech, table.shape[1])]
+    return np.concatenate([table, *products], 1)
+
+
 # ----------------------------------------------------------------------------------------- models
 class Fitted:
     """A dataclass of fitted parameters that a checkpoint holds."""
@@ -641,6 +649,7 @@ class FeatureModel(Fitted):
     train_dates    open time of the first and of the last bar that was fitted on, ISO with Z
     evidence (n_tech,) |t| of each technical column with the next train return, see screen_columns
     least_evidence   columns below it are 0 in `transform`; 0: no screen
+    linear   a lasso on with_products(), see scoring.fit_linear; empty: none
     """
 
     names: tuple[str, ...]
@@ -654,6 +663,15 @@ class FeatureModel(Fitted):
     train_dates: tuple[str, ...] = ()
     evidence: list[float] = field(default_factory=list)
     least_evidence: float = 0.0
+    linear: dict = field(default_factory=dict)
+
+    def forecast(self, table) -> np.ndarray:
+        """(T,) float32 linear forecast of the next return from rows (T, n_tech + 5), about 1 in size."""
+        if not self.linear:
+            return np.zeros(len(table), np.float32)
+        x = with_products(table, self.n_tech) - np.array(self.linear["center"])
+        forecast = x @ np.array(self.linear["weights"]) / self.linear["spread"]
+        return forecast.clip(-CLIP, CLIP).astype(np.float32)
 
     @property
     def passed(self) -> np.ndarray:
