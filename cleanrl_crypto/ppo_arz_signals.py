@@ -36,7 +36,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -79,26 +79,19 @@ from common.networks import CELL_LENGTH, Network, NetworkError, find_network
 SCHEMA = 4  # of the checkpoint
 EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
 EVAL_LANES = 125  # 25 to choose by, then 50 of other seeds at demand x1.0 and 50 at x1.3
-LEVELS = (
-    1.0,
-    1.3,
-)  # demand over its mean: range of a training episode, the two levels of evaluation
+LEVELS = (1.0, 1.3)  # demand over its mean: range of a training episode, the two of evaluation
 BLOCK = 128  # most lanes that a CPU task simulates together
 CFL = 0.9  # Courant number of a time step
 TAU = (1.0, 1.5)  # s, relaxation of motorcycles and cars
-KNOT, BIN = (
-    300.0,
-    60.0,
-)  # s between knots of the slow demand, and length of a bin of the fast one
+KNOT = 300.0  # s between knots of the slow demand
+BIN = 60.0  # s, of the fast one
 VARIATION = (0.4, 1.6, 0.5)  # least and largest factor of a knot, half width of a bin's
 START_FILL = 0.1  # largest share of jam density a segment starts with
 TUNING_SHARE = 0.08  # of the time that is left, for the baselines' constants
 # literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
 ZERO, HALF, ONE, TWO, THREE, TEN = (np.float32(x) for x in (0.0, 0.5, 1.0, 2.0, 3.0, 10.0))
-TINY, THIN = (
-    np.float32(1e-30),
-    np.float32(1e-5),
-)  # below THIN of the jam density w = (rho w) / rho is rounding
+TINY = np.float32(1e-30)
+THIN = np.float32(1e-5)  # of the jam density: below it w = (rho w) / rho is rounding
 ALPHA = np.float32(0.6)  # of a motorcycle's pressure: what a car counts
 CREEP = np.float32(5 / 3.6)  # m/s, motorcycles between standing cars
 
@@ -339,11 +332,8 @@ def uniform_nb(seed, lane, episode, draw):
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = (
-        (x ^ (x >> np.uint64(31)))
-        + np.uint64(episode) * np.uint64(0xD1342543DE82EF95)
-        + np.uint64(draw)
-    )
+    x = x ^ (x >> np.uint64(31))
+    x = x + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))
@@ -494,13 +484,8 @@ def face_nb(lo, hi, c, s, k, roads, cells, face, law):
 def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
     """Cell c of class k after its fluxes, in place; the right ones become the next cell's left ones."""
     own, _, mom, _, w, _ = class_of_nb(cells, k)
-    face, left, left_mom, lost, dt = (
-        scratch.face,
-        scratch.left,
-        scratch.left_mom,
-        scratch.lost,
-        scratch.dt,
-    )
+    face, left, left_mom = scratch.face, scratch.left, scratch.left_mom
+    lost, dt = scratch.lost, scratch.dt
     for ln in range(lo, hi):
         h, out_mom = dt[ln] * inv_dx, face[k, ln] * w[c, ln]
         z = mom[c, ln] + h * (left_mom[k, ln] - out_mom)
@@ -517,12 +502,8 @@ def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
 def settle_nb(lo, hi, c, s, roads, cells, gain, speed, law):
     """Relax cell c in place and raise `speed` (1/s) to its wave speed over dx."""
     rho_m, rho_c, mom_m, mom_c = cells.rho_m, cells.rho_c, cells.mom_m, cells.mom_c
-    inv_jam, inv_dx, k_m, k_c = (
-        roads.inv_jam[s],
-        roads.inv_dx[s],
-        roads.limit[0, s],
-        roads.limit[1, s],
-    )
+    inv_jam, inv_dx = roads.inv_jam[s], roads.inv_dx[s]
+    k_m, k_c = roads.limit[0, s], roads.limit[1, s]
     for ln in range(lo, hi):
         r_m, r_c = rho_m[c, ln], rho_c[c, ln]
         _, _, _, _, d_m, d_c, fastest = cell_nb(
@@ -821,12 +802,8 @@ def zones_nb(lo, hi, roads, cells, total, street, totals, law):
             for ln in range(lo, hi):
                 totals[STORED + k, ln] += street.queue[k, e, ln]
     for s in range(roads.first.size - 1):
-        inv_jam, k_m, k_c, dx = (
-            roads.inv_jam[s],
-            roads.limit[0, s],
-            roads.limit[1, s],
-            roads.dx[s],
-        )
+        inv_jam, dx = roads.inv_jam[s], roads.dx[s]
+        k_m, k_c = roads.limit[0, s], roads.limit[1, s]
         for z in range(6):
             for ln in range(lo, hi):
                 zones[z, s, ln] = ZERO
@@ -950,11 +927,8 @@ def start_nb(ln, roads, cells, street, totals, rules):
 @fast
 def draw_demand_nb(lo, hi, roads, scratch, street, rules):
     for ln in range(lo, hi):
-        lane, episode, second = (
-            street.lane_id[ln],
-            street.episode_id[ln],
-            street.decision[ln] * rules.interval,
-        )
+        lane, episode = street.lane_id[ln], street.episode_id[ln]
+        second = street.decision[ln] * rules.interval
         level = street.level[0, ln]
         level += (street.level[1, ln] - level) * uniform_nb(rules.seed, lane, episode, 0)
         for e in range(roads.base.shape[1]):
@@ -1013,9 +987,8 @@ def begin_nb(lo, hi, stagger, roads, cells, scratch, street, result, rules, law)
     """First observations of the episodes that street.episode names; stagger 1: of every length."""
     for ln in range(lo, hi):
         start_nb(ln, roads, cells, street, result.totals, rules)
-        part = (
-            street.lane_id[ln] * 0.6180339887498949 % 1.0
-        )  # golden ratio: even, whatever share of the lanes is here
+        # golden ratio: even, whatever share of the lanes is here
+        part = street.lane_id[ln] * 0.6180339887498949 % 1.0
         street.decision[ln] = int(part * rules.length * stagger)
         street.broken[ln] = 0
     zones_nb(lo, hi, roads, cells, scratch.total, street, result.totals, law)
@@ -1047,7 +1020,8 @@ def begin_cpu(block, stagger, roads, cells, scratch, street, result, rules, law)
     )
 
 
-def build_cuda():
+@cache
+def cuda_kernels() -> tuple:
     """The same functions on the GPU, one thread a lane: kernels of decide_cpu's and begin_cpu's arguments."""
 
     @cuda.jit
@@ -1148,24 +1122,9 @@ class NetworkVectorEnv(Lanes):
     of each junction: of the segments that end there, and of exits that begin there.
     """
 
-    SAVED = (
-        "rho_m",
-        "rho_c",
-        "mom_m",
-        "mom_c",
-        "phase",
-        "age",
-        "queue",
-        "zones",
-        "level",
-        "lane_id",
-        "episode_id",
-        "decision",
-        "broken",
-        "totals",
-        "finals",
-        "obs",
-    )
+    SAVED = (  # all that a resumed run needs
+        "rho_m", "rho_c", "mom_m", "mom_c", "phase", "age", "queue", "zones", "level", "lane_id",
+        "episode_id", "decision", "broken", "totals", "finals", "obs")
     traced = 0
 
     def __init__(
@@ -1188,16 +1147,12 @@ class NetworkVectorEnv(Lanes):
     ):
         net = self.network = find_network(network, dx)
         check_network(net, interval, seconds)
-        self.decision_interval, self.length, self.agents = (
-            interval,
-            round(seconds / interval),
-            len(net.nodes),
-        )
-        self.named, phases = self.agents <= 16, int(net.n_phases.max())
+        self.decision_interval, self.length = interval, round(seconds / interval)
+        self.agents, phases = len(net.nodes), int(net.n_phases.max())
         real = np.dtype(dtype)
         self.roads = roads_of(net, real)
         self.phase_at = 13 * self.roads.approach.shape[1]  # column where the phase begins
-        self.row_obs = self.phase_at + phases + 2 + self.agents * self.named
+        self.row_obs = self.phase_at + phases + 2 + (self.agents if self.agents <= 16 else 0)
         observation = gym.spaces.Box(-np.inf, np.inf, (self.agents, self.row_obs), np.float32)
         super().__init__(
             num_envs, observation, gym.spaces.MultiDiscrete(net.n_phases), backend, seed
@@ -1209,12 +1164,10 @@ class NetworkVectorEnv(Lanes):
         self.kernels, self.longest_call, self.timed = (decide_cpu, begin_cpu), 0.0, False
         if backend == "cuda":
             self.roads = Roads(*map(cuda.to_device, self.roads))
-            self.kernels = tuple(kernel[(num_envs + 63) // 64, 64] for kernel in build_cuda())
+            self.kernels = tuple(kernel[(num_envs + 63) // 64, 64] for kernel in cuda_kernels())
         self.splits, self.n_phases = {}, self.on_device(net.n_phases)
-        lane_id, levels = (
-            lane0 + np.arange(num_envs),
-            np.repeat(np.array(level, float)[:, None], num_envs, 1),
-        )
+        lane_id = lane0 + np.arange(num_envs)
+        levels = np.repeat(np.array(level, float)[:, None], num_envs, 1)
         if cases == "eval":
             lane_id, levels, self.splits = eval_cases(num_envs)
         self.assign(lane_id, levels)
@@ -1224,13 +1177,9 @@ class NetworkVectorEnv(Lanes):
 
     def take_all(self, real):
         """State and scratch of the kernels, from the pool."""
-        net, n, g, wide, whole = self.network, self.num_envs, self.agents, np.float64, np.int64
-        s, e, cells, rows = (
-            len(net.ends),
-            net.base.shape[1],
-            int(net.first[-1]),
-            (g, self.row_obs),
-        )
+        n, g, d = self.num_envs, self.agents, self.row_obs
+        cells, s, e = int(self.network.first[-1]), len(self.network.ends), self.network.base.shape[1]
+        wide, whole = np.float64, np.int64
         shapes = {
             real: {
                 **{name: (cells, n) for name in Cells._fields},
@@ -1268,7 +1217,7 @@ class NetworkVectorEnv(Lanes):
                 "broken": (n,),
                 "action": (n, g),
             },
-            np.float32: {"obs": (n, *rows), "final_obs": (n, *rows)},
+            np.float32: {"obs": (n, g, d), "final_obs": (n, g, d)},
             np.bool_: {"flags": (2, n)},
         }
         for dtype, named in shapes.items():
@@ -1502,12 +1451,10 @@ def fixed_cycle(env, cycle, skew, speed):
     """Greens in proportion to the critical flows to the power `skew` (0: equal), a cycle of `cycle` s."""
     net, ratio = env.network, flow_ratios(env.network)
     exists = np.arange(ratio.shape[1]) < net.n_phases[:, None]
-    ratio = (
-        np.maximum(ratio, 0.05 * ratio.max(1, keepdims=True) + 1e-9)[..., None]
-        ** skew.cpu().numpy()
-    )
-    ratio = ratio * exists[..., None]
-    return serve_in_turn(env, ratio / ratio.sum(1, keepdims=True) * cycle.cpu().numpy(), speed)
+    ratio = np.maximum(ratio, 0.05 * ratio.max(1, keepdims=True) + 1e-9)
+    weight = (ratio * exists)[..., None] ** skew.cpu().numpy() * exists[..., None]
+    share = weight / weight.sum(1, keepdims=True)
+    return serve_in_turn(env, share * cycle.cpu().numpy(), speed)
 
 
 def webster(env, level, saturation, speed):
@@ -1547,9 +1494,8 @@ def actuated(env, gap, longest):
     empty = (served[..., 0] < 0)[..., None]
 
     def act(obs):
-        filling = (
-            env.zones[0][served.clamp(min=0)].amax(2).masked_fill(empty, 0.0)
-        )  # (G, phases, N)
+        # (G, phases, N)
+        filling = env.zones[0][served.clamp(min=0)].amax(2).masked_fill(empty, 0.0)
         own = filling.gather(1, env.phase[:, None])[:, 0]
         following = env.phase
         for ahead in range(filling.shape[1] - 1, 0, -1):
@@ -1577,15 +1523,12 @@ class Pressures:
         serves = np.zeros((env.agents, int(net.n_phases.max()), len(net.ends)))
         for s in np.flatnonzero(net.signal >= 0):
             serves[net.signal[s], :, s] = net.green[s] >> np.arange(serves.shape[1]) & 1
-        self.serves, self.no_phase = (
-            env.on_device(serves),
-            env.on_device(serves.sum(2) == 0)[..., None],
-        )
+        self.serves = env.on_device(serves)
+        self.no_phase = env.on_device(serves.sum(2) == 0)[..., None]
 
     def __call__(self, standing):
-        x = torch.where(
-            standing > 0, self.env.counts(True), self.env.counts()
-        )  # (S, N) vehicles
+        # (S, N) vehicles
+        x = torch.where(standing > 0, self.env.counts(True), self.env.counts())
         x[self.entries] += self.env.queue.sum(0)[self.queues]
         gap = x.index_add(0, self.move_from, x[self.move_to] * self.share) * self.saturation
         return (self.serves @ gap).masked_fill(self.no_phase, -math.inf)
@@ -1599,9 +1542,8 @@ def max_pressure(env, period, standing, margin):
         value = pressures(standing)
         present = value.gather(1, env.phase[:, None]) + margin * unit
         value = value.scatter(1, env.phase[:, None], present)
-        ask = (
-            env.decision * env.decision_interval % period < env.decision_interval
-        )  # the first decision of each period
+        # the first decision of each period
+        ask = env.decision * env.decision_interval % period < env.decision_interval
         return torch.where(ask, value.argmax(1), env.phase).T
 
     return act
@@ -1823,9 +1765,8 @@ class RewardScale:
     def __init__(self, rows: int, gamma: float, device):
         self.gamma = gamma
         self.running = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.moments = torch.zeros(
-            3, dtype=torch.float64, device=device
-        )  # count, mean, squared deviations
+        # count, mean, sum of squared deviations
+        self.moments = torch.zeros(3, dtype=torch.float64, device=device)
 
     def __call__(self, rewards, ends):  # (T, rows)
         for reward, ended in zip(rewards, ends):
@@ -1840,14 +1781,9 @@ class RewardScale:
         """The moments joined with those of new rows (Chan 1979)."""
         before, mean, squares = self.moments
         delta = total / count - mean
-        squares = (
-            squares
-            + square
-            - total**2 / count
-            + delta * delta * before * count / (before + count)
-        )
+        spread = square - total**2 / count + delta * delta * before * count / (before + count)
         self.moments = torch.stack(
-            [before + count, mean + delta * count / (before + count), squares]
+            [before + count, mean + delta * count / (before + count), squares + spread]
         )
 
     def state_dict(self) -> dict:
@@ -1913,15 +1849,11 @@ def check_env(envs):
     envs.load_state_dict(state)
     envs.step_lanes(still)
     gap, moved = (float((envs.observe() - x).abs().max()) for x in (other, first))
-    arrived, rate, interval = (
-        envs.totals[ARRIVED : ARRIVED + 2].sum(0),
-        envs.rate.sum((0, 1)),
-        envs.decision_interval,
-    )
+    arrived, rate = envs.totals[ARRIVED : ARRIVED + 2].sum(0), envs.rate.sum((0, 1))
+    interval = envs.decision_interval
     inflow = float((arrived / rate.clamp(min=1e-9)).mean())
-    envs.decision.fill_(
-        envs.length - decisions
-    )  # the end of the episode, without all of the way there
+    # to the end of the episode, without all of the way there
+    envs.decision.fill_(envs.length - decisions)
     rewards, early = [], 0
     for _ in range(decisions):
         reward, terminated, truncated = envs.step_lanes(still)
@@ -2322,9 +2254,8 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 if run.world > 1:  # every process takes its rows' share of the same minibatch
                     t, row = index // all_rows, index % all_rows - row0
                     index = (t * rows + row)[(row >= 0) & (row < rows)]
-                x, action, old_log_prob, advantage, target = (
-                    column[index] for column in columns
-                )
+                batch = (column[index] for column in columns)
+                x, action, old_log_prob, advantage, target = batch
                 log_prob, entropy, value = forward(x, action)
                 ratio = (log_prob - old_log_prob).exp()
                 advantage = normalised(advantage, size)
@@ -2356,14 +2287,7 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
 
         # evaluate, log, keep the best; here alone something crosses to the host
         if run.every(args.eval_interval, loop.global_step):
-            names = (
-                "policy_loss",
-                "value_loss",
-                "entropy",
-                "approx_kl",
-                "clipfrac",
-                "grad_norm",
-            )
+            names = "policy_loss value_loss entropy approx_kl clipfrac grad_norm".split()
             record = {
                 f"losses/{k}": v for k, v in zip(names, torch.stack(losses).mean(0).tolist())
             }

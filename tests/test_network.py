@@ -306,7 +306,7 @@ COMPILED = """
 from cleanrl_crypto import ppo_arz_signals as arz
 envs = arz.NetworkVectorEnv(4, "town1")
 rules = arz.Rules(1, 90, *envs.times)
-decide, begin = arz.build_cuda()
+decide, begin = arz.cuda_kernels()
 emit(decide, 1, envs.arrays["action"], envs.roads, *envs.records, rules, envs.law)
 emit(begin, 1, 0, envs.roads, *envs.records, rules, envs.law)
 """
