@@ -1,28 +1,30 @@
-r"""Trades currency pairs with DQN: many lanes step in worker processes over shared memory, or in this one.
+r"""Trades currency pairs with DQN: many lanes step in worker processes over shared memory, or here.
 
-On a laptop: four embedded pairs whose best policy is known, a minute on 2 cores, test score .92 to .96 of the optimum:
+On a laptop: four embedded pairs whose best policy is known, a minute on 2 cores, test score .94 to
+.96 of the optimum:
 
     python cleanrl_crypto/dqn_forex_subproc.py --timeout 120
 
-Real bars, a folder of {SYMBOL}*.parquet or .csv, spread in pips or from a file (timestamp, one column of price units
-a symbol):
+Real bars, a folder of {SYMBOL}*.parquet or .csv, spread in pips or from a file (timestamp, one
+column of price units a symbol):
 
-    python cleanrl_crypto/dqn_forex_subproc.py --data data/forex --symbols EURUSD GBPUSD USDJPY USDCHF \
+    python cleanrl_crypto/dqn_forex_subproc.py --data data/forex --symbols EURUSD USDJPY \
         --spread-file data/forex/spread_1h.parquet --weekend flat --timeout 300
 
 How the lanes step is measured at the start; or say it. The trajectories are the same in every mode:
 
-    python cleanrl_crypto/dqn_forex_subproc.py --vec-mode subproc --num-workers 4 --async-halves --timeout 120
+    python cleanrl_crypto/dqn_forex_subproc.py --vec-mode subproc --num-workers 4 --async-halves
 
 Any Gymnasium environment with a Box and a Discrete space, one a lane, in worker processes:
 
-    python cleanrl_crypto/dqn_forex_subproc.py --env-fn my_module:make_env --num-envs 8 --total-timesteps 60000
+    python cleanrl_crypto/dqn_forex_subproc.py --env-fn my_module:make_env --num-envs 8
 
 GPU, Kaggle: a GPU is used where a probe shows that it works, for the lanes too.
 
-    python cleanrl_crypto/dqn_forex_subproc.py --data /kaggle/input/forex --run-dir /kaggle/working/run --timeout 3600
+    python cleanrl_crypto/dqn_forex_subproc.py --data /kaggle/input/forex --timeout 3600 \
+        --run-dir /kaggle/working/run
 
-Resume after whatever ended the run (the same command starts and continues it), or evaluate a checkpoint:
+Resume after whatever ended the run (the same command starts and continues it), or evaluate:
 
     python cleanrl_crypto/dqn_forex_subproc.py --run-dir runs/fx --resume auto
     python cleanrl_crypto/dqn_forex_subproc.py --eval-only --checkpoint runs/fx/checkpoints/best.pt
@@ -31,7 +33,7 @@ Use the agent in another program, from its checkpoint alone:
 
     from cleanrl_crypto.dqn_forex_subproc import load_policy
     policy = load_policy("runs/fx/checkpoints/best.pt")
-    action = policy(obs)  # (B, columns + 2) as the environment gives them -> (B,) 0 short, 1 flat, 2 long
+    action = policy(obs)  # (B, columns + 2) -> (B,) 0 short, 1 flat, 2 long
 
 Every flag: --help. Every metric, and what to do when it is off: docs/dqn_forex_subproc.md
 """
@@ -42,29 +44,43 @@ import json
 import math
 import multiprocessing as mp
 import os
+import re
 import signal
-import struct
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from common.run import CheckFailed, Run, RunArgs, UsageError, answer_help, check, exit_with
-    from common.run import experiment, flag, load_run, refuse
+    from common.run import (
+        CheckFailed,
+        Run,
+        RunArgs,
+        UsageError,
+        answer_help,
+        check,
+        exit_with,
+        experiment,
+        flag,
+        load_run,
+        refuse,
+    )
 except ModuleNotFoundError as e:
     if e.name != "common":
         raise
-    sys.exit(f"{Path(__file__).name} needs the folder common/: copy it to {Path(__file__).resolve().parents[1]}")
+    sys.exit(
+        f"{Path(__file__).name} needs the folder common/: copy it to {Path(__file__).resolve().parents[1]}"
+    )
 
 answer_help(__name__, __file__)
 
@@ -79,29 +95,51 @@ import torch.nn.functional as F
 from numba import cuda
 
 from common import markets
-from common.data import Bars, find_file, iso, load_bars, print_facts, read_columns, split_series, utc_times
+from common.data import (
+    Bars,
+    find_file,
+    iso,
+    load_bars,
+    print_facts,
+    read_columns,
+    split_series,
+    utc_times,
+)
 from common.features import ColumnModel, fit_columns
 from common.lanes import Lanes, register
-from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, usual_limit, verdict
+from common.scoring import (
+    BP,
+    Series,
+    best_constant,
+    path_metrics,
+    random_path,
+    ridge_edge,
+    usual_limit,
+    verdict,
+)
 
 SCHEMA = 2  # of the checkpoint
 SPLITS = ("train", "eval", "test")
 LEVELS = np.array([-1.0, 0.0, 1.0])  # positions: short, flat, long
 HORIZON = 1  # bars between a decision and the end of its reward
 EMBARGO = 24  # bars left out between splits beside the horizon
-ROLLOVER = 22  # hour UTC at which a position is carried to the next day (17:00 in New York in winter)
+ROLLOVER = 22  # hour UTC of the carry to the next day: 17:00 in New York in winter
 CLOSED_HOURS = 24  # a longer step between two bars is a market that was closed
-SPREAD_PIPS = {"EURUSD": 1.6, "GBPUSD": 1.9, "USDJPY": 1.5, "USDCHF": 1.9}  # hourly medians of a retail broker, 2021-24
+# hourly medians of a retail broker, 2021-24
+SPREAD_PIPS = {"EURUSD": 1.6, "GBPUSD": 1.9, "USDJPY": 1.5, "USDCHF": 1.9}
 PIP_SIZES = {  # price units, as brokers quote spreads
     0.0001: "EURUSD GBPUSD AUDUSD NZDUSD USDCHF USDCAD USDSEK USDNOK USDDKK USDPLN USDSGD USDCNH "
-            "USDHKD USDZAR USDMXN USDTRY USDILS USDCZK",
-    0.01: "USDJPY USDHUF USDTHB USDINR XAUUSD"}
+    "USDHKD USDZAR USDMXN USDTRY USDILS USDCZK",
+    0.01: "USDJPY USDHUF USDTHB USDINR XAUUSD",
+}
 PIP = {symbol: size for size, symbols in PIP_SIZES.items() for symbol in symbols.split()}
 SYNTHETIC_COST = 0.2  # of the bar's sigma, a side: so dear that a policy of signs earns little
 RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
-LOST = 3e-6  # growth at which the episode terminates: above RUIN, a fee may hit the floor in a rising bar
+LOST = 3e-6  # growth that ends the episode: above RUIN, a fee may hit the floor in a rising bar
 MAX_GRAD_NORM = 10.0  # never reached in a healthy run: it stops one bad batch
-AVERAGE = 0.999  # of the averaged weights, an update: about the last 1000, quieter than the last ones
+AVERAGE = (
+    0.999  # of the averaged weights, an update: about the last 1000, quieter than the last ones
+)
 START_E = 1.0  # first probability of a random action: nothing is known yet
 LAST_RATE = 0.02  # of --learning-rate, at the end of the cosine
 EVAL_EPISODES = 100  # of a custom environment
@@ -110,25 +148,33 @@ EVAL_STEPS = 100_000  # vector steps after which these are cut: an episode may n
 ROWS_PER_SECOND = 50_000  # that an evaluation with its baselines walks, at least
 WALK = ("growth", "mean", "change", "held")  # of an account, a bar
 
-STEP, FIRST, NEXT, SHOW, LOSE = range(5)  # what is done to lanes; LOSE: their worker died, the episode is truncated
-RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, FLAT, LAST, SPARE = range(8)  # columns of a bar: one cache line
+STEP, FIRST, NEXT, SHOW, LOSE = range(
+    5
+)  # what is done to lanes; LOSE: their worker died, the episode is truncated
+RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, FLAT, LAST, SPARE = range(
+    8
+)  # columns of a bar: one cache line
 LEVERAGE, DRIFT, YEAR, LENGTH = range(4)  # numbers of an environment
-LANE = {  # a lane's state, one array (N,) each
-    "row": np.int64, "clock": np.int64, "episodes": np.int64, "position": np.int64,
-    "held": np.float64,  # exposure over leverage: drifts away from the position
-    "equity": np.float64, "peak": np.float64,  # over the episode's first equity
-    "worst": np.float64,  # largest drawdown
-    "total": np.float64, "squares": np.float64, "turnover": np.float64}  # sums of reward, reward**2, |change|
+# a lane's state, an array (N,) each: held is the exposure over leverage, which drifts away from the
+# position; equity and peak count from 1; worst is the largest drawdown; total, squares and turnover
+# are sums of the reward, its square, |change|
+LANE = dict.fromkeys("row clock episodes position".split(), np.int64)
+LANE |= dict.fromkeys("held equity peak worst total squares turnover".split(), np.float64)
 STATIC = ("table", "bars", "rows")  # arrays of a market that lanes only read
-OUT = ("obs", "reward", "terminated", "truncated", "final_obs", "stats")  # that they write
+OUT = "obs reward terminated truncated final_obs stats".split()  # that they write
 OWN = ("exposure",)  # columns that depend on the lane's path
+SHARED = ("async_halves", "on_worker_death", "worker_timeout", "seed")  # of all lanes in workers
+RULES = ("leverage", "position_mode", "episode_length")  # flags of the environment itself
 EPISODE = ("r", "l", "drawdown", "turnover", "sharpe_ratio", "max_drawdown")  # rows of `stats`
 
-PRELOAD = ("cleanrl_crypto.dqn_forex_subproc",)  # imported once by the fork server, shared by every worker
-FORK_SERVER = "CLEANRL_CRYPTO_FORK_SERVER"  # in the environment of the fork server and of what it starts
+PRELOAD = (
+    "cleanrl_crypto.dqn_forex_subproc",
+)  # imported once by the fork server, shared by every worker
+FORK_SERVER = (
+    "CLEANRL_CRYPTO_FORK_SERVER"  # in the environment of the fork server and of what it starts
+)
 ATTEMPTS = 3  # restarts of a worker without a step between them
 START_SECONDS = 60.0  # for a worker to import this file and to build its environments
-MESSAGE = struct.Struct("<BBqq")  # mode, half, first lane, end lane
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -140,16 +186,27 @@ class Args(RunArgs):
 
     # data
     data: str = "synthetic:signal"
-    """synthetic:{signal,regime,noise,drift}[?bars=N&seed=K&...], a folder of {SYMBOL}*.parquet or .csv, or files
-    separated by commas, one a pair"""
+    """synthetic:{signal,regime,noise,drift}[?bars=N&seed=K&...], a folder of {SYMBOL}*.parquet or
+    .csv, or files separated by commas, one a pair"""
     symbols: tuple[str, ...] = ("EURUSD", "GBPUSD", "USDJPY", "USDCHF")
-    """pairs with the dollar on one side; on synthetic markets mere names of independent paths of one market"""
+    """pairs with the dollar on one side; on synthetic markets names of independent paths"""
     feature_cols: tuple[str, ...] = (
-        "rsi_14", "ema_10", "ema_20", "macd", "atr_14", "ret_1", "log_volume", "volume_z_24", "log_range",
-        "log_range_24", "hour_sin", "hour_cos")
+        "rsi_14",
+        "ema_10",
+        "ema_20",
+        "macd",
+        "atr_14",
+        "ret_1",
+        "log_volume",
+        "volume_z_24",
+        "log_range",
+        "log_range_24",
+        "hour_sin",
+        "hour_cos",
+    )
     """columns by name: docs/dqn_forex_subproc.md lists them; scaled on train rows, clipped at 5"""
     split: str = "0.70/0.15/0.15"
-    """train/eval/test as shares of the rows, or the first days of eval and test: 2023-01-01/2024-01-01"""
+    """train/eval/test as shares of the rows, or first days of eval and test: 2023-01-01/2024-01-01"""
 
     # environment
     num_envs: int | None = None
@@ -159,34 +216,37 @@ class Args(RunArgs):
     leverage: float = 1.0
     """notional over equity of a long or short position"""
     position_mode: str = "rebalance"
-    """rebalance: notional stays at equity x leverage; drift: units stay the same until the target changes"""
+    """rebalance: notional stays at equity x leverage; drift: units stay until the target changes"""
     spread_pips: tuple[float, ...] = ()
-    """pips, one for all or one a symbol, half paid a side; real pairs (default: what is typical of four majors)"""
+    """pips, one for all or one a symbol, half paid a side; real pairs (default: typical of four majors)"""
     spread_file: str | None = None
-    """file with timestamp and one column of spread (price units) a symbol, instead of --spread-pips"""
+    """file with timestamp and a column of spread (price units) a symbol, not with --spread-pips"""
     cost_bps: float | None = None
-    """bp of notional a side: all there is on synthetic pairs (default: .2 sigma), a commission on real ones (default: 0)"""
+    """bp of notional a side: all there is on synthetic pairs (default: .2 sigma), a commission on real
+    ones (default: 0)"""
     swap_long_bps: tuple[float, ...] = (0.0,)
-    """bp of notional that a long pays a night (negative: receives), one for all or one a symbol; 22:00 UTC, weekends
-    too"""
+    """bp of notional that a long pays a night (negative: receives), one for all or one a symbol; at
+    22:00 UTC, weekends too"""
     swap_short_bps: tuple[float, ...] = (0.0,)
     """the same for a short"""
     weekend: str = "hold"
-    """hold: positions stay open over closed hours, the gap's return and nights are booked; flat: closed before them"""
+    """hold: positions stay open over closed hours, the gap's return and nights are booked; flat: they
+    are closed before"""
     env_fn: str | None = None
     """module:factory of a custom environment (Box, Discrete), one a lane, instead of the market"""
 
     # workers
     vec_mode: str = "auto"
-    """single (one kernel, all threads), dummy (blocks in turn), subproc (worker processes), auto: the fastest here"""
+    """single (one kernel, all threads), dummy (blocks in turn), subproc (worker processes), auto: the
+    fastest here"""
     num_workers: int | None = None
     """worker processes, or blocks of dummy (default: measured by auto, else one a core)"""
     async_halves: bool = False
     """two halves of the lanes in flight: one steps while the other is told what to do"""
     rescale: bool = False
-    """with --vec-mode subproc: at evaluations, measure one worker more and one less, keep the fastest"""
+    """subproc: at evaluations, measure one worker more and one less, keep the fastest"""
     on_worker_death: str = "fail"
-    """fail, or restart: a worker that died is replaced and the episodes of its lanes are truncated"""
+    """fail, or restart: a dead worker is replaced and the episodes of its lanes are truncated"""
     worker_timeout: float = 4.0
     """seconds after which a worker that does not answer is taken for dead"""
 
@@ -227,28 +287,42 @@ class Args(RunArgs):
     def __post_init__(self):
         super().__post_init__()
         choices = {
-            "position_mode": ("rebalance", "drift"), "weekend": ("hold", "flat"),
-            "vec_mode": ("auto", "single", "dummy", "subproc"), "on_worker_death": ("fail", "restart")}
+            "position_mode": ("rebalance", "drift"),
+            "weekend": ("hold", "flat"),
+            "vec_mode": ("auto", "single", "dummy", "subproc"),
+            "on_worker_death": ("fail", "restart"),
+        }
         ranges = {
-            (0, 1): "end_e exploration_fraction learning_rate weight_decay", (0, 0.9999): "gamma",
-            (1e-6, 1): "tau", (0, 1000): "cost_bps",
-            (0.01, 100): "leverage", (0, 10**6): "patience", (0, 4096): "updates_per_step",
-            (0, 10**12): "total_timesteps learning_starts", (1, 10**12): "eval_interval",
+            (0, 1): "end_e exploration_fraction learning_rate weight_decay",
+            (0, 0.9999): "gamma",
+            (1e-6, 1): "tau",
+            (0, 1000): "cost_bps",
+            (0.01, 100): "leverage",
+            (0, 10**6): "patience",
+            (0, 4096): "updates_per_step",
+            (0, 10**12): "total_timesteps learning_starts",
+            (1, 10**12): "eval_interval",
             (1, 10**6): "num_envs batch_size episode_length target_network_frequency",
-            (1, 4096): "hidden num_workers", (1, 10**9): "buffer_size",
-            (0.1, 1e9): "worker_timeout"}
+            (1, 4096): "hidden num_workers",
+            (1, 10**9): "buffer_size",
+            (0.1, 1e9): "worker_timeout",
+        }
         check(self, choices, ranges)
-        rates = (*self.swap_long_bps, *self.swap_short_bps)
+        rates = (*self.spread_pips, *self.swap_long_bps, *self.swap_short_bps)
         refuse(
-            (not self.symbols, "--symbols: at least one"),
-            (len(set(self.symbols)) < len(self.symbols),
-             f"--symbols {' '.join(self.symbols)}: one is named twice"),
-            (self.spread_pips and self.spread_file,
-             "--spread-pips and --spread-file: give one of them"),
-            (any(not 0 <= x <= 1000 for x in self.spread_pips),
-             f"--spread-pips {self.spread_pips}: must be from 0 to 1000"),
-            (any(not -100 <= x <= 100 for x in rates),
-             f"--swap-long-bps, --swap-short-bps {rates}: must be from -100 to 100"),
+            (
+                len(set(self.symbols)) < max(len(self.symbols), 1),
+                f"--symbols {' '.join(self.symbols)}: at least one, none twice",
+            ),
+            (
+                self.spread_pips and self.spread_file,
+                "--spread-pips and --spread-file: give one of them",
+            ),
+            (
+                any(not -100 <= x <= 1000 for x in rates) or min(self.spread_pips, default=0) < 0,
+                f"--spread-pips, --swap-long-bps, --swap-short-bps {rates}: must be 0 to 1000 pips, "
+                "-100 to 1000 bp",
+            ),
         )
         workers = ("on_worker_death", "worker_timeout")
         for mode, names in (
@@ -272,9 +346,11 @@ class Args(RunArgs):
         return self.data.startswith(markets.PREFIX)
 
 
-MARKET = (  # flags that shape the pairs and their environment
-    "data", "symbols", "feature_cols", "split", "episode_length", "leverage", "position_mode",
-    "spread_pips", "spread_file", "cost_bps", "swap_long_bps", "swap_short_bps", "weekend")
+# flags that shape the pairs and their environment
+MARKET = (
+    "data symbols feature_cols split episode_length leverage position_mode spread_pips spread_file "
+    "cost_bps swap_long_bps swap_short_bps weekend"
+).split()
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -298,18 +374,20 @@ def load_series(args) -> dict[str, Bars]:
             seed = markets.parse_law(args.data).seed
         except ValueError as e:
             raise UsageError(f"--data {e}") from e
-        base, _, query = args.data.partition("?")
-        query = "".join(f"{pair}&" for pair in query.split("&") if pair and "seed=" not in pair)
+        base = re.sub(r"\bseed=\d+&?", "", args.data).rstrip("?&")
+        base += "&" if "?" in base else "?"
         first = seed * len(args.symbols)  # independent paths of one market
-        paths = [f"{base}?{query}seed={first + k}" for k in range(len(args.symbols))]
+        paths = [f"{base}seed={first + k}" for k in range(len(args.symbols))]
         names = args.symbols
     elif Path(args.data).is_dir():
         names, paths = args.symbols, [find_file(args.data, symbol) for symbol in args.symbols]
     else:
         paths = [part.strip() for part in args.data.split(",")]
         names = [Path(path).stem[:6] for path in paths]
-        refuse((args.symbols != Args.symbols, f"--symbols: {args.data} names its pairs itself"),
-               (len(set(names)) < len(names), f"--data {args.data}: two files for one pair"))
+        refuse(
+            (args.symbols != Args.symbols, f"--symbols: {args.data} names its pairs itself"),
+            (len(set(names)) < len(names), f"--data {args.data}: two files for one pair"),
+        )
     return {name: load_bars(str(path)) for name, path in zip(names, paths)}
 
 
@@ -329,8 +407,12 @@ def account_return(symbol, close: np.ndarray) -> tuple[np.ndarray, bool]:
 
 def one_a_symbol(name, values, symbols) -> np.ndarray:
     """One value for all symbols, or one a symbol."""
-    refuse((len(values) not in (1, len(symbols)),
-            f"{flag(name)}: {len(values)} values for {len(symbols)} symbols"))
+    refuse(
+        (
+            len(values) not in (1, len(symbols)),
+            f"{flag(name)}: {len(values)} values for {len(symbols)} symbols",
+        )
+    )
     return np.broadcast_to(np.asarray(values, np.float64), len(symbols))
 
 
@@ -350,11 +432,20 @@ def spreads(args, series: dict[str, Bars]) -> list[np.ndarray]:
     if args.spread_file:
         return [spread_of(args.spread_file, symbol, bars) for symbol, bars in series.items()]
     odd = [symbol for symbol in series if symbol not in PIP]
-    refuse((odd, f"--spread-pips: the size of a pip of {', '.join(odd)} is not known: use "
-            "--spread-file, in price units"))
+    refuse(
+        (
+            odd,
+            f"--spread-pips: the size of a pip of {', '.join(odd)} is not known: use "
+            "--spread-file, in price units",
+        )
+    )
     unknown = [symbol for symbol in series if symbol not in SPREAD_PIPS]
-    refuse((unknown and not args.spread_pips,
-            f"--spread-pips: no typical spread is known for {', '.join(unknown)}; give one"))
+    refuse(
+        (
+            unknown and not args.spread_pips,
+            f"--spread-pips: no typical spread is known for {', '.join(unknown)}; give one",
+        )
+    )
     pips = args.spread_pips or [SPREAD_PIPS[symbol] for symbol in series]
     pips = one_a_symbol("spread_pips", pips, series)
     return [np.full(len(bars.close), n * PIP[s]) for n, (s, bars) in zip(pips, series.items())]
@@ -386,8 +477,10 @@ def load_pairs(args, fitted: dict[str, dict] | None = None) -> Pairs:
     unknown = ", ".join(name for name in names if fitted and name not in fitted)
     refuse((unknown, f"--symbols {unknown}: not among the checkpoint's {', '.join(fitted or ())}"))
     stops = [rows["train"][1] for rows in split_series(series, args.split, purge)]
-    fits = [fit(args, bars, stop, fitted and fitted[name])
-            for name, bars, stop in zip(names, series, stops)]
+    fits = [
+        fit(args, bars, stop, fitted and fitted[name])
+        for name, bars, stop in zip(names, series, stops)
+    ]
     models, columns = zip(*fits)
     splits = split_series(series, args.split, purge, [model.warmup for model in models])
 
@@ -400,29 +493,47 @@ def load_pairs(args, fitted: dict[str, dict] | None = None) -> Pairs:
         costs = [np.full(size, commission) for size in sizes]
     else:
         kinds = names
-        costs = [0.5 * spread / bars.close + commission
-                 for spread, bars in zip(spreads(args, by_name), series)]
-    swaps = (one_a_symbol(name, getattr(args, name), names)
-             for name in ("swap_long_bps", "swap_short_bps"))
+        costs = [
+            0.5 * spread / bars.close + commission
+            for spread, bars in zip(spreads(args, by_name), series)
+        ]
+    swaps = (
+        one_a_symbol(name, getattr(args, name), names)
+        for name in ("swap_long_bps", "swap_short_bps")
+    )
     bars = [bar_rows(*pair, args.weekend) for pair in zip(kinds, series, costs, *swaps)]
     table = [np.column_stack([x, cost / BP]) for x, cost in zip(columns, costs)]
     first = np.cumsum([0, *sizes])
     rows = {split: first[:-1, None] + [rows[split] for rows in splits] for split in SPLITS}
     models = {name: model.state_dict() for name, model in zip(names, models)}
-    return Pairs(names, series, models, np.concatenate(table).astype(np.float32),
-                 np.concatenate(bars), rows, first)
+    return Pairs(
+        names,
+        series,
+        models,
+        np.concatenate(table).astype(np.float32),
+        np.concatenate(bars),
+        rows,
+        first,
+    )
 
 
 def fit(args, bars, stop, state) -> tuple[ColumnModel, np.ndarray]:
     """The columns' model (fitted on rows before `stop`, or an earlier run's), columns (T, F)."""
     try:
-        model = fit_columns(bars, args.feature_cols, stop) if state is None else (
-            ColumnModel.from_state_dict(state))
+        model = (
+            fit_columns(bars, args.feature_cols, stop)
+            if state is None
+            else (ColumnModel.from_state_dict(state))
+        )
         columns = model.transform(bars)
     except ValueError as e:
         raise UsageError(f"--feature-cols: {e}") from e
-    refuse((model.columns != args.feature_cols,
-            f"--feature-cols: the checkpoint has {' '.join(model.columns)}"))
+    refuse(
+        (
+            model.columns != args.feature_cols,
+            f"--feature-cols: the checkpoint has {' '.join(model.columns)}",
+        )
+    )
     return model, columns
 
 
@@ -439,10 +550,13 @@ def describe(args, pairs) -> tuple[str, dict]:
         print("the optimum knows neither swap nor drift: a score above 1 is possible")
     name = Path(args.data.split(",")[0].split("?")[0].replace(":", "-")).stem
     return name, {
-        "spec": args.data, "names": pairs.names, "rows": pairs.rows,
+        "spec": args.data,
+        "names": pairs.names,
+        "rows": pairs.rows,
         "sha256": [bars.sha256 for bars in pairs.series],
         "bars": [len(bars.close) for bars in pairs.series],
-        "columns": [*args.feature_cols, "cost_bps", *OWN]}
+        "columns": [*args.feature_cols, "cost_bps", *OWN],
+    }
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -467,12 +581,13 @@ def trade_nb(last, held, target, bars, t, leverage, drift):
     """One decision and the bar it earns: ONE lane, all scalars but the row t of `bars`.
 
     last, target: positions -1, 0, 1 before and now; held: exposure before the trade over leverage.
-    Rebalanced: equity *= (1 - cost leverage |target - held|) (1 + x ret - |x| swap), x = target * leverage. Drifting:
-    what is held are f units of the foreign currency, worth +-x of equity; they change only when the target does, then
-    to what is worth x of the equity AFTER the fee: fee = cost |y - x| / (1 + cost y sign(y - x)) from exposure x to y.
-    After the bar f is worth (1 + foreign) as much and equity g times: x' = x (1 + foreign) / g, for both kinds of pair.
-    Returns (growth of equity over the bar, what the fee left, exposure over leverage after the trade, at the next
-    decision, |change of exposure|).
+    Rebalanced: equity *= (1 - cost leverage |target - held|) (1 + x ret - |x| swap), with
+    x = target * leverage. Drifting: what is held are f units of the foreign currency, worth +-x of
+    equity; they change only when the target does, then to what is worth x of the equity AFTER the
+    fee: fee = cost |y - x| / (1 + cost y sign(y - x)) from exposure x to y. After the bar f is worth
+    (1 + foreign) as much and equity g times: x' = x (1 + foreign) / g, for both kinds of pair.
+    Returns (growth of equity over the bar, what the fee left, exposure over leverage after the
+    trade, at the next decision, |change of exposure|).
     """
     cost = bars[t, COST]
     change, fee, x = abs(target - held), 0.0, target * leverage
@@ -492,7 +607,7 @@ def trade_nb(last, held, target, bars, t, leverage, drift):
 
 @nb.njit(error_model="numpy", cache=True)
 def observe_nb(obs, i, table, t, held):
-    """Write row i of `obs`: the columns of row t of the table, and those of the lane's path (OWN)."""
+    """Row i of `obs`: the columns of row t of the table, and those of the lane's path (OWN)."""
     columns = table.shape[1]
     for k in range(columns):
         obs[i, k] = table[t, k]
@@ -500,10 +615,12 @@ def observe_nb(obs, i, table, t, held):
 
 
 def lane_py(i, mode, action, market, numbers, seeds, lane, out):
-    """Step lane i; or (mode) begin its first or next episode, lose the one that it is in, only show where it is.
+    """Step lane i; or (mode) begin its first or next episode, lose the one that it is in, only show
+    where it is.
 
-    market: table (R, F), bars (R, 8), rows (S, 2). lane: the arrays of LANE. out: obs (N, F + 1), reward, terminated,
-    truncated (N,), and of the episode that ended, written whenever a flag is set, final_obs (N, F + 1), stats (6, N).
+    market: table (R, F), bars (R, 8), rows (S, 2). lane: the arrays of LANE. out: obs (N, F + 1),
+    reward, terminated, truncated (N,), and of the episode that ended, written whenever a flag is
+    set, final_obs (N, F + 1), stats (6, N).
     """
     table, bars, rows = market
     row, clock, episodes, position, held, equity, peak, worst, total, squares, turnover = lane
@@ -513,7 +630,8 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
         choice = action[i]
         target = choice - 1 if bars[t, FLAT] == 0.0 else 0
         growth, left, _, after, change = trade_nb(
-            position[i], held[i], target, bars, t, numbers[LEVERAGE], numbers[DRIFT] != 0.0)
+            position[i], held[i], target, bars, t, numbers[LEVERAGE], numbers[DRIFT] != 0.0
+        )
         factor = growth * left
         earned = math.log(factor)
         worth = equity[i] * factor
@@ -542,7 +660,9 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
         stats[0, i], stats[1, i], stats[2, i] = total[i], clock[i], 1.0 - equity[i] / peak[i]
         stats[3, i], stats[5, i] = turnover[i] / n, worst[i]
         # a constant reward leaves a variance of rounding errors
-        stats[4, i] = mean * math.sqrt(numbers[YEAR] / variance) if variance > 1e-12 * mean * mean else 0.0
+        stats[4, i] = (
+            mean * math.sqrt(numbers[YEAR] / variance) if variance > 1e-12 * mean * mean else 0.0
+        )
     if done or mode == FIRST or mode == NEXT:
         episodes[i] = 0 if mode == FIRST else episodes[i] + 1
         start, stop = rows[i % rows.shape[0], 0], rows[i % rows.shape[0], 1]
@@ -553,7 +673,7 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
     observe_nb(obs, i, table, row[i], held[i])
 
 
-# arrays are borrowed for a call: counting references to 24 of them for every lane would cost more than the lane
+# arrays are borrowed for a call: counting references to 24 of them for every lane would cost more
 FAST = {"error_model": "numpy", "_nrt": False}
 lane_nb = nb.njit(forceinline=True, **FAST)(lane_py)
 
@@ -638,8 +758,14 @@ def try_user_env(pipe, env_fn):
         env.close()
         low, high = (np.float32(x).reshape(-1) for x in (box.low, box.high))
         scale = 1 / 255 if box.dtype == np.uint8 else 1.0  # an image
-        pipe.send({"box": (low, high), "actions": int(action.n), "start": int(action.start),
-                   "scale": scale})
+        pipe.send(
+            {
+                "box": (low, high),
+                "actions": int(action.n),
+                "start": int(action.start),
+                "scale": scale,
+            }
+        )
     except BaseException as e:  # also a sys.exit() of the user's
         pipe.send(one_line(e))
 
@@ -667,7 +793,7 @@ class UserBlock:
     """Steps a block of a user's environments, one after the other, into the lanes' arrays."""
 
     def __init__(self, env_fn, lanes, arrays):
-        self.a, self.envs = arrays, {i: make_user_env(env_fn) for i in lanes}
+        self.a, self.envs = SimpleNamespace(**arrays), {i: make_user_env(env_fn) for i in lanes}
 
     def __call__(self, lo, hi, mode):
         for i in range(lo, hi):
@@ -676,26 +802,26 @@ class UserBlock:
 
     def step(self, i) -> bool:
         a = self.a
-        obs, reward, terminated, truncated = user_step(self.envs[i], int(a["action"][i]))
-        a["reward"][i], a["terminated"][i], a["truncated"][i] = reward, terminated, truncated
-        a["total"][i] += reward
-        a["clock"][i] += 1
+        obs, reward, terminated, truncated = user_step(self.envs[i], int(a.action[i]))
+        a.reward[i], a.terminated[i], a.truncated[i] = reward, terminated, truncated
+        a.total[i] += reward
+        a.clock[i] += 1
         done = terminated or truncated
-        a["final_obs" if done else "obs"][i] = obs
+        (a.final_obs if done else a.obs)[i] = obs
         return done
 
     def begin(self, i, mode):
         """Note the episode that ended, or was lost with a worker, and begin another."""
         a, seed = self.a, None
         if mode == LOSE:
-            a["reward"][i], a["terminated"][i], a["truncated"][i] = 0.0, False, True
-            a["final_obs"][i] = a["obs"][i]
+            a.reward[i], a.terminated[i], a.truncated[i] = 0.0, False, True
+            a.final_obs[i] = a.obs[i]
         if mode in (FIRST, LOSE):  # what starts anew does not repeat its first episodes
-            seed = int(a["seeds"][0]) + i + int(a["seeds"][1]) * len(a["obs"])
-        a["stats"][:, i] = np.nan
-        a["stats"][:2, i] = a["total"][i], a["clock"][i]
-        a["total"][i], a["clock"][i] = 0.0, 0
-        a["obs"][i] = flat(self.envs[i], self.envs[i].reset(seed=seed)[0])
+            seed = int(a.seeds[0]) + i + int(a.seeds[1]) * len(a.obs)
+        a.stats[:, i] = np.nan
+        a.stats[:2, i] = a.total[i], a.clock[i]
+        a.total[i], a.clock[i] = 0.0, 0
+        a.obs[i] = flat(self.envs[i], self.envs[i].reset(seed=seed)[0])
 
     def close(self):
         for env in self.envs.values():
@@ -761,23 +887,22 @@ def end_after(sentinel):
 
 
 def work(pipe, raw, layout, env_fn, lanes):
-    """A worker: carries out messages (mode, half, lo, hi) until the pipe closes."""
+    """A worker: carries out messages (lo, hi, mode) until the pipe closes."""
     be_a_worker()
     block = None
     try:
         arrays = carve(raw, layout)
         block = UserBlock(env_fn, lanes, arrays) if env_fn else market_block(step_block, arrays)
         block(0, 0, STEP)  # read from the cache before the first step's deadline runs
-        pipe.send_bytes(b"k\xff")
+        pipe.send("")
         while True:
-            mode, half, lo, hi = MESSAGE.unpack(pipe.recv_bytes())
-            block(lo, hi, mode)
-            pipe.send_bytes(b"k%c" % half)
+            block(*pipe.recv())
+            pipe.send("")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except Exception as e:  # the parent raises it as a WorkerError
         with suppress(OSError):
-            pipe.send_bytes(b"e" + one_line(e).encode())
+            pipe.send(one_line(e))
     finally:
         if env_fn and block:
             block.close()
@@ -794,16 +919,30 @@ class WorkerLanes(Lanes):
     """
 
     def __init__(
-        self, static: dict[str, tuple], box: tuple, actions, num_envs: int, seed=1, *,
-        env_fn=None, vec_mode: str = "single", num_workers=1,
-        async_halves: bool = False, backend: str = "cpu", on_worker_death: str = "fail",
+        self,
+        static: dict[str, tuple],
+        box: tuple,
+        actions,
+        num_envs: int,
+        seed=1,
+        *,
+        env_fn=None,
+        vec_mode: str = "single",
+        num_workers=1,
+        async_halves: bool = False,
+        backend: str = "cpu",
+        on_worker_death: str = "fail",
         worker_timeout: float = 4.0,
     ):
         halves = 2 if async_halves else 1
         num_workers = 1 if vec_mode == "single" else num_workers
-        refuse((num_envs < halves * num_workers or num_envs % halves,
+        refuse(
+            (
+                num_envs < halves * num_workers or num_envs % halves,
                 f"--num-envs {num_envs}: {num_workers} workers in {halves} halves need a lane each, "
-                "halves the same number"))
+                "halves the same number",
+            )
+        )
         n, width = num_envs, len(box[0])
         space = gym.spaces.Box(*box, (width,), np.float32)
         super().__init__(n, space, gym.spaces.Discrete(actions), backend, seed)
@@ -811,14 +950,26 @@ class WorkerLanes(Lanes):
         self.restart, self.worker_timeout = on_worker_death == "restart", worker_timeout
         self.restarts, self.block = 0, None
         self.processes, self.pipes, self.failures = {}, {}, Counter()  # by number
-        self.flying, self.sent = [False] * halves, [0.0] * halves
-        self.waiting, self.lost = ([set() for _ in range(halves)] for _ in range(2))  # workers
-        self.layout = static | {
-            "seeds": ((2,), np.int64),  # the seed, and how often lanes started anew
-            "action": ((n,), np.int64), "obs": ((n, width), np.float32),
-            "final_obs": ((n, width), np.float32), "reward": ((n,), np.float64),
-            "terminated": ((n,), np.bool_), "truncated": ((n,), np.bool_),
-            "stats": ((len(EPISODE), n), np.float64)} | {k: ((n,), kind) for k, kind in LANE.items()}
+        self.flying = [False] * halves
+        self.owed = defaultdict(list)  # worker -> halves that it was sent, in order
+        self.lost = set()  # (worker, half) whose episodes went down with it
+        shapes = {
+            "seeds": (2,),
+            "obs": (n, width),
+            "final_obs": (n, width),
+            "stats": (len(EPISODE), n),
+        }
+        kinds = LANE | {
+            "seeds": np.int64,  # the seed, and how often lanes started anew
+            "action": np.int64,
+            "obs": np.float32,
+            "final_obs": np.float32,
+            "reward": np.float64,
+            "terminated": np.bool_,
+            "truncated": np.bool_,
+            "stats": np.float64,
+        }
+        self.layout = static | {k: (shapes.get(k, (n,)), kind) for k, kind in kinds.items()}
         if vec_mode == "subproc":
             self.share()
         else:
@@ -841,7 +992,8 @@ class WorkerLanes(Lanes):
         n = self.num_envs // self.halves
         cuts = [n * w // num_workers for w in range(num_workers + 1)]
         self.blocks = [
-            [(h * n + lo, h * n + hi) for lo, hi in zip(cuts, cuts[1:])] for h in range(self.halves)]
+            [(h * n + lo, h * n + hi) for lo, hi in zip(cuts, cuts[1:])] for h in range(self.halves)
+        ]
         self.spans = [slice(h * n, h * n + n) for h in range(self.halves)]
         self.num_workers = num_workers
 
@@ -857,7 +1009,8 @@ class WorkerLanes(Lanes):
             self.pipes[w], theirs = self.context.Pipe()
             lanes = [i for blocks in self.blocks for i in range(*blocks[w])] if self.env_fn else []
             self.processes[w] = self.context.Process(
-                target=work, args=(theirs, self.raw, self.layout, self.env_fn, lanes), daemon=True)
+                target=work, args=(theirs, self.raw, self.layout, self.env_fn, lanes), daemon=True
+            )
             self.processes[w].start()
             theirs.close()  # or the worker's death would not close the pipe
         deadline, failures = time.monotonic() + START_SECONDS, []
@@ -875,20 +1028,19 @@ class WorkerLanes(Lanes):
     def answer(self, w) -> str:
         """Read what worker w sent; returns "" or why it failed."""
         try:
-            reply = self.pipes[w].recv_bytes()
+            why = self.pipes[w].recv()
         except (EOFError, OSError):
             self.processes[w].join(1.0)
-            return f"died (exit code {self.processes[w].exitcode}; a program that starts workers "\
+            return (
+                f"died (exit code {self.processes[w].exitcode}; a program that starts workers "
                 "needs if __name__ == '__main__':)"
-        if reply[:1] == b"e":
-            return reply[1:].decode()
-        half = reply[1]
-        if half < self.halves:
-            self.waiting[half].discard(w)
-            if w not in self.lost[half]:  # a lost step proves nothing
+            )
+        if self.owed[w] and not why:
+            done = w, self.owed[w].pop(0)
+            if done not in self.lost:  # a lost step proves nothing
                 self.failures[w] = 0
-            self.lost[half].discard(w)
-        return ""
+            self.lost.discard(done)
+        return why
 
     def stop(self, w):
         self.pipes.pop(w).close()
@@ -898,7 +1050,7 @@ class WorkerLanes(Lanes):
 
     def replace(self, w, why):
         """A new worker w, which loses the episodes of the steps that the old one owed."""
-        failures = [(w, why)]
+        failures, owed = [(w, why)], self.owed.pop(w, [])
         while failures:
             self.failures[w] += 1
             if not self.restart or self.failures[w] > ATTEMPTS:
@@ -907,24 +1059,28 @@ class WorkerLanes(Lanes):
             self.seeds[1] += 1
             self.stop(w)
             failures = self.start([w])
-        for half in sorted(range(self.halves), key=self.sent.__getitem__):
-            owed = w in self.waiting[half]
-            if owed or self.env_fn:  # the market's lanes live in the arrays, a user's in a worker
-                self.lost[half].add(w)
-            if owed:
-                self.tell(w, half)
+        for half in range(self.halves):
+            if half in owed or self.env_fn:  # the market's lanes live in the arrays
+                self.lost.add((w, half))
+        for half in owed:
+            self.tell(w, half)
 
     def tell(self, w, half):
-        mode = LOSE if self.mode == STEP and w in self.lost[half] else self.mode
+        mode = LOSE if self.mode == STEP and (w, half) in self.lost else self.mode
+        self.owed[w].append(half)
         with suppress(OSError):  # it is dead: collecting its answer finds out
-            self.pipes[w].send_bytes(MESSAGE.pack(mode, half, *self.blocks[half][w]))
+            self.pipes[w].send((*self.blocks[half][w], mode))
 
     def rescale(self, num_workers):
         """Add or retire workers between steps; the trajectories stay the same."""
         most = self.num_envs // self.halves
-        refuse((self.env_fn or not self.processes, "rescale: a market's lanes in worker processes"),
-               (any(self.flying) or not 1 <= num_workers <= most,
-                f"rescale to {num_workers}: between steps, from 1 to {most}"))
+        refuse(
+            (self.env_fn or not self.processes, "rescale: a market's lanes in worker processes"),
+            (
+                any(self.flying) or not 1 <= num_workers <= most,
+                f"rescale to {num_workers}: between steps, from 1 to {most}",
+            ),
+        )
         before = self.num_workers
         for w in range(num_workers, before):
             self.stop(w)
@@ -935,21 +1091,26 @@ class WorkerLanes(Lanes):
         """Per worker: pid, cpu_seconds, rss and uss (its own memory) in bytes."""
         usage = []
         for process in self.processes.values():
-            usage.append({"pid": process.pid})
             with suppress(psutil.Error):
                 found = psutil.Process(process.pid)
                 times, memory = found.cpu_times(), found.memory_full_info()
-                usage[-1]["cpu_seconds"] = times.user + times.system
-                usage[-1] |= {"rss": memory.rss, "uss": memory.uss}
+                usage.append(
+                    {
+                        "pid": process.pid,
+                        "cpu_seconds": times.user + times.system,
+                        "rss": memory.rss,
+                        "uss": memory.uss,
+                    }
+                )
         return usage
 
     # stepping
     def go(self, half, mode):
         """Start a kernel, or the workers, on the lanes of a half."""
+        if mode == STEP and not self.was_reset:
+            raise gym.error.ResetNeeded("call reset() before the first step")
         self.mode, self.flying[half] = mode, True
         if self.processes and (mode == STEP or self.block is None):
-            self.sent[half] = time.monotonic()
-            self.waiting[half] = set(range(self.num_workers))
             for w in range(self.num_workers):
                 self.tell(w, half)
             return
@@ -958,8 +1119,6 @@ class WorkerLanes(Lanes):
 
     def send(self, half, action):
         """Start the step of a half (0 or 1 with async_halves, else 0)."""
-        if not self.was_reset:
-            raise gym.error.ResetNeeded("call reset() before the first step")
         self.action[self.spans[half]] = action
         self.go(half, STEP)
 
@@ -967,8 +1126,7 @@ class WorkerLanes(Lanes):
         """Wait for the step of a half: (reward, terminated, truncated), views of its lanes."""
         patience = self.worker_timeout if self.mode == STEP else START_SECONDS
         deadline = time.monotonic() + patience
-        while self.waiting[half]:
-            pipes = {self.pipes[w]: w for w in self.waiting[half]}
+        while pipes := {self.pipes[w]: w for w, owed in self.owed.items() if half in owed}:
             ready = connection.wait(pipes, max(deadline - time.monotonic(), 0.0))
             failures = [(pipes[p], why) for p in ready if (why := self.answer(pipes[p]))]
             if not ready:
@@ -990,10 +1148,8 @@ class WorkerLanes(Lanes):
         return action
 
     def step_lanes(self, action):
-        for half, span in enumerate(self.spans):
-            self.send(half, action[span])
-        for half in range(self.halves):
-            self.recv(half)
+        self.action.copy_(action)
+        self.all_lanes(STEP)
         return self.reward, self.terminated, self.truncated
 
     def all_lanes(self, mode):
@@ -1037,8 +1193,15 @@ class ForexVectorEnv(WorkerLanes):
     SAVED = tuple(LANE)
 
     def __init__(
-        self, pairs, split="train", num_envs=1024, *, leverage=1.0, position_mode="rebalance",
-        episode_length=128, **kwargs,
+        self,
+        pairs,
+        split="train",
+        num_envs=1024,
+        *,
+        leverage=1.0,
+        position_mode="rebalance",
+        episode_length=128,
+        **kwargs,
     ):
         dearest = leverage * pairs.bars[:, COST].max()
         refuse((dearest >= 1, f"--leverage {leverage}: a trade would cost {dearest:.3g} of equity"))
@@ -1086,13 +1249,7 @@ class CustomVectorEnv(WorkerLanes):
         self.reset(seed=state["seed"])
 
 
-def env_flags(args) -> dict:
-    """Keyword arguments of ForexVectorEnv that the market's flags decide."""
-    names = ("leverage", "position_mode", "episode_length", "seed")
-    return {name: getattr(args, name) for name in names}
-
-
-def make_vec(num_envs: int = 8, split_name: str = "train", pairs=None, **kwargs):
+def make_vec(num_envs=8, split_name="train", pairs=None, **kwargs) -> WorkerLanes:
     """gymnasium.make_vec("cleanrl_crypto/Forex-v0", num_envs=8, data=..., leverage=2, ...).
 
     Keywords: the market's flags and seed, what WorkerLanes takes, `pairs` of an earlier
@@ -1100,10 +1257,10 @@ def make_vec(num_envs: int = 8, split_name: str = "train", pairs=None, **kwargs)
     """
     if "env_fn" in kwargs:
         return CustomVectorEnv(num_envs=num_envs, **kwargs)
-    flags = {name: kwargs.pop(name) for name in (*MARKET, "seed") if name in kwargs}
+    flags = {name: kwargs.pop(name) for name in MARKET if name in kwargs}
     args = Args(**flags)
-    pairs = pairs or load_pairs(args)
-    return ForexVectorEnv(pairs, split_name, num_envs, **env_flags(args), **kwargs)
+    rules = {name: getattr(args, name) for name in RULES}
+    return ForexVectorEnv(pairs or load_pairs(args), split_name, num_envs, **rules, **kwargs)
 
 
 register("cleanrl_crypto/Forex-v0", make_vec)
@@ -1124,7 +1281,7 @@ def measure(envs, seconds) -> float:
 
 def probe(make, modes: list[tuple[str, int]], seconds=0.25) -> list[dict]:
     """Every mode measured; one that cannot run here has 0 and its error."""
-    table = []
+    table, builds = [], Lanes.builds
     for mode, workers in modes:
         row, envs = {"vec_mode": mode, "num_workers": workers, "steps_per_s": 0.0}, None
         try:
@@ -1136,8 +1293,11 @@ def probe(make, modes: list[tuple[str, int]], seconds=0.25) -> list[dict]:
         if envs:
             envs.close()
         table.append(row)
-        print(f"  {mode:8} {workers} worker(s) {row['steps_per_s']:>14,.0f} lane-steps/s "
-              f"{row.get('error', '')}")
+        print(
+            f"  {mode:8} {workers} worker(s) {row['steps_per_s']:>14,.0f} lane-steps/s "
+            f"{row.get('error', '')}"
+        )
+    Lanes.builds = builds  # these do not count
     return table
 
 
@@ -1146,27 +1306,29 @@ def build_lanes(run, pairs) -> tuple[WorkerLanes, dict]:
     args = run.args
     alone = pairs and args.vec_mode in ("auto", "single") and not args.async_halves
     backend = run.backend if alone else "cpu"
-    refuse((args.backend == "cuda" and not alone,
-            "--backend cuda steps currency pairs in one process, without halves"))
-    make = partial(
-        ForexVectorEnv if pairs else CustomVectorEnv, *(pairs, "train") if pairs else (args.env_fn,),
-        num_envs=args.lanes, async_halves=args.async_halves, backend=backend,
-        on_worker_death=args.on_worker_death, worker_timeout=args.worker_timeout,
-        **env_flags(args) if pairs else {"seed": args.seed})
+    refuse(
+        (
+            args.backend == "cuda" and not alone,
+            "--backend cuda steps currency pairs in one process, without halves",
+        )
+    )
+    shared = {name: getattr(args, name) for name in SHARED}
+    make = partial(CustomVectorEnv, args.env_fn, args.lanes, **shared)
+    if pairs:
+        rules = {name: getattr(args, name) for name in RULES}
+        make = partial(
+            ForexVectorEnv, pairs, "train", args.lanes, backend=backend, **shared, **rules
+        )
     cores = min(os.cpu_count() or 1, args.lanes // (1 + args.async_halves))
-    counts = [args.num_workers] if args.num_workers else sorted({1, cores})
     modes, table = [(args.vec_mode, args.num_workers or cores)], []
-    if backend == "cuda":
+    if backend == "cuda" or (pairs and args.eval_only):
         modes = [("single", 1)]
     elif args.vec_mode == "auto":
+        counts = [args.num_workers] if args.num_workers else sorted({1, cores})
         modes = [("single", 1), ("dummy", 1)] if pairs else []
         modes += [("subproc", workers) for workers in counts]
-    if args.eval_only:
-        modes = modes[:1]
     if len(modes) > 1:
-        builds = Lanes.builds
         table = probe(make, modes, min(0.25, 0.01 * max(run.guard.remaining(), 1.0)))
-        Lanes.builds = builds  # the probe's do not count
         best = max(table, key=lambda row: row["steps_per_s"])
         modes = [(best["vec_mode"], best["num_workers"])]
     mode, workers = modes[0]
@@ -1175,13 +1337,17 @@ def build_lanes(run, pairs) -> tuple[WorkerLanes, dict]:
     except (WorkerError, OSError) as e:
         if mode != "subproc" or not pairs:
             raise
-        print(f"--vec-mode subproc does not run here ({e}): dummy, the same trajectories",
-              file=sys.stderr)
+        print(f"--vec-mode subproc does not run here ({e}): dummy, the same trajectories")
         mode, envs = "dummy", make(vec_mode="dummy", num_workers=1)
     print(f"vec-mode {mode}, {args.lanes} lanes, {len(envs.processes)} worker processes")
     envs.reset(seed=args.seed)
-    return envs, {"mode": mode, "lanes": args.lanes, "backend": backend, "probe": table,
-                  "rescaled": []}
+    return envs, {
+        "mode": mode,
+        "lanes": args.lanes,
+        "backend": backend,
+        "probe": table,
+        "rescaled": [],
+    }
 
 
 def rescale_by_measure(envs, seconds=0.2) -> list[dict]:
@@ -1205,7 +1371,8 @@ class QNetwork(nn.Module):
         super().__init__()
         self.scale, hidden = config["scale"], config["hidden"]
         self.body = nn.Sequential(
-            nn.Linear(config["inputs"], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+            nn.Linear(config["inputs"], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
         self.head = nn.Linear(hidden, config["actions"])
 
     def forward(self, obs):  # (B, inputs) -> (B, actions)
@@ -1216,8 +1383,12 @@ def agent_config(args, pairs, envs) -> dict:
     """Plain values that rebuild the network, and the scalers of its columns, from a checkpoint."""
     config = {"inputs": envs.obs.shape[1], "actions": envs.actions, "hidden": args.hidden}
     if pairs is None:
-        return config | {"models": None, "start": envs.spaces["start"], "scale": envs.spaces["scale"],
-                         "reward_scale": 1.0}
+        return config | {
+            "models": None,
+            "start": envs.spaces["start"],
+            "scale": envs.spaces["scale"],
+            "reward_scale": 1.0,
+        }
     scale = 1 / full_position_std(pairs, args.leverage)
     return config | {"models": pairs.models, "start": 0, "scale": 1.0, "reward_scale": scale}
 
@@ -1286,13 +1457,22 @@ class Replay:
         free = psutil.virtual_memory().available
         if device.type == "cuda":
             free = torch.cuda.mem_get_info()[0]
-        refuse((n * each > 0.8 * free, f"--buffer-size {size}: {n * each / 2**30:.1f} GiB, "
-                f"{free / 2**30:.1f} GiB are free: {int(0.5 * free / each)} would fit"))
+        refuse(
+            (
+                n * each > 0.8 * free,
+                f"--buffer-size {size}: {n * each / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB are free: {int(0.5 * free / each)} would fit",
+            )
+        )
         zeros = partial(torch.zeros, device=device)
         self.fields = {
-            "row": zeros(n, dtype=torch.int32), "action": zeros(n, dtype=torch.int16),
-            "reward": zeros(n), "own": zeros((n, width)), "next_own": zeros((n, width)),
-            "terminated": zeros(n, dtype=torch.bool)}
+            "row": zeros(n, dtype=torch.int32),
+            "action": zeros(n, dtype=torch.int16),
+            "reward": zeros(n),
+            "own": zeros((n, width)),
+            "next_own": zeros((n, width)),
+            "terminated": zeros(n, dtype=torch.bool),
+        }
 
     def at(self, step) -> dict[str, torch.Tensor]:
         """Views of the transitions of a vector step, a row a lane."""
@@ -1376,7 +1556,12 @@ class Collector:
     the learner learns."""
 
     def __init__(self, envs, rb, monitor):
-        self.envs, self.rb, self.monitor, self.step = envs, rb, monitor, 0  # step: how many sent off
+        self.envs, self.rb, self.monitor, self.step = (
+            envs,
+            rb,
+            monitor,
+            0,
+        )  # step: how many sent off
 
     def send(self, half, obs, action):
         envs, lanes, here = self.envs, self.envs.spans[half], self.rb.at(self.step)
@@ -1402,18 +1587,20 @@ class Collector:
             self.take_in(half)
         self.rb.total = self.step
 
-    def charts(self, pairs) -> dict:
+    def charts(self) -> dict:
         """Episodes since the last call, and on a market what the last step of all lanes did."""
         self.land()
         record = self.monitor.charts() | {"env/restarts": self.envs.restarts}
-        if pairs is None:
-            return record
-        here = {name: x.cpu().numpy() for name, x in self.rb.at(self.step - 1).items()}
-        held = here["next_own"][:, 0]
-        change = np.abs(held - here["own"][:, 0])
-        paid = pairs.bars[here["row"], COST] * change / BP
-        return record | {
-            "env/turnover": change.mean(), "env/exposure": held.mean(), "env/costs": paid.mean()}
+        if self.rb.table is not None:
+            last = self.rb.at(self.step - 1)
+            held, change = last["next_own"], (last["next_own"] - last["own"]).abs()
+            paid = self.rb.table[last["row"].long(), -1:] * change  # the last column is the cost
+            record |= {
+                "env/turnover": change.mean(),
+                "env/exposure": held.mean(),
+                "env/costs": paid.mean(),
+            }
+        return record
 
     def state_dict(self) -> dict:
         self.land()  # before lanes and replay say what they hold
@@ -1454,11 +1641,11 @@ def walk_nb(target, bars, expected, leverage, drift):
     for t in range(n):
         aim = 0.0 if bars[t, FLAT] != 0.0 else target[t]
         growth, left, exposure[t], held, change[t] = trade_nb(
-            last, held, aim, bars, t, leverage, drift)
-        x = exposure[t] * leverage
-        swap = x * bars[t, SWAP_LONG] if x > 0 else -x * bars[t, SWAP_SHORT]
+            last, held, aim, bars, t, leverage, drift
+        )
         reward[t] = math.log(growth * left)
-        mean[t] = x * expected[t] - swap - (1.0 - left)
+        gap = expected[t] - bars[t, RET]  # the known mean instead of the realised return
+        mean[t] = growth - 1.0 + exposure[t] * leverage * gap - (1.0 - left)
         last = aim
     return reward, mean, change, exposure
 
@@ -1521,8 +1708,16 @@ class MarketJudge:
     """Evaluates the agent on the market, pair by pair and equally weighted, beside baselines."""
 
     splits = ("test", "eval", "train")
-    columns = ("score", "mean_expected_bps", "mean_reward_bps", "sharpe", "max_drawdown",
-               "turnover", "exposure", "trades")
+    columns = (
+        "score",
+        "mean_expected_bps",
+        "mean_reward_bps",
+        "sharpe",
+        "max_drawdown",
+        "turnover",
+        "exposure",
+        "trades",
+    )
 
     def __init__(self, run, pairs):
         self.pairs, self.args, self.device = pairs, run.args, run.device
@@ -1550,9 +1745,12 @@ class MarketJudge:
         a = series.rows[split][0]
         turnover = float(np.abs(np.diff(path, prepend=0.0)).mean())
         targets = {
-            "agent": path, "flat": np.zeros(n), "buy_and_hold": np.ones(n),
+            "agent": path,
+            "flat": np.zeros(n),
+            "buy_and_hold": np.ones(n),
             "best_constant": np.full(n, self.constants[k]),
-            "random_same_turnover": random_path(n, turnover, self.args.seed + k, LEVELS)}
+            "random_same_turnover": random_path(n, turnover, self.args.seed + k, LEVELS),
+        }
         if self.optimum is not None:
             targets["optimum"] = optimum_path(self.optimum, bars.truth, a, a + n)
         walks = {}
@@ -1584,23 +1782,20 @@ class MarketJudge:
     def diagnose(self, network, n=1024) -> dict:
         """What the greedy position depends on, on n eval rows (the same ones at every call)."""
         rows = np.concatenate([np.arange(a, b) for a, b in self.pairs.rows["eval"]])
-        rows = rows[:: max(len(rows) // n, 1)]
-        own = np.zeros((len(rows), len(OWN)), np.float32)
-        own[:, 0] = LEVELS[np.arange(len(rows)) % len(LEVELS)]
-        obs = torch.from_numpy(np.column_stack([self.pairs.table[rows], own])).to(self.device)
-        q = network(obs)
+        rows = np.tile(rows[:: max(len(rows) // n, 1)], len(LEVELS))  # at each position
+        own = np.sort(np.resize(LEVELS, len(rows)))
+        obs = np.column_stack([self.pairs.table[rows], own]).astype(np.float32)
+        q = network(torch.from_numpy(obs).to(self.device))
         worst, middle, best = q.sort(1).values.T
-        position = q.argmax(1).float() - 1
-        fixed = []
-        for level in LEVELS:  # the market alone varies
-            obs[:, -1] = level
-            fixed.append(network(obs).argmax(1).float().std())
+        position = q.argmax(1).float().view(len(LEVELS), -1) - 1
         return {
-            "policy/state_dependence": torch.stack(fixed).mean(),
+            "policy/state_dependence": position.std(1).mean(),  # the market alone varies
             "policy/action_mean": position.mean(),
-            "policy/saturation": position.abs().mean(), "policy/greedy_gap": (best - middle).mean(),
+            "policy/saturation": position.abs().mean(),
+            "policy/greedy_gap": (best - middle).mean(),
             "value/q_mean": q.mean(),
-            "value/q_action_spread": (best - worst).mean()}
+            "value/q_action_spread": (best - worst).mean(),
+        }
 
     def overestimation(self, network, reward_scale: float) -> float:
         """Mean of (predicted - realised) discounted value along the greedy paths of the eval split,
@@ -1630,9 +1825,15 @@ class CustomJudge:
 
     def __init__(self, run):
         args, self.device = run.args, run.device
-        self.envs = run.closing(CustomVectorEnv(
-            args.env_fn, 10, args.seed + 10**6, on_worker_death=args.on_worker_death,
-            worker_timeout=args.worker_timeout))
+        self.envs = run.closing(
+            CustomVectorEnv(
+                args.env_fn,
+                10,
+                args.seed + 10**6,
+                on_worker_death=args.on_worker_death,
+                worker_timeout=args.worker_timeout,
+            )
+        )
 
     @torch.no_grad()
     def evaluate(self, network, split, seconds=math.inf) -> tuple[dict, dict]:
@@ -1649,8 +1850,12 @@ class CustomJudge:
             if not due.any() or time.monotonic() > until:
                 break
         returns, lengths = np.array(episodes or [[math.nan] * 2]).T
-        agent = {"episode_return": returns.mean(), "episode_return_std": returns.std(),
-                 "episode_length": lengths.mean(), "episodes": len(episodes)}
+        agent = {
+            "episode_return": returns.mean(),
+            "episode_return_std": returns.std(),
+            "episode_length": lengths.mean(),
+            "episodes": len(episodes),
+        }
         return {"agent": agent, "baselines": {}, "partial": bool(due.any())}, {}
 
     def write(self, folder, split, walks):
@@ -1669,7 +1874,9 @@ def judge_and_keep(run, loop, judge, averaged, record):
     run.phase("eval")
     result, _ = judge.evaluate(averaged, "eval", run.eval_limit(0.3))
     agent = result["agent"]
-    run.log(record | judge.diagnose(averaged) | {f"eval/eval/{k}": v for k, v in agent.items()}, loop)
+    run.log(
+        record | judge.diagnose(averaged) | {f"eval/eval/{k}": v for k, v in agent.items()}, loop
+    )
     loop.judged, loop.recent = loop.updates, [*loop.recent[-2:], float(agent[judge.by])]
     noisy = judge.by == "mean_reward_bps"  # one realised mean
     better = run.keep_best(float(np.mean(loop.recent)) if noisy else agent[judge.by], loop)
@@ -1735,14 +1942,24 @@ def main(argv: list[str] | None = None) -> dict:
     move_towards(target_network, q_network, 1.0)
     move_towards(averaged, q_network, 1.0)
     optimizer = torch.optim.AdamW(
-        q_network.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        q_network.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
     name = args.env_fn or "cleanrl_crypto/Forex-v0"
     monitor = run.closing(Monitor(run.dir / "monitor.csv", name, run.resumed))
     collector = Collector(envs, rb, monitor)
     # all that a resumed run needs; the collector first, as it takes in what is in flight
     loop = run.restore(
-        Loop(), config, policy=dict(agent=averaged), collector=collector, learner=q_network,
-        target=target_network, optimizer=optimizer, envs=envs, replay=rb, monitor=monitor)
+        Loop(),
+        config,
+        policy=dict(agent=averaged),
+        collector=collector,
+        learner=q_network,
+        target=target_network,
+        optimizer=optimizer,
+        envs=envs,
+        replay=rb,
+        monitor=monitor,
+    )
     if run.state is None:
         judge_and_keep(run, loop, judge, averaged, {})
 
@@ -1772,8 +1989,13 @@ def main(argv: list[str] | None = None) -> dict:
             for _ in range(args.updates_per_step):
                 obs, action, reward, next_obs, done = rb.sample(run.rng, args.batch_size)
                 with torch.no_grad():
-                    target = td_target(config["reward_scale"] * reward, done, args.gamma,
-                                       target_network(next_obs), q_network(next_obs))
+                    target = td_target(
+                        config["reward_scale"] * reward,
+                        done,
+                        args.gamma,
+                        target_network(next_obs),
+                        q_network(next_obs),
+                    )
                 q_values = q_network(obs).gather(1, action[:, None])[:, 0]
                 loss = F.smooth_l1_loss(q_values, target)
 
@@ -1789,11 +2011,15 @@ def main(argv: list[str] | None = None) -> dict:
         # log, evaluate, keep the best; the last weights are a candidate too
         last = loop.global_step >= args.total_timesteps
         if (run.every(args.eval_interval, loop.global_step) or last) and loop.judged < loop.updates:
-            record = collector.charts(pairs) | run.charts(loop, loop.updates * args.batch_size)
+            record = collector.charts() | run.charts(loop, loop.updates * args.batch_size)
             record |= {
-                "losses/td_loss": loss.detach(), "losses/q_values": q_values.detach().mean(),
-                "losses/target_mean": target.mean(), "losses/grad_norm": grad_norm,
-                "charts/learning_rate": rate, "charts/epsilon": epsilon}
+                "losses/td_loss": loss.detach(),
+                "losses/q_values": q_values.detach().mean(),
+                "losses/target_mean": target.mean(),
+                "losses/grad_norm": grad_norm,
+                "charts/learning_rate": rate,
+                "charts/epsilon": epsilon,
+            }
             if not math.isfinite(record["losses/td_loss"]):
                 why = "lower --learning-rate"
                 raise CheckFailed(f"the loss is not finite after {loop.updates} updates: {why}")
@@ -1810,8 +2036,14 @@ def main(argv: list[str] | None = None) -> dict:
     usage = envs.worker_usage()
     performance |= {"workers": len(usage), "restarts": envs.restarts, "worker_usage": usage}
     return run.finish(
-        loop, results, audit, judge.columns, selected_by=judge.by, performance=performance,
-        samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1))
+        loop,
+        results,
+        audit,
+        judge.columns,
+        selected_by=judge.by,
+        performance=performance,
+        samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1),
+    )
 
 
 if FORK_SERVER in os.environ:
