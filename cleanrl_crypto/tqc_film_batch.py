@@ -1551,7 +1551,7 @@ def make_optimizers(agent, args):
     ]
     actor = [{"params": agent.actor.parameters(), "rate": args.learning_rate}]
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-    alpha = torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr)
+    alpha = torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr, fused=True)
     return {"q_optimizer": adamw(groups), "actor_optimizer": adamw(actor), "alpha_optimizer": alpha}
 
 
