@@ -1,47 +1,55 @@
-"""FreewayVectorEnv: the published numbers, autoreset, accounting, seeds, baselines, sanity checks."""
+"""FreewayVectorEnv: published numbers, autoreset, accounting, seeds, baselines, sanity checks."""
+
+from functools import cache, partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_checks
 
 from cleanrl_crypto import ppo_arz_gpu as arz
-from cleanrl_crypto.ppo_arz_gpu import FreewayVectorEnv, SanityError, backstepping_law, linear_law
+from cleanrl_crypto.ppo_arz_gpu import AT, Backstepping, Constant, FreewayVectorEnv, LinearController
 from common.gpu_pool import pool
+from common.lanes import Lanes
+from common.run import CheckFailed
 
 PUBLISHED = {"waves": np.array(arz.WAVE)[:, None]}
+SCHEMES = ["richtmyer", "godunov", "muscl"]
 
 
-def lanes(n=3, **kwargs):
-    return FreewayVectorEnv(n, **({"precision": "float64", "episode_seconds": 4} | kwargs))
+def lanes(n=3, seconds=4, **kwargs):
+    return FreewayVectorEnv(n, episode_seconds=seconds, **kwargs)
+
+
+def still(env):
+    return torch.zeros(env.num_envs, env.actions)
 
 
 def total(env, make, options=PUBLISHED):
-    """Return and statistics of lane 0's episode."""
-    obs, _ = env.reset(seed=0, options=options)
+    """Statistics of lane 0's episode."""
+    env.reset(seed=0, options=options)
     act, sum_ = make(env), 0.0
     for _ in range(env.length):
-        obs, reward, terminated, truncated = env.step_lanes(act(obs))
-        sum_ += reward[0] * env.samples
+        reward, terminated, truncated = env.step_lanes(act(env.observe()))
+        sum_ += float(reward[0]) * env.samples
     assert truncated.all() and not terminated.any()
-    stats = {k: float(v[0]) for k, v in env.final_stats.items()}
+    stats = {k: float(x[0]) for k, x in env.stats("finals").items()}
     assert stats["episode_return"] == pytest.approx(sum_, rel=1e-9)
     return stats
 
 
-def constant(env):
-    return lambda obs: np.zeros((env.num_envs, env.actions))
-
-
-# ------------------------------------------------------------------------------------------ published numbers
+# --------------------------------------------------------------------------- published numbers
 @pytest.mark.parametrize("make, interval, want", [
-    (constant, 1.0, -382.4993), (backstepping_law, 0.25, -263.1681),
-    (lambda env: linear_law(env, 5.9), 1.0, -108.3205), (lambda env: linear_law(env, 5.9), 0.25, -103.9971)])
+    (Constant, 1.0, -382.4993), (Backstepping, 0.25, -263.1681),
+    (partial(LinearController, kp=5.9), 1.0, -108.3205),
+    (partial(LinearController, kp=5.9), 0.25, -103.9971)])
 def test_the_published_scheme_gives_the_published_returns(make, interval, want):
     env = FreewayVectorEnv(1, decision_interval=interval, precision="float64")
     stats = total(env, make)
-    # observations are float32, so a law that reads them is a rounding off
-    assert stats["episode_return"] == pytest.approx(want, abs=1e-4 if make is constant else 5e-4)
+    # observations are float32, so a controller that reads them is a rounding off
+    bound = 1e-4 if make is Constant else 5e-4
+    assert stats["episode_return"] == pytest.approx(want, abs=bound)
     assert stats["mass_error"] < 1e-12 and stats["max_cfl"] <= 1
     single = total(FreewayVectorEnv(1, decision_interval=interval), make)
     assert single["episode_return"] == pytest.approx(want, rel=1e-4)
@@ -49,12 +57,12 @@ def test_the_published_scheme_gives_the_published_returns(make, interval, want):
 
 def test_random_actions_are_as_bad_as_published():
     env = FreewayVectorEnv(24, decision_interval=0.25)
-    env.reset(seed=0, options={"waves": np.repeat(np.array(arz.WAVE)[:, None], 24, 1)})
-    rng = np.random.default_rng(0)
+    env.reset(seed=0, options={"waves": np.repeat(PUBLISHED["waves"], 24, 1)})
+    draws = torch.Generator().manual_seed(0)
     for _ in range(env.length):
-        env.step_lanes(rng.uniform(-1, 1, (24, 1)))
-    returns = env.final_stats["episode_return"]
-    assert returns.mean() == pytest.approx(-711, abs=60) and 40 < returns.std() < 100
+        env.step_lanes(2 * torch.rand(24, 1, generator=draws) - 1)
+    returns = env.stats("finals")["episode_return"]
+    assert float(returns.mean()) == pytest.approx(-711, abs=60) and 40 < float(returns.std()) < 100
 
 
 def test_the_published_loop_step_by_step():
@@ -63,7 +71,7 @@ def test_the_published_loop_step_by_step():
     big_v = lambda rho: arz.V_MAX * (1 - rho / arz.RHO_MAX)  # noqa: E731
     rho = star * (1 + 0.1 * np.sin(3 * np.pi * np.arange(51) * dx / arz.LENGTH))
     y = 1.2 - rho * big_v(rho)
-    env = FreewayVectorEnv(1, control="both", decision_interval=0.25, episode_seconds=10, precision="float64")
+    env = lanes(1, 10, control="both", decision_interval=0.25, precision="float64")
     env.reset(seed=0, options=PUBLISHED)
     rng = np.random.default_rng(1)
     for k in range(39):
@@ -77,34 +85,36 @@ def test_the_published_loop_step_by_step():
         f, g = half_y + half * big_v(half), half_y * (half_y / half + big_v(half))
         rho[1:-1] -= dt / dx * np.diff(f)
         y[1:-1] += -dt / dx * np.diff(g) - dt / tau * (half_y[1:] + half_y[:-1]) / 2
-        _, reward, _, _ = env.step_lanes([[out, into]])
+        reward, _, _ = env.step_lanes(torch.tensor([[out, into]]))
         v = y / rho + big_v(rho)
         want = -np.linalg.norm(v / 10 - 1) - np.linalg.norm(rho / star - 1)
-        assert reward[0] == pytest.approx(want, abs=1e-10), k
-    np.testing.assert_allclose(env.u[0, :, :, 0], [rho, y], atol=1e-12)
+        assert float(reward[0]) == pytest.approx(want, abs=1e-10), k
+    np.testing.assert_allclose(env.rows("u")[..., 0], [rho, y], atol=1e-12)
 
 
-@pytest.mark.parametrize("scheme, constant_low, constant_high, back_low, back_high", [
-    ("godunov", -390, -360, -200, -175), ("muscl", -425, -395, -265, -240)])
-def test_finite_volumes_agree_with_the_known_range(scheme, constant_low, constant_high, back_low, back_high):
-    env = FreewayVectorEnv(1, decision_interval=0.25, precision="float64", scheme=scheme)
-    stats = total(env, constant)
-    assert constant_low < stats["episode_return"] < constant_high
-    assert stats["throughput_veh"] == pytest.approx(1.2 * 240, rel=1e-9)
-    assert back_low < total(env, backstepping_law)["episode_return"] < back_high
+@pytest.mark.parametrize("scheme, constant, backstepping", [
+    ("godunov", (-390, -360), (-200, -175)), ("muscl", (-425, -395), (-265, -240))])
+def test_finite_volumes_agree_with_the_known_range(scheme, constant, backstepping):
+    env = FreewayVectorEnv(1, decision_interval=0.25, scheme=scheme)
+    for make, (low, high) in ((Constant, constant), (Backstepping, backstepping)):
+        stats = total(env, make)
+        assert low < stats["episode_return"] < high and stats["queue_veh"] == 0
+        assert make is Backstepping or stats["throughput_veh"] == pytest.approx(1.2 * 240, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ Gymnasium's rules
+# --------------------------------------------------------------------------- Gymnasium's rules
 def test_gymnasium_accepts_it():
-    gymnasium_checks(gym.make("cleanrl_crypto/Freeway-v0", episode_seconds=5).unwrapped, skip_render_check=True)
-    env = gym.make_vec("cleanrl_crypto/Freeway-v0", num_envs=3, control="both", scheme="godunov", episode_seconds=5)
+    single = gym.make("cleanrl_crypto/Freeway-v0", episode_seconds=5)
+    gymnasium_checks(single.unwrapped, skip_render_check=True)
+    env = gym.make_vec(
+        "cleanrl_crypto/Freeway-v0", num_envs=3, control="both", scheme="godunov", episode_seconds=5)
     assert env.action_space.shape == (3, 2) and env.observation_space.shape == (3, 102)
     obs, _ = env.reset(seed=1)
     assert env.observation_space.contains(obs)
     assert env.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
 
 
-@pytest.mark.parametrize("scheme", ["richtmyer", "godunov", "muscl"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_autoreset_sequence_is_exact(scheme):
     env = lanes(scheme=scheme)
     first, _ = env.reset(seed=5)
@@ -115,17 +125,16 @@ def test_autoreset_sequence_is_exact(scheme):
         assert ("final_obs" in info) == (k % 4 == 0)
         if k == 4:
             # the final observation belongs to the episode that ended, the returned one to the next
-            again = lanes(scheme=scheme, episode_seconds=5)
-            again.reset(seed=5)
-            for _ in range(4):
-                longer, *_ = again.step(action)
-            if scheme != "richtmyer":  # whose last update is left out, as published
-                np.testing.assert_array_equal(np.stack(info["final_obs"]), longer)
-            assert np.abs(np.stack(info["final_obs"]) - obs).max() > 1e-3
-            assert np.abs(obs - first).max() > 1e-3  # another wave
+            last, second = np.stack(info["final_obs"]), obs
             assert info["final_info"]["episode"]["l"].tolist() == [4, 4, 4]
-            second = obs
-    _ = env.reset(seed=5)
+    longer = lanes(scheme=scheme, seconds=5)
+    longer.reset(seed=5)
+    for _ in range(4):
+        expected, *_ = longer.step(action)
+    if scheme != "richtmyer":  # whose last update is left out, as published
+        np.testing.assert_array_equal(last, expected)
+    assert np.abs(last - second).max() > 1e-3 and np.abs(second - first).max() > 1e-3
+    env.reset(seed=5)
     np.testing.assert_array_equal(env.reset()[0], second)  # reset() goes on to the next episode
     np.testing.assert_array_equal(env.reset(seed=5)[0], first)
 
@@ -135,21 +144,19 @@ def test_the_reward_is_what_the_observation_says():
     env.reset(seed=0)
     obs, reward, *_ = env.step(np.zeros((3, 1)))
     norms = np.linalg.norm(obs[:, :51], axis=1) + np.linalg.norm(obs[:, 51:], axis=1)
-    np.testing.assert_allclose(reward, -norms, rtol=1e-6)
+    np.testing.assert_allclose(reward, -norms, rtol=1e-5)
 
 
-def test_actions_are_clipped_and_reach_their_end():
-    def after(action, control):
-        env = lanes(1, control=control, scheme="godunov")
-        env.reset(seed=1)
-        env.step_lanes(np.atleast_2d(action))
-        flow = env.lanes(env.totals)[5:7, 0]
-        return flow / env.lanes(env.lane)[2, 0]  # vehicles in, out, in seconds of q*
-
-    np.testing.assert_allclose(after([9.0], "outlet"), [1.0, 1.2], rtol=1e-9)
-    np.testing.assert_allclose(after([-0.5], "outlet"), [1.0, 0.9], rtol=1e-9)
-    np.testing.assert_allclose(after([1.0], "inlet"), [1.2, 1.0], rtol=1e-9)
-    np.testing.assert_allclose(after([-1.0, 0.5], "both"), [1.1, 0.8], rtol=1e-9)
+@pytest.mark.parametrize("action, control, want", [  # seconds of q* that entered and left
+    ([9.0], "outlet", (1.0, 1.2)), ([-0.5], "outlet", (1.0, 0.9)), ([1.0], "inlet", (1.2, 1.0)),
+    ([-1.0, 0.5], "both", (1.1, 0.8))])
+def test_actions_are_clipped_and_reach_their_end(action, control, want):
+    env = lanes(1, control=control, scheme="godunov")
+    env.reset(seed=1)
+    env.step_lanes(torch.tensor([action]))
+    sums, lane = arz.Totals(*env.rows("totals")), arz.Lane(*env.rows("lane"))
+    flows = [float(x / lane.q_star) for x in (sums.entered, sums.left)]
+    assert flows == pytest.approx(want, rel=1e-5)
 
 
 def test_an_action_that_is_not_finite_is_named():
@@ -159,13 +166,13 @@ def test_an_action_that_is_not_finite_is_named():
         env.step(np.array([[0.0], [np.nan], [0.0]]))
 
 
-# ------------------------------------------------------------------------------------------- seeds, lanes, state
+# --------------------------------------------------------------------------- seeds, lanes, state
 @pytest.mark.parametrize("scheme", ["richtmyer", "muscl"])
 def test_lanes_do_not_depend_on_how_many_there_are(scheme):
-    many, few = (lanes(n, scheme=scheme, precision="float32") for n in (130, 5))
-    np.testing.assert_array_equal(many.reset(seed=3)[0][:5], few.reset(seed=3)[0])
-    shifted = lanes(5, scheme=scheme, precision="float32", lane0=70)
-    np.testing.assert_array_equal(many.reset(seed=3)[0][70:75], shifted.reset(seed=3)[0])
+    many, few, shifted = lanes(130, scheme=scheme), lanes(5, scheme=scheme), lanes(5, scheme=scheme, lane0=70)
+    starts = [env.reset(seed=3)[0] for env in (many, few, shifted)]
+    np.testing.assert_array_equal(starts[0][:5], starts[1])
+    np.testing.assert_array_equal(starts[0][70:75], starts[2])
     action = np.random.default_rng(0).uniform(-1, 1, (130, 1))
     for _ in range(5):
         a, b, c = many.step(action), few.step(action[:5]), shifted.step(action[70:75])
@@ -176,138 +183,186 @@ def test_lanes_do_not_depend_on_how_many_there_are(scheme):
 def test_waves_fill_the_training_range_and_differ():
     env = FreewayVectorEnv(2000)
     env.reset(seed=0)
-    star = env.lanes(env.lane)[0]
-    assert star.min() == pytest.approx(0.11, abs=1e-4) and star.max() == pytest.approx(0.13, abs=1e-4)
+    star = env.rows("lane")[AT.rho_star].numpy()
+    assert star.min() == pytest.approx(0.11, abs=1e-4)
+    assert star.max() == pytest.approx(0.13, abs=1e-4)
     assert len(np.unique(star)) > 1900
-    rho = env.lanes(env.u)[0] / star - 1
+    rho = env.rows("u")[0].numpy() / star - 1
     assert 0.045 < np.abs(rho).max(0).min() and np.abs(rho).max() < 0.151
     assert np.abs(rho[0] - rho[0].mean()).max() > 0.1  # phases
 
 
-def test_state_round_trip_continues_bit_for_bit():
-    a, b = lanes(scheme="muscl"), lanes(scheme="muscl")
+def test_no_training_wave_is_an_evaluation_wave():
+    test, train = FreewayVectorEnv(cases="eval"), FreewayVectorEnv(101)
+    test.reset(seed=arz.EVAL_SEED)
+    cases = set(test.rows("lane")[AT.rho_star].tolist())
+    for seed in (1, 2**31 - 1):  # the largest that --seed takes
+        train.reset(seed=seed)
+        assert not cases & set(train.rows("lane")[AT.rho_star].tolist())
+    assert len(cases) == 101 and arz.EVAL_SEED > 2**31 - 1
+    assert test.rows("lane")[AT.rho_star, 50] == pytest.approx(arz.RHO_STAR)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_state_round_trip_continues_bit_for_bit(blocks):
+    """Also into other blocks of lanes, as a GPU has them."""
+    a, b = lanes(6, scheme="muscl"), lanes(6, scheme="muscl")
+    action = np.full((6, 1), 0.5)
     a.reset(seed=1)
     for _ in range(3):
-        a.step(np.full((3, 1), 0.5))
-    np.testing.assert_array_equal(b.set_state(a.get_state()), a.rows(a.obs))
+        a.step(action)
+    if blocks == 2:
+        width, arz.BLOCK = arz.BLOCK, 4
+        b = lanes(6, scheme="muscl")
+        arz.BLOCK = width
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.observe(), b.observe())
     for _ in range(4):
-        for x, y in zip(a.step(np.full((3, 1), -0.5))[:4], b.step(np.full((3, 1), -0.5))[:4]):
+        for x, y in zip(a.step(-action)[:4], b.step(-action)[:4]):
             np.testing.assert_array_equal(x, y)
 
 
 def test_resets_build_and_allocate_nothing_and_close_gives_back():
     env = lanes()
-    builds, allocations, used = FreewayVectorEnv.builds, pool.stats()["allocations"], pool.stats()["in_use"]
+    before = Lanes.builds, pool.stats()["allocations"]
+    used = pool.stats()["in_use"]
     for seed in range(5):
         env.reset(seed=seed)
-        env.step_lanes(np.zeros((3, 1)))
-    assert FreewayVectorEnv.builds == builds and pool.stats()["allocations"] == allocations
+        env.step_lanes(still(env))
+    assert (Lanes.builds, pool.stats()["allocations"]) == before
     env.close()
     assert pool.stats()["in_use"] < used
     lanes()
-    assert pool.stats()["allocations"] == allocations
+    assert pool.stats()["allocations"] == before[1]
 
 
 def test_staggered_lanes_end_at_different_times_and_then_keep_their_length():
-    env = lanes(8, precision="float64", episode_seconds=12)
+    env = lanes(8, 12)
     env.reset(seed=1, options={"stagger": True})
-    ends = np.array([env.step_lanes(np.zeros((8, 1)))[3].copy() for _ in range(30)])
+    ends = torch.stack([env.step_lanes(still(env))[2].clone() for _ in range(30)]).numpy()
     assert len({int(np.argmax(column)) for column in ends.T}) > 3
     for column in ends.T:
         assert set(np.diff(np.flatnonzero(column))) == {12}
+
+
+def test_a_broken_lane_terminates_alone_and_starts_again():
+    env = lanes(4, 10, scheme="godunov")
     env.reset(seed=1)
-    one, _ = lanes(8, episode_seconds=12).reset(seed=1)
-    np.testing.assert_array_equal(env.rows(env.obs), one)
+    env.rows("u")[0, 7, 2] = float("nan")  # one block: a view
+    reward, terminated, truncated = env.step_lanes(still(env))
+    assert terminated.tolist() == [False, False, True, False] and not truncated.any()
+    assert reward[2] == arz.BROKEN and torch.isfinite(reward).all()
+    assert torch.isfinite(env.observe()).all() and torch.isnan(env.last_observations()[2]).any()
+    assert env.stats("finals")["episode_length"].tolist() == [0, 0, 1, 0]
 
 
-# ----------------------------------------------------------------------------------------------- accounting
-@pytest.mark.parametrize("scheme, precision, bound", [
-    ("richtmyer", "float64", 1e-10), ("richtmyer", "float32", 1e-5), ("godunov", "float64", 1e-10),
-    ("muscl", "float64", 1e-10), ("muscl", "float32", 1e-5)])
-def test_mass_and_courant_under_wild_actions(scheme, precision, bound):
-    env = FreewayVectorEnv(16, control="both", scheme=scheme, precision=precision, episode_seconds=240)
+# ------------------------------------------------------------------------------------- accounting
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["random", "opposite"])
+def test_no_action_leaves_the_physical_range_or_loses_a_vehicle(scheme, kind):
+    env = lanes(16, 120, control="both", scheme=scheme)
     env.reset(seed=2)
-    for k in range(env.length):
-        sign = np.where(np.arange(16) % 2, 1.0, -1.0)  # half the lanes are emptied, the others filled
-        _, reward, terminated, _ = env.step_lanes(np.stack([sign, -sign], 1))
-        assert np.isfinite(reward).all() and not terminated.any(), k
-    stats = env.final_stats
-    assert stats["mass_error"].max() <= bound
-    assert stats["max_cfl"].max() <= (0.5 if scheme == "muscl" else 1 + 1e-6)
+    draws = torch.Generator().manual_seed(0)
+    sign = 1 - 2 * (torch.arange(16) % 2)
+    densest, slowest = 0.0, 99.0
+    for k in range(env.length - 1):  # lanes at the extremes are emptied or filled
+        action = torch.stack([sign, -sign], 1) if kind == "opposite" else 2 * torch.rand(16, 2, generator=draws) - 1
+        reward, terminated, _ = env.step_lanes(action)
+        assert torch.isfinite(reward).all() and not terminated.any(), k
+        lane, obs = arz.Lane(*env.rows("lane")[..., None]), env.observe()
+        densest = max(densest, float((lane.rho_star * (1 + obs[:, :51])).max()))
+        slowest = min(slowest, float((lane.v_star * (1 + obs[:, 51:])).min()))
+    waiting = arz.Lane(*env.rows("lane")).waiting.clone()
+    env.step_lanes(action)
+    stats = env.stats("finals")
+    assert densest <= arz.RHO_MAX * 1.005 and slowest >= -1e-3
+    assert float(stats["mass_error"].max()) <= 1e-5
+    assert float(stats["max_cfl"].max()) <= (0.5 if scheme == "muscl" else 1 + 1e-6)
+    wild = scheme != "richtmyer" and kind == "opposite"
+    assert (float(waiting.max()) > 10) == wild == (float(stats["queue_veh"].max()) > 10)
+    assert (float(stats["floor_veh"].max()) > 1) == (scheme == "richtmyer" and kind == "opposite")
 
 
-@pytest.mark.parametrize("pressure", ["gap", "power", "singular"])
-def test_pressure_laws_give_different_roads(pressure):
-    env = lanes(scheme="muscl", pressure=pressure, pressure_exponent=1.0, pressure_scale=20.0)
-    obs, _ = env.reset(seed=0)
-    for _ in range(3):
-        obs, reward, *_ = env.step(np.zeros((3, 1)))
-    assert np.isfinite(obs).all()
-    other = lanes(scheme="muscl")
-    other.reset(seed=0)
-    for _ in range(3):
-        gap, *_ = other.step(np.zeros((3, 1)))
-    assert (np.abs(gap - obs).max() > 1e-3) == (pressure != "gap")
+@pytest.mark.slow
+@pytest.mark.parametrize("pressure", ["power", "singular"])
+def test_pressures_give_different_roads(pressure):
+    env, gap = lanes(scheme="muscl", pressure=pressure), lanes(scheme="muscl")
+    found = []
+    for road in (env, gap):
+        road.reset(seed=0)
+        for _ in range(3):
+            obs, *_ = road.step(np.zeros((3, 1)))
+        found.append(obs)
+    assert np.isfinite(found[0]).all() and np.abs(found[0] - found[1]).max() > 1e-3
 
 
-def test_the_published_scheme_refuses_other_laws():
+def test_the_published_scheme_refuses_other_pressures():
     with pytest.raises(ValueError, match="richtmyer"):
         lanes(pressure="power")
 
 
-# -------------------------------------------------------------------------------------- baselines, evaluation
-def test_laws_are_tuned_on_training_waves_and_order_as_known():
-    train = FreewayVectorEnv(1024, seed=1)
-    laws, gains = arz.freeway_baselines(train)
-    assert gains["p"][0] == pytest.approx(5.9, abs=1.0)
-    test = FreewayVectorEnv(cases="eval", seed=1)
+# -------------------------------------------------------------------------- baselines, evaluation
+@cache
+def tuned():
+    train = FreewayVectorEnv(256)
+    return train, arz.make_controllers(train, 1e9)
+
+
+def test_controllers_are_tuned_on_training_waves_and_order_as_known():
+    train, makers = tuned()
+    assert makers["p"].keywords["kp"] == pytest.approx(5.9, abs=1.0)
+    test = FreewayVectorEnv(cases="eval")
     assert list(test.splits) == ["validation", "published", "heldout"]
-    result = {name: arz.evaluate(make, test)[0] for name, make in laws.items()}
+    result = {name: arz.evaluate(make, test)[0] for name, make in makers.items()}
     published = {name: r["published"]["episode_return"] for name, r in result.items()}
-    assert published["constant"] < published["backstepping"] < published["p"] <= published["pi"] + 0.5
+    assert published["constant"] < published["backstepping"] < published["p"]
     assert published["pi"] == pytest.approx(-107.4, abs=2)
     held = result["pi"]["heldout"]
     assert -125 < held["episode_return"] < -95 and held["std"] > 10
-    # the validation waves are not the held-out ones, and the same cases come back at every evaluation
+    # the validation waves are not the held-out ones, and every evaluation has the same cases
     assert held["episode_return"] != result["pi"]["validation"]["episode_return"]
-    assert arz.evaluate(laws["pi"], test)[0] == result["pi"]
+    assert arz.evaluate(makers["pi"], test)[0] == result["pi"]
     # tuning leaves the training environment with its own random waves
     train.reset(seed=1)
-    assert len(np.unique(train.lanes(train.lane)[0])) > 1000
+    assert len(train.rows("lane")[AT.rho_star].unique()) > 250
+
+
+def test_a_search_without_time_ends_with_what_it_has(capsys):
+    search = arz.GainSearch(lanes(16, 10), 0.0)
+    assert search.best([(k, 0.0, 0.0) for k in range(9)]) == (0, 0.0, 0.0) and not search.complete
 
 
 def test_an_evaluation_that_runs_out_of_time_says_so():
     env = FreewayVectorEnv(cases="eval")
-    result, columns, partial = arz.evaluate(lambda env: lambda obs: np.zeros((101, 1)), env, seconds=1e-9, trace=True)
-    assert partial and len(columns["time_s"]) == 1 and result["heldout"]["episode_return"] < 0
+    result, columns, cut = arz.evaluate(Constant, env, seconds=1e-9, trace=True)
+    assert cut and len(columns["time_s"]) == 1 and result["heldout"]["episode_return"] < 0
     assert {"rho_0", "v_50", "action_0", "reward"} <= set(columns)
 
 
-# ------------------------------------------------------------------------------------------------- sanity
-@pytest.mark.parametrize("scheme", ["richtmyer", "godunov"])
+# ------------------------------------------------------------------------------------------ sanity
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_sanity_passes_and_hands_the_environment_on(scheme):
-    env = lanes(4, scheme=scheme, episode_seconds=20)
-    builds = FreewayVectorEnv.builds
-    arz.check_env(env, "float64", 1.0)
-    assert FreewayVectorEnv.builds == builds
-    fresh = lanes(4, scheme=scheme, episode_seconds=20)
+    env, fresh = (lanes(4, 20, scheme=scheme) for _ in range(2))
+    builds = Lanes.builds
+    arz.check_env(env)
+    assert Lanes.builds == builds
     np.testing.assert_array_equal(env.reset(seed=7)[0], fresh.reset(seed=7)[0])
 
 
 class Deaf(FreewayVectorEnv):
-    def step_lanes(self, actions):
-        return super().step_lanes(np.zeros_like(actions))
+    def step_lanes(self, action):
+        return super().step_lanes(torch.zeros_like(action))
 
 
 class Endless(FreewayVectorEnv):
-    def step_lanes(self, actions):
-        obs, reward, terminated, truncated = super().step_lanes(actions)
-        return obs, reward, terminated, np.zeros_like(truncated)
+    def step_lanes(self, action):
+        reward, terminated, truncated = super().step_lanes(action)
+        return reward, terminated, torch.zeros_like(truncated)
 
 
 class Leaky(FreewayVectorEnv):
-    def stats(self, totals):
-        return super().stats(totals) | {"mass_error": np.full(self.num_envs, 0.01)}
+    def stats(self, name="totals"):
+        return super().stats(name) | {"mass_error": torch.full((self.num_envs,), 0.01)}
 
 
 class Slow(FreewayVectorEnv):
@@ -317,16 +372,20 @@ class Slow(FreewayVectorEnv):
 
 
 class Flat(FreewayVectorEnv):
-    def step_lanes(self, actions):
-        obs, reward, *rest = super().step_lanes(actions)
-        return obs, np.zeros_like(reward), *rest
+    def step_lanes(self, action):
+        reward, *rest = super().step_lanes(action)
+        return torch.zeros_like(reward), *rest
+
+
+class Crowded(FreewayVectorEnv):
+    def observe(self):
+        return super().observe() + 1
 
 
 @pytest.mark.parametrize("broken, words", [
-    (Deaf, "two actions"), (Endless, "truncated"), (Leaky, "conserved"), (Slow, "--decision-interval"),
-    (Flat, "many values")])
-def test_sanity_fails_with_what_it_saw(broken, words):
-    env = broken(4, precision="float64", episode_seconds=20)
-    with pytest.raises(SanityError, match=words) as error:
-        arz.check_env(env, "float64", 1.0)
-    assert "saw" in str(error.value) and "\n" not in str(error.value)
+    (Deaf, "two actions"), (Endless, "truncation"), (Leaky, "conserved"),
+    (Slow, "--decision-interval"), (Flat, "many values"), (Crowded, "densities")])
+def test_sanity_fails_with_what_it_found(broken, words):
+    with pytest.raises(CheckFailed, match=words) as error:
+        arz.check_env(broken(4, episode_seconds=20))
+    assert "\n" not in str(error.value)
