@@ -87,7 +87,7 @@ KNOT = 300.0  # s between knots of the slow demand
 BIN = 60.0  # s, of the fast one
 VARIATION = (0.4, 1.6, 0.5)  # least and largest factor of a knot, half width of a bin's
 START_FILL = 0.1  # largest share of jam density a segment starts with
-TUNING_SHARE = 0.08  # of the time that is left, for the baselines' constants
+TUNING_SHARE = 0.1  # of the time that is left, for the baselines' constants
 # literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
 ZERO, HALF, ONE, TWO, THREE, TEN = (np.float32(x) for x in (0.0, 0.5, 1.0, 2.0, 3.0, 10.0))
 TINY = np.float32(1e-30)
@@ -837,7 +837,7 @@ def observe_nb(lo, hi, obs, roads, street, rules):
     zones, queue, phase, age = street.zones, street.queue, street.phase, street.age
     junctions, width, most = roads.n_phases.size, roads.approach.shape[1], 0
     for g in range(junctions):
-        most = max(most, roads.n_phases[g])
+        most = roads.n_phases[g] if roads.n_phases[g] > most else most
     for ln in range(lo, hi):
         for g in range(junctions):
             for d in range(obs.shape[2]):
@@ -870,7 +870,8 @@ def observe_nb(lo, hi, obs, roads, street, rules):
                 d += 3
             obs[ln, g, d + phase[g, ln]] = ONE
             d += most
-            obs[ln, g, d] = min(age[g, ln] / 60.0, 2.0)
+            minutes = age[g, ln] / 60.0
+            obs[ln, g, d] = minutes if minutes < 2.0 else 2.0
             obs[ln, g, d + 1] = ONE if age[g, ln] >= rules.all_red + rules.min_green else ZERO
             if obs.shape[2] > d + 2:
                 obs[ln, g, d + 2 + g] = ONE
@@ -1457,16 +1458,16 @@ def fixed_cycle(env, cycle, skew, speed):
     return serve_in_turn(env, share * cycle.cpu().numpy(), speed)
 
 
-def webster(env, level, saturation, speed):
-    """Webster's plan for `level` times the mean demand; saturation: flow of a green over jam density times limit."""
+def webster(env, saturation, speed):
+    """Webster's plan for the mean demand; saturation: flow of a green over jam density times limit."""
     net, ratio = env.network, flow_ratios(env.network)
     slots = np.zeros((*ratio.shape, env.num_envs))
-    loads, which = np.unique((level / saturation).cpu().numpy(), return_inverse=True)
-    for load, g in product(loads, range(env.agents)):
-        y = ratio[g, : net.n_phases[g]] * load
+    flows, which = np.unique(saturation.cpu().numpy(), return_inverse=True)
+    for k, g in product(range(len(flows)), range(env.agents)):
+        y = ratio[g, : net.n_phases[g]] / flows[k]
         y = y * min(1.0, 0.9 / max(y.sum(), 1e-9))  # beyond it the formula's cycle has no end
         _, greens = webster_plan(y, 1.0, net.all_red * len(y))
-        slots[g, : len(y), loads[which] == load] = greens + net.all_red
+        slots[g, : len(y), which == k] = greens + net.all_red
     return serve_in_turn(env, slots, speed)
 
 
@@ -1565,20 +1566,19 @@ CONTROLLERS = {
 START = {  # where the search begins, and what it tries of each constant: seconds, powers, m/s, filling, vehicles
     "actuated": {"gap": 0.175, "longest": 25.0},
     "max_pressure": {"period": 15.0, "standing": 1.0, "margin": 1.0},
-    "webster": {"level": 1.3, "saturation": 0.3, "speed": 12.0},
+    "webster": {"saturation": 0.225, "speed": 12.0},
     "fixed_cycle": {"cycle": 40.0, "skew": 0.5, "speed": 12.0},
     "always_switch": {},
 }
 GRIDS = {
-    "gap": (0.025, 0.05, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4),
-    "longest": (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0, 90.0),
-    "period": (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 45.0),
+    "gap": (0.05, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3),
+    "longest": (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0),
+    "period": (5.0, 10.0, 15.0, 20.0, 25.0, 30.0),
     "standing": (0.0, 1.0),
-    "margin": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
-    "level": (1.3,),
-    "saturation": (0.15, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.45, 0.6),
+    "margin": (0.0, 0.5, 1.0, 2.0, 4.0),
+    "saturation": (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4),
     "speed": (0.0, 8.0, 10.0, 12.0, 14.0, 17.0),
-    "cycle": (20.0, 25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 60.0, 75.0, 90.0, 120.0),
+    "cycle": (20.0, 30.0, 35.0, 40.0, 45.0, 50.0, 60.0, 75.0, 90.0, 120.0),
     "skew": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
 }
 TUNING_LANES = 16  # training lanes that judge one set of constants

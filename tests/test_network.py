@@ -304,6 +304,10 @@ def test_cuda_simulator_equals_cpu(repo, tmp_path):
 
 COMPILED = """
 from cleanrl_crypto import ppo_arz_signals as arz
+def type_of(x):  # records keep their names
+    if isinstance(x, tuple):
+        return nb.types.BaseTuple.from_types([type_of(y) for y in x], type(x))
+    return nb.typeof(np.array(x) if isinstance(x, np.ndarray) else x)
 envs = arz.NetworkVectorEnv(4, "town1")
 rules = arz.Rules(1, 90, *envs.times)
 decide, begin = arz.cuda_kernels()

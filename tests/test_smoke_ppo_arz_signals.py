@@ -213,9 +213,9 @@ def test_two_processes_follow_one_and_resume_with_lanes_of_their_own(tmp_path):
         for child in children:
             assert child.wait(timeout=600) == 0, child.stderr.read()[-2000:]
 
-    arz.main(flags(tmp_path / "one"))
-    together(total_timesteps=60)
-    together(resume="auto")
+    arz.main(flags(tmp_path / "one", anneal_lr=False))
+    together(total_timesteps=60, anneal_lr=False)
+    together(resume="auto", anneal_lr=False)
     one, two = ([r for r in records(tmp_path / name) if "losses/entropy" in r] for name in ("one", "two"))
     for a, b in zip(one, two):
         for key in ("losses/policy_loss", "losses/value_loss", "losses/entropy"):
