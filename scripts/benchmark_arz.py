@@ -8,8 +8,7 @@ cell over one whole time step (both stages, relaxation, Courant number and floor
 counts the steps of every lane. Beside it the same scheme for one road in NumPy, one solver step a call, as published
 environments do it; before it is timed, both simulate 60 s of one wave in float64 and must agree to 1e-9.
 Training: the script itself on the freeway, its rate read from its own log, beside SB3's PPO on the same environment
-with the same layers, minibatch share and epochs. Networks: corridor and town5, two classes, random phases; no peer.
-In turns, medians shown; what ran is counted and checked. CPU only.
+with the same layers, minibatch share and epochs. In turns, medians shown; what ran is counted and checked. CPU only.
 """
 import os
 import sys
@@ -22,10 +21,13 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.run import answer_help, exit_with, parse_args  # noqa: E402
+
+answer_help(__name__, __file__)
+
 import numba as nb  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -37,7 +39,8 @@ except ImportError as e:
     sys.exit(f"scripts/benchmark_arz.py: {e}: the peer comes with pip install -r requirements-test.txt")
 
 from cleanrl_crypto import ppo_arz_gpu as arz  # noqa: E402
-from common.timeout_guard import write_json_atomic  # noqa: E402
+from common.lanes import OneLane  # noqa: E402
+from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
 from scripts.machine import check, machine  # noqa: E402
 
 CELLS = arz.NODES - 1
@@ -47,10 +50,8 @@ CELLS = arz.NODES - 1
 class Args:
     lanes: int = 1024
     """roads of ours"""
-    network_lanes: int = 128
-    """lanes of the networks"""
     seconds: float = 3.0
-    """**seconds** of one measurement of a simulator"""
+    """seconds of one measurement of a simulator"""
     repeats: int = 3
     """measurements, in turns"""
     train_steps: int = 1_310_720
@@ -58,7 +59,7 @@ class Args:
     peer_steps: int = 16_384
     """transitions of the peer that are measured, a run (after a rollout that is not)"""
     threads: int | None = None
-    """torch and numba threads of both sides (None: all cores)"""
+    """torch and numba threads of both sides (default: all cores)"""
     out: Path | None = None
     """write everything to this file as JSON"""
     quick: bool = False
@@ -122,70 +123,47 @@ def same_result(seconds: int = 60) -> float:
     """Largest relative difference of the two simulators in float64, after `seconds` of the published wave."""
     env = arz.FreewayVectorEnv(1, scheme="muscl", precision="float64")
     env.reset(seed=1, options={"waves": np.array(arz.WAVE)[:, None]})
-    rho, _ = env.lanes(env.u)[..., 0].copy()
-    road = NumpyRoad(rho, float(env.lanes(env.lane)[2, 0]))
+    rho, _ = env.rows("u")[..., 0].numpy().copy()
+    road = NumpyRoad(rho, float(env.rows("lane")[arz.AT.q_star, 0]))
     for _ in range(seconds):
-        env.step_lanes(np.zeros((1, 1)))
+        env.step_lanes(torch.zeros(1, 1))
         for _ in range(env.samples):
             left = arz.SAMPLE
             while left > 0:
                 left = road.step(left)
-    ours = env.lanes(env.u)[..., 0]
-    steps = int(env.lanes(env.totals)[12, 0])
+    ours = env.rows("u")[..., 0].numpy()
+    steps = int(env.rows("totals")[arz.SUM.steps, 0])
     check(steps == road.steps, f"the kernel made {steps} steps, NumPy {road.steps}")
+    difference = float(max(np.abs(ours[0] / road.rho - 1).max(), np.abs(ours[1] / road.z - 1).max()))
     env.close()
-    return float(max(np.abs(ours[0] / road.rho - 1).max(), np.abs(ours[1] / road.z - 1).max()))
+    return difference
 
 
 def rate_of_ours(args: Args, scheme: str, seconds: float) -> dict:
     """Cell updates/s of step_lanes(), solver steps counted by the kernel."""
     env = arz.FreewayVectorEnv(args.lanes, scheme=scheme, seed=1)
     env.reset(seed=1)
-    spread = np.exp(arz.Args().log_std_init)  # the actions of a first rollout
-    flows = np.random.default_rng(0).normal(0, spread, (8, args.lanes, 1)).astype(np.float32)
+    spread = np.exp(arz.Args.log_std_init)  # the actions of a first rollout
+    actions = spread * torch.randn(8, args.lanes, 1, generator=torch.Generator().manual_seed(0))
     for k in range(2):
-        env.step_lanes(flows[k])
-    made, decisions, spent = 0, 0, 0.0
+        env.step_lanes(actions[k])
+    total, decisions, spent = 0, 0, 0.0
     while spent < seconds:
-        before = env.lanes(env.totals)[12]
+        before = env.rows("totals")[arz.SUM.steps].clone()
         began = time.perf_counter()
-        _, _, terminated, truncated = env.step_lanes(flows[decisions % 8])
+        _, terminated, truncated = env.step_lanes(actions[decisions % 8])
         spent += time.perf_counter() - began
         alive = ~(terminated | truncated)  # an episode that ended took its count away
-        made += int((env.lanes(env.totals)[12] - before)[alive].sum())
+        total += int((env.rows("totals")[arz.SUM.steps] - before)[alive].sum())
         decisions += 1
     expected = decisions * args.lanes * env.samples
-    check(made >= 0.9 * expected, f"{scheme}: {made} solver steps where at least {expected} are needed")
-    check(float(env.lanes(env.totals)[8].max()) <= 1.0 + 1e-6, "a Courant number above 1")
-    check(np.isfinite(env.rows(env.obs)).all(), "an observation is not finite")
-    cells = env.u.shape[2]
+    check(total >= 0.9 * expected, f"{scheme}: {total} solver steps where at least {expected} are needed")
+    check(float(env.stats()["max_cfl"].max()) <= 1.0 + 1e-6, "a Courant number above 1")
+    check(bool(torch.isfinite(env.observe()).all()), "an observation is not finite")
+    cells = env.rows("u").shape[1]
     env.close()
-    return {"lanes": args.lanes, "solver_steps": made, "decisions": decisions,
-            "cell_updates_per_second": made * cells / spent}
-
-
-def rate_of_network(args: Args, spec: str, scheme: str, seconds: float) -> dict:
-    """Cell updates/s (both classes at once) of a network's step_lanes() with random phases, as the kernel counts."""
-    env = arz.NetworkVectorEnv(args.network_lanes, spec, interval=5.0, seconds=450.0, scheme=scheme, seed=1,
-                               level=arz.TRAIN_LEVELS)
-    env.reset(seed=1, options={"stagger": True})
-    asked = np.random.default_rng(0).integers(0, 2, (8, args.network_lanes, env.agents))
-    for k in range(2):
-        env.step_lanes(asked[k])
-    before, decisions, spent = env.stat[1].sum(), 0, 0.0
-    while spent < seconds:
-        began = time.perf_counter()
-        env.step_lanes(asked[decisions % 8])
-        spent += time.perf_counter() - began
-        decisions += 1
-    made, cells, limit = int(env.stat[1].sum() - before), int(env.network.first[-1]), float(env.law[14])
-    check(made >= decisions * args.network_lanes, f"{spec}: {made} solver steps in {decisions} decisions of all lanes")
-    check(float(env.stat[0].max()) <= limit * (1 + 1e-6), f"{spec}: a Courant number above {limit}")
-    check(float(env.stats()["mass_error"].max()) < 1e-5, f"{spec}: vehicles are not conserved")
-    env.close()
-    return {"lanes": args.network_lanes, "cells": cells, "solver_steps": made, "decisions": decisions,
-            "cell_updates_per_second": made * cells / spent,
-            "traffic_seconds_per_second": decisions * args.network_lanes * env.interval / spent}
+    return {"lanes": args.lanes, "solver_steps": total, "decisions": decisions,
+            "cell_updates_per_second": total * cells / spent}
 
 
 def rate_of_numpy(seconds: float) -> dict:
@@ -204,8 +182,8 @@ def train_ours(args: Args, threads: int) -> dict:
         flags = ["--total-timesteps", args.train_steps, "--torch-threads", threads, "--no-cuda", "--no-report",
                  "--num-envs", args.lanes, "--run-dir", f"{folder}/run", "--eval-interval", 10 * args.train_steps]
         summary = arz.main([str(f) for f in flags])
-        state = arz.load_agent(f"{folder}/run/checkpoints/best.pt")
-    ours = arz.Args()
+        state = load_checkpoint(f"{folder}/run/checkpoints/best.pt")
+    ours = arz.Args
     expected = summary["global_step"] // (args.lanes * ours.num_steps) * ours.update_epochs * ours.num_minibatches
     check(summary["global_step"] >= args.train_steps and summary["updates"] == expected, "ours did not train")
     return {"transitions": summary["global_step"], "updates": summary["updates"],
@@ -216,8 +194,8 @@ def train_ours(args: Args, threads: int) -> dict:
 def train_peer(args: Args, threads: int) -> dict:
     """SB3's PPO: 8 one-lane environments, rollouts of 8 x 256, 4 epochs, minibatches of 64, the same layers."""
     torch.set_num_threads(threads)
-    ours, lanes, steps, batch = arz.Args(), 8, 256, 64
-    env = DummyVecEnv([arz.FreewayEnv for _ in range(lanes)])
+    ours, lanes, steps, batch = arz.Args, 8, 256, 64
+    env = DummyVecEnv([lambda: OneLane(arz.FreewayVectorEnv(1))] * lanes)
     peer = PPO("MlpPolicy", env, n_steps=steps, batch_size=batch, n_epochs=ours.update_epochs, gamma=ours.gamma, seed=1,
                device="cpu", policy_kwargs={"net_arch": [ours.hidden, ours.hidden], "activation_fn": torch.nn.SiLU})
     peer.learn(lanes * steps)
@@ -234,24 +212,20 @@ def train_peer(args: Args, threads: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = tyro.cli(Args, args=argv)
+    args, _ = parse_args(Args, argv)
     if args.quick:
         args.lanes, args.seconds, args.repeats, args.train_steps, args.peer_steps = 64, 0.1, 1, 8_192, 2_048
-        args.network_lanes = 8
     threads = args.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
     difference = same_result()
     check(difference < 1e-9, f"the simulators differ by {difference:.1e} after 60 s")
     rates = {"ours, muscl": [], "ours, godunov": [], "ours, richtmyer": [], "NumPy, muscl": []}
-    networks = {"corridor, godunov": [], "corridor, muscl": [], "town5, godunov": []}
     train = {"ours": [], "SB3 PPO": []}
     for _ in range(args.repeats):
         for name in list(rates)[:3]:
             rates[name].append(rate_of_ours(args, name.split()[1], args.seconds))
         rates["NumPy, muscl"].append(rate_of_numpy(args.seconds))
-        for name in networks:
-            networks[name].append(rate_of_network(args, *name.split(", "), args.seconds))
     for _ in range(args.repeats):
         train["ours"].append(train_ours(args, threads))
         train["SB3 PPO"].append(train_peer(args, threads))
@@ -259,11 +233,10 @@ def main(argv: list[str] | None = None) -> dict:
         seen = [train[name][0][key] for name in train]
         check(seen[0] == seen[1], f"{key} differ: {seen[0]} and {seen[1]}")
     middle = {k: median(r["cell_updates_per_second"] for r in v) for k, v in rates.items()}
-    middle |= {k: median(r["cell_updates_per_second"] for r in v) for k, v in networks.items()}
     middle |= {f"train {k}": median(r["transitions_per_second"] for r in v) for k, v in train.items()}
     result = {"machine": machine(threads, torch, np, nb, stable_baselines3),
-              "quick": args.quick, "difference": difference, "simulators": rates, "networks": networks,
-              "training": train, "median": middle}
+              "quick": args.quick, "difference": difference, "simulators": rates,
+              "training": train, "median": middle, "exit_code": 0}
     if args.out:
         write_json_atomic(result, args.out)
     show(result)
@@ -279,10 +252,6 @@ def show(result: dict):
     for name, runs in result["simulators"].items():
         table.add_row(f"cell updates, {name}", str(runs[0]["lanes"]), f"{middle[name]:,.0f}",
                       f"{middle[name] / middle['NumPy, muscl']:.0f} x", "400 M" if name == "ours, muscl" else "")
-    for name, runs in result["networks"].items():
-        traffic = median(r["traffic_seconds_per_second"] for r in runs)
-        what = f"cell updates, {name}, {runs[0]['cells']} cells ({traffic:,.0f} s of traffic)"
-        table.add_row(what, str(runs[0]["lanes"]), f"{middle[name]:,.0f}", "", "")
     for name in result["training"]:
         peer = middle["train SB3 PPO"]
         table.add_row(f"transitions trained, {name}", "", f"{middle['train ' + name]:,.0f}",
@@ -291,7 +260,4 @@ def show(result: dict):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError as e:
-        sys.exit(f"error: {e}")
+    exit_with(main)
