@@ -35,10 +35,25 @@ class Args:
     """fewer and coarser cells"""
 
 
-def street(dx: float, length: float, flow: float, limit: float, interval: float, seconds=400.0, pressure="gap"):
+def street(
+    dx: float,
+    length: float,
+    flow: float,
+    limit: float,
+    interval: float,
+    seconds=400.0,
+    pressure="gap",
+):
     """One lane of cars through a signal without all-red; phase 1 is that of a side street."""
     rows = [
-        {"from": a, "to": b, "length_m": length, "class": "residential", "lanes": 1, "limit": limit}
+        {
+            "from": a,
+            "to": b,
+            "length_m": length,
+            "class": "residential",
+            "lanes": 1,
+            "limit": limit,
+        }
         for a, b in (("A", "J"), ("J", "B"), ("X", "J"))
     ]
     plan = {
@@ -95,7 +110,10 @@ def saturation_flow(limit: float, pressure: str) -> float:
     left = []
     for _ in range(24):
         envs.step_lanes(torch.zeros(1, 1))
-        left.append(float(envs.counts()[0, 0] + envs.queue.sum()) - float(envs.totals[arz.ARRIVED + 1, 0]))
+        left.append(
+            float(envs.counts()[0, 0] + envs.queue.sum())
+            - float(envs.totals[arz.ARRIVED + 1, 0])
+        )
     return 3600 * (left[3] - left[11]) / 40  # from 20 to 60 s after the green began
 
 
@@ -119,7 +137,9 @@ def main(argv: list[str] | None = None) -> dict:
     """The tables, printed; raises CheckFailed with every check that failed."""
     args, _ = parse_args(Args, argv)
     fine = (25.0, 12.5) if args.quick else (25.0, 12.5, 6.25)
-    wave_dx, red_dx = ((10.0, 5.0), (5.0, 2.5)) if args.quick else ((10.0, 5.0, 2.5, 1.25),) * 2
+    wave_dx, red_dx = (
+        ((10.0, 5.0), (5.0, 2.5)) if args.quick else ((10.0, 5.0, 2.5, 1.25),) * 2
+    )
     wave = [smooth_street(dx) for dx in wave_dx]
     orders = np.log2(np.array(wave[:-1]) / wave[1:])
     reds = [red_light(dx) for dx in red_dx]
@@ -127,13 +147,22 @@ def main(argv: list[str] | None = None) -> dict:
     show(f"one red of 10 s, veh s (LWR: {RED:.4f})", red_dx, reds, ".4f")
     flows, delays = {}, {}
     for pressure in arz.PRESSURES:
-        flows[pressure] = [saturation_flow(limit, pressure) for limit in (30.0, 40.0, 50.0, 60.0)]
-        show(f"saturation flow, veh/h, {pressure}; km/h", (30, 40, 50, 60), flows[pressure], ".0f")
+        flows[pressure] = [
+            saturation_flow(limit, pressure) for limit in (30.0, 40.0, 50.0, 60.0)
+        ]
+        show(
+            f"saturation flow, veh/h, {pressure}; km/h",
+            (30, 40, 50, 60),
+            flows[pressure],
+            ".0f",
+        )
         delays[pressure] = [corridor(dx, pressure) for dx in fine]
         show(f"corridor's delay, veh s, {pressure}; dx, m", fine, delays[pressure], ".0f")
     failed = []
     if not ((orders > 0.8) & (orders < 1.2)).all():
-        failed.append(f"orders of the smooth wave are {orders.round(2).tolist()}, expected .8 to 1.2")
+        failed.append(
+            f"orders of the smooth wave are {orders.round(2).tolist()}, expected .8 to 1.2"
+        )
     if not abs(reds[-1] - RED) < 0.1:
         failed.append(f"one red costs {reds[-1]:.3f} veh s, expected {RED:.3f}")
     if failed:
