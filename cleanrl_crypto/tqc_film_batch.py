@@ -43,8 +43,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from common.run import CheckFailed, Run, RunArgs, UsageError
-    from common.run import answer_help, check, exit_with, experiment, load_run, refuse
+    from common.run import CheckFailed, Run, RunArgs, answer_help, check, exit_with, experiment, load_run, refuse
 except ModuleNotFoundError as e:
     if e.name != "common":
         raise
@@ -67,8 +66,7 @@ from common.data import Bars, iso, load_bars, print_facts, split_rows, utc_times
 from common.features import FeatureModel, fit_features
 from common.gpu_pool import pool
 from common.lanes import Lanes, register
-from common.scoring import BP, Series, best_constant, path_metrics, random_path
-from common.scoring import ridge_edge, usual_limit, verdict
+from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, usual_limit, verdict
 from common.timeout_guard import CheckpointError, load_checkpoint, save_atomic
 
 SCHEMA = 2  # of the checkpoint
@@ -91,7 +89,7 @@ GRID = 10  # exposures on each side of flat among which the greedy policy choose
 
 # encoder: the shape that the scores in docs/results.md were measured with
 HEADS, LAYERS = 4, 2
-MASKED = 0.3  # share of a window's bars that pre-training hides; .15 left too easy an interpolation
+MASKED = 0.3  # share of a window's bars that pre-training hides
 MAE_BATCH = 64  # windows a pre-training step
 MAE_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
 BLOCK = 32  # rows encoded at once: one size, so that a row's bits do not depend on the others
@@ -102,11 +100,11 @@ PRETRAIN_SHARE = 0.12  # 150 steps take 25 s on one core
 CACHE_SHARE = 0.3  # rows that are not encoded by then are left out, the oldest first
 
 # optimisation
-BUFFER = 2_000_000  # transitions in the replay: 40 MB, 30 times what a default run makes
+BUFFER = 2_000_000  # transitions in the replay: 32 MB, 30 times what a default run makes
 SCHEDULE = 65_536  # transitions over which learning rates fall, unless --total-timesteps says
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
-MAX_GRAD_NORM = 10.0  # ten times a usual gradient: only accidents are clipped
+MAX_GRAD_NORM = 10.0  # a hundred times a usual gradient: only accidents are clipped
 REWARD_CLIP = 10.0  # standard deviations of the full position's reward; what is beyond is logged
 
 
@@ -728,9 +726,8 @@ class Fusion(nn.Module):
         # a step of position must be as visible as a step of the market
         nn.init.normal_(self.scalars.weight, std=0.5)
 
-    def forward(
-        self, market, position, w_cost
-    ):  # (B, width), (B, K), (B, 1) -> (B, K, width)
+    # (B, width), (B, K), (B, 1) -> (B, K, width)
+    def forward(self, market, position, w_cost):
         p, w = self.scalars.weight.unbind(1)
         x = market[:, None] + position[..., None] * p + w_cost[..., None] * w
         return F.leaky_relu(self.norm(x))
@@ -1437,9 +1434,7 @@ class Loop:
     explored: int = 0  # vector steps in which the actor acted
     evaluated: int = 0  # updates at the last evaluation
     stale: int = 0  # evaluations since the best one
-    recent: list = field(
-        default_factory=list
-    )  # the last three evaluations of trained agents
+    recent: list = field(default_factory=list)  # the last three evaluations of trained agents
     rows: dict = field(default_factory=dict)  # split -> rows that were encoded
     mae_steps: int = 0
 
@@ -1449,12 +1444,9 @@ def open_market(run) -> Market:
     a = run.args
     fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
     seconds = FIT_SHARE * run.guard.remaining()
-    market = load_market(
-        a.data, a.split, a.window, a.fill_limit, a.seed, a.hmm, fitted, seconds
-    )
-    print(
-        f"{a.data}: {len(market.ret)} bars, {market.n_tech} technical + {HMM_COLUMNS} HMM columns"
-    )
+    bars = a.data, a.split, a.window, a.fill_limit
+    market = load_market(*bars, a.seed, a.hmm, fitted, seconds)
+    print(f"{a.data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} of the HMM")
     for split, (start, stop) in market.rows.items():
         print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
     print_facts(market.bars)
@@ -1525,9 +1517,8 @@ def freeze_contexts(contexts, borrowed: dict | None, config, run, loop):
     encoder.eval().requires_grad_(False)
     state = {k: v.cpu() for k, v in encoder.state_dict().items()}
     columns = list(market.features.columns)
-    save_atomic(
-        {"config": config, "encoder": state, "columns": columns}, run.dir / "encoder.pt"
-    )
+    state = {"config": config, "encoder": state, "columns": columns}
+    save_atomic(state, run.dir / "encoder.pt")
 
     run.phase("cache")
     splits, seconds = market.rows, CACHE_SHARE * run.guard.remaining()
@@ -1634,9 +1625,8 @@ def evaluate_splits(agent, contexts, run):
     results, folder = {}, run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
-        results[split], columns = evaluate(
-            agent, contexts, split, run.args, run.eval_limit(0.3)
-        )
+        seconds = run.eval_limit(0.3)
+        results[split], columns = evaluate(agent, contexts, split, run.args, seconds)
         if results[split]["partial"]:
             print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
@@ -1732,35 +1722,25 @@ def main(argv: list[str] | None = None):
                 if args.cudagraphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 batch = rb.sample(
-                    args.batch_size, args.segment, args.counterfactuals, envs.stop
-                )
+                    args.batch_size, args.segment, args.counterfactuals, envs.stop)
                 ret = contexts.ret[batch.rows[:, :-1].flatten()][:, None]  # (B, 1)
 
                 # critic: quantiles of holding each exposure; the cost of getting there is exact
                 with contexts.autocast():
                     latents, next_latents = encode_stretches(
-                        agent.extractor, contexts, batch.rows
-                    )
+                        agent.extractor, contexts, batch.rows)
                     with torch.no_grad():
                         growth = bar_growth(batch.after, ret, config["funding"])  # (B, K)
                         reward = (scale * growth.log()).clamp(-REWARD_CLIP, REWARD_CLIP)
                         done = (growth <= LOST).float()
                         held = next_position(batch.after, ret, agent.costs)
                         next_quantiles, next_log_prob = look_ahead(
-                            agent, next_latents, held, batch.w_cost, scale
-                        )
+                            agent, next_latents, held, batch.w_cost, scale)
                         target = tqc_target(
-                            next_quantiles,
-                            reward.flatten(),
-                            done.flatten(),
-                            args.gamma,
-                            agent.alpha,
-                            next_log_prob,
-                            args.top_quantiles_to_drop_per_net,
-                        )
-                    quantiles = agent.critic(
-                        latents, batch.after, batch.w_cost
-                    )  # (B, K, C, N)
+                            next_quantiles, reward.flatten(), done.flatten(), args.gamma,
+                            agent.alpha, next_log_prob, args.top_quantiles_to_drop_per_net)
+                    # (B, K, C, N)
+                    quantiles = agent.critic(latents, batch.after, batch.w_cost)
                     qf_loss = critic_loss(quantiles.flatten(0, 1), target)
                 q_optimizer.zero_grad()
                 qf_loss.backward()
@@ -1772,8 +1752,7 @@ def main(argv: list[str] | None = None):
                 with contexts.autocast():
                     latents, penalty = latents.detach(), config["penalty"] * batch.w_cost
                     pi, log_prob, _ = sample_action(
-                        agent.actor, latents, batch.position, batch.w_cost
-                    )
+                        agent.actor, latents, batch.position, batch.w_cost)
                     pi = pi[:, None]  # (B, 1)
                     paid = scale * trade_reward(batch.position, pi, agent.costs, penalty)
                     q = agent.critic(latents, pi, batch.w_cost).mean((2, 3)) + paid
@@ -1801,9 +1780,8 @@ def main(argv: list[str] | None = None):
         if loop.updates and run.every(args.eval_interval, loop.global_step):
             if not qf_loss.isfinite():
                 flags = "--learning-rate or --learning-rate-fusion"
-                raise CheckFailed(
-                    f"critic not finite after {loop.updates} updates: lower {flags}"
-                )
+                why = f"critic not finite after {loop.updates} updates: lower {flags}"
+                raise CheckFailed(why)
             run.phase("eval")
             change = (action - position).abs().mean()
             run.log(envs.charts() | run.charts(loop, loop.samples) | {
@@ -1821,21 +1799,12 @@ def main(argv: list[str] | None = None):
     results = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results)
     cache, samples = contexts.cache, loop.samples / max(loop.global_step, 1)
-    device = {
-        "precision": contexts.precision,
-        "embedding_cache_bytes": 0 if cache is None else cache.nbytes,
-    }
+    size = 0 if cache is None else cache.nbytes
     return run.finish(
-        loop,
-        results,
-        audit,
-        TABLE.split(),
-        selected_by=market.judged_by,
-        device=device,
-        mae_steps=loop.mae_steps,
-        samples_per_transition=samples,
-        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts)},
-    )
+        loop, results, audit, TABLE.split(), selected_by=market.judged_by,
+        mae_steps=loop.mae_steps, samples_per_transition=samples,
+        device={"precision": contexts.precision, "embedding_cache_bytes": size},
+        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts)})
 
 
 if __name__ == "__main__":

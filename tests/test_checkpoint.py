@@ -174,7 +174,7 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(
 
 
 @POSIX
-def test_a_signal_while_it_pre_trains_leaves_a_checkpoint_and_the_next_start_begins_anew(run_dir):
+def test_a_signal_while_it_pre_trains_leaves_a_checkpoint(run_dir):
     def interrupt():
         deadline = time.monotonic() + 400
         while not lines(run_dir) and time.monotonic() < deadline:
@@ -187,9 +187,8 @@ def test_a_signal_while_it_pre_trains_leaves_a_checkpoint_and_the_next_start_beg
     thread.join()
     assert (summary["exit_code"], summary["status"], summary["updates"]) == (143, "interrupted", 0)
     load_checkpoint(run_dir / "checkpoints" / "best.pt")
-    again = tqc.main(flags(run_dir, resume="auto", total_timesteps=0))
-    assert again["status"] == "finished" and again["mae_steps"] == TINY["mae_steps"]
     state = last_of(run_dir)
+    assert state["loop"]["global_step"] == 0 and state["loop"]["mae_steps"] == summary["mae_steps"] > 0
     assert_same(state["agent"], state["parts"]["learner"])  # the average starts where the learner does
 
 

@@ -157,7 +157,7 @@ def test_uniforms_are_counter_based(uniforms):
     for counters in [(1, 0, 0, 0), (1, 511, 63, 1), (3, 7, 1, 1), (2**31, 10**6, 10**9, 1)]:
         assert tqc.uniform_nb(*counters) == uniform(*counters)
     for k, *counters in np.random.default_rng(0).integers(0, uniforms.shape, (200, 4)):
-        assert uniforms[k, *counters] == uniform(k + 1, *counters)
+        assert uniforms[(k, *counters)] == uniform(k + 1, *counters)
 
 
 def test_uniforms_are_uniform_independent_and_never_repeat(uniforms):

@@ -326,7 +326,12 @@ def test_files_of_bars_blind_to_the_hmm_are_judged_without_the_untrained_evaluat
     paths = [write_bars(tmp_path / f"{name}.parquet", f"synthetic:regime?bars=3000&seed={seed}")
              for seed, name in enumerate(("AAA", "BBB"))]
     scores, keep_best = [], Run.keep_best
-    monkeypatch.setattr(Run, "keep_best", lambda self, score, loop: (scores.append(score), keep_best(self, score, loop))[1])
+
+    def noted(self, score, loop):
+        scores.append(score)
+        return keep_best(self, score, loop)
+
+    monkeypatch.setattr(Run, "keep_best", noted)
     summary = tqc.main(flags(tmp_path / "run", data=",".join(map(str, paths)), hmm=False))
     check_summary(summary, synthetic=False)
     assert summary["data"]["names"] == ["AAA", "BBB"] and len(summary["data"]["columns"]) == 20 + 5
