@@ -1637,13 +1637,10 @@ def audit_of(agent, contexts, run, loop, results):
     """diagnose(), overestimation, the ridge policy's edge and the verdict; logs what the loop
     did not."""
     record = {"value/overestimation": overestimation(agent, contexts)}
-    audit, found = {"attribution": {}}, diagnose(agent, contexts) | record
-    for name, x in found.items():
-        _, _, attribution = name.partition("attribution_")
-        if attribution:
-            audit["attribution"][attribution] = x
-        else:
-            audit[name.split("/")[1]] = x
+    found = diagnose(agent, contexts) | record
+    audit = {name.split("/")[1]: x for name, x in found.items()}
+    names = ("technical", "hmm", "position", "w_cost")
+    audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
     market = contexts.market
     edges = ridge_edge([series_of(market, agent.costs, ridge_columns(market))], LEVELS)
     audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = edges
