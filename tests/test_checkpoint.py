@@ -153,9 +153,9 @@ def test_kills_at_random_moments(grid, run_dir, attempt):
 
 
 @POSIX
+@pytest.mark.slow
 @pytest.mark.parametrize("signum, code, name, changes", [
-    (signal.SIGTERM, 143, "drift", DRIFT),
-    pytest.param(signal.SIGINT, 130, "actor", ACTOR, marks=pytest.mark.slow)])
+    (signal.SIGTERM, 143, "drift", DRIFT), (signal.SIGINT, 130, "actor", ACTOR)])
 def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(
     whole, run_dir, signum, code, name, changes
 ):
@@ -174,6 +174,7 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(
 
 
 @POSIX
+@pytest.mark.slow
 def test_a_signal_while_it_pre_trains_leaves_a_checkpoint(run_dir):
     def interrupt():
         deadline = time.monotonic() + 400
@@ -334,20 +335,19 @@ def observations(run_dir, changes):
     return {k: np.concatenate([o[k] for o in shown[:-1]]) for k in shown[0]}, trace["position"].to_numpy()
 
 
-def test_load_policy_in_a_fresh_process_agrees_with_the_traces(whole, drift, tmp_path, repo):
-    runs = {"drift": (drift, DRIFT), "actor": (whole("actor", ACTOR), ACTOR)}
-    expected = {}
-    for name, ((run, _), changes) in runs.items():
-        obs, expected[name] = observations(run, changes)
-        assert len(np.unique(expected[name])) > 5  # a constant would agree with all
-        np.savez(tmp_path / f"{name}.npz", **obs)
-        shutil.copy(run / "checkpoints" / "best.pt", tmp_path / f"{name}.pt")
+@pytest.mark.parametrize("name, changes", [
+    ("drift", DRIFT), pytest.param("actor", ACTOR, marks=pytest.mark.slow)])
+def test_load_policy_in_a_fresh_process_agrees_with_the_traces(whole, tmp_path, repo, name, changes):
+    run, _ = whole(name, changes)
+    obs, positions = observations(run, changes)
+    assert len(np.unique(positions)) > 5  # a constant would agree with all
+    np.savez(tmp_path / f"{name}.npz", **obs)
+    shutil.copy(run / "checkpoints" / "best.pt", tmp_path / f"{name}.pt")
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, *expected], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", FRESH, name], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(repo)}, timeout=400)
     assert done.returncode == 0, done.stderr
-    for name, positions in expected.items():
-        actions = np.load(tmp_path / f"{name}.npy")
-        assert actions.shape == (len(positions), 1) and actions.dtype == np.float32
-        agree = np.abs(actions[:, 0] - positions) < 1e-5
-        assert agree.mean() > 0.99, f"{name}: {agree.mean():.3f}"
+    actions = np.load(tmp_path / f"{name}.npy")
+    assert actions.shape == (len(positions), 1) and actions.dtype == np.float32
+    agree = np.abs(actions[:, 0] - positions) < 1e-5
+    assert agree.mean() > 0.99, f"{agree.mean():.3f}"

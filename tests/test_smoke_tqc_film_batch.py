@@ -248,12 +248,14 @@ def test_main_twice_in_one_process_has_the_same_bits_and_the_loop_never_waits_fo
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(tmp_path, base):
     tqc.main(flags(tmp_path / "run", seed=2, total_timesteps=0, mae_steps=0))
     a, b = (load_checkpoint(p / "encoder.pt")["encoder"] for p in (tmp_path / "run", base[0]))
     assert not torch.equal(a["embed.weight"], b["embed.weight"])
 
 
+@pytest.mark.slow
 def test_patience_stops_early_and_a_resumed_run_stays_stopped(tmp_path):
     # nothing learns, so the first evaluation after an update stays the best
     still = dict(learning_rate=0, learning_rate_fusion=0, learning_rate_film=0, reward_scaling=False)
@@ -274,6 +276,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
     assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_the_end_of_training_is_evaluated(tmp_path):
     summary = tqc.main(flags(tmp_path / "run", total_timesteps=896, eval_interval=512))
     steps = [line["global_step"] for line in records(tmp_path / "run") if "eval/eval/score" in line]
@@ -306,6 +309,7 @@ def test_actor_drift_funding_curriculum_and_the_floor_of_alpha(tmp_path, monkeyp
     assert summary["eval"]["test"]["agent"]["turnover"] == pytest.approx(turnover, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_without_room_for_the_embedding_it_is_encoded_anew(base, tmp_path, monkeypatch):
     best = base[0] / "checkpoints" / "best.pt"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
