@@ -124,6 +124,7 @@ CONTROLS = "outlet", "inlet", "both"
 # -------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args(RunArgs):
+    # experiment
     exp_name: str = Path(__file__).stem
     """name of this experiment"""
 
