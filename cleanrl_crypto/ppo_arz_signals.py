@@ -109,12 +109,12 @@ class Args(RunArgs):
     num_envs: int = 128
     """lanes (independent copies of the network), over all processes"""
     decision_interval: float = 5.0
-    """seconds between decisions"""
+    """seconds between decisions: at least the network's all-red time, or a part of it"""
     episode_seconds: float = 450.0
     """seconds after which an episode is truncated"""
     pressure: str = "power"
     """how density slows drivers down: power (K x^2) or gap (K x, marginally stable), K the speed limit"""
-    cell_length: float = CELL_LENGTH
+    cell_length: float = 25.0
     """metres of a cell, as near as a segment's length allows"""
     sim_timeout: float | None = None
     """seconds for one simulation call (one decision of all lanes): after a longer one the run stops, saved; a call
