@@ -258,8 +258,11 @@ class Args(RunArgs):
             (-1000, 1000): "funding_bps",
         }
         check(self, choices, ranges)
-        batch, segment, width = self.batch_size, self.segment, self.d_model
-        drop, quantiles = self.top_quantiles_to_drop_per_net, self.n_quantiles
+        batch = self.batch_size
+        segment = self.segment
+        width = self.d_model
+        drop = self.top_quantiles_to_drop_per_net
+        quantiles = self.n_quantiles
         floor, (_, alpha) = self.ent_coef_min, parse_ent_coef(self.ent_coef)
         refuse(
             (batch % segment, f"--batch-size {batch} must be a multiple of --segment {segment}"),
@@ -368,7 +371,8 @@ def lane_py(i, action, ret, costs, rules, lanes):
     """Step lane i in place; compiled for the CPU and, unchanged, as a CUDA device function."""
     ints, floats, reward, flags, last_ints, last_floats = lanes
     _, stop, length, _, penalty, _ = rules
-    row, position = ints[ROW, i], floats[POSITION, i]
+    row = ints[ROW, i]
+    position = floats[POSITION, i]
     target = -1.0 if action[i] < -1.0 else 1.0 if action[i] > 1.0 else action[i]
     change = abs(target - position)
     growth, after = trade_nb(position, target, ret[row], costs)
@@ -423,7 +427,9 @@ def walk_nb(target, ret, expected, costs):
     realised one.
     """
     n = target.size
-    reward, mean, change = np.empty(n), np.empty(n), np.empty(n)
+    reward = np.empty(n)
+    mean = np.empty(n)
+    change = np.empty(n)
     position = 0.0
     for t in range(n):
         change[t] = abs(target[t] - position)
@@ -445,13 +451,17 @@ def greedy_walk_nb(value, grid, scale, penalty, ret, costs):
     target = np.empty(n)
     position = 0.0
     for t in range(n):
-        best, best_q, best_change = 0, -np.inf, 0.0
+        best = 0
+        best_q = -np.inf
+        best_change = 0.0
         for j in range(m):
             change = abs(grid[j] - position)
             left = max(1.0 - fee_nb(position, grid[j], costs), RUIN)
             q = value[t, j] + scale * (math.log(left) - penalty * change)
             if q > best_q or (q == best_q and change < best_change):
-                best, best_q, best_change = j, q, change
+                best = j
+                best_q = q
+                best_change = change
         target[t] = grid[best]
         _, position = trade_nb(position, grid[best], ret[t], costs)
     return target
@@ -540,8 +550,11 @@ class MarketVectorEnv(Lanes):
         seed: int = 1,
         backend: str = "cpu",
     ):
-        self.start, self.stop, self.length = int(rows[0]), int(rows[1]), int(episode_length)
-        first, last = market.window - 1, len(market.ret)
+        self.start = int(rows[0])
+        self.stop = int(rows[1])
+        self.length = int(episode_length)
+        first = market.window - 1
+        last = len(market.ret)
         if position_mode not in MODES:
             raise ValueError(
                 f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}"
@@ -563,8 +576,11 @@ class MarketVectorEnv(Lanes):
             backend,
             seed,
         )
-        self.market, self.penalty, self.w_max = market, turnover_penalty_bps * BP, 1.0
-        cost, funding = (fee_bps + slippage_bps) * BP, funding_bps * BP
+        self.market = market
+        self.penalty = turnover_penalty_bps * BP
+        self.w_max = 1.0
+        cost = (fee_bps + slippage_bps) * BP
+        funding = funding_bps * BP
         self.costs = cost, funding, position_mode == "drift"
         self.take("ints", (3, num_envs), np.int64)
         self.take("floats", (5, num_envs), np.float64)
@@ -574,7 +590,8 @@ class MarketVectorEnv(Lanes):
         self.take("last_floats", (5, num_envs), np.float64)
         self.lanes = tuple(self.arrays.values())
         self.take("action", (num_envs,), np.float64)
-        self.kernel, self.ret = step_cpu, market.ret
+        self.kernel = step_cpu
+        self.ret = market.ret
         if backend == "cuda":
             self.kernel = cuda_step()[(num_envs + 127) // 128, 128]
             self.ret = pool.static(
@@ -665,7 +682,8 @@ class CryptoMAE(nn.Module):
         layer = functools.partial(nn.TransformerEncoderLayer, d_model, HEADS, 4 * d_model)
         how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         self.blocks = nn.Sequential(*(layer(**how) for _ in range(LAYERS)))
-        self.norm, self.decode = nn.LayerNorm(d_model), nn.Linear(d_model, columns)
+        self.norm = nn.LayerNorm(d_model)
+        self.decode = nn.Linear(d_model, columns)
         self.mask_token = nn.Parameter(torch.zeros(d_model))
         age = torch.arange(window - 1, -1, -1)[:, None]  # (T, 1) bars
         at = torch.arange(window)[:, None] / 10_000 ** (
@@ -734,7 +752,8 @@ class Fusion(nn.Module):
 
 
 def mlp(width, hidden, out):
-    first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+    first = nn.Linear(width, hidden)
+    second = nn.Linear(hidden, hidden)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, out))
 
 
@@ -782,7 +801,8 @@ class Agent(nn.Module):
         super().__init__()
         c = self.config = config
         self.costs = c["cost"], c["funding"], c["drift"]
-        width, heads = c["fusion_width"], (c["hidden"], c["n_critics"], c["n_quantiles"])
+        width = c["fusion_width"]
+        heads = (c["hidden"], c["n_critics"], c["n_quantiles"])
         market = c["window"], c["d_model"], width, c["dropout"]
         self.extractor = FoundationFeatureExtractor(*market)
         self.critic = Critic(width, *heads)
@@ -903,10 +923,12 @@ def greedy_next(agent, market, held, w_cost, scale):
 def sampled_next(agent, market, held, w_cost, scale, noise=None):
     """TQC's: the actor's sample at the next row, the trade to it paid; shapes as in greedy_next."""
     k = held.shape[1]
-    market, w_cost = market.repeat_interleave(k, 0), w_cost.repeat_interleave(k, 0)
+    market = market.repeat_interleave(k, 0)
+    w_cost = w_cost.repeat_interleave(k, 0)
     held = held.reshape(-1, 1)
     action, log_prob, _ = sample_action(agent.actor, market, held, w_cost, noise)
-    action, penalty = action[:, None], agent.config["penalty"] * w_cost
+    action = action[:, None]
+    penalty = agent.config["penalty"] * w_cost
     paid = scale * trade_reward(held, action, agent.costs, penalty)  # (B K, 1)
     return agent.target(market, action, w_cost)[:, 0] + paid[..., None], log_prob
 
@@ -935,7 +957,10 @@ class Contexts:
     """
 
     def __init__(self, encoder, market, device, dtype=torch.float32, keep: bool = True):
-        self.encoder, self.market, self.device, self.dtype = encoder, market, device, dtype
+        self.encoder = encoder
+        self.market = market
+        self.device = device
+        self.dtype = dtype
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.table = torch.from_numpy(market.table).to(device)
         self.ret = torch.from_numpy(market.ret.astype(np.float32)).to(device)
@@ -970,7 +995,8 @@ class Contexts:
         [first encoded row, stop]."""
         if self.cache is None:
             return {name: list(span) for name, span in splits.items()}
-        until, blocks = time.monotonic() + seconds, []
+        until = time.monotonic() + seconds
+        blocks = []
         for name, (
             first,
             last,
@@ -1012,7 +1038,10 @@ class Replay:
     """
 
     def __init__(self, size, lanes, device):
-        self.size, self.lanes, self.total, self.device = size, lanes, 0, device
+        self.size = size
+        self.lanes = lanes
+        self.total = 0
+        self.device = device
         self.row = torch.zeros(size, dtype=torch.int32, device=device)
         self.floats = torch.zeros(3, size, device=device)  # position, action, w_cost
         self.lane = torch.arange(lanes, device=device)
@@ -1038,7 +1067,8 @@ class Replay:
         return Batch(rows, position, torch.cat([action, other], 1), w_cost)
 
     def state_dict(self):
-        row, floats = self.row[: len(self)], self.floats[:, : len(self)]
+        row = self.row[: len(self)]
+        floats = self.floats[:, : len(self)]
         return {
             "total": self.total,
             "row": row.cpu().clone(),
@@ -1046,7 +1076,8 @@ class Replay:
         }
 
     def load_state_dict(self, state):
-        n, self.total = len(state["row"]), state["total"]
+        n = len(state["row"])
+        self.total = state["total"]
         self.row[:n].copy_(state["row"])
         self.floats[:, :n].copy_(state["floats"])
 
@@ -1123,10 +1154,12 @@ def target_path(agent, latents, ret, w_cost, policy):
     """Deterministic exposures (n,) float64 along consecutive rows, flat before the first."""
     if policy == "critic_grid":
         value = grid_values(agent, latents, w_cost).double().cpu().numpy()
-        grid, scale = agent.grid.double().cpu().numpy(), float(agent.reward_scale)
+        grid = agent.grid.double().cpu().numpy()
+        scale = float(agent.reward_scale)
         penalty = agent.config["penalty"] * float(w_cost[0])
         return greedy_walk_nb(value, grid, scale, penalty, ret, agent.costs)
-    target, position = np.empty(len(ret)), 0.0
+    target = np.empty(len(ret))
+    position = 0.0
     for t in range(len(ret)):
         held = torch.full((1, 1), position, device=latents.device)
         target[t] = act(agent, latents[t : t + 1], held, w_cost[t : t + 1], "actor")
@@ -1136,14 +1169,16 @@ def target_path(agent, latents, ret, w_cost, policy):
 
 def series_of(market, costs, x=None):
     """The market as scoring sees it; x: columns of the ridge policy."""
-    known, own_walk = market.bars.truth is not None, functools.partial(walk, market, costs)
+    known = market.bars.truth is not None
+    own_walk = functools.partial(walk, market, costs)
     return Series(x, market.ret, market.rows, own_walk, known)
 
 
 def ridge_columns(market):
     """The last bar's columns, and technical ones times HMM ones: (T, K) float64."""
     table = market.table.astype(np.float64)
-    tech, hmm = table[:, : market.n_tech], table[:, market.n_tech :]
+    tech = table[:, : market.n_tech]
+    hmm = table[:, market.n_tech :]
     return np.concatenate([table, *(tech * hmm[:, [k]] for k in range(HMM_COLUMNS))], 1)
 
 
@@ -1155,7 +1190,8 @@ def walk(market, costs, target, start, stop):
 @functools.lru_cache(8)
 def fixed_paths(market, costs, start, stop):
     """Exposures (n,) on rows [start, stop) of those beside the agent who do not depend on it."""
-    n, truth = stop - start, market.bars.truth
+    n = stop - start
+    truth = market.bars.truth
     constant = best_constant(series_of(market, costs), LEVELS)
     paths = {
         "flat": np.zeros(n),
@@ -1175,8 +1211,11 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
     Returns {policy: metrics, "agent": the acting policy's, "baselines", "rows", "partial"}, and the
     columns of a trace.
     """
-    market, costs, acting = contexts.market, agent.costs, agent.config["policy"]
-    bars, truth = market.bars, market.bars.truth
+    market = contexts.market
+    costs = agent.costs
+    acting = agent.config["policy"]
+    bars = market.bars
+    truth = market.bars.truth
     until = time.monotonic() + 0.4 * seconds  # what follows takes longer than the latents
     start, last = contexts.rows[split]
     rows = torch.arange(start, last, device=contexts.device)
@@ -1204,7 +1243,8 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
             "signal": truth.signal,
             "regime": truth.regime,
         }
-    columns, everyone = {name: values[start:stop] for name, values in table.items()}, {}
+    columns = {name: values[start:stop] for name, values in table.items()}
+    everyone = {}
     for name, target in paths.items():
         walked = walk(market, costs, target, start, stop)
         everyone[name], equity = path_metrics(*walked, bars.bars_per_year)
@@ -1229,15 +1269,18 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
 def diagnose(agent, contexts, split="eval", n=256):
     """What the deterministic policy depends on, on n rows of a split (the same rows at every
     call), by metric."""
-    rng, device = np.random.default_rng(0), contexts.device
+    rng = np.random.default_rng(0)
+    device = contexts.device
     rows = np.sort(rng.choice(np.arange(*contexts.rows[split]), n))
     drawn = rows, rng.permutation(n), rng.uniform(-1, 1, (n, 1)), rng.uniform(0, 1, (n, 1))
     rows, mix, position, w_cost = (torch.as_tensor(x, device=device) for x in drawn)
-    position, w_cost = position.float(), w_cost.float()
+    position = position.float()
+    w_cost = w_cost.float()
     z, hmm = contexts(rows)
     agent.eval()
     with contexts.autocast():
-        latents, other_tech = agent.extractor(z, hmm), agent.extractor(z[mix], hmm)
+        latents = agent.extractor(z, hmm)
+        other_tech = agent.extractor(z[mix], hmm)
         other_hmm = agent.extractor(z, hmm[mix])
     there = latents, position, w_cost
 
@@ -1261,7 +1304,8 @@ def diagnose(agent, contexts, split="eval", n=256):
     fused = agent.critic.fusion(latents, greedy[:, None], w_cost)[:, 0]
     quantiles = torch.stack([net(fused) for net in agent.critic.nets])  # (C, n, N)
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
-    entropy, alpha = -log_prob.mean(), agent.alpha
+    entropy = -log_prob.mean()
+    alpha = agent.alpha
     found = {
         "policy/state_dependence": fixed.std(1).mean(),
         "policy/action_mean": greedy.mean(),
@@ -1316,7 +1360,8 @@ def overestimation(agent, contexts, split="eval", n=2048):
     value = afterstate_values(agent, latents, after, w_cost)[:, 0].cpu().numpy()
     reward = walk(contexts.market, agent.costs, target, start, start + len(rows))[0]
     realised = np.log(np.maximum(1 + target * (ret - agent.costs[1]), RUIN))
-    gamma, tail = agent.config["gamma"], 0.0
+    gamma = agent.config["gamma"]
+    tail = 0.0
     for t in reversed(range(len(ret))):
         realised[t] += gamma * tail
         tail = reward[t] + gamma * tail
@@ -1344,7 +1389,8 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     def policy(obs: dict):
         shown = (np.asarray(obs[k], np.float32) for k in ("market", "position", "w_cost"))
         market, position, w_cost = (torch.as_tensor(x, device=device) for x in shown)
-        tech, hmm = market[..., : config["columns"]], market[:, -1, config["columns"] :]
+        tech = market[..., : config["columns"]]
+        hmm = market[:, -1, config["columns"] :]
         latents = agent.extractor(encoder.context(tech), hmm)
         return act(agent, latents, position, w_cost)[:, None].cpu().numpy()
 
@@ -1376,7 +1422,8 @@ def load_encoder(path: str, config, market):
         found = ", ".join(sorted(state)[:6])
         raise CheckpointError(f"--encoder {path}: no encoder.pt but a file with {found}")
     check_dimensions(path, state["config"], config)
-    there, here = state["columns"], market.features.columns
+    there = state["columns"]
+    here = market.features.columns
     other = [f"{a} there, {b} here" for a, b in zip(there, here) if a != b]
     until = state["config"]["trained_until"]
     judged = iso(market.bars.timestamp[market.rows["eval"][0]])
@@ -1393,7 +1440,8 @@ def load_encoder(path: str, config, market):
 
 def pretrain(contexts, run, loop):
     """Masked reconstruction on windows that end in train rows, then the context's statistics."""
-    encoder, steps = contexts.encoder, run.args.mae_steps
+    encoder = contexts.encoder
+    steps = run.args.mae_steps
     rows = contexts.market.rows["train"]
     optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=1e-2, fused=True)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
@@ -1481,7 +1529,8 @@ def open_contexts(run, market, config):
     fits into memory."""
     import psutil
 
-    args, device = run.args, run.device
+    args = run.args
+    device = run.device
     bf16 = {"auto": has_bf16(device), "bf16": True, "fp32": False}[args.precision]
     dtype = torch.bfloat16 if bf16 else torch.float32
     need = len(market.table) * args.window * args.d_model * dtype.itemsize
@@ -1506,7 +1555,8 @@ def has_bf16(device):
 def freeze_contexts(contexts, borrowed: dict | None, config, run, loop):
     """Encoder from the checkpoint, from --encoder or pre-trained, then frozen; every row's
     context computed once."""
-    encoder, market = contexts.encoder, contexts.market
+    encoder = contexts.encoder
+    market = contexts.market
     run.phase("pretrain")
     if run.state:
         encoder.load_state_dict(run.state["encoder"])
@@ -1521,9 +1571,11 @@ def freeze_contexts(contexts, borrowed: dict | None, config, run, loop):
     save_atomic(state, run.dir / "encoder.pt")
 
     run.phase("cache")
-    splits, seconds = market.rows, CACHE_SHARE * run.guard.remaining()
+    splits = market.rows
+    seconds = CACHE_SHARE * run.guard.remaining()
     if run.resumed:  # replay and lanes stand on the rows of the first start
-        splits, seconds = run.state["loop"]["rows"], math.inf
+        splits = run.state["loop"]["rows"]
+        seconds = math.inf
     contexts.rows = loop.rows = contexts.fill(splits, seconds, run.out_of_time)
     for split, (first, stop) in loop.rows.items():
         whole = np.ptp(market.rows[split])
@@ -1533,7 +1585,8 @@ def freeze_contexts(contexts, borrowed: dict | None, config, run, loop):
 
 def make_optimizers(agent, args):
     """By name. "rate" times learning_rate_share() is what the first two step by."""
-    film, market = agent.extractor.film, agent.extractor.market
+    film = agent.extractor.film
+    market = agent.extractor.market
     fusion = {"params": [market.weight], "weight_decay": args.weight_decay}
     groups = [
         fusion | {"rate": args.learning_rate_fusion},
@@ -1568,13 +1621,16 @@ def last_step(args):
 def judge(agent, contexts, run, loop):
     """Evaluate on the eval split, log, keep the best agent, and count evaluations without a
     better one."""
-    market, acting = contexts.market, (agent.config["policy"],)
+    market = contexts.market
+    acting = (agent.config["policy"],)
     result, _ = evaluate(agent, contexts, "eval", run.args, run.eval_limit(), acting)
-    found, metrics = diagnose(agent, contexts), result["agent"]
+    found = diagnose(agent, contexts)
+    metrics = result["agent"]
     alarm = alarms(found, loop.samples / max(loop.global_step, 1))
     run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
 
-    score, raised = metrics[market.judged_by], []
+    score = metrics[market.judged_by]
+    raised = []
     if loop.updates:
         raised = [name for name, on in alarm.items() if on]
         loop.recent = [*loop.recent, score][-3:]
@@ -1622,7 +1678,8 @@ def look_last(averaged, contexts, run, loop):
 
 def evaluate_splits(agent, contexts, run):
     """The agent beside the baselines on every split, and traces/{split}.parquet."""
-    results, folder = {}, run.dir / "traces"
+    results = {}
+    folder = run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
         seconds = run.eval_limit(0.3)
@@ -1657,8 +1714,10 @@ def audit_of(agent, contexts, run, loop, results):
 @experiment
 def main(argv: list[str] | None = None):
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
-    run, loop = Run(Args, argv, SCHEMA, evaluations=8), Loop()
-    args, device = run.args, run.device
+    run = Run(Args, argv, SCHEMA, evaluations=8)
+    loop = Loop()
+    args = run.args
+    device = run.device
     refuse((args.cudagraphs and device.type != "cuda", "--cudagraphs: no CUDA device"))
     market = open_market(run)
     config = agent_config(run, market)
@@ -1668,12 +1727,14 @@ def main(argv: list[str] | None = None):
     freeze_contexts(contexts, borrowed, config, run, loop)
 
     run.phase("setup")
-    agent, averaged = Agent(config).to(device), Agent(config).to(device)
+    agent = Agent(config).to(device)
+    averaged = Agent(config).to(device)
     averaged.requires_grad_(False).load_state_dict(agent.state_dict())
     optimizers = make_optimizers(agent, args)
     q_optimizer, actor_optimizer, alpha_optimizer = optimizers.values()
     q_parameters = [*agent.extractor.parameters(), *agent.critic.parameters()]
-    rb, noise = Replay(BUFFER, args.num_envs, device), nn.Module()
+    rb = Replay(BUFFER, args.num_envs, device)
+    noise = nn.Module()
     noise.register_buffer("matrix", torch.zeros(args.num_envs, args.hidden, device=device))
     settings = {name: getattr(args, name) for name in ENV_FLAGS.split()}
     envs = MarketVectorEnv(market, contexts.rows["train"], backend=run.backend, **settings)
@@ -1685,7 +1746,8 @@ def main(argv: list[str] | None = None):
     loop = run.restore(loop, config, policy, **parts)
     critic_loss = compile_parts(agent, args)
     look_ahead = greedy_next if args.policy == "critic_grid" else sampled_next
-    limit, patience = last_step(args), args.patience or math.inf
+    limit = last_step(args)
+    patience = args.patience or math.inf
     look_first(averaged, contexts, run, loop)
 
     while loop.global_step < limit and loop.stale < patience and not run.out_of_time():
@@ -1747,7 +1809,8 @@ def main(argv: list[str] | None = None):
                 # actor: it collects transitions, and is scored beside the greedy policy
                 agent.critic.requires_grad_(False)
                 with contexts.autocast():
-                    latents, penalty = latents.detach(), config["penalty"] * batch.w_cost
+                    latents = latents.detach()
+                    penalty = config["penalty"] * batch.w_cost
                     pi, log_prob, _ = sample_action(
                         agent.actor, latents, batch.position, batch.w_cost)
                     pi = pi[:, None]  # (B, 1)
@@ -1795,7 +1858,8 @@ def main(argv: list[str] | None = None):
     run.phase("eval")
     results = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results)
-    cache, samples = contexts.cache, loop.samples / max(loop.global_step, 1)
+    cache = contexts.cache
+    samples = loop.samples / max(loop.global_step, 1)
     size = 0 if cache is None else cache.nbytes
     return run.finish(
         loop, results, audit, TABLE.split(), selected_by=market.judged_by,
