@@ -90,6 +90,12 @@ class Lanes(gym.vector.VectorEnv):
         bad = ~np.isfinite(by_lane).all(1)
         if bad.any():
             raise ValueError(f"action of lane {int(bad.argmax())} is not finite")
+        space = self.action_space
+        if hasattr(space, "nvec"):  # discrete
+            bad = (actions < space.start) | (actions >= space.start + space.nvec)
+            bad = bad.reshape(self.num_envs, -1).any(1)
+            if bad.any():
+                raise ValueError(f"action of lane {int(bad.argmax())} is outside its space")
         return torch.as_tensor(actions, device=self.torch_device)
 
     # Gymnasium
