@@ -338,11 +338,11 @@ class Args(RunArgs):
                 refuse((odd, f"{flag(name)} says nothing with {mode}: leave one of them out"))
 
     @property
-    def lanes(self) -> int:
+    def lanes(self):
         return self.num_envs or (8 if self.env_fn else 1024)
 
     @property
-    def synthetic(self) -> bool:
+    def synthetic(self):
         return self.data.startswith(markets.PREFIX)
 
 
@@ -367,7 +367,7 @@ class Pairs(NamedTuple):
     first: np.ndarray  # (S + 1,) row at which each pair begins
 
 
-def load_series(args) -> dict[str, Bars]:
+def load_series(args):
     """{symbol: bars}. Raises UsageError (one line)."""
     if args.synthetic:
         try:
@@ -391,7 +391,7 @@ def load_series(args) -> dict[str, Bars]:
     return {name: load_bars(str(path)) for name, path in zip(names, paths)}
 
 
-def account_return(symbol, close: np.ndarray) -> tuple[np.ndarray, bool]:
+def account_return(symbol, close):
     """Next bar's return (T,) per unit of long notional in USD, 0 in the last row; and whether USD
     is the base.
 
@@ -405,7 +405,7 @@ def account_return(symbol, close: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.append(earned, 0.0), inverse
 
 
-def one_a_symbol(name, values, symbols) -> np.ndarray:
+def one_a_symbol(name, values, symbols):
     """One value for all symbols, or one a symbol."""
     refuse(
         (
@@ -416,7 +416,7 @@ def one_a_symbol(name, values, symbols) -> np.ndarray:
     return np.broadcast_to(np.asarray(values, np.float64), len(symbols))
 
 
-def spread_of(path, symbol, bars) -> np.ndarray:
+def spread_of(path, symbol, bars):
     """Spread (T,) in price units of every bar, from a file."""
     times, values = read_columns(path, [symbol])
     spread = pd.Series(values[:, 0], times).reindex(bars.timestamp).to_numpy()
@@ -427,23 +427,17 @@ def spread_of(path, symbol, bars) -> np.ndarray:
     return spread
 
 
-def spreads(args, series: dict[str, Bars]) -> list[np.ndarray]:
+def spreads(args, series):
     """Spread in price units of every bar, of every pair."""
     if args.spread_file:
         return [spread_of(args.spread_file, symbol, bars) for symbol, bars in series.items()]
-    odd = [symbol for symbol in series if symbol not in PIP]
+    known = PIP if args.spread_pips else SPREAD_PIPS
+    odd = ", ".join(symbol for symbol in series if symbol not in known)
     refuse(
         (
             odd,
-            f"--spread-pips: the size of a pip of {', '.join(odd)} is not known: use "
-            "--spread-file, in price units",
-        )
-    )
-    unknown = [symbol for symbol in series if symbol not in SPREAD_PIPS]
-    refuse(
-        (
-            unknown and not args.spread_pips,
-            f"--spread-pips: no typical spread is known for {', '.join(unknown)}; give one",
+            f"--spread-pips: nothing is known of {odd}: give --spread-pips for pairs in the "
+            f"table ({', '.join(PIP)}), --spread-file for others",
         )
     )
     pips = args.spread_pips or [SPREAD_PIPS[symbol] for symbol in series]
@@ -451,7 +445,7 @@ def spreads(args, series: dict[str, Bars]) -> list[np.ndarray]:
     return [np.full(len(bars.close), n * PIP[s]) for n, (s, bars) in zip(pips, series.items())]
 
 
-def bar_rows(symbol, bars, cost, swap_long, swap_short, weekend) -> np.ndarray:
+def bar_rows(symbol, bars, cost, swap_long, swap_short, weekend):
     """(T, 8) of Pairs.bars, for one pair."""
     rows = np.zeros((len(bars.close), 8))
     rows[:, RET], inverse = account_return(symbol, bars.close)
@@ -468,7 +462,7 @@ def bar_rows(symbol, bars, cost, swap_long, swap_short, weekend) -> np.ndarray:
     return rows
 
 
-def load_pairs(args, fitted: dict[str, dict] | None = None) -> Pairs:
+def load_pairs(args, fitted=None) -> Pairs:
     """Bars -> columns, costs, splits; fitted on train rows, unless `fitted` has the models of an
     earlier run. Raises UsageError (one line)."""
     by_name = load_series(args)
@@ -517,7 +511,7 @@ def load_pairs(args, fitted: dict[str, dict] | None = None) -> Pairs:
     )
 
 
-def fit(args, bars, stop, state) -> tuple[ColumnModel, np.ndarray]:
+def fit(args, bars, stop, state):
     """The columns' model (fitted on rows before `stop`, or an earlier run's), columns (T, F)."""
     try:
         model = (
@@ -537,12 +531,10 @@ def fit(args, bars, stop, state) -> tuple[ColumnModel, np.ndarray]:
     return model, columns
 
 
-def describe(args, pairs) -> tuple[str, dict]:
+def describe(args, pairs):
     """Name of the run's folder, and what the run is about: it must be the same at a resume."""
     if pairs is None:
         return args.env_fn.replace(":", "-"), {"spec": args.env_fn}
-    spans = ", ".join(f"{split} {np.diff(rows).sum()}" for split, rows in pairs.rows.items())
-    print(f"{args.data}: {', '.join(pairs.names)}; bars: {spans}")
     if not args.synthetic:
         for bars in pairs.series:
             print_facts(bars)
@@ -713,7 +705,7 @@ def market_block(kernel, arrays):
 
 
 # ---------------------------------------------------------------------------- a user's environments
-def make_user_env(env_fn) -> gym.Env:
+def make_user_env(env_fn):
     """`module:factory` -> factory(). ValueError for what does not fit."""
     module, _, factory = env_fn.partition(":")
     if os.getcwd() not in sys.path:  # a script's own folder is on the path, the user's is not
@@ -728,11 +720,11 @@ def make_user_env(env_fn) -> gym.Env:
     return env
 
 
-def flat(env, obs) -> np.ndarray:
+def flat(env, obs):
     return np.asarray(obs, np.float32).reshape(env.observation_space.shape).reshape(-1)
 
 
-def user_step(env, action) -> tuple[np.ndarray, float, bool, bool]:
+def user_step(env, action):
     """env.step() without its info. ValueError for what is no step."""
     obs, reward, terminated, truncated, _ = env.step(action + int(env.action_space.start))
     obs = flat(env, obs)
@@ -741,7 +733,7 @@ def user_step(env, action) -> tuple[np.ndarray, float, bool, bool]:
     return obs, reward, terminated, truncated
 
 
-def one_line(e: BaseException) -> str:
+def one_line(e):
     """What was raised, and where: of a user's code one wants to know both."""
     at = traceback.extract_tb(e.__traceback__)[-1]
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]} ({at.filename}:{at.lineno})"
@@ -771,7 +763,7 @@ def try_user_env(pipe, env_fn):
 
 
 @lru_cache(None)
-def user_spaces(env_fn) -> dict:
+def user_spaces(env_fn):
     """The spaces of a user's environment, from a process that may die or hang. UsageError."""
     context = worker_context()
     ours, theirs = context.Pipe()
@@ -800,7 +792,7 @@ class UserBlock:
             if mode != STEP or self.step(i):
                 self.begin(i, mode)
 
-    def step(self, i) -> bool:
+    def step(self, i):
         a = self.a
         obs, reward, terminated, truncated = user_step(self.envs[i], int(a.action[i]))
         a.reward[i], a.terminated[i], a.truncated[i] = reward, terminated, truncated
@@ -832,13 +824,13 @@ class UserBlock:
 class WorkerError(CheckFailed):
     """A worker failed; `worker` is its number, `why` what it raised, or its fate."""
 
-    def __init__(self, worker: int, lanes, why):
+    def __init__(self, worker, lanes, why):
         self.worker, self.why = worker, why
         where = " and ".join(f"{lo}-{hi - 1}" for lo, hi in lanes)
         super().__init__(f"worker {worker}, lanes {where}: {why}")
 
 
-def carve(raw, layout) -> dict[str, np.ndarray]:
+def carve(raw, layout):
     """Arrays (views) of {name: (shape, dtype)} in a block of shared memory, by cache lines."""
     block, arrays = np.frombuffer(raw, np.uint8), {}
     at = -block.ctypes.data % 64
@@ -920,19 +912,19 @@ class WorkerLanes(Lanes):
 
     def __init__(
         self,
-        static: dict[str, tuple],
-        box: tuple,
+        static,
+        box,
         actions,
-        num_envs: int,
+        num_envs,
         seed=1,
         *,
         env_fn=None,
-        vec_mode: str = "single",
+        vec_mode="single",
         num_workers=1,
-        async_halves: bool = False,
-        backend: str = "cpu",
-        on_worker_death: str = "fail",
-        worker_timeout: float = 4.0,
+        async_halves=False,
+        backend="cpu",
+        on_worker_death="fail",
+        worker_timeout=4.0,
     ):
         halves = 2 if async_halves else 1
         num_workers = 1 if vec_mode == "single" else num_workers
@@ -1003,7 +995,7 @@ class WorkerLanes(Lanes):
         for failure in self.start(range(before, self.num_workers)):
             self.fail(*failure)
 
-    def start(self, workers) -> list[tuple[int, str]]:
+    def start(self, workers):
         """Start workers and wait until they are ready; returns those which are not, and why."""
         for w in workers:
             self.pipes[w], theirs = self.context.Pipe()
@@ -1025,7 +1017,7 @@ class WorkerLanes(Lanes):
         self.close()
         raise WorkerError(w, [blocks[w] for blocks in self.blocks], why)
 
-    def answer(self, w) -> str:
+    def answer(self, w):
         """Read what worker w sent; returns "" or why it failed."""
         try:
             why = self.pipes[w].recv()
@@ -1087,7 +1079,7 @@ class WorkerLanes(Lanes):
         self.divide(num_workers)
         self.start_workers(min(before, num_workers))
 
-    def worker_usage(self) -> list[dict]:
+    def worker_usage(self):
         """Per worker: pid, cpu_seconds, rss and uss (its own memory) in bytes."""
         usage = []
         for process in self.processes.values():
@@ -1138,15 +1130,6 @@ class WorkerLanes(Lanes):
         span = self.spans[half]
         return self.reward[span], self.terminated[span], self.truncated[span]
 
-    def check_action(self, actions) -> torch.Tensor:
-        """Users' actions are looked at; the loop's are not: out of range, the reward is NaN."""
-        action = super().check_action(actions)
-        bad = (action < 0) | (action >= self.actions)
-        if bad.any():
-            lane = int(bad.int().argmax())
-            raise ValueError(f"action of lane {lane} is not in 0..{self.actions - 1}")
-        return action
-
     def step_lanes(self, action):
         self.action.copy_(action)
         self.all_lanes(STEP)
@@ -1158,7 +1141,7 @@ class WorkerLanes(Lanes):
         for half in range(self.halves):
             self.recv(half)
 
-    def reset_lanes(self, first: bool, options: dict):
+    def reset_lanes(self, first, options):
         self.seeds[0] = self.seed
         self.all_lanes(FIRST if first else NEXT)
 
@@ -1240,7 +1223,7 @@ class CustomVectorEnv(WorkerLanes):
         super().__init__({}, box, actions, num_envs, seed, env_fn=env_fn, **kwargs)
         self.start_workers()
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         return {"seed": self.seed, "starts": int(self.seeds[1])}
 
     def load_state_dict(self, state):
@@ -1249,7 +1232,7 @@ class CustomVectorEnv(WorkerLanes):
         self.reset(seed=state["seed"])
 
 
-def make_vec(num_envs=8, split_name="train", pairs=None, **kwargs) -> WorkerLanes:
+def make_vec(num_envs=8, split_name="train", pairs=None, **kwargs):
     """gymnasium.make_vec("cleanrl_crypto/Forex-v0", num_envs=8, data=..., leverage=2, ...).
 
     Keywords: the market's flags and seed, what WorkerLanes takes, `pairs` of an earlier
@@ -1267,7 +1250,7 @@ register("cleanrl_crypto/Forex-v0", make_vec)
 
 
 # ------------------------------------------------------------------------- how lanes step, measured
-def measure(envs, seconds) -> float:
+def measure(envs, seconds):
     """Lane-steps/s with random actions, observations written."""
     actions = torch.arange(8 * envs.num_envs, device=envs.torch_device) % envs.actions
     actions = actions.view(8, -1)
@@ -1279,7 +1262,7 @@ def measure(envs, seconds) -> float:
     return steps * envs.num_envs / (time.perf_counter() - began)
 
 
-def probe(make, modes: list[tuple[str, int]], seconds=0.25) -> list[dict]:
+def probe(make, modes, seconds=0.25):
     """Every mode measured; one that cannot run here has 0 and its error."""
     table, builds = [], Lanes.builds
     for mode, workers in modes:
@@ -1301,7 +1284,7 @@ def probe(make, modes: list[tuple[str, int]], seconds=0.25) -> list[dict]:
     return table
 
 
-def build_lanes(run, pairs) -> tuple[WorkerLanes, dict]:
+def build_lanes(run, pairs):
     """The training environment, and how its mode was found."""
     args = run.args
     alone = pairs and args.vec_mode in ("auto", "single") and not args.async_halves
@@ -1350,17 +1333,17 @@ def build_lanes(run, pairs) -> tuple[WorkerLanes, dict]:
     }
 
 
-def rescale_by_measure(envs, seconds=0.2) -> list[dict]:
-    """One worker less and one more, measured between steps; the fastest stays. The trajectories are
-    not touched."""
-    state, now, table = envs.state_dict(), envs.num_workers, []
+def rescale_by_measure(envs, seconds=0.2):
+    """{workers: lane-steps/s}: one worker less and one more, measured between steps; the fastest
+    stays. The trajectories are not touched."""
+    state, now, rates = envs.state_dict(), envs.num_workers, {}
     most = max(now, min(envs.num_envs // envs.halves, 2 * (os.cpu_count() or 1)))
     for workers in sorted({max(now - 1, 1), now, min(now + 1, most)}):
         envs.rescale(workers)
-        table.append({"workers": workers, "steps_per_s": measure(envs, seconds)})
-    envs.rescale(max(table, key=lambda row: row["steps_per_s"])["workers"])
+        rates[workers] = measure(envs, seconds)
+    envs.rescale(max(rates, key=rates.get))
     envs.load_state_dict(state)
-    return table
+    return rates
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -1379,7 +1362,7 @@ class QNetwork(nn.Module):
         return self.head(self.body(obs * self.scale))
 
 
-def agent_config(args, pairs, envs) -> dict:
+def agent_config(args, pairs, envs):
     """Plain values that rebuild the network, and the scalers of its columns, from a checkpoint."""
     config = {"inputs": envs.obs.shape[1], "actions": envs.actions, "hidden": args.hidden}
     if pairs is None:
@@ -1393,7 +1376,7 @@ def agent_config(args, pairs, envs) -> dict:
     return config | {"models": pairs.models, "start": 0, "scale": 1.0, "reward_scale": scale}
 
 
-def full_position_std(pairs, leverage) -> float:
+def full_position_std(pairs, leverage):
     """Standard deviation of a full position's reward on train rows, which no policy can shrink."""
     ret = np.concatenate([pairs.bars[a:b, RET] for a, b in pairs.rows["train"]]) * leverage
     limit = min(usual_limit(ret), 1 - RUIN)  # beyond it are bad ticks
@@ -1412,18 +1395,18 @@ def load_policy(checkpoint: str | Path, device="cpu"):
     return partial(greedy, network, state["config"]["start"], device)
 
 
-def greedy(network, start, device, obs) -> np.ndarray:
+def greedy(network, start, device, obs):
     obs = torch.as_tensor(np.asarray(obs, np.float32), device=device).flatten(1)
     return network(obs).argmax(1).cpu().numpy() + start
 
 
 # ---------------------------------------------------------------------------------------- algorithm
-def linear_schedule(start, end: float, duration: float, t: float) -> float:
+def linear_schedule(start, end, duration, t):
     """From `start` to `end` over `duration`, then `end`."""
     return max(end, start + (end - start) * t / max(duration, 1))
 
 
-def cosine(t: float, total) -> float:
+def cosine(t, total):
     """From 1 to LAST_RATE."""
     done = min(1.0, t / max(total, 1))
     return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
@@ -1437,7 +1420,7 @@ def td_target(reward, done, gamma, next_target, next_online):
 
 
 @torch.no_grad()
-def move_towards(follower: nn.Module, leader: nn.Module, weight: float):
+def move_towards(follower, leader, weight):
     """follower += weight (leader - follower), in place; no graph may grow behind it."""
     torch._foreach_lerp_(list(follower.parameters()), list(leader.parameters()), weight)
 
@@ -1450,20 +1433,15 @@ class Replay:
     elsewhere they are the whole observation.
     """
 
-    def __init__(self, size: int, lanes, width: int, table: torch.Tensor | None, device):
+    def __init__(self, size, lanes, width, table, device):
         self.lanes, self.width, self.table, self.device = lanes, width, table, device
         self.steps, self.total = max(size // lanes, 2), 0  # vector steps: room, how many are in
         n, each = (self.steps + 1) * lanes, 11 + 8 * width  # one more: the step in flight
         free = psutil.virtual_memory().available
         if device.type == "cuda":
             free = torch.cuda.mem_get_info()[0]
-        refuse(
-            (
-                n * each > 0.8 * free,
-                f"--buffer-size {size}: {n * each / 2**30:.1f} GiB, "
-                f"{free / 2**30:.1f} GiB are free: {int(0.5 * free / each)} would fit",
-            )
-        )
+        need = f"{n * each / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        refuse((n * each > 0.8 * free, f"--buffer-size {size} needs {need}"))
         zeros = partial(torch.zeros, device=device)
         self.fields = {
             "row": zeros(n, dtype=torch.int32),
@@ -1474,7 +1452,7 @@ class Replay:
             "terminated": zeros(n, dtype=torch.bool),
         }
 
-    def at(self, step) -> dict[str, torch.Tensor]:
+    def at(self, step):
         """Views of the transitions of a vector step, a row a lane."""
         begin = step % (self.steps + 1) * self.lanes
         return {name: x[begin : begin + self.lanes] for name, x in self.fields.items()}
@@ -1491,7 +1469,7 @@ class Replay:
             next_obs = torch.cat([self.table[row.long() + 1], next_obs], 1)
         return obs, action.long(), reward, next_obs, terminated.float()
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         n = min(self.total, self.steps + 1) * self.lanes
         fields = {name: x[:n].cpu().clone() for name, x in self.fields.items()}
         return fields | {"total": self.total}
@@ -1506,7 +1484,7 @@ class Monitor:
     """monitor.csv in Stable-Baselines3's format, a line an episode. What ended stays on the lanes'
     device until a log point, or until it is much."""
 
-    def __init__(self, path, name, resumed: bool):
+    def __init__(self, path, name, resumed):
         self.path, self.steps, self.ended = path, [], []
         header = {"t_start": time.time(), "env_id": name}
         old = resumed and path.exists()
@@ -1532,13 +1510,13 @@ class Monitor:
         self.steps = []
         self.file.flush()
 
-    def charts(self) -> dict:
+    def charts(self):
         """Means of the episodes that ended since the last call."""
         self.flush()
         means, self.ended = np.mean(self.ended or [(np.nan, np.nan)], axis=0), []
         return dict(zip(("charts/episodic_return", "charts/episodic_length"), means))
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         self.flush()
         return {"bytes": self.path.stat().st_size, "ended": self.ended}
 
@@ -1587,7 +1565,7 @@ class Collector:
             self.take_in(half)
         self.rb.total = self.step
 
-    def charts(self) -> dict:
+    def charts(self):
         """Episodes since the last call, and on a market what the last step of all lanes did."""
         self.land()
         record = self.monitor.charts() | {"env/restarts": self.envs.restarts}
@@ -1602,7 +1580,7 @@ class Collector:
             }
         return record
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         self.land()  # before lanes and replay say what they hold
         return {"step": self.step}
 
@@ -1650,7 +1628,7 @@ def walk_nb(target, bars, expected, leverage, drift):
     return reward, mean, change, exposure
 
 
-def walk(bars, expected, leverage, drift, target, a: int, b: int):
+def walk(bars, expected, leverage, drift, target, a, b):
     """Series.walk of one pair."""
     return walk_nb(np.asarray(target, np.float64), bars[a:b], expected[a:b], leverage, drift)
 
@@ -1668,7 +1646,7 @@ def greedy_paths(network, pairs, split, args, seconds=math.inf):
     return [greedy_nb(layers, pairs.table[cut], pairs.bars[cut], *rules) for cut in cuts]
 
 
-def series_of(pairs, args) -> list[Series]:
+def series_of(pairs, args):
     """The pairs as scoring sees them; rows count from each pair's own first."""
     out = []
     for k, (a, b) in enumerate(zip(pairs.first, pairs.first[1:])):
@@ -1681,14 +1659,14 @@ def series_of(pairs, args) -> list[Series]:
     return out
 
 
-def optimum_path(policy, truth, start, stop) -> np.ndarray:
+def optimum_path(policy, truth, start, stop):
     """Positions (n,) of the best policy (regimes, states, 3) on rows [start, stop), flat before."""
     choices = policy[truth.regime[start:stop], truth.s[start:stop]].tolist()
     at = 1
     return LEVELS[[at := choice[at] for choice in choices]]
 
 
-def metrics_of(walks, bars_per_year: float) -> dict:
+def metrics_of(walks, bars_per_year):
     """{"agent", "baselines": {who}} of walks; the agent's score is its share of the optimum."""
     metrics = {}
     for who in walks.columns.unique(0):
@@ -1727,7 +1705,7 @@ class MarketJudge:
         self.optimum = markets.optimum(truth.law, cost, actions=LEVELS) if truth else None
         self.by = "expected_growth_bps" if truth else "mean_reward_bps"
 
-    def evaluate(self, network, split, seconds=math.inf) -> tuple[dict, dict]:
+    def evaluate(self, network, split, seconds=math.inf):
         """{"agent", "baselines", "symbols": {name: the same}, "partial"} and {name: walks}, "" being
         an account split equally over pairs, evened out at every bar (no bar, no growth)."""
         paths = [path for path, _ in greedy_paths(network, self.pairs, split, self.args, seconds)]
@@ -1739,7 +1717,7 @@ class MarketJudge:
         partly = sum(map(len, paths)) < np.diff(self.pairs.rows[split]).sum()
         return metrics.pop("") | {"symbols": metrics, "partial": bool(partly)}, walks
 
-    def walks(self, k, split, path) -> pd.DataFrame:
+    def walks(self, k, split, path):
         """Of the agent and of its baselines along one pair's rows: columns (who, WALK)."""
         bars, series, n = self.pairs.series[k], self.series[k], len(path)
         a = series.rows[split][0]
@@ -1779,7 +1757,7 @@ class MarketJudge:
             trace.reset_index().to_parquet(folder / f"{split}{'_' * bool(name)}{name}.parquet")
 
     @torch.no_grad()
-    def diagnose(self, network, n=1024) -> dict:
+    def diagnose(self, network, n=1024):
         """What the greedy position depends on, on n eval rows (the same ones at every call)."""
         rows = np.concatenate([np.arange(a, b) for a, b in self.pairs.rows["eval"]])
         rows = np.tile(rows[:: max(len(rows) // n, 1)], len(LEVELS))  # at each position
@@ -1797,7 +1775,7 @@ class MarketJudge:
             "value/q_action_spread": (best - worst).mean(),
         }
 
-    def overestimation(self, network, reward_scale: float) -> float:
+    def overestimation(self, network, reward_scale):
         """Mean of (predicted - realised) discounted value along the greedy paths of the eval split,
         scaled reward."""
         gaps, gamma = [], self.args.gamma
@@ -1809,7 +1787,7 @@ class MarketJudge:
             gaps.append(np.mean(value[:keep] - realised[:keep]))
         return float(np.mean(gaps))
 
-    def audit(self, network, results, updates, reward_scale: float) -> dict:
+    def audit(self, network, results, updates, reward_scale):
         audit = {name.split("/")[1]: float(x) for name, x in self.diagnose(network).items()}
         audit["overestimation"] = self.overestimation(network, reward_scale)
         audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(self.series, LEVELS)
@@ -1836,7 +1814,7 @@ class CustomJudge:
         )
 
     @torch.no_grad()
-    def evaluate(self, network, split, seconds=math.inf) -> tuple[dict, dict]:
+    def evaluate(self, network, split, seconds=math.inf):
         """The first episodes of every lane, as many of each: a fast lane must not count for more."""
         envs, until, episodes = self.envs, time.monotonic() + seconds, []
         due = torch.full((envs.num_envs,), EVAL_EPISODES // envs.num_envs)
@@ -1861,10 +1839,10 @@ class CustomJudge:
     def write(self, folder, split, walks):
         pass
 
-    def diagnose(self, network) -> dict:
+    def diagnose(self, network):
         return {}
 
-    def audit(self, network, results, updates, reward_scale: float) -> dict:
+    def audit(self, network, results, updates, reward_scale):
         found = f"mean return {results['eval']['agent'][self.by]:.1f} of a custom environment"
         return {"verdict": "healthy" if updates else "untrained", "reasons": [found]}
 
@@ -1885,7 +1863,7 @@ def judge_and_keep(run, loop, judge, averaged, record):
     print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {said}", flush=True)
 
 
-def final_results(run, loop, judge, averaged, config) -> tuple[dict, dict]:
+def final_results(run, loop, judge, averaged, config):
     """All splits, with traces, and the audit."""
     run.phase("eval")
     results = {}
@@ -1912,7 +1890,7 @@ class Loop:
     recent: list = field(default_factory=list)  # last scores
 
 
-def go_on(run, loop) -> bool:
+def go_on(run, loop):
     """Whether there is more to do, and time."""
     args = run.args
     if args.patience and loop.stale >= args.patience:

@@ -142,7 +142,7 @@ def test_replay_state_continues_exactly(total):
 
 
 def test_a_buffer_that_does_not_fit_is_refused():
-    with pytest.raises(dqn.UsageError, match="--buffer-size 1000000000: .* GiB"):
+    with pytest.raises(dqn.UsageError, match="--buffer-size 1000000000 .* GiB"):
         dqn.Replay(10**9, 8, 3 * 210 * 160, None, CPU)
 
 

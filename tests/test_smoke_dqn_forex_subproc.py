@@ -265,7 +265,8 @@ def test_main_twice_in_one_process(run):
 
 @pytest.mark.parametrize("name, changes", [
     ("dummy", dict(vec_mode="dummy", num_workers=3)), ("auto", dict(vec_mode="auto", num_workers=2)),
-    ("rescaled", dict(vec_mode="subproc", num_workers=1, rescale=True, checkpoint_interval=0.0)),
+    pytest.param("rescaled", dict(vec_mode="subproc", num_workers=1, rescale=True, checkpoint_interval=0.0),
+                 marks=pytest.mark.slow),
 ])
 def test_the_run_does_not_depend_on_how_the_lanes_step(run, name, changes):
     """Workers, blocks, and how often a checkpoint is written, are nobody's business."""
@@ -445,6 +446,7 @@ def test_a_custom_environment_is_learned_in_its_workers_and_resumed(pole):
     assert more["global_step"] == 2048 and load_checkpoint(pole / "one/checkpoints/last.pt")["parts"]["envs"]["starts"] == 1
 
 
+@pytest.mark.slow
 def test_a_user_s_environment_that_exits_costs_one_line_and_the_last_checkpoint_stays(pole):
     (pole / "pole.py").write_text(
         "import os\nimport gymnasium\n\n\nclass Pole(gymnasium.Wrapper):\n    steps = 0\n\n    def step(self, action):\n"

@@ -125,15 +125,14 @@ def test_rescale_changes_the_workers_only(make):
             odd.rescale(workers)
 
 
-@pytest.mark.parametrize("lanes, workers", [(2, 2), (14, 2)])
+@pytest.mark.parametrize("lanes, workers", [(2, 2)])
 def test_rescale_by_measure_leaves_the_lanes_where_they_were(make, lanes, workers):
     env, calm = make(lanes, workers=workers), make(lanes, mode="single")
     for e in (env, calm):
         e.reset(seed=1)
         e.step_lanes(ONES[:lanes])
-    table = dqn.rescale_by_measure(env, 0.02)
-    assert len(table) >= 2 and all(row["steps_per_s"] > 0 for row in table)
-    assert max(row["workers"] for row in table) <= lanes
+    rates = dqn.rescale_by_measure(env, 0.02)
+    assert len(rates) >= 2 and min(rates.values()) > 0 and max(rates) <= lanes
     for e in (env, calm):
         e.step_lanes(ONES[:lanes])
     assert_equal(env, calm, ("obs", "reward", "row", "position"))
@@ -187,8 +186,7 @@ def test_workers_leave_signals_to_their_parent(make):
 
 
 @linux
-@pytest.mark.parametrize("how", ["kill", "hang", "nonsense"])
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("how, halves", [("kill", True), ("hang", False), ("nonsense", True)])
 def test_restart_truncates_the_lanes_of_the_dead_and_no_other(make, how, halves):
     env = make(halves=halves, on_worker_death="restart", worker_timeout=1.0)
     calm = make(mode="single")
@@ -245,9 +243,9 @@ if __name__ == "__main__":
 
 @linux
 @pytest.mark.parametrize("env_fn, how", [
-    ("ours", "kill the parent"), ("hangs_in_c", "kill the parent"),
+    ("ours", "kill the parent"),
     *(pytest.param(env_fn, how, marks=pytest.mark.slow) for env_fn in ("ours", "hangs", "hangs_in_c")
-      for how in ("kill everything", "Ctrl-C"))])
+      for how in ("kill the parent", "kill everything", "Ctrl-C"))])
 def test_nothing_survives_the_parent(tmp_path, repo, env_fn, how):
     before = set(os.listdir("/dev/shm"))
     (tmp_path / "parent.py").write_text(PARENT)
