@@ -280,6 +280,16 @@ def test_the_run_does_not_depend_on_how_the_lanes_step(run, name, changes):
         assert performance["mode"] == best["vec_mode"] and best["steps_per_s"] > 0
 
 
+def test_where_no_worker_starts_the_lanes_step_here(run, tmp_path, monkeypatch):
+    def no_room():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dqn, "worker_context", no_room)
+    summary = dqn.main(flags(tmp_path / "run", vec_mode="subproc", num_workers=2))
+    assert summary["performance"]["mode"] == "dummy" and summary["performance"]["workers"] == 0
+    assert_same_run(run("single")[0], tmp_path / "run")
+
+
 def test_halves_in_workers_give_the_run_of_halves_here(run, base):
     (a, _), (b, *_) = run("halves", vec_mode="dummy", num_workers=1, async_halves=True), base
     assert_same_run(a, b)
