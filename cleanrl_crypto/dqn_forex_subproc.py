@@ -1790,7 +1790,7 @@ class MarketJudge:
             gaps.append(np.mean(value[:keep] - realised[:keep]))
         return float(np.mean(gaps))
 
-    def audit(self, network, results, updates, reward_scale):
+    def audit(self, network, results, updates, improving, reward_scale):
         audit = {name.split("/")[1]: float(x) for name, x in self.diagnose(network).items()}
         audit["overestimation"] = self.overestimation(network, reward_scale)
         audit |= edges(self.series, self.eval_paths(network), LEVELS, self.year)
@@ -1859,7 +1859,7 @@ class CustomJudge:
     def diagnose(self, network):
         return {}
 
-    def audit(self, network, results, updates, reward_scale):
+    def audit(self, network, results, updates, improving, reward_scale):
         """Healthy is what returns more than random actions do, beyond 2 standard errors."""
         chance, _ = self.evaluate(self.random, "eval", self.seconds)
         agent, random = results["eval"]["agent"], chance["agent"]

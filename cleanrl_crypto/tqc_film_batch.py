@@ -63,13 +63,27 @@ from numba import cuda
 
 from common import markets
 from common.data import Bars, iso, load_bars, print_facts, split_rows, utc_times
-from common.features import FeatureModel, fit_features
+from common.features import CLIP, FeatureModel, fit_features, with_products
 from common.gpu_pool import pool
 from common.lanes import Lanes, register
-from common.scoring import BP, Series, best_constant, path_metrics, random_path, ridge_edge, usual_limit, verdict
+from common.scoring import (
+    BP,
+    Series,
+    best_constant,
+    edges,
+    fit_linear,
+    path_metrics,
+    random_path,
+    sparse_linear,
+    usual_limit,
+    verdict,
+)
 from common.timeout_guard import CheckpointError, load_checkpoint, save_atomic
 
-SCHEMA = 2  # of the checkpoint
+SCHEMA = 3  # of the checkpoint
+LOADING = "split", "window", "fill_limit", "hmm", "screen", "forecast"  # arguments of load_market
+NO_COSTS = 0.0, 0.0, False
+FEW_UPDATES = 100  # an agent of fewer is not judged
 MODES = ("rebalance", "drift")
 POLICIES = ("critic_grid", "actor")
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -126,6 +140,10 @@ class Args(RunArgs):
     """bars for which another asset's last bar may stand in for a missing one"""
     window: int = 64
     """bars in an observation"""
+    screen: bool = True
+    """technical columns without evidence on train rows are 0"""
+    forecast: bool = True
+    """give the agent a lasso's forecast of the next return from the last bar's columns"""
     hmm: bool = True
     """give the agent the five HMM columns (else they are zeros)"""
 
@@ -479,6 +497,7 @@ class Market:
     expected: np.ndarray  # (T,) float64 its known conditional mean, NaN on real bars
     rows: dict  # split -> (start, stop), half-open decision rows
     window: int
+    forecast: np.ndarray  # (T,) float32 the lasso's, out of fold on train rows
 
     def identity(self) -> dict:
         """What a checkpoint must agree with."""
@@ -508,13 +527,15 @@ def load_market(
     hmm=True,
     features=None,
     seconds=math.inf,
+    screen=True,
+    forecast=True,
 ) -> Market:
     """Bars -> splits -> columns, fitted on train rows, for `seconds` at most, unless `features`
     are given. Raises DataError (one line)."""
     bars = load_bars(data, fill_limit)
     purge = window + HORIZON
     train_stop = split_rows(bars.timestamp, split, purge)["train"][1]
-    features = features or fit_features(bars, train_stop, seed, seconds)
+    features, fitted = features or fit_features(bars, train_stop, seed, seconds, screen), features
     table = features.transform(bars)
     rows = split_rows(bars.timestamp, split, purge, first=features.warmup + window - 1)
     if not hmm:
@@ -523,7 +544,22 @@ def load_market(
         bars.next_return
     )  # the last row has no next bar and is never a decision row
     expected = bars.truth.expected if bars.truth else np.full(len(ret), np.nan)
-    return Market(bars, features, table, ret, expected, rows, window)
+    market = Market(bars, features, table, ret, expected, rows, window, np.zeros(len(ret)))
+    if forecast and (fitted is None or features.linear):
+        read_linearly(market, fitted is None)
+    return market
+
+
+def read_linearly(market, fit: bool):
+    """The lasso's forecast of every row. On the rows that it was fitted on it is out of fold, as
+    the agent would else learn to trust it too much."""
+    features, (start, stop) = market.features, market.rows["train"]
+    linear, out_of_fold = fit_linear(series_of(market, NO_COSTS))
+    if fit:
+        features.linear = linear
+    market.forecast = features.forecast(market.table)
+    if features.linear == linear:
+        market.forecast[start:stop] = out_of_fold.clip(-CLIP, CLIP)
 
 
 class MarketVectorEnv(Lanes):
@@ -656,9 +692,7 @@ def make_vec(
 ) -> MarketVectorEnv:
     """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train",
     fee_bps=4, ...)."""
-    loading = {
-        k: kwargs.pop(k) for k in ("split", "window", "fill_limit", "hmm") if k in kwargs
-    }
+    loading = {k: kwargs.pop(k) for k in LOADING if k in kwargs}
     market = load_market(data, **loading)
     return MarketVectorEnv(market, market.rows[split_name], num_envs, **kwargs)
 
@@ -726,29 +760,30 @@ class FoundationFeatureExtractor(nn.Module):
         nn.init.zeros_(self.film.weight)  # identity at initialisation (Perez et al. 2018)
         nn.init.zeros_(self.film.bias)
 
-    def forward(self, z, hmm):  # (B, T, d), (B, 5) -> (B, width) float32
+    # (B, T, d), (B, 5), (B, 1) -> (B, width + 1) float32: the linear forecast stands last
+    def forward(self, z, hmm, forecast):
         gamma, beta = self.film(hmm).to(z.dtype)[:, None].chunk(2, -1)  # (B, 1, d) each
         # whole channels, so that no neighbouring bar gives them away
         scale = F.dropout(1 + gamma, self.dropout, self.training)
         x = torch.addcmul(beta, z, scale).flatten(1)  # one pass over the large tensor
-        return self.market(x).float()
+        return torch.cat([self.market(x).float(), forecast], 1)
 
 
 class Fusion(nn.Module):
-    """The position and w_cost columns of the fusion layer, LayerNorm, LeakyReLU."""
+    """The position, w_cost and forecast columns of the fusion layer, LayerNorm, LeakyReLU."""
 
     def __init__(self, width):
         super().__init__()
-        self.scalars = nn.Linear(2, width, bias=False)
+        self.scalars = nn.Linear(3, width, bias=False)
         self.norm = nn.LayerNorm(width)
         # a step of position must be as visible as a step of the market
         nn.init.normal_(self.scalars.weight, std=0.5)
 
-    # (B, width), (B, K), (B, 1) -> (B, K, width)
+    # (B, width + 1), (B, K), (B, 1) -> (B, K, width)
     def forward(self, market, position, w_cost):
-        p, w = self.scalars.weight.unbind(1)
-        x = market[:, None] + position[..., None] * p + w_cost[..., None] * w
-        return F.leaky_relu(self.norm(x))
+        p, w, f = self.scalars.weight.unbind(1)
+        x = market[:, None, :-1] + market[:, None, -1:] * f
+        return F.leaky_relu(self.norm(x + position[..., None] * p + w_cost[..., None] * w))
 
 
 def mlp(width, hidden, out):
@@ -762,18 +797,20 @@ class Critic(nn.Module):
     + cost of the trade.
 
     A proportional cost separates exactly, so the slope of Q in the cost of the trade is 1 by
-    construction.
+    construction. What a position earns is linear in it: `slope` times the forecast.
     """
 
     def __init__(self, width, hidden, n_critics, n_quantiles):
         super().__init__()
         self.fusion = Fusion(width)
         self.nets = nn.ModuleList(mlp(width, hidden, n_quantiles) for _ in range(n_critics))
+        self.slope = nn.Parameter(torch.zeros(()))
 
     # (B, width), (B, K), (B, 1) -> (B, K, critics, quantiles)
     def forward(self, market, after, w_cost):
         x = self.fusion(market, after, w_cost)
-        return torch.stack([net(x) for net in self.nets], 2).float()
+        linear = self.slope * after * market[:, -1:]
+        return torch.stack([net(x) for net in self.nets], 2).float() + linear[..., None, None]
 
 
 class Actor(nn.Module):
@@ -952,7 +989,7 @@ class Contexts:
     """The market on the training device: its table, its returns, and the encoder's output for every
     row.
 
-    __call__(rows (B,)) -> (z (B, T, d), hmm (B, 5)). If they fit into memory, rows are encoded
+    __call__(rows (B,)) -> (z (B, T, d), hmm (B, 5), forecast (B, 1)). If they fit into memory, rows are encoded
     once, by fill(), before the first decision; if not, anew for every batch.
     """
 
@@ -964,6 +1001,7 @@ class Contexts:
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         self.table = torch.from_numpy(market.table).to(device)
         self.ret = torch.from_numpy(market.ret.astype(np.float32)).to(device)
+        self.forecast = torch.from_numpy(market.forecast.astype(np.float32)).to(device)[:, None]
         # a bad tick must not shrink all other rewards
         limit = usual_limit(market.ret[slice(*market.rows["train"])])
         full = np.log1p(np.clip(market.ret, max(-limit, RUIN - 1), limit))
@@ -1015,7 +1053,7 @@ class Contexts:
 
     def __call__(self, rows):
         z = self.encode(rows) if self.cache is None else self.cache[rows]
-        return z, self.table[rows, self.market.n_tech :]
+        return z, self.table[rows, self.market.n_tech :], self.forecast[rows]
 
 
 @dataclass
@@ -1167,19 +1205,17 @@ def target_path(agent, latents, ret, w_cost, policy):
     return target
 
 
-def series_of(market, costs, x=None):
-    """The market as scoring sees it; x: columns of the ridge policy."""
-    known = market.bars.truth is not None
-    own_walk = functools.partial(walk, market, costs)
+def series_of(market, costs):
+    """The market as scoring sees it."""
+    known, own_walk = market.bars.truth is not None, functools.partial(walk, market, costs)
+    x = with_products(market.table, market.n_tech)
     return Series(x, market.ret, market.rows, own_walk, known)
 
 
-def ridge_columns(market):
-    """The last bar's columns, and technical ones times HMM ones: (T, K) float64."""
-    table = market.table.astype(np.float64)
-    tech = table[:, : market.n_tech]
-    hmm = table[:, market.n_tech :]
-    return np.concatenate([table, *(tech * hmm[:, [k]] for k in range(HMM_COLUMNS))], 1)
+@functools.lru_cache(8)
+def rival_path(market, costs):
+    """Exposures (T,) of the cheap rival."""
+    return sparse_linear([series_of(market, costs)])[0]
 
 
 def walk(market, costs, target, start, stop):
@@ -1197,6 +1233,7 @@ def fixed_paths(market, costs, start, stop):
         "flat": np.zeros(n),
         "buy_and_hold": np.ones(n),
         "best_constant": np.full(n, constant),
+        "sparse_linear": rival_path(market, costs)[start:stop],
     }
     if truth:
         cost, funding, _ = costs
@@ -1276,12 +1313,12 @@ def diagnose(agent, contexts, split="eval", n=256):
     rows, mix, position, w_cost = (torch.as_tensor(x, device=device) for x in drawn)
     position = position.float()
     w_cost = w_cost.float()
-    z, hmm = contexts(rows)
+    z, hmm, forecast = contexts(rows)
     agent.eval()
     with contexts.autocast():
-        latents = agent.extractor(z, hmm)
-        other_tech = agent.extractor(z[mix], hmm)
-        other_hmm = agent.extractor(z, hmm[mix])
+        latents = agent.extractor(z, hmm, forecast)
+        other_tech = agent.extractor(z[mix], hmm, forecast[mix])
+        other_hmm = agent.extractor(z, hmm[mix], forecast)
     there = latents, position, w_cost
 
     greedy = act(agent, *there)
@@ -1384,6 +1421,7 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     encoder.load_state_dict(state["encoder"])
     agent = Agent(config).to(device).eval().requires_grad_(False)
     agent.load_state_dict(state["agent"])
+    features = FeatureModel.from_state_dict(state["features"])
 
     @torch.no_grad()
     def policy(obs: dict):
@@ -1391,7 +1429,9 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
         market, position, w_cost = (torch.as_tensor(x, device=device) for x in shown)
         tech = market[..., : config["columns"]]
         hmm = market[:, -1, config["columns"] :]
-        latents = agent.extractor(encoder.context(tech), hmm)
+        forecast = features.forecast(np.asarray(obs["market"])[:, -1])[:, None]
+        forecast = torch.as_tensor(forecast, device=device)
+        latents = agent.extractor(encoder.context(tech), hmm, forecast)
         return act(agent, latents, position, w_cost)[:, None].cpu().numpy()
 
     return policy
@@ -1493,12 +1533,32 @@ def open_market(run) -> Market:
     fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
     seconds = FIT_SHARE * run.guard.remaining()
     bars = a.data, a.split, a.window, a.fill_limit
-    market = load_market(*bars, a.seed, a.hmm, fitted, seconds)
+    market = load_market(*bars, a.seed, a.hmm, fitted, seconds, a.screen, a.forecast)
     print(f"{a.data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} of the HMM")
     for split, (start, stop) in market.rows.items():
         print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
     print_facts(market.bars)
+    print_screen(market.features)
     return market
+
+
+def screen_of(features) -> dict:
+    """Evidence of every technical column, and how much was needed (None: no column has enough)."""
+    evidence = dict(zip(features.columns, features.evidence))
+    return {"evidence": evidence, "least": features.least_evidence}
+
+
+def print_screen(features):
+    """Which technical columns say something about the next return, and how strongly."""
+    if not features.evidence:
+        return
+    order = [k for k in np.argsort(features.evidence)[::-1] if features.passed[k]]
+    names = [f"{features.columns[k]} {features.evidence[k]:.1f}" for k in order[:5]]
+    print(f"screen: {len(order)} of {features.n_tech} technical columns show evidence on train rows")
+    if names:
+        print(f"the strongest, with |t| (at least {features.least_evidence:.1f}): {', '.join(names)}")
+    else:
+        print("so not trading may well be the right answer")
 
 
 def agent_config(run, market):
@@ -1677,8 +1737,8 @@ def look_last(averaged, contexts, run, loop):
 
 
 def evaluate_splits(agent, contexts, run):
-    """The agent beside the baselines on every split, and traces/{split}.parquet."""
-    results = {}
+    """The agent beside the baselines on every split, and traces/{split}.parquet; exposures on eval."""
+    results, paths = {}, {}
     folder = run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
@@ -1687,23 +1747,29 @@ def evaluate_splits(agent, contexts, run):
         if results[split]["partial"]:
             print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
-    return {split: results[split] for split in ("train", "eval", "test")}
+        if split == "eval":
+            paths["agent"] = [columns["position"]]
+            for name in results[split]["baselines"]:
+                paths[name] = [columns[f"position_{name}"]]
+    return {split: results[split] for split in ("train", "eval", "test")}, paths
 
 
-def audit_of(agent, contexts, run, loop, results):
-    """diagnose(), overestimation, the ridge policy's edge and the verdict; logs what the loop
-    did not."""
+def audit_of(agent, contexts, run, loop, results, paths):
+    """diagnose(), overestimation, edges over the best constant and the verdict; logs what the loop
+    did not. paths: exposures of everyone on the eval split."""
     record = {"value/overestimation": overestimation(agent, contexts)}
     found = diagnose(agent, contexts) | record
     audit = {name.split("/")[1]: x for name, x in found.items()}
     names = ("technical", "hmm", "position", "w_cost")
     audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
-    market = contexts.market
-    edges = ridge_edge([series_of(market, agent.costs, ridge_columns(market))], LEVELS)
-    audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = edges
-    result = results["eval"]
+    result, market = results["eval"], contexts.market
+    series = series_of(market, agent.costs)
+    series.rows = series.rows | {"eval": result["rows"]}
+    audit |= edges([series], paths, LEVELS, market.bars.bars_per_year)
+    improving = loop.stale == 0 and run.guard.status != "finished"
     rows = int(np.ptp(result["rows"]))
-    audit["verdict"], audit["reasons"] = verdict(audit, result["agent"], loop.updates, rows)
+    word = verdict(audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving)
+    audit["verdict"], audit["reasons"] = word
     for split in ("train", "test"):
         record |= {f"eval/{split}/{name}": x for name, x in results[split]["agent"].items()}
     run.log(record, loop)
@@ -1856,8 +1922,8 @@ def main(argv: list[str] | None = None):
     look_last(averaged, contexts, run, loop)
     run.use_best(loop)
     run.phase("eval")
-    results = evaluate_splits(averaged, contexts, run)
-    audit = audit_of(averaged, contexts, run, loop, results)
+    results, paths = evaluate_splits(averaged, contexts, run)
+    audit = audit_of(averaged, contexts, run, loop, results, paths)
     cache = contexts.cache
     samples = loop.samples / max(loop.global_step, 1)
     size = 0 if cache is None else cache.nbytes
@@ -1865,7 +1931,7 @@ def main(argv: list[str] | None = None):
         loop, results, audit, TABLE.split(), selected_by=market.judged_by,
         mae_steps=loop.mae_steps, samples_per_transition=samples,
         device={"precision": contexts.precision, "embedding_cache_bytes": size},
-        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts)})
+        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts), "screen": screen_of(market.features)})
 
 
 if __name__ == "__main__":

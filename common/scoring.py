@@ -15,11 +15,12 @@ from numba import njit
 
 BP = 1e-4  # one basis point
 BATCHES = 20  # consecutive pieces whose means give a standard error
-PENALTIES = (1e2, 1e3, 1e4)  # of the ridge policy
 FOLDS = 5  # of the train rows, to choose the lasso's penalty
 GAP = 64  # rows beside a fold that are not used: columns look back
 SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of a no-trade band, in standard deviations
+NOTHING = 0.05  # bp a bar: an optimum that earns less earns nothing
+ENOUGH = 0.25  # share of the edge that is there, from which on an agent is healthy
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Series:
     real bars.
     """
 
-    x: np.ndarray  # (T, K) float64 columns that the ridge policy sees
+    x: np.ndarray  # (T, K) float64 columns that the cheap rival sees
     ret: np.ndarray  # (T,) simple return of the next bar
     rows: dict  # split -> (start, stop)
     walk: Callable
@@ -254,73 +255,102 @@ def edge_over_constant(
     return float(edge / BP), float(error / BP)
 
 
-def ridge_paths(assets: list[Series]) -> list[np.ndarray]:
-    """Exposures (T,) of the best ridge policy, an array an asset.
+def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
+    """A lasso of the next return on x, and its forecasts (n,) of the train rows, out of fold.
 
-    One ridge of the next return on x, fitted on the first 70 % of every asset's train rows;
-    penalty, smoothing and no-trade threshold are chosen on the rest.
+    The penalty is that of the smallest squared error out of fold. Plain values: penalty, center and
+    weights (K,) of x, spread (of the forecasts) by which a reader of the forecast divides.
     """
-    fits, rests = [], []
-    for s in assets:
-        a, b = s.rows["train"]
-        middle = a + int(0.7 * (b - a))
-        fits.append(slice(a, middle))
-        rests.append(slice(middle, b))
-    x, y = train_rows(assets, fits)
-    center, scale = x.mean(0), x.std(0) + 1e-9
-    x = (x - center) / scale
-    gram = x.T @ x
-    rhs = x.T @ (y - y.mean())
-    ones = np.eye(len(gram))
-
-    best, paths = -math.inf, []
-    for penalty in PENALTIES:
-        weights = np.linalg.solve(gram + penalty * ones, rhs)
-        forecasts = [(s.x - center) / scale @ weights for s in assets]
-        for keep in SMOOTHING:
-            smooth = [ewma_nb(forecast, keep) for forecast in forecasts]
-            spread = spread_on(smooth, fits)
-            for threshold in THRESHOLDS:
-                targets = [band(forecast, threshold * spread) for forecast in smooth]
-                parts = [target[rest] for target, rest in zip(targets, rests)]
-                score = earned_on(assets, parts, rests)
-                if score > best:
-                    best, paths = score, targets
-    return paths
+    train = slice(*series.rows["train"])
+    x, y = train_rows([series], [train])
+    penalties, center, weights = lasso_path_of(x, y)
+    forecasts = out_of_fold([series], penalties)[0]
+    errors = ((y - y.mean())[:, None] - forecasts) ** 2
+    k = int(errors.mean(0).argmin())
+    linear = {
+        "penalty": float(penalties[k]),
+        "center": center.tolist(),
+        "weights": weights[:, k].tolist(),
+        "spread": float(forecasts[:, k].std()) or 1.0,
+    }
+    return linear, forecasts[:, k] / linear["spread"]
 
 
-def ridge_edge(assets: list[Series], levels) -> tuple[float, float]:
-    """Edge of the ridge policy over the best constant on eval, bp a bar, and its standard error."""
-    return edge_over_constant(assets, ridge_paths(assets), "eval", levels)
+def edge_that_matters(returns: np.ndarray, bars_per_year: float) -> float:
+    """Bp a bar that give a full position a Sharpe ratio of 1 a year."""
+    return float(returns.std() / math.sqrt(bars_per_year) / BP)
+
+
+def edges(assets: list[Series], paths: dict, levels, bars_per_year: float) -> dict:
+    """What stands behind a verdict: what agent, rival and optimum earn over the best constant.
+
+    paths: {"agent", "sparse_linear" and, where it is known, "optimum": exposures (n,) of the eval
+    split, an array an asset}. Bp a bar.
+    """
+    found = {}
+    for name, who in (("edge", "agent"), ("rival_edge", "sparse_linear")):
+        earned = edge_over_constant(assets, paths[who], "eval", levels)
+        found[f"{name}_bps"], found[f"{name}_se_bps"] = earned
+    found["optimum_edge_bps"] = None
+    if "optimum" in paths:
+        earned = edge_over_constant(assets, paths["optimum"], "eval", levels)
+        found["optimum_edge_bps"] = earned[0]
+    returns = [s.ret[slice(*s.rows["train"])] for s in assets]
+    found["matters_bps"] = edge_that_matters(np.concatenate(returns), bars_per_year)
+    return found
 
 
 def verdict(
-    audit: dict, agent: dict, updates: int, rows: int | None = None
+    audit: dict, agent: dict, updates: int, least_updates: int, rows: int, improving: bool
 ) -> tuple[str, list[str]]:
-    """healthy, collapsed, constant_is_right or untrained, and why.
+    """What the agent is, in a word, and why.
 
-    audit: state_dependence, ridge_edge_bps, ridge_edge_se_bps; agent: path_metrics on the eval
-    split; rows: how many that split has, so that the opening trade alone is no turnover.
+    audit: state_dependence, and in bp a bar, on the eval split, over the best constant, with
+    standard errors: edge_bps, edge_se_bps of the agent, rival_edge_bps, rival_edge_se_bps of
+    sparse_linear, optimum_edge_bps (None on real bars); matters_bps: see edge_that_matters. agent:
+    path_metrics on that split, which has `rows`. An agent of fewer than least_updates, or of a run
+    that was cut while it was `improving`, has not collapsed.
     """
     if updates == 0:
         return "untrained", ["no gradient update was made"]
-    edge, se = audit["ridge_edge_bps"], audit["ridge_edge_se_bps"]
-    found = f"the ridge policy stands {edge:+.2f} bp a bar over the best constant on eval"
-    found += f", standard error {se:.2f}"
-    dependence = audit["state_dependence"]
-    turnover = agent["turnover"]
-    numbers = f"state_dependence {dependence:.3f}, turnover {turnover:.4f}"
-    numbers += f", exposure {agent['exposure']:+.2f}"
-    if edge == 0 and se == 0:  # a price that never moves
-        return "constant_is_right", [f"there is nothing to earn: {numbers}", found]
+    numbers = describe(audit, agent)
+    if audit["matters_bps"] == 0:
+        return "constant_is_right", ["the price never moves: there is nothing to earn", numbers]
 
-    least = 1e-3
-    if rows:
-        least += 1.0 / rows  # the opening trade
-    moves = agent.get("trades", 2) > 1 and turnover >= least
-    if moves and dependence >= 0.02:
-        return "healthy", [f"the position answers to the market: {numbers}", found]
-    constant = f"one position whatever the market: {numbers}"
-    if edge > 2 * se:
-        return "collapsed", [constant, f"yet there is an edge: {found}"]
-    return "constant_is_right", [constant, f"and no edge is to be seen: {found}"]
+    rival, least = audit["rival_edge_bps"], 2 * audit["rival_edge_se_bps"]
+    optimum, matters = audit["optimum_edge_bps"], audit["matters_bps"]
+    visible, goal = rival > least, rival
+    if optimum is not None:
+        visible, goal = optimum >= NOTHING and (visible or optimum >= matters), optimum
+    moves = audit["state_dependence"] >= 0.02 and agent["trades"] > 1
+    moves = moves and agent["turnover"] >= 1e-3 + 1 / rows  # more than the opening trade
+    earns = audit["edge_bps"] > 2 * audit["edge_se_bps"]
+    if visible:
+        if moves and earns and audit["edge_bps"] >= ENOUGH * goal:
+            return "healthy", ["the position answers to the market, and that earns", numbers]
+        if improving or updates < least_updates:
+            return "undertrained", [f"it stopped early, after {updates} updates", numbers]
+        if moves:
+            why = f"it answers to the market, but earns less than {ENOUGH:.0%} of what is there"
+            return "undertrained", [why, numbers]
+        return "collapsed", ["one position whatever the market, yet there is an edge", numbers]
+    if moves and earns:
+        return "healthy", ["the position answers to the market, and that earns", numbers]
+    if optimum is None and least > matters:
+        why = f"an edge below {least:.2f} bp a bar would not show on these rows, and one of "
+        return "undecided", [f"{why}{matters:.2f} matters", numbers]
+    if moves or (optimum or 0.0) >= NOTHING:
+        why = "it trades where no edge is to be seen" if moves else "the edge is too weak to be seen"
+        return "undecided", [why, numbers]
+    return "constant_is_right", ["one position whatever the market, and no edge", numbers]
+
+
+def describe(audit: dict, agent: dict) -> str:
+    """The numbers behind a verdict."""
+    text = f"state_dependence {audit['state_dependence']:.3f}, turnover {agent['turnover']:.4f}, "
+    text += f"exposure {agent['exposure']:+.2f}; over the best constant on eval in bp a bar: agent "
+    text += f"{audit['edge_bps']:+.2f} (standard error {audit['edge_se_bps']:.2f}), sparse_linear "
+    text += f"{audit['rival_edge_bps']:+.2f} ({audit['rival_edge_se_bps']:.2f})"
+    if audit["optimum_edge_bps"] is not None:
+        text += f", optimum {audit['optimum_edge_bps']:+.2f}"
+    return text
