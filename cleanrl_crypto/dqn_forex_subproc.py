@@ -111,9 +111,10 @@ from common.scoring import (
     BP,
     Series,
     best_constant,
+    edges,
     path_metrics,
     random_path,
-    ridge_edge,
+    sparse_linear,
     usual_limit,
     verdict,
 )
@@ -121,6 +122,7 @@ from common.scoring import (
 SCHEMA = 2  # of the checkpoint
 SPLITS = ("train", "eval", "test")
 LEVELS = np.array([-1.0, 0.0, 1.0])  # positions: short, flat, long
+FEW_UPDATES = 3000  # an agent of fewer is not judged
 HORIZON = 1  # bars between a decision and the end of its reward
 EMBARGO = 24  # bars left out between splits beside the horizon
 ROLLOVER = 22  # hour UTC of the carry to the next day: 17:00 in New York in winter
@@ -1701,6 +1703,7 @@ class MarketJudge:
         self.pairs, self.args, self.device = pairs, run.args, run.device
         self.series = series_of(pairs, self.args)
         self.constants = [best_constant(series, LEVELS) for series in self.series]
+        self.rivals, self.year = sparse_linear(self.series), pairs.series[0].bars_per_year
         truth, cost = pairs.series[0].truth, float(pairs.bars[0, COST])
         self.optimum = markets.optimum(truth.law, cost, actions=LEVELS) if truth else None
         self.by = "expected_growth_bps" if truth else "mean_reward_bps"
@@ -1712,8 +1715,7 @@ class MarketJudge:
         walks = {name: self.walks(k, split, paths[k]) for k, name in enumerate(self.pairs.names)}
         joint = pd.concat(walks.values()).groupby(level=0).sum(min_count=1)
         walks[""] = joint / len(paths)
-        year = self.pairs.series[0].bars_per_year
-        metrics = {name: metrics_of(walk, year) for name, walk in walks.items()}
+        metrics = {name: metrics_of(walk, self.year) for name, walk in walks.items()}
         partly = sum(map(len, paths)) < np.diff(self.pairs.rows[split]).sum()
         return metrics.pop("") | {"symbols": metrics, "partial": bool(partly)}, walks
 
@@ -1727,6 +1729,7 @@ class MarketJudge:
             "flat": np.zeros(n),
             "buy_and_hold": np.ones(n),
             "best_constant": np.full(n, self.constants[k]),
+            "sparse_linear": self.rivals[k][a : a + n],
             "random_same_turnover": random_path(n, turnover, self.args.seed + k, LEVELS),
         }
         if self.optimum is not None:
@@ -1787,12 +1790,26 @@ class MarketJudge:
             gaps.append(np.mean(value[:keep] - realised[:keep]))
         return float(np.mean(gaps))
 
-    def audit(self, network, results, updates, reward_scale):
+    def audit(self, network, results, updates, improving, reward_scale):
         audit = {name.split("/")[1]: float(x) for name, x in self.diagnose(network).items()}
         audit["overestimation"] = self.overestimation(network, reward_scale)
-        audit["ridge_edge_bps"], audit["ridge_edge_se_bps"] = ridge_edge(self.series, LEVELS)
-        audit["verdict"], audit["reasons"] = verdict(audit, results["eval"]["agent"], updates)
+        audit |= edges(self.series, self.eval_paths(network), LEVELS, self.year)
+        rows = max(np.diff(self.pairs.rows["eval"]).tolist())[0]
+        agent = results["eval"]["agent"]
+        word = verdict(audit, agent, updates, FEW_UPDATES, rows, improving)
+        audit["verdict"], audit["reasons"] = word
         return audit
+
+    def eval_paths(self, network) -> dict:
+        """Positions (n,) of everyone on the eval split, an array a pair."""
+        spans = [slice(*series.rows["eval"]) for series in self.series]
+        paths = {"agent": [path for path, _ in greedy_paths(network, self.pairs, "eval", self.args)]}
+        paths["sparse_linear"] = [rival[span] for rival, span in zip(self.rivals, spans)]
+        if self.optimum is not None:
+            truths = [bars.truth for bars in self.pairs.series]
+            best = [optimum_path(self.optimum, t, s.start, s.stop) for t, s in zip(truths, spans)]
+            paths["optimum"] = best
+        return paths
 
 
 class CustomJudge:
@@ -1802,7 +1819,7 @@ class CustomJudge:
     columns = ("episode_return", "episode_return_std", "episode_length", "episodes")
 
     def __init__(self, run):
-        args, self.device = run.args, run.device
+        args, self.device, self.seconds = run.args, run.device, run.eval_limit(0.3)
         self.envs = run.closing(
             CustomVectorEnv(
                 args.env_fn,
@@ -1842,9 +1859,20 @@ class CustomJudge:
     def diagnose(self, network):
         return {}
 
-    def audit(self, network, results, updates, reward_scale):
-        found = f"mean return {results['eval']['agent'][self.by]:.1f} of a custom environment"
-        return {"verdict": "healthy" if updates else "untrained", "reasons": [found]}
+    def audit(self, network, results, updates, improving, reward_scale):
+        """Healthy is what returns more than random actions do, beyond 2 standard errors."""
+        chance, _ = self.evaluate(self.random, "eval", self.seconds)
+        agent, random = results["eval"]["agent"], chance["agent"]
+        results["eval"]["baselines"]["random"] = random
+        variance = sum(x["episode_return_std"] ** 2 / max(x["episodes"], 1) for x in (agent, random))
+        ahead = agent[self.by] - random[self.by] > 2 * math.sqrt(variance)
+        word = ("healthy" if ahead else "undertrained") if updates else "untrained"
+        found = f"mean return {agent[self.by]:.1f}, of random actions {random[self.by]:.1f}"
+        return {"verdict": word, "reasons": [found]}
+
+    def random(self, obs):
+        """Values (N, actions) whose greatest is anywhere."""
+        return torch.rand(len(obs), self.envs.single_action_space.n, device=self.device)
 
 
 def judge_and_keep(run, loop, judge, averaged, record):
@@ -1872,7 +1900,9 @@ def final_results(run, loop, judge, averaged, config):
         judge.write(run.dir / "traces", split, walks)
         if results[split]["partial"]:
             print(f"{split}: evaluated in part (time)")
-    audit = judge.audit(averaged, results, loop.updates, config["reward_scale"])
+    improving = loop.stale == 0 and run.guard.status != "finished"
+    scale = config["reward_scale"]
+    audit = judge.audit(averaged, results, loop.updates, improving, scale)
     record = {"value/overestimation": audit.get("overestimation")}
     for split in judge.splits:
         record |= {f"eval/{split}/{k}": v for k, v in results[split]["agent"].items()}
