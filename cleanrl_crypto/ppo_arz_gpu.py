@@ -77,7 +77,7 @@ from numba import cuda
 from common.lanes import Lanes, register
 
 # literals of the kernels: a float32 times these stays float32 (Python's 0.5 would widen it)
-ZERO, HALF, ONE, TWO = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(2.0)
+ZERO, HALF, ONE, TWO = map(np.float32, (0.0, 0.5, 1.0, 2.0))
 BLOCK = 64  # lanes a CPU task simulates together: their state stays in the cache
 SCHEMA = 4  # of the checkpoint (3 was the script of three experiments)
 EVAL_SEED = 2**31  # of the evaluation waves: a training seed is below it
@@ -92,32 +92,20 @@ RELAX = 60.0  # s, tau
 SAMPLE = 0.25  # s between the states whose norms are the reward; the published scheme's time step
 RHO_STAR = 0.12  # veh/m, the published steady state
 RHO_FLOOR = 1e-4  # veh/m
-FULL = np.float32(
-    0.98
-)  # of the jam density: a first cell beyond it takes only what Godunov's flux lets in
+FULL = np.float32(0.98)  # of the jam density: beyond it only Godunov's flux enters
 SWING = 0.2  # an action of 1 is a flux of (1 + SWING) q*
 WAVE = (RHO_STAR, 0.1, 0.0)  # rho*, amplitude, phase of the published initial wave
-TRAIN_WAVES = ((0.11, 0.13), (0.05, 0.15), (0.0, 2 * math.pi))  # ranges of the same three
+TRAIN_WAVES = (0.11, 0.13), (0.05, 0.15), (0.0, 2 * math.pi)  # ranges of the same
 BROKEN = -1e3  # reward of a decision after which a state is not finite
 
-# a tuple's length is part of its type, None too: each of these is compiled on its own
-FIRST, SECOND, PUBLISHED = (
-    (0,),
-    (0, 0),
-    None,
-)  # order of the finite volumes, or Richtmyer's scheme on nodes
+# order of the finite volumes, or Richtmyer's scheme: a tuple's length is part of its type, None
+# too, so that each is compiled on its own
+FIRST, SECOND, PUBLISHED = (0,), (0, 0), None
 SCHEMES = {"richtmyer": PUBLISHED, "godunov": FIRST, "muscl": SECOND}
-CFL = {
-    "godunov": 0.9,
-    "muscl": 0.45,
-    "richtmyer": math.nan,
-}  # Courant numbers; the published step is fixed
-PRESSURES = {
-    "gap": (V_MAX, 1.0),
-    "power": (V_MAX, 2.0),
-    "singular": (2.0, 0.5),
-}  # usual scale (m/s), exponent
-FLUX, OPEN, RING = range(3)  # a road's end: prescribed flux, free, joined to the other
+CFL = {"godunov": 0.9, "muscl": 0.45, "richtmyer": math.nan}  # the last has no choice
+# usual scale (m/s) and exponent
+PRESSURES = {"gap": (V_MAX, 1.0), "power": (V_MAX, 2.0), "singular": (2.0, 0.5)}
+FLUX, OPEN, RING = range(3)  # a road's end: prescribed, free, joined to the other
 CONTROLS = "outlet", "inlet", "both"
 
 
@@ -206,7 +194,11 @@ class Args(RunArgs):
         )
         check(
             self,
-            {"control": CONTROLS, "scheme": tuple(SCHEMES), "pressure": tuple(PRESSURES)},
+            {
+                "control": CONTROLS,
+                "scheme": tuple(SCHEMES),
+                "pressure": tuple(PRESSURES),
+            },
             {
                 (0, 0.9999): "gamma",
                 (0, 1): "gae_lambda learning_rate",
@@ -224,11 +216,8 @@ class Args(RunArgs):
                 (0.25, 86400): "episode_seconds",
             },
         )
-        interval, episode, rows = (
-            self.decision_interval,
-            self.episode_seconds,
-            self.num_envs * self.num_steps,
-        )
+        interval, episode = self.decision_interval, self.episode_seconds
+        rows = self.num_envs * self.num_steps
         gap = self.pressure == "gap"
         refuse(
             (
@@ -291,10 +280,8 @@ class Totals(NamedTuple):
     steps: float  # of the solver
 
 
-AT, SUM = (
-    Lane(*range(len(Lane._fields))),
-    Totals(*range(len(Totals._fields))),
-)  # lane[AT.q_in, j]
+AT = Lane(*range(len(Lane._fields)))  # in kernels: lane[AT.q_in, j]
+SUM = Totals(*range(len(Totals._fields)))  # totals[SUM.entered, j]
 
 
 # ---------------------------------------------------------------------------------------- kernels
@@ -363,7 +350,8 @@ def half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max):
             f0, g0 = published_flux_nb(rho[i, j], y[i, j], v_max, rho_max)
             f1, g1 = published_flux_nb(rho[i + 1, j], y[i + 1, j], v_max, rho_max)
             half_rho[i, j] = HALF * (rho[i, j] + rho[i + 1, j]) - a[j] * (f1 - f0)
-            half_y[i, j] = HALF * (y[i, j] + y[i + 1, j]) * (ONE - b[j]) - a[j] * (g1 - g0)
+            mean_y = HALF * (y[i, j] + y[i + 1, j])
+            half_y[i, j] = mean_y * (ONE - b[j]) - a[j] * (g1 - g0)
             v = f1 / rho[i + 1, j]
             back = v_max * rho[i + 1, j] / rho_max - v
             v = v if v > -v else -v
@@ -375,15 +363,21 @@ def half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max):
 def whole_step(rho, y, half_rho, half_y, ledger, a, b, road):
     """Inner nodes after the whole step, clamped to the physical range; ledger (2, W): density
     that the clamp added, net and without signs."""
-    v_max, rho_max, floor = road[1], road[2], road[4]
+    v_max = road[1]
+    rho_max = road[2]
+    floor = road[4]
     added, clamped = ledger[0], ledger[1]
     for i in range(1, rho.shape[0] - 1):
         for j in range(rho.shape[1]):
-            f0, g0 = published_flux_nb(half_rho[i - 1, j], half_y[i - 1, j], v_max, rho_max)
+            f0, g0 = published_flux_nb(
+                half_rho[i - 1, j], half_y[i - 1, j], v_max, rho_max
+            )
             f1, g1 = published_flux_nb(half_rho[i, j], half_y[i, j], v_max, rho_max)
             raw = rho[i, j] - TWO * a[j] * (f1 - f0)
             raw_y = (
-                y[i, j] - TWO * a[j] * (g1 - g0) - b[j] * (half_y[i - 1, j] + half_y[i, j])
+                y[i, j]
+                - TWO * a[j] * (g1 - g0)
+                - b[j] * (half_y[i - 1, j] + half_y[i, j])
             )
             new = raw if raw > floor else floor
             new = new if new < rho_max else rho_max
@@ -405,13 +399,24 @@ def richtmyer(u, work, lane, totals, road, dt):
     to the ledger of the inner nodes.
     """
     dx, v_max, rho_max, tau, _, _ = road
-    rho, y, half_rho, half_y, last = u[0], u[1], work[0], work[1], u.shape[1] - 1
-    speed, ledger, a, b = work[2, 0], work[2, 1:3], work[2, 3], work[2, 4]
+    rho = u[0]
+    y = u[1]
+    half_rho = work[0]
+    half_y = work[1]
+    last = u.shape[1] - 1
+    speed = work[2, 0]
+    ledger = work[2, 1:3]
+    a = work[2, 3]
+    b = work[2, 4]
     for j in range(rho.shape[1]):
-        speed[j], ledger[0, j], ledger[1, j] = ZERO, ZERO, ZERO
-        a[j], b[j] = HALF * dt / dx * lane[AT.moves, j], HALF * dt / tau * lane[AT.moves, j]
+        speed[j] = ZERO
+        ledger[0, j] = ZERO
+        ledger[1, j] = ZERO
+        a[j] = HALF * dt / dx * lane[AT.moves, j]
+        b[j] = HALF * dt / tau * lane[AT.moves, j]
         if lane[AT.moves, j] > ZERO:
-            rho[0, j], rho[last, j] = rho[1, j], rho[last - 1, j]
+            rho[0, j] = rho[1, j]
+            rho[last, j] = rho[last - 1, j]
             y[0, j] = end_nb(rho[0, j], lane[AT.q_in, j], v_max, rho_max)
             y[last, j] = end_nb(rho[last, j], lane[AT.q_out, j], v_max, rho_max)
     half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max)
@@ -427,14 +432,16 @@ def richtmyer(u, work, lane, totals, road, dt):
         totals[SUM.added, j] += ledger[0, j] * dx
         totals[SUM.clamped, j] += ledger[1, j] * dx
         totals[SUM.steps, j] += lane[AT.moves, j]
-        totals[SUM.max_cfl, j] = (
-            courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
-        )
+        if courant > totals[SUM.max_cfl, j]:
+            totals[SUM.max_cfl, j] = courant
 
 
 # finite volumes: rho and z = rho w of cells, w = v + p(rho)
 def pressure_of(
-    kind: str, scale: float | None = None, exponent: float | None = None, real=np.float32
+    kind: str,
+    scale: float | None = None,
+    exponent: float | None = None,
+    real=np.float32,
 ) -> tuple:
     """Law of the pressure: (c, gamma, rho_max), for power one zero longer, for singular two: its
     type.
@@ -451,7 +458,9 @@ def pressure_of(
 def pressure_nb(rho, pressure):
     """p(rho), m/s: c rho (gap), c rho^gamma (power), c (1/rho - 1/rho_max)^-gamma (singular at
     the jam)."""
-    c, gamma, rho_max = pressure[0], pressure[1], pressure[2]
+    c = pressure[0]
+    gamma = pressure[1]
+    rho_max = pressure[2]
     if len(pressure) == 3:
         return c * rho
     if len(pressure) == 4:
@@ -466,9 +475,11 @@ def pressure_nb(rho, pressure):
 @fast
 def density_nb(p, pressure):
     """The density of pressure p >= 0, the inverse of pressure_nb."""
-    c, gamma, rho_max = pressure[0], pressure[1], pressure[2]
+    c = pressure[0]
+    gamma = pressure[1]
+    rho_max = pressure[2]
     if len(pressure) == 3:
-        return p * (ONE / c)  # that quotient leaves the loops over lanes, p / c would not
+        return p * (ONE / c)  # the quotient leaves the loops over lanes, p / c would not
     q = (p / c) ** (ONE / gamma)
     return q if len(pressure) == 4 else q * rho_max / (q + rho_max)
 
@@ -486,7 +497,9 @@ def stiffness_nb(rho, pressure):
 def critical_nb(w, pressure):
     """The density at which the flux rho (w - p(rho)) of vehicles of one w is largest: w = p + rho
     p'."""
-    c, gamma, rho_max = pressure[0], pressure[1], pressure[2]
+    c = pressure[0]
+    gamma = pressure[1]
+    rho_max = pressure[2]
     if len(pressure) == 3:
         return w * (HALF / c)
     q = (w / (gamma + ONE) / c) ** (ONE / gamma)
@@ -547,7 +560,8 @@ def face_nb(rho0, v0, rho1, v1, rho2, v2, rho3, v3, order, pressure):
 def relax_nb(rho, z, keep, v_max, pressure):
     """z after a relaxation of v to Greenshields' V(rho), exact at fixed rho: v - V shrinks to
     `keep` of itself."""
-    rest = rho * (greenshields_nb(rho, v_max, pressure[2]) + pressure_nb(rho, pressure))
+    speed = greenshields_nb(rho, v_max, pressure[2])
+    rest = rho * (speed + pressure_nb(rho, pressure))
     return z + (rest - z) * (ONE - keep)
 
 
@@ -561,8 +575,10 @@ def ghosts(r, v, left):
         for j in range(
             r.shape[1]
         ):  # whole rows would need an allocator, which CUDA has not
-            r[i, j], r[m + 2 + i, j] = r[first, j], r[last, j]
-            v[i, j], v[m + 2 + i, j] = v[first, j], v[last, j]
+            r[i, j] = r[first, j]
+            r[m + 2 + i, j] = r[last, j]
+            v[i, j] = v[first, j]
+            v[m + 2 + i, j] = v[last, j]
 
 
 @fast
@@ -613,17 +629,15 @@ def inlet(r, v, f, g, a, lane, dx, v_max, pressure):
     take waits."""
     rho_max = pressure[2]
     for j in range(r.shape[1]):
-        q, rho, p = lane[AT.q_in, j], r[2, j], pressure_nb(r[2, j], pressure)
-        q += (
-            lane[AT.waiting, j] / (a[j] * dx)
-            if lane[AT.waiting, j] > ZERO and a[j] > ZERO
-            else ZERO
-        )
-        speed = (
-            q / rho
-        )  # what enters has the first cell's density, and so the speed that gives the flux
-        speed = speed if speed < v_max else v_max
-        f[0, j], g[0, j] = q, q * (speed + p)
+        q = lane[AT.q_in, j]
+        rho = r[2, j]
+        p = pressure_nb(r[2, j], pressure)
+        if lane[AT.waiting, j] > ZERO and a[j] > ZERO:
+            q += lane[AT.waiting, j] / (a[j] * dx)
+        # what enters has the first cell's density, and so the speed that gives the flux
+        speed = q / rho if q < rho * v_max else v_max
+        f[0, j] = q
+        g[0, j] = q * (speed + p)
         after = rho + a[j] * (q - f[1, j])
         after_z = rho * (v[2, j] + p) + a[j] * (g[0, j] - g[1, j])
         if after > FULL * rho_max or after_z < after * pressure_nb(
@@ -730,11 +744,23 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
     """
     dx, v_max, _, tau, floor, cfl = road
     m, width = u.shape[1], u.shape[2]
-    rho, z, half_rho, half_z = u[0], u[1], work[4, :m], work[5, :m]
-    r, v, f, g = work[0, : m + 4], work[1, : m + 4], work[2, : m + 1], work[3, : m + 1]
+    rho = u[0]
+    z = u[1]
+    half_rho = work[4, :m]
+    half_z = work[5, :m]
+    r = work[0, : m + 4]
+    v = work[1, : m + 4]
+    f = work[2, : m + 1]
+    g = work[3, : m + 1]
     rows = work[4, m:]
-    into, out, added, refused = rows[0], rows[1], rows[2], rows[3]
-    a, keep, speed, rest = rows[4], rows[5], rows[6], rows[7]
+    into = rows[0]
+    out = rows[1]
+    added = rows[2]
+    refused = rows[3]
+    a = rows[4]
+    keep = rows[5]
+    speed = rows[6]
+    rest = rows[7]
     weight, more = dx * HALF if len(order) == 2 else dx, True
     for j in range(width):
         rest[j] = seconds
@@ -750,11 +776,13 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
             a[j] = step / dx
             keep[j] = math.exp(-HALF * step / tau)
             courant = a[j] * speed[j]
-            totals[SUM.max_cfl, j] = (
-                courant if courant > totals[SUM.max_cfl, j] else totals[SUM.max_cfl, j]
-            )
+            if courant > totals[SUM.max_cfl, j]:
+                totals[SUM.max_cfl, j] = courant
             totals[SUM.steps, j] += ONE if step > ZERO else ZERO
-            into[j], out[j], added[j], refused[j] = ZERO, ZERO, ZERO, ZERO
+            into[j] = ZERO
+            out[j] = ZERO
+            added[j] = ZERO
+            refused[j] = ZERO
         for stage in range(len(order)):
             if stage == 0:
                 relax_primitives(rho, z, keep, r, v, left, v_max, pressure)
@@ -790,7 +818,11 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
 def nodes(u, work, v_max, order, pressure):
     """rho and v at the NODES points, into work[0] and work[1]: means of the two cells beside a
     point."""
-    rho, z, r, v, last = u[0], u[1], work[0], work[1], u.shape[1] - 1
+    rho = u[0]
+    z = u[1]
+    r = work[0]
+    v = work[1]
+    last = u.shape[1] - 1
     for i in range(NODES):
         if order is None:
             for j in range(rho.shape[1]):
@@ -802,8 +834,10 @@ def nodes(u, work, v_max, order, pressure):
             west, east = i - 1 if i > 0 else 0, i if i < last else last
             for j in range(rho.shape[1]):
                 r[i, j] = HALF * (rho[west, j] + rho[east, j])
-                v_west = z[west, j] / rho[west, j] - pressure_nb(rho[west, j], pressure)
-                v_east = z[east, j] / rho[east, j] - pressure_nb(rho[east, j], pressure)
+                v_west = z[west, j] / rho[west, j]
+                v_west -= pressure_nb(rho[west, j], pressure)
+                v_east = z[east, j] / rho[east, j]
+                v_east -= pressure_nb(rho[east, j], pressure)
                 v[i, j] = HALF * (v_west + v_east)
 
 
@@ -812,13 +846,20 @@ def norms(work, lane, weight):
     """One sample of the NODES points work[0], work[1] into the first rows (W,) of work[2] to
     work[5]: squared relative errors of rho and of v, and by the trapezoid rule rho and rho v."""
     r, v = work[0], work[1]
-    square_rho, square_v, mass, flow = work[2, 0], work[3, 0], work[4, 0], work[5, 0]
+    square_rho = work[2, 0]
+    square_v = work[3, 0]
+    mass = work[4, 0]
+    flow = work[5, 0]
     for j in range(r.shape[1]):
-        square_rho[j], square_v[j], mass[j], flow[j] = ZERO, ZERO, ZERO, ZERO
+        square_rho[j] = ZERO
+        square_v[j] = ZERO
+        mass[j] = ZERO
+        flow[j] = ZERO
     for i in range(NODES):
         share = weight * HALF if i == 0 or i == NODES - 1 else weight
         for j in range(r.shape[1]):
-            a, b = r[i, j] / lane[AT.rho_star, j] - ONE, v[i, j] / lane[AT.v_star, j] - ONE
+            a = r[i, j] / lane[AT.rho_star, j] - ONE
+            b = v[i, j] / lane[AT.v_star, j] - ONE
             square_rho[j] += a * a
             square_v[j] += b * b
             mass[j] += share * r[i, j]
@@ -852,17 +893,26 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
     are drawn.
     """
     u, _, lane, totals, clock, waves = state
-    dx, v_max, rho_max = road[0], road[1], road[2]
-    rho_star, amplitude, phase = waves[0, j], waves[1, j], waves[2, j]
+    dx = road[0]
+    v_max = road[1]
+    rho_max = road[2]
+    rho_star = waves[0, j]
+    amplitude = waves[1, j]
+    phase = waves[2, j]
     if rho_star == 0.0:
-        rho_star = between_nb(TRAIN_WAVES[0], uniform_nb(seed, lane0 + j, clock[1, j], 0))
-        amplitude = between_nb(TRAIN_WAVES[1], uniform_nb(seed, lane0 + j, clock[1, j], 1))
-        phase = between_nb(TRAIN_WAVES[2], uniform_nb(seed, lane0 + j, clock[1, j], 2))
+        share = uniform_nb(seed, lane0 + j, clock[1, j], 0)
+        rho_star = between_nb(TRAIN_WAVES[0], share)
+        share = uniform_nb(seed, lane0 + j, clock[1, j], 1)
+        amplitude = between_nb(TRAIN_WAVES[1], share)
+        share = uniform_nb(seed, lane0 + j, clock[1, j], 2)
+        phase = between_nb(TRAIN_WAVES[2], share)
     v_star = v_max * (1.0 - rho_star / rho_max)
     q_star = rho_star * v_star
     for k in range(lane.shape[0]):
         lane[k, j] = ZERO
-    lane[AT.rho_star, j], lane[AT.v_star, j], lane[AT.q_star, j] = rho_star, v_star, q_star
+    lane[AT.rho_star, j] = rho_star
+    lane[AT.v_star, j] = v_star
+    lane[AT.q_star, j] = q_star
     first = 0.0 if order is None else 0.5
     for i in range(u.shape[1]):
         angle = 3.0 * math.pi * (i + first) * dx / LENGTH + phase
@@ -910,8 +960,13 @@ def decide(state, result, rules, order, action, seed, lane0):
     u, work, lane, totals, clock, _ = state
     obs, final_obs, finals, reward, terminated, truncated = result
     road, pressure, swing, seconds, control, length, samples = rules
-    dx, v_max, ended = road[0], road[1], False
-    square_rho, square_v, mass, flow = work[2, 0], work[3, 0], work[4, 0], work[5, 0]
+    dx = road[0]
+    v_max = road[1]
+    ended = False
+    square_rho = work[2, 0]
+    square_v = work[3, 0]
+    mass = work[4, 0]
+    flow = work[5, 0]
     act(action, lane, totals, control, swing)
     for j in range(reward.size):
         reward[j], terminated[j] = 0.0, False
@@ -920,9 +975,8 @@ def decide(state, result, rules, order, action, seed, lane0):
             advance(u, work, lane, totals, road, seconds, order, FLUX, FLUX, pressure)
         else:
             for j in range(reward.size):
-                lane[AT.moves, j] = (
-                    ONE if clock[0, j] * samples + s + 1 < length * samples else ZERO
-                )
+                last = clock[0, j] * samples + s + 1 >= length * samples
+                lane[AT.moves, j] = ZERO if last else ONE
             richtmyer(u, work, lane, totals, road, seconds)
         nodes(u, work, v_max, order, pressure)
         norms(work, lane, dx)
@@ -947,10 +1001,8 @@ def decide(state, result, rules, order, action, seed, lane0):
             if terminated[j] or truncated[j]:
                 for k in range(totals.shape[0]):
                     finals[k, j] = totals[k, j]
-                finals[SUM.at_end, j], finals[SUM.decisions, j] = (
-                    stored(u, order, dx, j),
-                    clock[0, j],
-                )
+                finals[SUM.at_end, j] = stored(u, order, dx, j)
+                finals[SUM.decisions, j] = clock[0, j]
                 clock[1, j] += 1
                 start_lane(state, road, order, pressure, seed, lane0, j)
         nodes(u, work, v_max, order, pressure)
@@ -968,20 +1020,11 @@ def start(state, obs, road, order, pressure, seed, lane0):
 
 # drivers: arrays with a block axis in front; on a GPU there is one block, a thread sees one lane
 @nb.njit(parallel=True, cache=True, error_model="numpy")
-def advance_cpu(u, work, lane, totals, road, seconds, order, left, right, pressure):
-    for b in nb.prange(u.shape[0]):
-        advance(
-            u[b], work[b], lane[b], totals[b], road, seconds, order, left, right, pressure
-        )
-
-
-@nb.njit(parallel=True, cache=True, error_model="numpy")
 def decide_cpu(state, result, rules, order, action, seed, lane0):
     u, work, lane, totals, clock, waves = state
     obs, final_obs, finals, reward, terminated, truncated = result
-    road, pressure, swing, seconds, control, length, samples = (
-        rules  # prange takes no tuple in a tuple
-    )
+    # prange takes no tuple in a tuple
+    road, pressure, swing, seconds, control, length, samples = rules
     for b in nb.prange(u.shape[0]):
         block = u[b], work[b], lane[b], totals[b], clock[b], waves[b]
         out = obs[b], final_obs[b], finals[b], reward[b], terminated[b], truncated[b]
@@ -997,25 +1040,31 @@ def start_cpu(state, obs, road, order, pressure, seed, lane0):
         start(block, obs[b], road, order, pressure, seed, lane0 + b * u.shape[3])
 
 
+@fast
+def one_lane(state, j):
+    """Lane j of a state with a block axis in front, as a block of one."""
+    u, work, lane, totals, clock, waves = state
+    k = j + 1
+    return (
+        u[0, :, :, j:k],
+        work[0, :, :, j:k],
+        lane[0, :, j:k],
+        totals[0, :, j:k],
+        clock[0, :, j:k],
+        waves[0, :, j:k],
+    )
+
+
 @cache
 def cuda_kernels() -> tuple:
     """(kernel of decide_cpu's arguments, kernel of start_cpu's), built once a process."""
 
     @cuda.jit
     def decide_cuda(state, result, rules, order, action, seed, lane0):
-        u, work, lane, totals, clock, waves = state
         obs, final_obs, finals, reward, terminated, truncated = result
         j = cuda.grid(1)
         k = j + 1
-        if j < u.shape[3]:
-            mine = (
-                u[0, :, :, j:k],
-                work[0, :, :, j:k],
-                lane[0, :, j:k],
-                totals[0, :, j:k],
-                clock[0, :, j:k],
-                waves[0, :, j:k],
-            )
+        if j < reward.shape[1]:
             out = (
                 obs[0, j:k],
                 final_obs[0, j:k],
@@ -1024,29 +1073,21 @@ def cuda_kernels() -> tuple:
                 terminated[0, j:k],
                 truncated[0, j:k],
             )
-            decide(mine, out, rules, order, action[0, j:k], seed, lane0 + j)
+            block = one_lane(state, j)
+            decide(block, out, rules, order, action[0, j:k], seed, lane0 + j)
 
     @cuda.jit
     def start_cuda(state, obs, road, order, pressure, seed, lane0):
-        u, work, lane, totals, clock, waves = state
         j = cuda.grid(1)
-        k = j + 1
-        if j < u.shape[3]:
-            mine = (
-                u[0, :, :, j:k],
-                work[0, :, :, j:k],
-                lane[0, :, j:k],
-                totals[0, :, j:k],
-                clock[0, :, j:k],
-                waves[0, :, j:k],
-            )
-            start(mine, obs[0, j:k], road, order, pressure, seed, lane0 + j)
+        if j < obs.shape[1]:
+            lane = one_lane(state, j)
+            start(lane, obs[0, j : j + 1], road, order, pressure, seed, lane0 + j)
 
     return decide_cuda, start_cuda
 
 
 # ------------------------------------------------------------------------------------ environment
-WORST = "mass_error", "max_cfl"  # the largest of the lanes is shown, of the others the mean
+WORST = "mass_error", "max_cfl"  # shown is the largest of the lanes, else the mean
 
 
 class FreewayVectorEnv(Lanes):
@@ -1059,7 +1100,8 @@ class FreewayVectorEnv(Lanes):
     """
 
     SAVED = "u", "lane", "totals", "finals", "clock", "waves"
-    STATE = "u", "work", "lane", "totals", "clock", "waves"  # as the kernels take them
+    # as the kernels take them
+    STATE = "u", "work", "lane", "totals", "clock", "waves"
     RESULT = "obs", "final", "finals", "reward", "terminated", "truncated"
     obs_scale, traced = 10.0, 50
 
@@ -1082,19 +1124,13 @@ class FreewayVectorEnv(Lanes):
     ):
         if scheme == "richtmyer" and pressure != "gap":
             raise ValueError(f"scheme richtmyer has the pressure gap, not {pressure}")
-        num_envs, self.lane0, self.order = (
-            101 if cases == "eval" else num_envs,
-            lane0,
-            SCHEMES[scheme],
-        )
-        self.decision_interval, self.samples = (
-            decision_interval,
-            round(decision_interval / SAMPLE),
-        )
-        self.length, self.control = (
-            round(episode_seconds / decision_interval),
-            CONTROLS.index(control),
-        )
+        num_envs = 101 if cases == "eval" else num_envs
+        self.lane0 = lane0
+        self.order = SCHEMES[scheme]
+        self.control = CONTROLS.index(control)
+        self.decision_interval = decision_interval
+        self.samples = round(decision_interval / SAMPLE)
+        self.length = round(episode_seconds / decision_interval)
         self.actions, box = 2 if control == "both" else 1, gym.spaces.Box
         super().__init__(
             num_envs,
@@ -1157,9 +1193,8 @@ class FreewayVectorEnv(Lanes):
         """The way back; lanes that fill the last block up repeat the last one."""
         x = getattr(self, name)
         blocks, width = len(x), x.shape[-1]
-        lanes = torch.arange(blocks * width, device=values.device).clamp(
-            max=self.num_envs - 1
-        )
+        lanes = torch.arange(blocks * width, device=values.device)
+        lanes = lanes.clamp(max=self.num_envs - 1)
         values = values[..., lanes].reshape(*values.shape[:-1], blocks, width)
         x.copy_(values.movedim(-2, 0))
 
@@ -1174,10 +1209,12 @@ class FreewayVectorEnv(Lanes):
         episode that it sees, and forgets the others.
         """
         if "waves" in options:
-            self.spread("waves", torch.as_tensor(options["waves"], dtype=torch.float64))
+            waves = torch.as_tensor(options["waves"], dtype=torch.float64)
+            self.spread("waves", waves)
         self.clock[:, 1] = 0 if first else self.clock[:, 1] + 1
         self.finals.zero_()
-        self.launch(1, self.state, self.arrays["obs"], self.road, self.order, self.pressure)
+        obs = self.arrays["obs"]
+        self.launch(1, self.state, obs, self.road, self.order, self.pressure)
         if options.get("stagger"):
             lanes = range(self.lane0, self.lane0 + self.num_envs)
             clock = self.rows("clock")
@@ -1193,9 +1230,8 @@ class FreewayVectorEnv(Lanes):
             cuda_kernels()[kernel][(self.num_envs + 127) // 128, 128](*arguments)
             return
         threads = nb.get_num_threads()
-        nb.set_num_threads(
-            min(threads, len(self.u))
-        )  # a thread without a block would only be waited for
+        # a thread without a block would only be waited for
+        nb.set_num_threads(min(threads, len(self.u)))
         try:
             (decide_cpu, start_cpu)[kernel](*arguments)
         finally:
@@ -1204,13 +1240,13 @@ class FreewayVectorEnv(Lanes):
     def step_lanes(self, action: torch.Tensor):
         began = time.perf_counter()
         self.per_lane("action").copy_(action)
-        self.launch(
-            0, self.state, self.result, self.rules, self.order, self.arrays["action"]
-        )
+        taken = self.arrays["action"]
+        self.launch(0, self.state, self.result, self.rules, self.order, taken)
         if self.timed and self.backend == "cuda":  # a launch returns at once
             torch.cuda.synchronize()
         self.longest_call = max(self.longest_call, time.perf_counter() - began)
-        return tuple(self.per_lane(name) for name in ("reward", "terminated", "truncated"))
+        names = "reward", "terminated", "truncated"
+        return tuple(self.per_lane(name) for name in names)
 
     def observe(self):
         return self.per_lane("obs")
@@ -1226,14 +1262,14 @@ class FreewayVectorEnv(Lanes):
         """Of the running episodes, or ("finals") of every lane's last one; mass_error of ended
         ones only."""
         t = Totals(*self.rows(name))
-        error = (t.at_end + t.left - t.at_start - t.entered - t.added).abs() / t.at_start
+        missing = t.at_end + t.left - t.at_start - t.entered - t.added
         return {
             "episode_return": t.episode_return,
             "delay_veh_s": t.delay,
             "throughput_veh": t.left,
             "mean_speed": t.distance / t.presence,
             "switches": t.switches,
-            "mass_error": error,
+            "mass_error": missing.abs() / t.at_start,
             "max_cfl": t.max_cfl,
             "floor_veh": t.clamped,
             "queue_veh": t.waiting,
@@ -1247,9 +1283,8 @@ class FreewayVectorEnv(Lanes):
     def seconds_of_inflow(self) -> float:
         """What entered since the start of the episode, in seconds of the flux that the actions
         asked for."""
-        return float(
-            (Totals(*self.rows("totals")).entered / Lane(*self.rows("lane")).q_in).mean()
-        )
+        entered = Totals(*self.rows("totals")).entered
+        return float((entered / Lane(*self.rows("lane")).q_in).mean())
 
     def trace(self) -> dict[str, float]:
         """The traced lane's densities and speeds now."""
@@ -1404,7 +1439,9 @@ class Schedule:
             )
             # every process has its own clock, the learning rate is one
             end = reduce_sum(
-                torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device)
+                torch.tensor(
+                    end if self.run.rank == 0 else 0.0, device=self.run.device
+                )
             )
             self.end = min(args.total_timesteps, int(end))
         share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
@@ -1417,7 +1454,9 @@ class Constant:
     """Flux q* at the controlled ends: the road that nobody controls."""
 
     def __init__(self, envs):
-        self.action = torch.zeros(envs.num_envs, envs.actions, device=envs.torch_device)
+        self.action = torch.zeros(
+            envs.num_envs, envs.actions, device=envs.torch_device
+        )
 
     def __call__(self, obs):
         return self.action
@@ -1438,7 +1477,8 @@ class LinearController:
 
     def __call__(self, obs):
         kp, ki, k_in = self.gains
-        outlet, inlet = obs[:, NODES - 1].double(), obs[:, 0].double()
+        outlet = obs[:, NODES - 1].double()
+        inlet = obs[:, 0].double()
         error = inlet if self.envs.control == 1 else outlet  # the only end there is
         free = kp * error + ki * self.total
         # anti-windup: the integral rests while the error would push a saturated action further
@@ -1447,7 +1487,9 @@ class LinearController:
             grows, error * self.envs.decision_interval, 0.0
         )
         first = (kp * error + ki * self.total).clamp(-1, 1)
-        return torch.stack([first, (k_in * inlet).clamp(-1, 1)][: self.envs.actions], 1)
+        return torch.stack(
+            [first, (k_in * inlet).clamp(-1, 1)][: self.envs.actions], 1
+        )
 
 
 class Backstepping:
@@ -1467,11 +1509,14 @@ class Backstepping:
         self.lane, self.x, self.actions = lane, x, envs.actions
 
     def __call__(self, obs):
-        rho_star, v_star, q_star = self.lane.rho_star, self.lane.v_star, self.lane.q_star
-        rho, v = rho_star * (1 + obs[:, :NODES]), v_star * (1 + obs[:, NODES:])
+        rho_star, v_star, q_star, *_ = self.lane
+        rho = rho_star * (1 + obs[:, :NODES])
+        v = v_star * (1 + obs[:, NODES:])
         change = rho_star[:, 0] * torch.trapezoid(self.c_v * (v - v_star), self.x)
         change += torch.trapezoid(self.c_q * (rho * v - q_star), self.x)
-        action = torch.zeros(len(obs), self.actions, dtype=torch.float64, device=obs.device)
+        action = torch.zeros(
+            len(obs), self.actions, dtype=torch.float64, device=obs.device
+        )
         action[:, 0] = (change / (SWING * q_star[:, 0])).clamp(-1, 1)
         return action
 
@@ -1481,7 +1526,8 @@ class GainSearch:
     once, for at most `seconds`."""
 
     def __init__(self, envs, seconds: float):
-        self.envs, self.deadline, self.complete = envs, time.monotonic() + seconds, True
+        self.envs, self.complete = envs, True
+        self.deadline = time.monotonic() + seconds
         self.n = min(16, envs.num_envs)
         self.seats = max(1, envs.num_envs // self.n)  # gains tried at once
         draw = np.random.default_rng(envs.seed).random((3, self.n))
@@ -1516,7 +1562,9 @@ class GainSearch:
         )
         around = np.arange(-1.5, 2, 0.5)
         inlet = 4 * around if both else [0.0]
-        kp, _, k_in = self.best([(kp + p, 0.0, k_in + e) for p in around for e in inlet])
+        kp, _, k_in = self.best(
+            [(kp + p, 0.0, k_in + e) for p in around for e in inlet]
+        )
         integral = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
         integral = [*(-i for i in integral), 0.0, *integral]
         pi = self.best(
@@ -1553,7 +1601,9 @@ class Greedy:
 
     @torch.no_grad()
     def __call__(self, obs):
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.agent.log_std.device)
+        obs = torch.as_tensor(
+            obs, dtype=torch.float32, device=self.agent.log_std.device
+        )
         self.states.append(obs.clone())
         return self.agent.act(self.agent.normalise(obs)).clamp(-1, 1)
 
@@ -1582,11 +1632,11 @@ def check_env(envs):
     ended = int(truncated.sum())
     values, decisions = len(np.unique(np.round(rewards, 9))), envs.length
     stats, limit = envs.stats("finals"), 0.5 if envs.order == SECOND else 1.0
-    error, courant = float(stats["mass_error"].max()), float(stats["max_cfl"].max())
+    error = float(stats["mass_error"].max())
+    courant = float(stats["max_cfl"].max())
     steps = float(Totals(*envs.rows("finals")).steps.max())
-    bound = (
-        100 * torch.finfo(envs.u.dtype).eps * max(1.0, math.sqrt(steps / 1000))
-    )  # sums round at every step
+    # sums round at every step
+    bound = 100 * torch.finfo(envs.u.dtype).eps * max(1.0, math.sqrt(steps / 1000))
     for good, expected, found in (
         (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
         (
@@ -1619,8 +1669,16 @@ def check_env(envs):
             f"vehicles to be conserved to {bound}",
             f"a relative error of {error:.2e}",
         ),
-        (courant <= limit * (1 + 1e-6), f"Courant numbers up to {limit}", f"{courant:.3f}"),
-        (densest <= RHO_MAX * 1.001, f"densities up to {RHO_MAX} veh/m", f"{densest:.4f}"),
+        (
+            courant <= limit * (1 + 1e-6),
+            f"Courant numbers up to {limit}",
+            f"{courant:.3f}",
+        ),
+        (
+            densest <= RHO_MAX * 1.001,
+            f"densities up to {RHO_MAX} veh/m",
+            f"{densest:.4f}",
+        ),
         (slowest >= -1e-3, "speeds from 0 m/s", f"{slowest:.3f}"),
         (float(stats["throughput_veh"].min()) > 0, "vehicles to leave", "none"),
     ):
@@ -1646,14 +1704,18 @@ def evaluate(
         row = {"time_s": k * envs.decision_interval} | envs.trace() if trace else {}
         reward, *_ = envs.step_lanes(action)
         if trace:
-            row |= {f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])}
+            row |= {
+                f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])
+            }
             columns.append(row | {"reward": float(reward[envs.traced])})
         cut = time.monotonic() - began > seconds and k + 1 < envs.length
         if cut:
             break
     ended, running = envs.stats("finals"), envs.stats()
     done = ended["episode_length"] > 0
-    stats = {k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()}
+    stats = {
+        k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()
+    }
     result = {
         split: {
             k: float(x[lanes].max() if k in WORST else x[lanes].mean())
@@ -1733,7 +1795,14 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
 
 
 # ------------------------------------------------------------------------------------------- main
-COLUMNS = "episode_return", "std", "delay_veh_s", "throughput_veh", "mean_speed", "switches"
+COLUMNS = (
+    "episode_return",
+    "std",
+    "delay_veh_s",
+    "throughput_veh",
+    "mean_speed",
+    "switches",
+)
 LOSSES = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
 
 
@@ -1748,7 +1817,11 @@ class Loop:
 
 
 def make_envs(
-    args: Args, backend: str, num_envs: int = 1, lane0: int = 0, cases: str | None = None
+    args: Args,
+    backend: str,
+    num_envs: int = 1,
+    lane0: int = 0,
+    cases: str | None = None,
 ):
     """The training environment, or with cases="eval" the evaluation one."""
     envs = FreewayVectorEnv(
@@ -1781,7 +1854,12 @@ def describe(args: Args) -> dict:
         "train_waves": TRAIN_WAVES,
         "eval_seed": EVAL_SEED,
     }
-    return {"spec": "freeway", "road": road, "control": args.control, "scheme": args.scheme}
+    return {
+        "spec": "freeway",
+        "road": road,
+        "control": args.control,
+        "scheme": args.scheme,
+    }
 
 
 def agent_config(run: Run, envs) -> dict:
@@ -1817,7 +1895,9 @@ def check_road(run: Run, envs):
         print(f"sanity: no time for its checks, which take {seconds:.0f} s")
         return
     check_env(envs)
-    print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
+    print(
+        f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s"
+    )
 
 
 def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, dict, bool]:
@@ -1857,7 +1937,8 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
         f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  "
         f"{loop.updates:>6} updates  "
         + "  ".join(
-            f"{split} {metrics['episode_return']:.2f}" for split, metrics in result.items()
+            f"{split} {metrics['episode_return']:.2f}"
+            for split, metrics in result.items()
         )
         + f"  state_dependence {audit['state_dependence']:.2f}",
         flush=True,
@@ -1881,20 +1962,28 @@ def episode_record(envs) -> dict[str, float]:
     return charts | {f"env/{k}": v for k, v in mean.items()}
 
 
-def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, makers, baselines, short):
-    """({split: agent beside baselines}, diagnostics with their verdict) of the best agent; traces."""
+def final_results(
+    run: Run, loop: Loop, agent: Agent, eval_envs, makers, baselines, short
+):
+    """The best agent's results beside the baselines', its diagnostics; writes the traces."""
     policy = Greedy(agent)
     limit = run.eval_limit(0.4)
     result, columns, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
     traces = {"freeway": columns}
     if "constant" in makers:  # the road that nobody controls, for the picture
         limit = run.eval_limit(0.4)
-        _, traces["freeway_constant"], _ = evaluate(Constant, eval_envs, limit, trace=True)
+        _, traces["freeway_constant"], _ = evaluate(
+            Constant, eval_envs, limit, trace=True
+        )
     write_traces(run, traces)
     results = {}
     for split, metrics in result.items():
         others = {name: baseline[split] for name, baseline in baselines.items()}
-        results[split] = {"agent": metrics, "baselines": others, "partial": cut or short}
+        results[split] = {
+            "agent": metrics,
+            "baselines": others,
+            "partial": cut or short,
+        }
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
     audit["verdict"], audit["reasons"] = verdict(
@@ -1933,7 +2022,8 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
         makers, baselines, short = judge_baselines(run, envs, eval_envs)
     run.phase("setup")
     agent = Agent(**config).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    weights, lr = list(agent.parameters()), args.learning_rate
+    optimizer = torch.optim.Adam(weights, lr, eps=1e-5, fused=True)
     schedule = Schedule(run)
     draws = torch.Generator(device).manual_seed(args.seed)
     mode = "reduce-overhead" if args.cudagraphs else None
@@ -1946,15 +2036,17 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     log_probs, rewards = torch.zeros(2, steps, lanes, device=device)
     terminations, ends = torch.zeros(2, steps, lanes, dtype=torch.bool, device=device)
     envs.reset(seed=args.seed, options={"stagger": True})
-    policy, parts = dict(agent=agent), dict(optimizer=optimizer, envs=envs, draws=draws)
+    policy = dict(agent=agent)
+    parts = dict(optimizer=optimizer, envs=envs, draws=draws)
     loop = run.restore(Loop(), config, policy, **parts)
     total = 0 if args.eval_only else args.total_timesteps
 
     while loop.global_step < total and not run.out_of_time():
         # ALGO LOGIC: action
         run.phase("rollout")
-        noise = torch.randn((steps, args.num_envs, width), generator=draws, device=device)
-        noise = noise[:, lane0 : lane0 + lanes]  # a lane's are the same in any number of processes
+        shape = steps, args.num_envs, width
+        noise = torch.randn(shape, generator=draws, device=device)
+        noise = noise[:, lane0 : lane0 + lanes]  # the same for a lane in any process
         for t in range(steps):
             with torch.no_grad():
                 obs[t] = envs.observe()
@@ -1968,17 +2060,24 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
         loop.global_step += steps * args.num_envs
         loop.iteration += 1
         if args.sim_timeout and envs.longest_call > args.sim_timeout:
-            print(f"a simulation call took {envs.longest_call:.2f} s: --sim-timeout stops the run")
+            print(f"--sim-timeout: a simulation call took {envs.longest_call:.2f} s")
             run.guard.expired = True
 
         # ALGO LOGIC: training
         run.phase("learn")
         with torch.no_grad():  # a time limit bootstraps from the state that it cut off
-            values = agent.value(agent.normalise(obs.flatten(0, 1))).reshape(steps + 1, lanes)
+            values = agent.value(agent.normalise(obs.flatten(0, 1)))
+            values = values.reshape(steps + 1, lanes)
             next_values = values[1:].clone()
             next_values[ends] = agent.value(agent.normalise(last_obs[ends]))
             advantages, returns = gae(
-                rewards, values[:-1], next_values, terminations, ends, args.gamma, args.gae_lambda
+                rewards,
+                values[:-1],
+                next_values,
+                terminations,
+                ends,
+                args.gamma,
+                args.gae_lambda,
             )
             explained = 1 - (returns - values[:-1]).var() / returns.var()
         optimizer.param_groups[0]["lr"] = schedule.learning_rate(loop)
@@ -1986,12 +2085,13 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
         rows = [column.flatten(0, 1) for column in rows]  # (steps x lanes, ...)
         losses, stopped = [], False
         for _ in range(args.update_epochs):
-            order = torch.randperm(size * args.num_minibatches, generator=draws, device=device)
+            order = torch.randperm(steps * args.num_envs, generator=draws, device=device)
             for index in order.split(size):
-                if run.world > 1:  # every process takes its lanes' share of the same minibatch
+                if run.world > 1:  # every process takes its lanes' share of it
                     t, lane = index // args.num_envs, index % args.num_envs - lane0
                     index = (t * lanes + lane)[(lane >= 0) & (lane < lanes)]
-                x, action, old_log_prob, advantage, target = (column[index] for column in rows)
+                batch = (column[index] for column in rows)
+                x, action, old_log_prob, advantage, target = batch
                 if args.cudagraphs:
                     torch.compiler.cudagraph_mark_step_begin()
                 log_prob, entropy, value = (y.clone() for y in forward(x, action))
@@ -1999,25 +2099,27 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 ratio = log_ratio.exp()
                 advantage = normalised(advantage, size)
 
-                policy_loss = clipped_surrogate(ratio, advantage, args.clip_coef).sum() / size
+                surrogate = clipped_surrogate(ratio, advantage, args.clip_coef)
+                policy_loss = surrogate.sum() / size
                 value_loss = 0.5 * ((value - target) ** 2).sum() / size
                 entropy = entropy.sum() / size
                 loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
                 optimizer.zero_grad()
                 loss.backward()
-                for p in agent.parameters():
+                for p in weights:
                     if p.grad is not None:
                         reduce_sum(p.grad)
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                 optimizer.step()
                 loop.updates += 1
                 with torch.no_grad():
                     kl = (ratio - 1 - log_ratio).sum() / size  # Schulman's k3
                     clipped = ((ratio - 1).abs() > args.clip_coef).sum() / size
-                    stats = torch.stack([policy_loss, value_loss, entropy, kl, clipped])
-                    losses.append(torch.cat([reduce_sum(stats), grad_norm[None]]))
-                stopped = args.target_kl is not None and float(stats[3]) > args.target_kl
+                    stats = policy_loss, value_loss, entropy, kl, clipped
+                    stats = reduce_sum(torch.stack(stats))
+                    losses.append(torch.cat([stats, grad_norm[None]]))
+                stopped = bool(args.target_kl) and float(stats[3]) > args.target_kl
                 if stopped:
                     break
             if stopped:
@@ -2044,11 +2146,13 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     run.use_best(loop)
     if run.rank:
         return {"exit_code": run.guard.exit_code}
-    results, audit = final_results(run, loop, agent, eval_envs, makers, baselines, short)
+    others = makers, baselines, short
+    results, audit = final_results(run, loop, agent, eval_envs, *others)
+    longest = max(envs.longest_call, eval_envs.longest_call)
     more = {
         "selected_by": next(iter(results)),
         "samples_per_transition": loop.updates * size / max(loop.global_step, 1),
-        "device": {"longest_simulation_call_s": max(envs.longest_call, eval_envs.longest_call)},
+        "device": {"longest_simulation_call_s": longest},
     }
     return run.finish(loop, results, audit, COLUMNS, **more)
 

@@ -154,7 +154,7 @@ def test_sigterm_leaves_a_checkpoint_and_143(tmp_path):
 
 
 def test_a_timeout_ends_cleanly(tmp_path):
-    summary = ppo.main(flags(tmp_path / "run", total_timesteps=10**9, timeout=20))
+    summary = ppo.main(flags(tmp_path / "run", total_timesteps=10**9, timeout=12))
     assert summary["status"] == "timeout" and summary["exit_code"] == 0
     ppo.load_policy(tmp_path / "run" / "checkpoints" / "best.pt")
 
