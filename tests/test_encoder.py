@@ -83,7 +83,7 @@ def small():
 def contexts_of(bars, features, encoder, dtype=torch.float32, keep=False, cls=tqc.Contexts):
     table, rows = features.transform(bars), {"train": (FIRST, TRAIN_STOP), "eval": (1100, 1400)}
     ret, unknown = np.nan_to_num(bars.next_return), np.full(len(table), np.nan)
-    market = tqc.Market(bars, features, table, ret, unknown, rows, CONFIG["window"])
+    market = tqc.Market(bars, features, table, ret, unknown, rows, CONFIG["window"], features.forecast(table))
     return cls(encoder, market, torch.device("cpu"), dtype, keep)
 
 
@@ -185,7 +185,7 @@ def test_a_good_encoder_is_used_instead_of_pre_training_with_this_run_s_recency(
 
 # ----------------------------------------------------------------------------------------- leakage
 def bits(contexts, rows):
-    z, hmm = contexts(torch.as_tensor(rows))
+    z, hmm, forecast = contexts(torch.as_tensor(rows))
     integers = torch.int16 if z.dtype == torch.bfloat16 else torch.int32
     return z.view(integers), hmm.contiguous().view(torch.int32)
 

@@ -52,7 +52,8 @@ def make_contexts(seed=0) -> tqc.Contexts:
     ret[::37] = -1 + 1e-9
     table = rng.normal(size=(ROWS, TECH + tqc.HMM_COLUMNS)).astype(np.float32)
     rows = {"train": (WINDOW - 1, ROWS - 2)}
-    market = tqc.Market(SimpleNamespace(sha256=""), None, table, ret, ret, rows, WINDOW)
+    forecast = rng.normal(size=ROWS).astype(np.float32)
+    market = tqc.Market(SimpleNamespace(sha256=""), None, table, ret, ret, rows, WINDOW, forecast)
     torch.manual_seed(seed)
     encoder = tqc.build_encoder(CONFIG).eval().requires_grad_(False)
     encoder.mean.normal_()
@@ -190,7 +191,7 @@ def test_gsde_std_is_that_of_the_explicit_matrix():
 
 def test_sample_action_takes_one_noise_a_row():
     agent, n = make_agent(), 4096
-    market, zero = normal(1, 24).expand(n, -1), torch.zeros(n, 1)
+    market, zero = normal(1, 25).expand(n, -1), torch.zeros(n, 1)
     torch.manual_seed(1)
     action, log_prob, std = tqc.sample_action(agent.actor, market, zero, zero)
     u = torch.atanh(action.double())
@@ -205,7 +206,7 @@ def test_the_actor_s_mean_is_clipped_at_2():
     agent = make_agent()
     with torch.no_grad():
         agent.actor.mu.weight *= 100
-    mean, _ = agent.actor(normal(256, 24), torch.zeros(256, 1), torch.zeros(256, 1))
+    mean, _ = agent.actor(normal(256, 25), torch.zeros(256, 1), torch.zeros(256, 1))
     assert mean.abs().max() == 2
 
 
@@ -345,7 +346,7 @@ def test_what_ent_coef_changes():
 
 def test_the_slope_of_q_in_the_cost_of_the_trade_is_1():
     agent = make_agent(policy="critic_grid")
-    latents, w, after = normal(64, 24), torch.rand(64, 1), agent.grid.expand(64, -1)
+    latents, w, after = normal(64, 25), torch.rand(64, 1), agent.grid.expand(64, -1)
     here, there = torch.full((64, 1), -0.4), torch.full((64, 1), 0.9)
     q = [tqc.action_values(agent, latents, p, w, after) for p in (here, there)]
     penalty = agent.config["penalty"] * w
@@ -427,7 +428,7 @@ def test_averages_keep_no_graph_and_no_random_start():
     decay, every, seen = 0.99, 10, []
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
     for updates in range(every, 101, every):
-        agent.critic(normal(4, 24, seed=updates), torch.zeros(4, 1), torch.zeros(4, 1)).mean().backward()
+        agent.critic(normal(4, 25, seed=updates), torch.zeros(4, 1), torch.zeros(4, 1)).mean().backward()
         optimizer.step()
         seen.append(agent.critic.nets[0][0].weight.detach().clone())
         tqc.move(average, agent, (1 - decay**every) / (1 - decay**updates))
@@ -465,9 +466,10 @@ def test_film_is_the_identity_at_initialisation_but_no_dead_end():
     torch.manual_seed(0)
     extractor = tqc.FoundationFeatureExtractor(WINDOW, 16, 24, 0.0)
     z, hmm = torch.randn(32, WINDOW, 16), torch.randn(32, tqc.HMM_COLUMNS)
-    plain = extractor.market(z.flatten(1))
-    torch.testing.assert_close(extractor(z, hmm), plain, rtol=0, atol=0)
-    extractor(z, hmm).square().sum().backward()
+    forecast = torch.randn(32, 1)
+    plain = torch.cat([extractor.market(z.flatten(1)), forecast], 1)
+    torch.testing.assert_close(extractor(z, hmm, forecast), plain, rtol=0, atol=0)
+    extractor(z, hmm, forecast).square().sum().backward()
     assert float(extractor.film.weight.grad.abs().max()) > 0
 
 
@@ -477,27 +479,28 @@ def test_film_modulates_by_the_context_of_the_row():
     gamma, beta = agent.extractor.film(hmm).chunk(2, -1)
     flat = [(z[i] * (1 + gamma[i]) + beta[i]).flatten() for i in range(4)]
     by_hand = torch.stack([agent.extractor.market(x) for x in flat])
-    torch.testing.assert_close(agent.extractor(z, hmm), by_hand, rtol=1e-4, atol=1e-5)
+    encoding = agent.extractor(z, hmm, torch.zeros(4, 1))[:, :-1]
+    torch.testing.assert_close(encoding, by_hand, rtol=1e-4, atol=1e-5)
     assert by_hand.std(0).max().item() > 1e-3
 
 
-def test_split_fusion_equals_one_linear_layer_over_market_position_and_w_cost():
+def test_split_fusion_equals_one_linear_layer_over_market_and_scalars():
     torch.manual_seed(0)
     extractor, fusion = tqc.FoundationFeatureExtractor(16, 64, 48, 0.1).eval(), tqc.Fusion(48)
     perturb(extractor.film, 0.3, 0)
     perturb(fusion.norm, 0.3, 1)
     z, hmm = torch.randn(8, 16, 64), torch.randn(8, tqc.HMM_COLUMNS)
-    position, w_cost = torch.rand(8, 3) * 2 - 1, torch.rand(8, 1)
-    one = nn.Linear(1026, 48)
+    position, w_cost, forecast = torch.rand(8, 3) * 2 - 1, torch.rand(8, 1), torch.randn(8, 1)
+    one = nn.Linear(1027, 48)
     with torch.no_grad():
         one.weight.copy_(torch.cat([extractor.market.weight, fusion.scalars.weight], 1))
         one.bias.copy_(extractor.market.bias)
         gamma, beta = extractor.film(hmm)[:, None].chunk(2, -1)
         flat = ((1 + gamma) * z + beta).flatten(1)
         for k in range(3):
-            x = one(torch.cat([flat, position[:, k : k + 1], w_cost], 1))
+            x = one(torch.cat([flat, position[:, k : k + 1], w_cost, forecast], 1))
             whole = nn.functional.leaky_relu(fusion.norm(x))
-            split = fusion(extractor(z, hmm), position, w_cost)[:, k]
+            split = fusion(extractor(z, hmm, forecast), position, w_cost)[:, k]
             torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
 
 
@@ -508,11 +511,12 @@ def test_dropout_takes_whole_channels_and_only_while_training():
         extractor.market.weight.copy_(torch.eye(WINDOW * 16))
         extractor.market.bias.zero_()
     z, hmm = torch.ones(64, WINDOW, 16), torch.zeros(64, tqc.HMM_COLUMNS)
-    shown = extractor.train()(z, hmm).view(64, WINDOW, 16)
+    forecast = torch.zeros(64, 1)
+    shown = extractor.train()(z, hmm, forecast)[:, :-1].view(64, WINDOW, 16)
     assert torch.equal(shown, shown[:, :1].expand_as(shown))
     assert set(shown.unique().tolist()) == {0.0, 2.0}
     assert 0.4 < float((shown == 0).float().mean()) < 0.6
-    assert torch.equal(extractor.eval()(z, hmm).view_as(z), z)
+    assert torch.equal(extractor.eval()(z, hmm, forecast)[:, :-1].reshape(z.shape), z)
 
 
 def test_bf16_losses_stay_near_float32_s():

@@ -37,7 +37,8 @@ KEYS = SUMMARY | {"performance", "selected_by", "best_step"}
 METRICS = {
     "mean_reward_bps", "total_return", "sharpe", "max_drawdown", "turnover", "exposure", "trades", "mean_expected_bps",
     "expected_growth_bps"}
-BASELINES = {"flat", "buy_and_hold", "best_constant", "random_same_turnover", "optimum"}
+BASELINES = {"flat", "buy_and_hold", "best_constant", "sparse_linear", "random_same_turnover", "optimum"}
+VERDICTS = {"healthy", "collapsed", "constant_is_right", "undecided", "undertrained", "untrained"}
 LOGGED = {
     "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/updates", "charts/replay_ratio",
     "charts/samples_per_transition", "charts/learning_rate", "charts/epsilon", "losses/td_loss", "losses/q_values",
@@ -105,7 +106,7 @@ def check_summary(summary, market=True):
     assert summary["replay_ratio"] == pytest.approx(summary["updates"] / steps)
     assert summary["samples_per_transition"] == pytest.approx(summary["updates"] * TINY["batch_size"] / steps)
     assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
-    assert summary["audit"]["verdict"] in ("healthy", "collapsed", "constant_is_right", "undecided", "untrained")
+    assert summary["audit"]["verdict"] in VERDICTS
     if not market:
         return
     assert set(summary["eval"]) == set(dqn.SPLITS) and len(summary["data"]["sha256"]) == 2

@@ -32,7 +32,7 @@ TINY = dict(
     fusion_width=32, hidden=32, episode_length=8, fee_bps=0.5, slippage_bps=0.0, report=False,
     torch_threads=1, cuda=False)
 METRICS = set(tqc.TABLE.split()) - {"score", "mean_expected_bps"} | {"total_return"}
-BASELINES = {"flat", "buy_and_hold", "best_constant", "random_same_turnover"}
+BASELINES = {"flat", "buy_and_hold", "best_constant", "sparse_linear", "random_same_turnover"}
 LOGGED = """charts/episodic_return charts/episodic_length charts/SPS charts/updates charts/replay_ratio
     charts/samples_per_transition charts/learning_rate losses/mae losses/qf_loss losses/actor_loss
     losses/grad_norm policy/entropy policy/log_std_mean policy/alpha policy/action_mean
