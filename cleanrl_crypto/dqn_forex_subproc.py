@@ -1820,6 +1820,7 @@ class CustomJudge:
 
     def __init__(self, run):
         args, self.device, self.seconds = run.args, run.device, run.eval_limit(0.3)
+        self.chance = torch.Generator(run.device).manual_seed(args.seed)
         self.envs = run.closing(
             CustomVectorEnv(
                 args.env_fn,
@@ -1872,7 +1873,7 @@ class CustomJudge:
 
     def random(self, obs):
         """Values (N, actions) whose greatest is anywhere."""
-        return torch.rand(len(obs), self.envs.single_action_space.n, device=self.device)
+        return torch.rand(len(obs), self.envs.actions, generator=self.chance, device=self.device)
 
 
 def judge_and_keep(run, loop, judge, averaged, record):
