@@ -1573,7 +1573,6 @@ START = {  # where the search begins, and what it tries of each constant: second
 GRIDS = {
     "gap": (0.05, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3),
     "longest": (10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 60.0),
-    "period": (5.0, 10.0, 15.0, 20.0, 25.0, 30.0),
     "standing": (0.0, 1.0),
     "margin": (0.0, 0.5, 1.0, 2.0, 4.0),
     "saturation": (0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4),
@@ -1626,13 +1625,11 @@ def tune(env, seconds: float = math.inf) -> tuple[dict, int]:
     for sweep in range(2):
         for name, tuned in best.items():
             for key in START[name]:
-                values = [
-                    x for x in GRIDS[key] if key != "period" or x % env.decision_interval == 0
-                ]
+                periods = [env.decision_interval * k for k in range(1, 7)]
+                values = periods if key == "period" else GRIDS[key]
                 rows = [tuned[level] | {key: x} for level in LEVELS for x in values]
-                delay = delays(
-                    env, name, rows, [level for level in LEVELS for _ in values], deadline
-                )
+                levels = [level for level in LEVELS for _ in values]
+                delay = delays(env, name, rows, levels, deadline)
                 if delay is None:
                     return best, sweep
                 for level, row in zip(LEVELS, delay.reshape(len(LEVELS), -1).argmin(1)):
