@@ -1721,9 +1721,9 @@ def categorical_log_prob_entropy(logits, action):
 def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16). All (T, N), the flags bool.
 
-    next_value: of the state that really followed, which for a truncated episode is the final one, not the reset
-    one: a time limit bootstraps. terminated: no future, whatever next_value is (a broken lane's is NaN); ended:
-    terminated or truncated. Returns advantages, returns.
+    next_value: of the state that really followed, which for a truncated episode is the final one,
+    not the reset one: a time limit bootstraps. terminated: no future, whatever next_value is (a
+    broken lane's is NaN); ended: terminated or truncated. Returns advantages, returns.
     """
     zero = torch.zeros_like(reward[0])
     advantage, running = torch.empty_like(reward), zero
@@ -1736,7 +1736,8 @@ def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
 
 
 def clipped_surrogate(ratio, advantage, clip: float):
-    """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent. All (B,)."""
+    """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent.
+    All (B,)."""
     return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
@@ -1748,7 +1749,8 @@ def reduce_sum(tensor):
 
 
 def normalised(advantage, size: int):
-    """Advantages of a minibatch of `size` rows, of which every process of torchrun holds a share."""
+    """Advantages of a minibatch of `size` rows, of which every process of torchrun holds a
+    share."""
     mean = reduce_sum(advantage.sum()) / size
     square = reduce_sum(((advantage - mean) ** 2).sum())
     return (advantage - mean) / ((square / (size - 1)).sqrt() + 1e-8)
@@ -1792,7 +1794,8 @@ class RewardScale:
 
 
 class Schedule:
-    """The learning rate: linearly to 0 at --total-timesteps, or at what --timeout will allow at this pace."""
+    """The learning rate: linearly to 0 at --total-timesteps, or at what --timeout will allow at
+    this pace."""
 
     def __init__(self, run: Run):
         self.run, self.rollouts, self.end = run, 0, run.args.total_timesteps
@@ -1811,7 +1814,9 @@ class Schedule:
             )
             # every process has its own clock, the learning rate is one
             end = reduce_sum(
-                torch.tensor(end if self.run.rank == 0 else 0.0, device=self.run.device)
+                torch.tensor(
+                    end if self.run.rank == 0 else 0.0, device=self.run.device
+                )
             )
             self.end = min(args.total_timesteps, int(end))
         share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
@@ -1901,10 +1906,11 @@ def check_env(envs):
 def evaluate(
     make, envs, seconds: float = math.inf, trace: bool = False
 ) -> tuple[dict, dict, bool]:
-    """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) -> actions.
+    """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) ->
+    actions.
 
-    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether the time was up
-    first: then the statistics are those of the episodes so far.
+    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether
+    the time was up first: then the statistics are those of the episodes so far.
     """
     began, columns, cut = time.monotonic(), [], False
     envs.reset(seed=EVAL_SEED)
@@ -1914,7 +1920,9 @@ def evaluate(
         row = {"time_s": k * envs.decision_interval} | envs.trace() if trace else {}
         reward, *_ = envs.step_lanes(action)
         if trace:
-            row |= {f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])}
+            row |= {
+                f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])
+            }
             columns.append(row | {"reward": float(reward[envs.traced])})
         cut = time.monotonic() - began > seconds and k + 1 < envs.length
         if cut:
@@ -1922,7 +1930,9 @@ def evaluate(
     envs.check_state()
     ended, running = envs.stats("finals"), envs.stats()
     done = ended["episode_length"] > 0
-    stats = {k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()}
+    stats = {
+        k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()
+    }
     result = {
         split: {
             k: float(x[lanes].max() if k in WORST else x[lanes].mean())
@@ -1994,7 +2004,15 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
 
 
 # ----------------------------------------------------------------------------------------------------------- main
-COLUMNS = "episode_return", "std", "delay_veh_s", "throughput_veh", "mean_speed", "switches"
+COLUMNS = (
+    "episode_return",
+    "std",
+    "delay_veh_s",
+    "throughput_veh",
+    "mean_speed",
+    "switches",
+)
+LOSSES = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm"
 
 
 @dataclass
@@ -2096,9 +2114,12 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     """Evaluate, keep the best agent on the validation cases; returns what to log."""
     policy = Greedy(agent)
     result, _, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.5))
-    audit = diagnose(agent, torch.cat(policy.states))
+    states = torch.cat(policy.states)
+    audit = diagnose(agent, states[:: max(1, len(states) // 4096)])
     record = {
-        f"eval/{split}/{k}": v for split, metrics in result.items() for k, v in metrics.items()
+        f"eval/{split}/{k}": v
+        for split, metrics in result.items()
+        for k, v in metrics.items()
     }
     record |= {"value/v_mean": audit.pop("v_mean")} | {
         f"policy/{k}": v for k, v in audit.items()
@@ -2110,9 +2131,11 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     else:
         run.keep_best(score, loop)
     print(
-        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates  "
+        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  "
+        f"{loop.updates:>6} updates  "
         + "  ".join(
-            f"{split} {metrics['episode_return']:.0f}" for split, metrics in result.items()
+            f"{split} {metrics['episode_return']:.0f}"
+            for split, metrics in result.items()
         )
         + f"  state_dependence {audit['state_dependence']:.2f}",
         flush=True,
@@ -2131,30 +2154,30 @@ def episode_record(envs) -> dict[str, float]:
         k: float(x[done].max() if k in WORST else x[done].double().mean())
         for k, x in stats.items()
     }
-    charts = {f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")}
+    charts = {
+        f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")
+    }
     return charts | {f"env/{k}": v for k, v in mean.items()}
 
 
-def final_results(
-    run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short
-) -> tuple[dict, dict]:
-    """The best agent beside the baselines, split by split, a trace, and the diagnostics with their verdict."""
+def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short):
+    """The best agent's results beside the baselines', its diagnostics; writes a trace."""
     import pandas as pd
 
     policy = Greedy(agent)
-    result, columns, cut = evaluate(
-        lambda envs: policy, eval_envs, run.eval_limit(0.8), trace=True
-    )
+    limit = run.eval_limit(0.8)
+    result, columns, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
     (run.dir / "traces").mkdir(exist_ok=True)
-    pd.DataFrame(columns).to_parquet(run.dir / "traces" / f"{eval_envs.network.name}.parquet")
-    results = {
-        split: {
+    path = run.dir / "traces" / f"{eval_envs.network.name}.parquet"
+    pd.DataFrame(columns).to_parquet(path)
+    results = {}
+    for split, metrics in result.items():
+        others = {name: baseline[split] for name, baseline in baselines.items()}
+        results[split] = {
             "agent": metrics,
-            "baselines": {name: b[split] for name, b in baselines.items()},
+            "baselines": others,
             "partial": cut or short,
         }
-        for split, metrics in result.items()
-    }
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
     audit["verdict"], audit["reasons"] = verdict(
@@ -2165,27 +2188,31 @@ def final_results(
 
 @experiment
 def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
-    """Train (or --eval-only), evaluate, report; returns what summary.json holds. Tests hand environments over."""
+    """Train (or --eval-only), evaluate, report; returns what summary.json holds. Tests hand
+    environments over."""
     run = Run(Args, argv, SCHEMA, evaluations=3.0)
     args, device, steps = run.args, run.device, run.args.num_steps
+    uneven = f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"
+    refuse((args.num_envs % run.world, uneven))
     lanes = args.num_envs // run.world
-    uneven = args.num_envs % run.world
-    refuse((uneven, f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"))
     envs = run.closing(envs or make_envs(args, run.backend, lanes, run.rank * lanes))
     eval_envs = run.closing(eval_envs or make_envs(args, run.backend, cases="eval"))
-    config, agents = agent_config(run, envs), envs.agents
+    config = agent_config(run, envs)
     run.open(envs.network.name, describe(run, envs))
     check_network_env(run, envs)
-    baselines, short = judge_baselines(run, envs, eval_envs) if run.rank == 0 else ({}, False)
+    baselines, short = {}, False
+    if run.rank == 0:
+        baselines, short = judge_baselines(run, envs, eval_envs)
     run.phase("setup")
     agent = Agent(**config).to(device)
+    weights, lr = list(agent.parameters()), args.learning_rate
+    optimizer = torch.optim.Adam(weights, lr, eps=1e-5, fused=True)
+    schedule = Schedule(run)
+    draws = torch.Generator(device).manual_seed(args.seed)
     forward = torch.compile(agent) if args.compile else agent
-    optimizer = torch.optim.Adam(
-        agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True
-    )
-    schedule, draws = Schedule(run), torch.Generator(device).manual_seed(args.seed)
     # a row is a junction of a lane: all share the weights, and decide at the same time
-    rows, all_rows, row0 = lanes * agents, args.num_envs * agents, run.rank * lanes * agents
+    rows, all_rows = lanes * envs.agents, args.num_envs * envs.agents
+    row0 = run.rank * rows
     size = steps * all_rows // args.num_minibatches
     scale = RewardScale(rows, args.gamma, device)
     obs = torch.zeros(steps + 1, rows, config["observations"], device=device)
@@ -2194,41 +2221,42 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     log_probs, rewards = torch.zeros(2, steps, rows, device=device)
     terminations, ends = torch.zeros(2, steps, rows, dtype=torch.bool, device=device)
     envs.reset(seed=args.seed, options={"stagger": True})
-    saved = dict(optimizer=optimizer, envs=envs, scale=scale, draws=draws)
-    loop = run.restore(Loop(), config, policy=dict(agent=agent), **saved)
-    last_step = 0 if args.eval_only else args.total_timesteps
+    policy = dict(agent=agent)
+    parts = dict(optimizer=optimizer, envs=envs, scale=scale, draws=draws)
+    loop = run.restore(Loop(), config, policy, **parts)
+    total = 0 if args.eval_only else args.total_timesteps
 
-    while loop.global_step < last_step and not run.out_of_time():
+    while loop.global_step < total and not run.out_of_time():
         # ALGO LOGIC: action
         run.phase("rollout")
-        noise = torch.rand((steps, all_rows, config["phases"]), generator=draws, device=device)
-        # of one process or of several: the same numbers for a lane
-        noise = noise[:, row0 : row0 + rows]
+        shape = steps, all_rows, config["phases"]
+        noise = torch.rand(shape, generator=draws, device=device)
+        noise = noise[:, row0 : row0 + rows]  # the same for a lane in any process
         for t in range(steps):
             with torch.no_grad():
                 obs[t] = envs.observe().flatten(0, 1)
                 x = agent.normalise(obs[t])
                 actions[t] = agent.act(x, noise[t])
                 log_probs[t], _ = agent.log_prob_entropy(x, actions[t])
-            _, terminated, truncated = envs.step_lanes(actions[t].reshape(lanes, agents))
+            phases = actions[t].reshape(lanes, envs.agents)
+            _, terminated, truncated = envs.step_lanes(phases)
             rewards[t] = envs.local_reward.flatten()  # of every junction
-            terminations[t] = terminated.repeat_interleave(agents)
-            ends[t] = (terminated | truncated).repeat_interleave(agents)
+            terminations[t] = terminated.repeat_interleave(envs.agents)
+            ends[t] = (terminated | truncated).repeat_interleave(envs.agents)
             last_obs[t] = envs.last_observations().flatten(0, 1)
         obs[steps] = envs.observe().flatten(0, 1)
         loop.global_step += steps * args.num_envs
         loop.iteration += 1
         if args.sim_timeout and envs.longest_call > args.sim_timeout:
-            print(
-                f"a simulation call took {envs.longest_call:.2f} s, --sim-timeout is {args.sim_timeout}: stopping"
-            )
+            print(f"--sim-timeout: a simulation call took {envs.longest_call:.2f} s")
             run.guard.expired = True
 
         # ALGO LOGIC: training
         run.phase("learn")
         with torch.no_grad():  # a time limit bootstraps from the state that it cut off
             scaled = scale(rewards, ends)
-            values = agent.value(agent.normalise(obs.flatten(0, 1))).reshape(steps + 1, rows)
+            values = agent.value(agent.normalise(obs.flatten(0, 1)))
+            values = values.reshape(steps + 1, rows)
             next_values = values[1:].clone()
             next_values[ends] = agent.value(agent.normalise(last_obs[ends]))
             advantages, returns = gae(
@@ -2243,59 +2271,55 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
             explained = 1 - (returns - values[:-1]).var() / returns.var()
         optimizer.param_groups[0]["lr"] = schedule.learning_rate(loop)
         columns = obs[:-1], actions, log_probs, advantages, returns
-        columns = [column.flatten(0, 1) for column in columns]
+        columns = [column.flatten(0, 1) for column in columns]  # (steps x rows, ...)
         losses, stopped = [], False
         for _ in range(args.update_epochs):
-            order = torch.randperm(size * args.num_minibatches, generator=draws, device=device)
+            order = torch.randperm(steps * all_rows, generator=draws, device=device)
             for index in order.split(size):
-                if run.world > 1:  # every process takes its rows' share of the same minibatch
+                if run.world > 1:  # every process takes its rows' share of it
                     t, row = index // all_rows, index % all_rows - row0
                     index = (t * rows + row)[(row >= 0) & (row < rows)]
                 batch = (column[index] for column in columns)
                 x, action, old_log_prob, advantage, target = batch
                 log_prob, entropy, value = forward(x, action)
-                ratio = (log_prob - old_log_prob).exp()
+                log_ratio = log_prob - old_log_prob
+                ratio = log_ratio.exp()
                 advantage = normalised(advantage, size)
 
-                policy_loss = clipped_surrogate(ratio, advantage, args.clip_coef).sum() / size
+                surrogate = clipped_surrogate(ratio, advantage, args.clip_coef)
+                policy_loss = surrogate.sum() / size
                 value_loss = 0.5 * ((value - target) ** 2).sum() / size
                 entropy = entropy.sum() / size
                 loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
 
                 optimizer.zero_grad()
                 loss.backward()
-                for p in agent.parameters():
+                for p in weights:
                     reduce_sum(p.grad)
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                 optimizer.step()
                 loop.updates += 1
                 with torch.no_grad():
-                    kl = (ratio - 1 - (log_prob - old_log_prob)).sum() / size  # Schulman's k3
+                    kl = (ratio - 1 - log_ratio).sum() / size  # Schulman's k3
                     clipped = ((ratio - 1).abs() > args.clip_coef).sum() / size
-                    stats = reduce_sum(
-                        torch.stack([policy_loss, value_loss, entropy, kl, clipped])
-                    )
-                losses.append(torch.cat([stats, grad_norm[None]]))
-                stopped = args.target_kl is not None and float(stats[3]) > args.target_kl
+                    stats = policy_loss, value_loss, entropy, kl, clipped
+                    stats = reduce_sum(torch.stack(stats))
+                    losses.append(torch.cat([stats, grad_norm[None]]))
+                stopped = bool(args.target_kl) and float(stats[3]) > args.target_kl
                 if stopped:
                     break
             if stopped:
                 break
 
-        # evaluate, log, keep the best; here alone something crosses to the host
+        # evaluate, log, keep the best: here alone something crosses to the host
         if run.every(args.eval_interval, loop.global_step):
-            names = "policy_loss value_loss entropy approx_kl clipfrac grad_norm".split()
-            record = {
-                f"losses/{k}": v for k, v in zip(names, torch.stack(losses).mean(0).tolist())
-            }
-            if not math.isfinite(record["losses/policy_loss"] + record["losses/value_loss"]):
-                raise CheckFailed(
-                    f"the loss is not finite after {loop.updates} updates: lower --learning-rate"
-                )
-            record |= {
-                "losses/explained_variance": explained,
-                "charts/learning_rate": schedule.latest,
-            }
+            means = torch.stack(losses).mean(0).tolist()
+            record = {f"losses/{name}": mean for name, mean in zip(LOSSES, means)}
+            if not all(map(math.isfinite, means)):
+                why = f"the loss is not finite after {loop.updates} updates: lower --learning-rate"
+                raise CheckFailed(why)
+            record["losses/explained_variance"] = explained
+            record["charts/learning_rate"] = schedule.latest
             run.phase("eval")
             if run.rank == 0:
                 record |= run.charts(loop, loop.updates * size) | episode_record(envs)
@@ -2309,11 +2333,13 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     if run.rank:
         return {"exit_code": run.guard.exit_code}
     results, audit = final_results(run, loop, agent, eval_envs, baselines, short)
-    longest = max(x.longest_call for x in (envs, eval_envs))
-    rows_drawn = loop.updates * size / max(loop.global_step, 1)
-    return run.finish(
-        loop, results, audit, COLUMNS, device={"longest_simulation_call_s": longest},
-        selected_by=next(iter(results)), samples_per_transition=rows_drawn)
+    longest = max(envs.longest_call, eval_envs.longest_call)
+    more = {
+        "selected_by": next(iter(results)),
+        "samples_per_transition": loop.updates * size / max(loop.global_step, 1),
+        "device": {"longest_simulation_call_s": longest},
+    }
+    return run.finish(loop, results, audit, COLUMNS, **more)
 
 
 if __name__ == "__main__":
