@@ -22,8 +22,9 @@ GROUPS = {"tqc": "tqc market encoder math kernels checkpoint", "dqn": "forex dqn
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        words = item.path.stem.split("_")
-        group = next((name for name, its in reversed(GROUPS.items()) if set(its.split()) & set(words)), item.path.stem)
+        parameter = item.name.partition("[")[2]
+        words = set(f"{item.path.stem}_{parameter.strip(']')}".split("_"))
+        group = next((name for name, its in reversed(GROUPS.items()) if words & set(its.split())), item.path.stem)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
