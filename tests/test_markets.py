@@ -426,7 +426,8 @@ def test_verdicts_of_policies_that_are_known():
     right = total = 0
     for market, seeds in (("regime", range(4)), ("signal", range(4)), ("noise", range(4))):
         for seed in seeds:
-            s = series_of(f"{market}?bars=6000&ic=.3&seed={seed}" if market != "noise" else f"noise?bars=6000&seed={seed}")
+            strength = "" if market == "noise" else "&ic=.3"
+            s = series_of(f"{market}?bars=6000&seed={seed}{strength}")
             a, b = s.rows["eval"]
             paths = {"sparse_linear": [scoring.sparse_linear([s])[0][a:b]], "optimum": [optimum_of(s, a, b)]}
             edge = market != "noise"
