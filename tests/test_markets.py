@@ -369,6 +369,38 @@ def test_standard_error_and_usual_limit():
     assert scoring.usual_limit(np.zeros(9)) == math.inf
 
 
+def test_path_metrics_by_hand():
+    reward = np.log([1.02, 0.97, 1.0, 1.01])
+    metrics, equity = scoring.path_metrics(
+        reward, np.full(4, 2e-4), np.array([1.0, 0.0, 2.0, 1e-12]), np.array([1.0, 1.0, -1.0, -1.0]), 100.0)
+    growth = np.array([0.02, -0.03, 0.0, 0.01])
+    np.testing.assert_allclose(equity, np.cumprod(1 + growth))
+    assert metrics["mean_reward_bps"] == pytest.approx(1e4 * np.log(1 + growth).mean())
+    assert metrics["total_return"] == pytest.approx(equity[-1] - 1)
+    assert metrics["sharpe"] == pytest.approx(10 * growth.mean() / growth.std(ddof=1))
+    assert metrics["max_drawdown"] == pytest.approx(-0.03)
+    assert metrics["turnover"] == pytest.approx(0.75) and metrics["trades"] == 2 and metrics["exposure"] == 0
+    assert metrics["mean_expected_bps"] == pytest.approx(2.0)
+    unknown, _ = scoring.path_metrics(reward, np.full(4, np.nan), np.zeros(4), np.zeros(4), 100.0)
+    assert "mean_expected_bps" not in unknown
+    still, _ = scoring.path_metrics(np.zeros(4), np.zeros(4), np.zeros(4), np.zeros(4), 100.0)
+    assert all(v == 0 for v in still.values())
+
+
+@pytest.mark.parametrize("levels", [None, np.array([-1.0, 0.0, 1.0])], ids=["continuous", "levels"])
+@pytest.mark.parametrize("turnover", [0.0, 0.02, 0.2, 0.6])
+def test_random_path_has_the_turnover_it_is_asked_for(turnover, levels):
+    path = scoring.random_path(60_000, turnover, 1, levels)
+    assert np.abs(np.diff(path)).mean() == pytest.approx(turnover, rel=0.08, abs=1e-4)
+    assert abs(path.mean()) < 0.25 or turnover == 0
+    if levels is not None:
+        assert set(path) <= set(levels)
+    else:
+        assert np.abs(path).max() <= 1
+    np.testing.assert_array_equal(path, scoring.random_path(60_000, turnover, 1, levels))
+    assert turnover == 0 or (path != scoring.random_path(60_000, turnover, 2, levels)).any()
+
+
 def test_the_sparse_rival_is_chosen_inside_the_train_rows():
     pairs = [series_of(f"signal?bars=6000&ic=.3&seed={k}") for k in (0, 1)]
     paths = scoring.sparse_linear(pairs)
