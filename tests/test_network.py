@@ -477,3 +477,10 @@ def test_max_pressure_is_varaiyas():
     saturation = net.jam * net.limit[1]
     expected = [saturation[0] * (12 - 0.75 * 4 - 0.25 * 8), saturation[1] * (5 - 4)]
     assert arz.Pressures(envs)(torch.zeros(1))[0, :, 0].numpy() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_validation_as_a_program():
+    result = val.main(["--quick"])
+    assert result["exit_code"] == 0 and len(result["wave"]) == 2
+    assert result["saturation"]["gap"][2] == pytest.approx(2500, rel=0.02)  # a quarter of jam density times limit
