@@ -10,6 +10,7 @@ environments do it; before it is timed, both simulate 60 s of one wave in float6
 Training: the script itself on the freeway, its rate read from its own log, beside SB3's PPO on the same environment
 with the same layers, minibatch share and epochs. In turns, medians shown; what ran is counted and checked. CPU only.
 """
+
 import os
 import sys
 import tempfile
@@ -36,7 +37,9 @@ try:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import DummyVecEnv
 except ImportError as e:
-    sys.exit(f"scripts/benchmark_arz.py: {e}: the peer comes with pip install -r requirements-test.txt")
+    sys.exit(
+        f"scripts/benchmark_arz.py: {e}: the peer comes with pip install -r requirements-test.txt"
+    )
 
 from cleanrl_crypto import ppo_arz_gpu as arz  # noqa: E402
 from common.lanes import OneLane  # noqa: E402
@@ -67,7 +70,8 @@ class Args:
 
 
 class NumpyRoad:
-    """One road: rho, rho w of CELLS cells; p = c rho, Greenshields, prescribed flux at both ends."""
+    """One road: rho, rho w of CELLS cells; p = c rho, Greenshields, prescribed flux at both
+    ends."""
 
     def __init__(self, rho, q):
         self.c, self.a, self.q, self.steps = arz.V_MAX / arz.RHO_MAX, 0.45 * arz.DX, q, 0
@@ -85,7 +89,10 @@ class NumpyRoad:
         best, most = w / (2 * self.c), w**2 / (4 * self.c)
         behind = np.clip(v_r, 0, w)
         middle = (w - behind) / self.c
-        f = np.minimum(np.where(rho_l <= best, rho_l * v_l, most), np.where(middle >= best, middle * behind, most))
+        f = np.minimum(
+            np.where(rho_l <= best, rho_l * v_l, most),
+            np.where(middle >= best, middle * behind, most),
+        )
         return f, f * w
 
     def euler(self, rho, z, dt):
@@ -94,7 +101,9 @@ class NumpyRoad:
         values = []
         for x in (r, u):
             d = np.diff(x)
-            slope = np.where(d[1:] * d[:-1] > 0, np.where(np.abs(d[1:]) < np.abs(d[:-1]), d[1:], d[:-1]), 0)
+            slope = np.where(
+                d[1:] * d[:-1] > 0, np.where(np.abs(d[1:]) < np.abs(d[:-1]), d[1:], d[:-1]), 0
+            )
             values.append((x[1:-2] + 0.5 * slope[:-1], x[2:-1] - 0.5 * slope[1:]))
         (r_l, r_r), (u_l, u_r) = values
         f, g = self.flux(r_l, u_l, r_r, u_r)
@@ -103,7 +112,9 @@ class NumpyRoad:
         f[-1] = min(self.q, rho[-1] * arz.V_MAX)
         g[-1] = f[-1] * (v[-1] + self.c * rho[-1])
         rho, z = rho - dt / arz.DX * np.diff(f), z - dt / arz.DX * np.diff(g)
-        return np.maximum(rho, arz.RHO_FLOOR), np.where(rho < arz.RHO_FLOOR, arz.RHO_FLOOR * arz.V_MAX, z)
+        return np.maximum(rho, arz.RHO_FLOOR), np.where(
+            rho < arz.RHO_FLOOR, arz.RHO_FLOOR * arz.V_MAX, z
+        )
 
     def step(self, left: float) -> float:
         """One solver step towards `left` seconds from now; returns what is left then."""
@@ -120,7 +131,8 @@ class NumpyRoad:
 
 
 def same_result(seconds: int = 60) -> float:
-    """Largest relative difference of the two simulators in float64, after `seconds` of the published wave."""
+    """Largest relative difference of the two simulators in float64, after `seconds` of the
+    published wave."""
     env = arz.FreewayVectorEnv(1, scheme="muscl", precision="float64")
     env.reset(seed=1, options={"waves": np.array(arz.WAVE)[:, None]})
     rho, _ = env.rows("u")[..., 0].numpy().copy()
@@ -134,7 +146,9 @@ def same_result(seconds: int = 60) -> float:
     ours = env.rows("u")[..., 0].numpy()
     steps = int(env.rows("totals")[arz.SUM.steps, 0])
     check(steps == road.steps, f"the kernel made {steps} steps, NumPy {road.steps}")
-    difference = float(max(np.abs(ours[0] / road.rho - 1).max(), np.abs(ours[1] / road.z - 1).max()))
+    difference = float(
+        max(np.abs(ours[0] / road.rho - 1).max(), np.abs(ours[1] / road.z - 1).max())
+    )
     env.close()
     return difference
 
@@ -144,7 +158,9 @@ def rate_of_ours(args: Args, scheme: str, seconds: float) -> dict:
     env = arz.FreewayVectorEnv(args.lanes, scheme=scheme, seed=1)
     env.reset(seed=1)
     spread = np.exp(arz.Args.log_std_init)  # the actions of a first rollout
-    actions = spread * torch.randn(8, args.lanes, 1, generator=torch.Generator().manual_seed(0))
+    actions = spread * torch.randn(
+        8, args.lanes, 1, generator=torch.Generator().manual_seed(0)
+    )
     for k in range(2):
         env.step_lanes(actions[k])
     total, decisions, spent = 0, 0, 0.0
@@ -157,70 +173,143 @@ def rate_of_ours(args: Args, scheme: str, seconds: float) -> dict:
         total += int((env.rows("totals")[arz.SUM.steps] - before)[alive].sum())
         decisions += 1
     expected = decisions * args.lanes * env.samples
-    check(total >= 0.9 * expected, f"{scheme}: {total} solver steps where at least {expected} are needed")
+    check(
+        total >= 0.9 * expected,
+        f"{scheme}: {total} solver steps where at least {expected} are needed",
+    )
     check(float(env.stats()["max_cfl"].max()) <= 1.0 + 1e-6, "a Courant number above 1")
     check(bool(torch.isfinite(env.observe()).all()), "an observation is not finite")
     cells = env.rows("u").shape[1]
     env.close()
-    return {"lanes": args.lanes, "solver_steps": total, "decisions": decisions,
-            "cell_updates_per_second": total * cells / spent}
+    return {
+        "lanes": args.lanes,
+        "solver_steps": total,
+        "decisions": decisions,
+        "cell_updates_per_second": total * cells / spent,
+    }
 
 
 def rate_of_numpy(seconds: float) -> dict:
-    road = NumpyRoad(arz.RHO_STAR * (1 + 0.1 * np.sin(3 * np.pi * (np.arange(CELLS) + 0.5) / CELLS)), 1.2)
+    road = NumpyRoad(
+        arz.RHO_STAR * (1 + 0.1 * np.sin(3 * np.pi * (np.arange(CELLS) + 0.5) / CELLS)), 1.2
+    )
     began, left = time.perf_counter(), 0.0
     while time.perf_counter() - began < seconds:
         left = road.step(left or arz.SAMPLE)
     seconds = time.perf_counter() - began
     check(np.isfinite(road.rho).all(), "the NumPy road broke")
-    return {"lanes": 1, "solver_steps": road.steps, "cell_updates_per_second": road.steps * CELLS / seconds}
+    return {
+        "lanes": 1,
+        "solver_steps": road.steps,
+        "cell_updates_per_second": road.steps * CELLS / seconds,
+    }
 
 
 def train_ours(args: Args, threads: int) -> dict:
     """The script's own transitions/s after warm-up, on the default freeway."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--total-timesteps", args.train_steps, "--torch-threads", threads, "--no-cuda", "--no-report",
-                 "--num-envs", args.lanes, "--run-dir", f"{folder}/run", "--eval-interval", 10 * args.train_steps]
+        flags = [
+            "--total-timesteps",
+            args.train_steps,
+            "--torch-threads",
+            threads,
+            "--no-cuda",
+            "--no-report",
+            "--num-envs",
+            args.lanes,
+            "--run-dir",
+            f"{folder}/run",
+            "--eval-interval",
+            10 * args.train_steps,
+        ]
         summary = arz.main([str(f) for f in flags])
         state = load_checkpoint(f"{folder}/run/checkpoints/best.pt")
     ours = arz.Args
-    expected = summary["global_step"] // (args.lanes * ours.num_steps) * ours.update_epochs * ours.num_minibatches
-    check(summary["global_step"] >= args.train_steps and summary["updates"] == expected, "ours did not train")
-    return {"transitions": summary["global_step"], "updates": summary["updates"],
-            "parameters": sum(v.numel() for k, v in state["agent"].items() if k.split(".")[0] in ("actor", "critic")),
-            "samples_per_transition": summary["samples_per_transition"], "transitions_per_second": summary["sps"]}
+    expected = (
+        summary["global_step"]
+        // (args.lanes * ours.num_steps)
+        * ours.update_epochs
+        * ours.num_minibatches
+    )
+    check(
+        summary["global_step"] >= args.train_steps and summary["updates"] == expected,
+        "ours did not train",
+    )
+    return {
+        "transitions": summary["global_step"],
+        "updates": summary["updates"],
+        "parameters": sum(
+            v.numel()
+            for k, v in state["agent"].items()
+            if k.split(".")[0] in ("actor", "critic")
+        ),
+        "samples_per_transition": summary["samples_per_transition"],
+        "transitions_per_second": summary["sps"],
+    }
 
 
 def train_peer(args: Args, threads: int) -> dict:
-    """SB3's PPO: 8 one-lane environments, rollouts of 8 x 256, 4 epochs, minibatches of 64, the same layers."""
+    """SB3's PPO: 8 one-lane environments, rollouts of 8 x 256, 4 epochs, minibatches of 64, the
+    same layers."""
     torch.set_num_threads(threads)
     ours, lanes, steps, batch = arz.Args, 8, 256, 64
     env = DummyVecEnv([lambda: OneLane(arz.FreewayVectorEnv(1))] * lanes)
-    peer = PPO("MlpPolicy", env, n_steps=steps, batch_size=batch, n_epochs=ours.update_epochs, gamma=ours.gamma, seed=1,
-               device="cpu", policy_kwargs={"net_arch": [ours.hidden, ours.hidden], "activation_fn": torch.nn.SiLU})
+    peer = PPO(
+        "MlpPolicy",
+        env,
+        n_steps=steps,
+        batch_size=batch,
+        n_epochs=ours.update_epochs,
+        gamma=ours.gamma,
+        seed=1,
+        device="cpu",
+        policy_kwargs={
+            "net_arch": [ours.hidden, ours.hidden],
+            "activation_fn": torch.nn.SiLU,
+        },
+    )
     peer.learn(lanes * steps)
     updates, made, began = peer._n_updates, peer.num_timesteps, time.perf_counter()
     peer.learn(args.peer_steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - began
     epochs, made = peer._n_updates - updates, peer.num_timesteps - made
     wanted = made // (lanes * steps) * ours.update_epochs
-    check(epochs == wanted, f"the peer made {epochs} epochs in {made} transitions, not {wanted}")
+    check(
+        epochs == wanted, f"the peer made {epochs} epochs in {made} transitions, not {wanted}"
+    )
     env.close()
-    return {"transitions": made, "updates": epochs * lanes * steps // batch,
-            "parameters": sum(p.numel() for n, p in peer.policy.named_parameters() if n != "log_std"),
-            "samples_per_transition": float(ours.update_epochs), "transitions_per_second": made / seconds}
+    return {
+        "transitions": made,
+        "updates": epochs * lanes * steps // batch,
+        "parameters": sum(
+            p.numel() for n, p in peer.policy.named_parameters() if n != "log_std"
+        ),
+        "samples_per_transition": float(ours.update_epochs),
+        "transitions_per_second": made / seconds,
+    }
 
 
 def main(argv: list[str] | None = None) -> dict:
     args, _ = parse_args(Args, argv)
     if args.quick:
-        args.lanes, args.seconds, args.repeats, args.train_steps, args.peer_steps = 64, 0.1, 1, 8_192, 2_048
+        args.lanes, args.seconds, args.repeats, args.train_steps, args.peer_steps = (
+            64,
+            0.1,
+            1,
+            8_192,
+            2_048,
+        )
     threads = args.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
     difference = same_result()
     check(difference < 1e-9, f"the simulators differ by {difference:.1e} after 60 s")
-    rates = {"ours, muscl": [], "ours, godunov": [], "ours, richtmyer": [], "NumPy, muscl": []}
+    rates = {
+        "ours, muscl": [],
+        "ours, godunov": [],
+        "ours, richtmyer": [],
+        "NumPy, muscl": [],
+    }
     train = {"ours": [], "SB3 PPO": []}
     for _ in range(args.repeats):
         for name in list(rates)[:3]:
@@ -233,10 +322,18 @@ def main(argv: list[str] | None = None) -> dict:
         seen = [train[name][0][key] for name in train]
         check(seen[0] == seen[1], f"{key} differ: {seen[0]} and {seen[1]}")
     middle = {k: median(r["cell_updates_per_second"] for r in v) for k, v in rates.items()}
-    middle |= {f"train {k}": median(r["transitions_per_second"] for r in v) for k, v in train.items()}
-    result = {"machine": machine(threads, torch, np, nb, stable_baselines3),
-              "quick": args.quick, "difference": difference, "simulators": rates,
-              "training": train, "median": middle, "exit_code": 0}
+    middle |= {
+        f"train {k}": median(r["transitions_per_second"] for r in v) for k, v in train.items()
+    }
+    result = {
+        "machine": machine(threads, torch, np, nb, stable_baselines3),
+        "quick": args.quick,
+        "difference": difference,
+        "simulators": rates,
+        "training": train,
+        "median": middle,
+        "exit_code": 0,
+    }
     if args.out:
         write_json_atomic(result, args.out)
     show(result)
@@ -245,17 +342,29 @@ def main(argv: list[str] | None = None) -> dict:
 
 def show(result: dict):
     where, middle = result["machine"], result["median"]
-    table = Table(title=f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
-                  + (" (--quick: these numbers mean nothing)" if result["quick"] else ""))
+    table = Table(
+        title=f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
+        + (" (--quick: these numbers mean nothing)" if result["quick"] else "")
+    )
     for name in ("what", "lanes", "a second, median", "of the peer", "target"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for name, runs in result["simulators"].items():
-        table.add_row(f"cell updates, {name}", str(runs[0]["lanes"]), f"{middle[name]:,.0f}",
-                      f"{middle[name] / middle['NumPy, muscl']:.0f} x", "400 M" if name == "ours, muscl" else "")
+        table.add_row(
+            f"cell updates, {name}",
+            str(runs[0]["lanes"]),
+            f"{middle[name]:,.0f}",
+            f"{middle[name] / middle['NumPy, muscl']:.0f} x",
+            "400 M" if name == "ours, muscl" else "",
+        )
     for name in result["training"]:
         peer = middle["train SB3 PPO"]
-        table.add_row(f"transitions trained, {name}", "", f"{middle['train ' + name]:,.0f}",
-                      f"{middle['train ' + name] / peer:.0f} x", "80 k" if name == "ours" else "")
+        table.add_row(
+            f"transitions trained, {name}",
+            "",
+            f"{middle['train ' + name]:,.0f}",
+            f"{middle['train ' + name] / peer:.0f} x",
+            "80 k" if name == "ours" else "",
+        )
     Console(width=130).print(table)
 
 
