@@ -9,7 +9,7 @@ read from its own log: seconds of its phases `learn` and `rollout` between two l
 what comes before the first. The peer is sb3-contrib's TQC as it is (its buffer, losses, optimisers
 and loop); its policy holds copies of our networks, and its features extractor recomputes the frozen
 encoder for every batch, as any of its users would have it, in float32, the only precision it knows.
-Its first vector step is left out. Order: ours, peer, ours; medians are shown.
+The lasso's forecast, which ours keeps row by row, is a key of the peer's observation. Its first vector step is left out. Order: ours, peer, ours; medians are shown.
 
 Before the peer is timed, both sides compute the three losses of a first update on the same weights,
 batch and noise: float32 must agree to 1e-4 and bf16 to 2e-2 (relative), and both must train the
@@ -122,8 +122,9 @@ class Features(BaseFeaturesExtractor):
     def forward(self, obs):
         x = obs["market"]
         z = self.encoder.context(x[..., : self.columns])
+        hmm = x[:, -1, self.columns :]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_market):
-            market = self.market(z, x[:, -1, self.columns :])
+            market = self.market(z, hmm, obs["forecast"])
         return self.fusion(market, obs["position"], obs["w_cost"])[:, 0]
 
 
@@ -140,7 +141,8 @@ class PeerCritic(policies.Critic):
         quantiles = torch.stack([qf(features) for qf in self.q_networks], 1)  # (B, C, N)
         penalty = self.config["penalty"] * obs["w_cost"]
         paid = tqc.trade_reward(obs["position"], action, self.costs, penalty)
-        return quantiles + self.reward_scale * paid[..., None]
+        linear = self.slope * action * obs["forecast"]
+        return quantiles + (linear + self.reward_scale * paid)[..., None]
 
 
 class PeerPolicy(policies.TQCPolicy):
@@ -158,6 +160,7 @@ class PeerPolicy(policies.TQCPolicy):
         critic = PeerCritic(**kwargs)
         critic.config, critic.costs = self.agent.config, self.agent.costs
         critic.reward_scale = self.agent.reward_scale
+        critic.slope = nn.Parameter(self.agent.critic.slope.detach().clone())
         return critic.to(self.device)
 
     def _build(self, lr_schedule):
@@ -169,6 +172,7 @@ class PeerPolicy(policies.TQCPolicy):
             (self.critic_target, ours.target),
         ):
             copy_weights(peer.features_extractor.fusion, critic.fusion)
+            peer.slope.data.copy_(critic.slope)
             for qf, net in zip(peer.q_networks, critic.nets, strict=True):
                 copy_weights(qf, net)
         features = self.actor.features_extractor
@@ -192,16 +196,21 @@ def copy_weights(to: nn.Module, source: nn.Module):
 
 
 class PeerLanes(VecEnv):
-    """Our environment behind SB3's interface; nothing is copied that SB3 does not ask for."""
+    """Our environment behind SB3's interface, with the forecast that our agent reads in the
+    observation; nothing is copied that SB3 does not ask for."""
 
     def __init__(self, env: tqc.MarketVectorEnv):
         self.env = env
-        super().__init__(
-            env.num_envs, env.single_observation_space, env.single_action_space
-        )
+        self.forecast = env.market.forecast.astype(np.float32)
+        forecast = gym.spaces.Box(-np.inf, np.inf, (1,))
+        space = gym.spaces.Dict({**env.single_observation_space, "forecast": forecast})
+        super().__init__(env.num_envs, space, env.single_action_space)
 
     def reset(self):
-        return self.env.reset(seed=1)[0]
+        return self.shown(self.env.reset(seed=1)[0])
+
+    def shown(self, obs: dict) -> dict:
+        return obs | {"forecast": self.forecast[self.env.ints[tqc.ROW]][:, None]}
 
     def step_async(self, actions):
         self.actions = actions
@@ -210,11 +219,13 @@ class PeerLanes(VecEnv):
         obs, reward, terminated, truncated, info = self.env.step(self.actions)
         infos = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(terminated | truncated):
+            row = self.env.last_ints[tqc.ROW, i]
             infos[i] = {
-                "terminal_observation": info["final_obs"][i],
+                "terminal_observation": info["final_obs"][i]
+                | {"forecast": self.forecast[row : row + 1]},
                 "TimeLimit.truncated": bool(truncated[i]),
             }
-        return obs, reward, terminated | truncated, infos
+        return self.shown(obs), reward, terminated | truncated, infos
 
     def close(self):
         self.env.close()
@@ -350,8 +361,9 @@ def one_step(peer, env, action: np.ndarray, scale: float) -> tqc.Batch:
     """Step all lanes once, give the transitions to the peer's buffer; as a batch of ours."""
     row = env.ints[tqc.ROW].clone()
     position, w_cost = env.floats[[tqc.POSITION, tqc.W_COST]].float()
-    obs = to_numpy(env.observe())
-    next_obs, reward, done, infos = PeerLanes(env).step(action)
+    lanes = PeerLanes(env)
+    obs = lanes.shown(to_numpy(env.observe()))
+    next_obs, reward, done, infos = lanes.step(action)
     peer._last_obs = obs
     stored = scale * reward
     peer._store_transition(peer.replay_buffer, action, next_obs, stored, done, infos)
@@ -394,6 +406,7 @@ def compare(agent, encoder, market, args: Args, precisions) -> dict:
     return {
         "parameters": parameters,
         "rows": n,
+        "forecast_std": exact.forecast[batch.rows].std().item(),
         "losses": losses,
         "tolerance": tolerance,
     }
@@ -606,6 +619,8 @@ def measure(result: dict, args: Args, precisions, folder: Path):
     encoder.load_state_dict(state["encoder"])
     torch.manual_seed(1)
     agent = tqc.Agent(config)
+    for critic in (agent.critic, agent.target):  # at 0 the losses would not tell of the forecast
+        critic.slope.data.fill_(0.3)
     contexts = tqc.Contexts(encoder, market, CPU, keep=False)
     agent.watch_rewards(contexts.full_reward[slice(*market.rows["train"])])
     print("the losses of both on the same weights and batch ...", flush=True)

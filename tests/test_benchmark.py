@@ -64,6 +64,7 @@ def test_both_sides_are_the_same_problem(quick):
     check = quick["check"]
     assert check["parameters"]["ours"] == check["parameters"]["peer"] > 5000
     assert check["tolerance"] == {"fp32": 1e-4, "bf16": 2e-2} and check["rows"] == 16
+    assert check["forecast_std"] > 0  # a forecast of 0 would hide who reads another one
     for precision, losses in check["losses"].items():
         assert set(losses) == LOSSES
         for x in losses.values():
