@@ -31,10 +31,12 @@ TINY = dict(
     fusion_width=32, hidden=32, episode_length=8, fee_bps=0.2, slippage_bps=0.0,
     turnover_penalty_bps=0.0, w_cost_curriculum=1500, checkpoint_interval=0.3, report=False,
     torch_threads=1, cuda=False)
-# three runs, so that default precision, both policies and both position modes are covered
-GRID = dict()
-ACTOR = dict(policy="actor", precision="fp32", ent_coef="auto_0.1", counterfactuals=1)
-DRIFT = dict(position_mode="drift", precision="fp32", checkpoint_interval=0.0, keep_checkpoints=2)
+# two runs, so that both precisions, both policies and both position modes are covered
+RUNS = dict(
+    grid={},
+    actor=dict(
+        policy="actor", position_mode="drift", precision="fp32", ent_coef="auto_0.1", counterfactuals=1,
+        checkpoint_interval=0.0, keep_checkpoints=2))
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 flags = partial(flags_of, TINY)
 
@@ -83,9 +85,9 @@ def whole(tmp_path_factory):
     """Uninterrupted runs, each made when it is first asked for: (run directory, summary)."""
     runs, root = {}, tmp_path_factory.mktemp("whole")
 
-    def get(name, changes):
+    def get(name):
         if name not in runs:
-            runs[name] = root / name, tqc.main(flags(root / name, **changes))
+            runs[name] = root / name, tqc.main(flags(root / name, **RUNS[name]))
         return runs[name]
 
     return get
@@ -93,12 +95,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def grid(whole):
-    return whole("grid", GRID)
-
-
-@pytest.fixture
-def drift(whole):
-    return whole("drift", DRIFT)
+    return whole("grid")
 
 
 @pytest.fixture
@@ -112,12 +109,12 @@ def copy(grid, run_dir):
 @POSIX
 def test_killed_twice_and_resumed_it_has_the_bits_of_the_uninterrupted_run(grid, run_dir):
     # first while it pre-trains, before there is any checkpoint
-    child = start(run_dir, **GRID, mae_steps=100_000, resume="auto")
+    child = start(run_dir, mae_steps=100_000, resume="auto")
     wait_until(child, lambda: any("losses/mae" in line for line in lines(run_dir)))
     kill(child)
     assert not (run_dir / "checkpoints" / "last.pt").exists()
     # then at some moment after the first checkpoint
-    child, delay = start(run_dir, **GRID, resume="auto"), random.uniform(0, 0.5)
+    child, delay = start(run_dir, resume="auto"), random.uniform(0, 0.5)
     wait_until(child, (run_dir / "checkpoints" / "last.pt").exists)
     time.sleep(delay)
     kill(child)
@@ -126,7 +123,7 @@ def test_killed_twice_and_resumed_it_has_the_bits_of_the_uninterrupted_run(grid,
     with open(run_dir / "metrics.jsonl", "a") as f:  # written after the checkpoint, the last line torn
         f.write(json.dumps({"global_step": 2000, "wall": 1.0, "losses/qf_loss": 123.0}) + "\n")
         f.write('{"global_step": 2048, "wall": 1.2, "losses/qf_l')
-    summary = tqc.main(flags(run_dir, **GRID, resume="auto"))
+    summary = tqc.main(flags(run_dir, resume="auto"))
     assert summary["status"] == "finished" and summary["exit_code"] == 0
     assert_same_run(grid[0], run_dir)
     assert not list(run_dir.rglob("*.tmp"))
@@ -137,7 +134,7 @@ def test_killed_twice_and_resumed_it_has_the_bits_of_the_uninterrupted_run(grid,
 @pytest.mark.parametrize("attempt", range(3))
 def test_kills_at_random_moments(grid, run_dir, attempt):
     for n in range(20):
-        child, delay = start(run_dir, **GRID, resume="auto"), random.uniform(0.5, 12)
+        child, delay = start(run_dir, resume="auto"), random.uniform(0.5, 12)
         try:
             _, err = child.communicate(timeout=delay)
         except subprocess.TimeoutExpired:
@@ -148,18 +145,15 @@ def test_kills_at_random_moments(grid, run_dir, attempt):
             assert child.returncode == 0, err
             break
     else:
-        tqc.main(flags(run_dir, **GRID, resume="auto"))
+        tqc.main(flags(run_dir, resume="auto"))
     assert_same_run(grid[0], run_dir)
 
 
 @POSIX
 @pytest.mark.slow
-@pytest.mark.parametrize("signum, code, name, changes", [
-    (signal.SIGTERM, 143, "drift", DRIFT), (signal.SIGINT, 130, "actor", ACTOR)])
-def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(
-    whole, run_dir, signum, code, name, changes
-):
-    child = start(run_dir, **changes)
+@pytest.mark.parametrize("signum, code, name", [(signal.SIGTERM, 143, "actor"), (signal.SIGINT, 130, "grid")])
+def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(whole, run_dir, signum, code, name):
+    child = start(run_dir, **RUNS[name])
     wait_until(child, lambda: any(line["global_step"] >= 512 for line in lines(run_dir)))
     child.send_signal(signum)
     _, err = child.communicate(timeout=400)
@@ -169,8 +163,8 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["global_step"]) == ("interrupted", loop["global_step"])
     tqc.load_policy(run_dir / "checkpoints" / "best.pt")
-    tqc.main(flags(run_dir, **changes, resume="auto"))
-    assert_same_run(whole(name, changes)[0], run_dir)
+    tqc.main(flags(run_dir, **RUNS[name], resume="auto"))
+    assert_same_run(whole(name)[0], run_dir)
 
 
 @POSIX
@@ -194,10 +188,10 @@ def test_a_signal_while_it_pre_trains_leaves_a_checkpoint(run_dir):
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is_or_goes_on(grid, copy, tmp_path):
-    tqc.main(flags(copy, **GRID, resume="auto"))
+    tqc.main(flags(copy, resume="auto"))
     assert_same_run(grid[0], copy)
     other = tmp_path / "other"  # resumed from a path into a directory of its own
-    summary = tqc.main(flags(other, **GRID, resume=copy / "checkpoints" / "last.pt", total_timesteps=2560))
+    summary = tqc.main(flags(other, resume=copy / "checkpoints" / "last.pt", total_timesteps=2560))
     assert summary["global_step"] == 2560 and summary["updates"] == grid[1]["updates"] + 16
     steps = [line["global_step"] for line in lines(other)]
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 2560
@@ -244,49 +238,39 @@ def test_a_run_whose_bars_were_replaced_or_extended_is_not_resumed(tmp_path):
     assert tqc.main(flags(run_dir, **changes, resume="auto"))["status"] == "finished"
 
 
-def truncated(path, grid):
-    path.write_bytes((grid / "checkpoints" / "last.pt").read_bytes()[:-5000])
-
-
-def other_schema(path, grid):
-    torch.save(last_of(grid) | {"schema": 99}, path)
-
-
-def other_script(path, grid):
-    torch.save(last_of(grid) | {"script": "dqn_forex_subproc"}, path)
-
-
-def encoder(path, grid):
-    shutil.copy(grid / "encoder.pt", path)
-
-
-def agent_alone(path, grid):
-    shutil.copy(grid / "checkpoints" / "best.pt", path)
-
-
-@pytest.mark.parametrize("make", [truncated, other_schema, other_script, encoder, agent_alone])
-def test_a_file_that_is_no_checkpoint_is_refused(grid, tmp_path, run_dir, make):
-    path = tmp_path / "strange.pt"
-    make(path, grid[0])
-    calls = [partial(tqc.main, flags(run_dir, resume=path))]
-    if make is not agent_alone:
-        calls += [partial(tqc.load_policy, path), partial(tqc.main, flags(run_dir, eval_only=True, checkpoint=path))]
-    for call in calls:
-        with pytest.raises(CheckpointError, match=r"strange\.pt"):
-            call()
+def test_a_file_that_is_no_checkpoint_is_refused(grid, tmp_path, run_dir):
+    last = grid[0] / "checkpoints" / "last.pt"
+    state, path = load_checkpoint(last), tmp_path / "strange.pt"
+    files = dict(
+        truncated=last.read_bytes()[:-5000], other_schema=state | {"schema": 99},
+        other_script=state | {"script": "dqn_forex_subproc"}, encoder=(grid[0] / "encoder.pt").read_bytes(),
+        agent_alone=(grid[0] / "checkpoints" / "best.pt").read_bytes())
+    for name, content in files.items():
+        if isinstance(content, dict):
+            torch.save(content, path)
+        else:
+            path.write_bytes(content)
+        calls = [partial(tqc.main, flags(run_dir, resume=path))]
+        if name != "agent_alone":
+            calls.append(partial(tqc.load_policy, path))
+            calls.append(partial(tqc.main, flags(run_dir, eval_only=True, checkpoint=path)))
+        for call in calls:
+            with pytest.raises(CheckpointError, match=r"strange\.pt"):
+                call()
     assert not run_dir.exists()
 
 
 # ------------------------------------------------------------------------------ what a checkpoint is
-def test_every_checkpoint_loads_with_weights_only_and_rotation_keeps_the_last(drift):
-    paths = sorted(drift[0].rglob("*.pt"))
+def test_every_checkpoint_loads_with_weights_only_and_rotation_keeps_the_last(whole):
+    run, _ = whole("actor")
+    paths = sorted(run.rglob("*.pt"))
     for path in paths:
         assert isinstance(torch.load(path, weights_only=True), dict)
     # checkpoint_interval 0: one after every vector step of 64 transitions
     steps = sorted(int(p.stem.removeprefix("step_")) for p in paths if p.name.startswith("step_"))
     assert steps == [1984, 2048]
     for step in steps:
-        state = load_checkpoint(drift[0] / "checkpoints" / f"step_{step}.pt")
+        state = load_checkpoint(run / "checkpoints" / f"step_{step}.pt")
         assert state["loop"]["global_step"] == step and "parts" not in state
 
 
@@ -312,15 +296,15 @@ for name in sys.argv[1:]:
 """
 
 
-def observations(run_dir, changes):
+def observations(run_dir):
     """Walk the test split in the real environment with the trace's actions: what it showed."""
-    args = TINY | changes
+    args = json.loads((run_dir / "args.json").read_text())
     trace = pd.read_parquet(run_dir / "traces" / "test.parquet")
     market = tqc.load_market(args["data"], window=args["window"])
     start, stop = market.rows["test"]
     env = tqc.MarketVectorEnv(
         market, (start, stop), 1, 10**6, args["fee_bps"], args["slippage_bps"],
-        position_mode=args.get("position_mode", "rebalance"))
+        position_mode=args["position_mode"])
     env.reset(seed=0)
     env.ints[tqc.ROW], env.floats[tqc.W_COST] = start, 0.0
     shown, rewards = [{k: x.numpy() for k, x in env.observe().items()}], []
@@ -335,11 +319,9 @@ def observations(run_dir, changes):
     return {k: np.concatenate([o[k] for o in shown[:-1]]) for k in shown[0]}, trace["position"].to_numpy()
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("drift", DRIFT), pytest.param("actor", ACTOR, marks=pytest.mark.slow)])
-def test_load_policy_in_a_fresh_process_agrees_with_the_traces(whole, tmp_path, repo, name, changes):
-    run, _ = whole(name, changes)
-    obs, positions = observations(run, changes)
+def test_load_policy_in_a_fresh_process_agrees_with_the_traces(whole, tmp_path, repo):
+    name, (run, _) = "actor", whole("actor")
+    obs, positions = observations(run)
     assert len(np.unique(positions)) > 5  # a constant would agree with all
     np.savez(tmp_path / f"{name}.npz", **obs)
     shutil.copy(run / "checkpoints" / "best.pt", tmp_path / f"{name}.pt")

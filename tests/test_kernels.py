@@ -1,7 +1,6 @@
 """The market kernels: one lane's arithmetic, its random numbers, and the same lane on CUDA."""
 
 import math
-import types
 
 import numba as nb
 import numpy as np
@@ -51,16 +50,6 @@ def episode(lane, number, rules):
     return row, w_max * min(max((uniform(seed, lane, number, 1) - 0.2) / 0.6, 0.0), 1.0)
 
 
-def source(kernel):
-    return getattr(kernel, "py_func", kernel)  # NUMBA_DISABLE_JIT=1 leaves the function itself
-
-
-def in_python(kernel, **names):
-    """The kernel's own code, uncompiled, calling `names` instead of compiled functions."""
-    function = source(kernel)
-    return types.FunctionType(function.__code__, function.__globals__ | names)
-
-
 def costs_of(drift, cost=8e-4, funding=-2e-4):
     return cost, funding, drift
 
@@ -101,27 +90,6 @@ def test_a_trade_is_the_balance_sheet_s(drift):
         costs = float(rng.choice([0, 5e-4, 0.05, 0.2])), float(rng.choice([0, 1e-4, -3e-4])), drift
         args = position, target, rng.normal(0, 0.1), costs
         assert tqc.trade_nb(*args) == pytest.approx(trade(*args), rel=1e-13, abs=1e-15), args
-
-
-def test_a_drifting_trade_leaves_the_target_of_equity_after_the_fee():
-    cases = [(0.0, 1.0, 0.01, 5e-4), (0.9, 0.2, -0.03, 0.05), (-0.4, -1.0, 0.02, 0.01)]
-    for p, a, r, c in cases:
-        fee = tqc.fee_nb(p, a, (c, 0.0, True))
-        growth, after = tqc.trade_nb(p, a, r, (c, 0.0, True))
-        assert (p + math.copysign(fee / c, a - p)) / (1.0 - fee) == pytest.approx(a, rel=1e-13)
-        assert after == pytest.approx(a * (1 + r) / (1 + a * r), rel=1e-13)
-        assert growth == pytest.approx((1 - fee) * (1 + a * r), rel=1e-13)
-    # all in from flat: cash pays the fee too, so less than 1 is bought
-    assert tqc.fee_nb(0.0, 1.0, (0.05, 0.0, True)) == pytest.approx(0.05 / 1.05, rel=1e-15)
-
-
-@MODES
-@pytest.mark.parametrize("funding", [1e-3, -1e-3])
-def test_funding_is_paid_by_longs_to_shorts_when_it_is_positive(drift, funding):
-    for a in (-1.0, -0.5, 0.0, 0.4, 1.0):
-        growth, after = tqc.trade_nb(a, a, 0.0, (0.1, funding, drift))
-        assert growth == 1.0 - funding * a
-        assert after == pytest.approx(a / growth if drift else a)
 
 
 @MODES
@@ -201,23 +169,6 @@ def test_an_episode_s_row_and_w_cost():
 
 
 # ---------------------------------------------------------------------------------------- one step
-@MODES
-def test_step_is_the_same_lane_in_python_bit_for_bit(drift):
-    costs, rules, ret = costs_of(drift), rules_of(), returns()
-    compiled, python = fresh(), fresh()
-    fee = in_python(tqc.fee_nb)
-    begin = in_python(tqc.begin_nb, uniform_nb=uniform)
-    lane = in_python(
-        tqc.lane_py, trade_nb=in_python(tqc.trade_nb, fee_nb=fee), begin_nb=begin)
-    ends = np.zeros(2)
-    for action in actions(300):
-        tqc.step_cpu(action, ret, costs, rules, compiled)
-        for i in range(LANES):
-            lane(i, action, ret, costs, rules, python)
-        for a, b in zip(compiled, python):
-            np.testing.assert_array_equal(a, b)
-        ends += compiled[3].sum(1)
-    assert ends[0] > 5 and ends[1] > 400 and compiled[0][tqc.EPISODE].min() > 8
 
 
 @MODES
