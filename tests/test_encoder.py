@@ -6,14 +6,13 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cleanrl_crypto import tqc_film_batch as tqc
-from common.data import COLUMNS, load_bars
+from common.data import load_bars
 from common.run import UsageError
 from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint
 from runs import flags_of
@@ -31,12 +30,6 @@ flags = partial(flags_of, TINY)
 
 def same(a: dict, b: dict) -> bool:
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def write_bars(path, bars):
-    frame = pd.DataFrame(bars.ohlcv[0], columns=COLUMNS[1:])
-    frame.insert(0, "timestamp", pd.DatetimeIndex(bars.timestamp).tz_localize("UTC"))
-    frame.to_parquet(path, index=False)
 
 
 def edited(bars, t, seed):
@@ -88,8 +81,8 @@ def contexts_of(bars, features, encoder, dtype=torch.float32, keep=False, cls=tq
 
 
 # ------------------------------------------------------------------------------------------ frozen
-def test_training_moves_nothing_of_the_encoder_and_nothing_could(trained):
-    run_dir, _, contexts = trained
+def test_training_moves_nothing_of_the_encoder_nor_of_its_cache_and_nothing_could(trained):
+    run_dir, summary, contexts = trained
     before = load_checkpoint(run_dir / "encoder.pt")["encoder"]  # written before the first update
     assert {"mean", "std", "gain", "positions", "embed.weight", "mask_token"} <= set(before)
     assert same(before, contexts.encoder.state_dict())
@@ -99,10 +92,6 @@ def test_training_moves_nothing_of_the_encoder_and_nothing_could(trained):
     assert not any(p.requires_grad for p in contexts.encoder.parameters())
     rows = torch.arange(*contexts.rows["eval"])[:8]
     assert not contexts(rows)[0].requires_grad
-
-
-def test_the_cache_of_the_run_is_what_the_encoder_says_after_it(trained):
-    _, summary, contexts = trained
     assert contexts.rows == {k: list(v) for k, v in summary["data"]["rows"].items()}
     stop = contexts.rows["eval"][1]
     rows = torch.arange(stop + 1 - tqc.BLOCK, stop + 1)  # encoded at once: the same bits
@@ -137,36 +126,27 @@ def test_filling_that_is_cut_short_keeps_the_newest_rows_of_every_split(small, d
 
 
 # ---------------------------------------------------------------------------------- --encoder PATH
-def test_disagreeing_dimensions_are_listed_in_one_line(trained, small):
-    path = trained[0] / "encoder.pt"
-    market = contexts_of(*small).market
-    wrong = dict(columns=20, window=24, d_model=48, n_heads=8, n_layers=3)
-    with pytest.raises(CheckpointError) as error:
-        tqc.load_encoder(str(path), CONFIG | wrong, market)
-    line = str(error.value)
-    assert "\n" not in line and "encoder.pt" in line
-    for name, value in wrong.items():
-        assert f"{name} {CONFIG[name]} found, {value} expected" in line
-    with pytest.raises(CheckpointError) as error:
-        tqc.load_encoder(str(path), CONFIG | {"window": 24}, market)
-    assert str(error.value).count("found") == 1
-    with pytest.raises(CheckpointError, match="best.pt"):
-        tqc.load_encoder(str(trained[0] / "checkpoints" / "best.pt"), CONFIG, market)
-
-
-def test_an_encoder_of_other_columns_or_of_this_run_s_eval_bars_is_refused(trained, small, tmp_path):
-    """Five files of ten columns are not fifty of one file; nor may it have seen what it is judged on."""
-    market, path = contexts_of(*small).market, tmp_path / "encoder.pt"
-    state = load_checkpoint(trained[0] / "encoder.pt")
+def test_an_encoder_that_does_not_fit_is_refused_in_one_line(trained, small, tmp_path):
+    market, good = contexts_of(*small).market, trained[0] / "encoder.pt"
+    state, other = load_checkpoint(good), tmp_path / "other.pt"
+    # five files of ten columns are not fifty of one file
     names = [f"{asset}/{k}" for asset in "ABCDE" for k in range(10)] + state["columns"][50:]
-    torch.save(state | {"columns": names}, path)
-    with pytest.raises(UsageError) as error:
-        tqc.load_encoder(str(path), CONFIG, market)
-    assert names[0] in str(error.value) and state["columns"][0] in str(error.value)
-    # trained on 70 % of 2500 bars, judged on bars of the first 1500
-    with pytest.raises(UsageError) as error:
-        tqc.load_encoder(str(trained[0] / "encoder.pt"), dict(CONFIG), market)
-    assert state["config"]["trained_until"] in str(error.value) and "--split" in str(error.value)
+    torch.save(state | {"columns": names}, other)
+    wrong = dict(columns=20, window=24, d_model=48, n_heads=8, n_layers=3)
+    found = [f"{name} {CONFIG[name]} found, {value} expected" for name, value in wrong.items()]
+    # the good one was trained on 70 % of 2500 bars: those of the first 1500 cannot judge it
+    for path, config, error, words in (
+        (good, wrong, CheckpointError, ["encoder.pt", *found]),
+        (good, {"window": 24}, CheckpointError, [found[1]]),
+        (trained[0] / "checkpoints" / "best.pt", {}, CheckpointError, ["best.pt"]),
+        (other, {}, UsageError, [names[0], state["columns"][0]]),
+        (good, {}, UsageError, [state["config"]["trained_until"], "--split"]),
+    ):
+        with pytest.raises(error) as refusal:
+            tqc.load_encoder(str(path), CONFIG | config, market)
+        line = str(refusal.value)
+        assert "\n" not in line and all(word in line for word in words)
+        assert line.count(" found, ") == len(config)
 
 
 def test_a_good_encoder_is_used_instead_of_pre_training_with_this_run_s_recency(trained, tmp_path):
@@ -185,9 +165,8 @@ def test_a_good_encoder_is_used_instead_of_pre_training_with_this_run_s_recency(
 
 # ----------------------------------------------------------------------------------------- leakage
 def bits(contexts, rows):
-    z, hmm, forecast = contexts(torch.as_tensor(rows))
-    integers = torch.int16 if z.dtype == torch.bfloat16 else torch.int32
-    return z.view(integers), hmm.contiguous().view(torch.int32)
+    integers = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+    return [x.contiguous().view(integers[x.dtype]) for x in contexts(torch.as_tensor(rows))]
 
 
 def leaks(small, t, seed, dtype, cls=tqc.Contexts) -> bool:
