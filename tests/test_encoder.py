@@ -66,6 +66,10 @@ def small():
     """A market, its fitted features, and a frozen encoder with statistics of its own."""
     bars = load_bars(f"synthetic:regime?bars={ROWS}")
     features = tqc.fit_features(bars, TRAIN_STOP)
+    table = features.transform(bars)
+    columns = tqc.with_products(table, features.n_tech).shape[1]
+    weights = np.random.default_rng(0).normal(size=columns).tolist()
+    features.linear = {"center": [0.0] * columns, "weights": weights, "spread": 10.0}
     torch.manual_seed(0)
     encoder = tqc.build_encoder(CONFIG).eval().requires_grad_(False)
     encoder.mean.normal_()
@@ -170,7 +174,8 @@ def bits(contexts, rows):
 
 
 def leaks(small, t, seed, dtype, cls=tqc.Contexts) -> bool:
-    """Whether an edit of the rows after t moves a bit of contexts or HMM columns at rows <= t."""
+    """Whether an edit of the rows after t moves a bit of contexts, HMM columns or forecasts at
+    rows <= t."""
     bars, features, encoder = small
     rows = np.arange(t - 3, t + 1)
     before = bits(contexts_of(bars, features, encoder, dtype, cls=cls), rows)
@@ -192,12 +197,24 @@ def test_context_at_row_t_keeps_its_bits_when_later_rows_change(small, t, seed, 
     assert not leaks(small, t, seed, dtype)
 
 
+def test_the_forecast_is_out_of_fold_on_train_rows_and_the_lasso_s_own_elsewhere():
+    data = "synthetic:regime?bars=6000"
+    market = tqc.load_market(data, window=16)
+    own, (start, stop) = market.features.forecast(market.table), market.rows["train"]
+    train = market.forecast[start:stop], own[start:stop]
+    np.testing.assert_array_equal(market.forecast[stop:], own[stop:])
+    assert own[stop:].std() > 0.1 and 0.1 < np.corrcoef(*train)[0, 1] < 0.999
+    fitted = tqc.load_market(data, window=16, features=market.features)
+    np.testing.assert_array_equal(fitted.forecast, market.forecast)
+    assert not tqc.load_market(data, window=16, forecast=False).forecast.any()
+
+
 @pytest.mark.parametrize("t", [FIRST, ROWS - 3])
 def test_context_at_row_t_does_see_bar_t_and_the_checker_catches_one_bar_more(small, t):
     bars, features, encoder = small
-    before = bits(contexts_of(bars, features, encoder), [t])[0]
-    after = bits(contexts_of(edited(bars, t - 1, 1), features, encoder), [t])[0]
-    assert not torch.equal(before, after)
+    before = bits(contexts_of(bars, features, encoder), [t])
+    after = bits(contexts_of(edited(bars, t - 1, 1), features, encoder), [t])
+    assert not torch.equal(before[0], after[0]) and not torch.equal(before[2], after[2])
     assert leaks(small, t, 1, torch.float32, OneBarAhead)
 
 
