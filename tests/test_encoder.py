@@ -16,11 +16,9 @@ from common.data import load_bars
 from common.run import UsageError
 from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint
 from runs import flags_of
+from test_smoke_tqc_film_batch import TINY as SMOKE
 
-TINY = dict(
-    data="synthetic:regime?bars=2500", d_model=32, window=16, num_envs=64, batch_size=64, mae_steps=5,
-    total_timesteps=1024, learning_starts=256, eval_interval=512, updates_per_step=2,
-    fusion_width=32, hidden=32, dropout=0.2, report=False, torch_threads=1, cuda=False)
+TINY = SMOKE | dict(data="synthetic:regime?bars=2500", dropout=0.2)
 CONFIG = {"columns": 50, "window": 16, "d_model": 32, "n_heads": tqc.HEADS, "n_layers": tqc.LAYERS,
           "recency": 1.5, "trained_until": ""}
 ROWS, TRAIN_STOP = 1500, 1050

@@ -133,21 +133,6 @@ def test_nonsense_is_refused(make, wrong, error):
         make(2, **wrong)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_an_action_that_is_not_finite_is_refused(make, bad):
-    env = make(4)
-    env.reset(seed=1)
-    before = env.state_dict()
-    action = np.zeros((4, 1), np.float32)
-    action[2] = bad
-    with pytest.raises(ValueError, match="lane 2"):
-        env.step(action)
-    for shape in ((3, 1), (5,), (4, 2)):
-        with pytest.raises(ValueError):
-            env.step(np.zeros(shape, np.float32))
-    assert torch.equal(before["ints"], env.ints) and torch.equal(before["floats"], env.floats)
-
-
 # -------------------------------------------------------------------------------------- autoreset
 @MODES
 def test_the_exact_autoreset_sequence(make, market, mode):

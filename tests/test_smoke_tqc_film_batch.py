@@ -50,11 +50,12 @@ def command(run_dir, **changes):
     return done.returncode, done.stdout, done.stderr
 
 
-def write_bars(path, spec):
+def write_bars(path, spec, rows=None):
+    """The first `rows` bars as a file."""
     bars = load_bars(spec)
     frame = pd.DataFrame(bars.ohlcv[0], columns=COLUMNS[1:])
     frame.insert(0, "timestamp", pd.DatetimeIndex(bars.timestamp).tz_localize("UTC"))
-    frame.to_parquet(path, index=False)
+    frame[:rows].to_parquet(path, index=False)
     return path
 
 
@@ -418,23 +419,16 @@ def test_on_a_gpu_the_loop_never_waits(tmp_path, monkeypatch, changes):
     assert summary["device"]["backend"] == "cuda" and summary["updates"] > 0
 
 
-def learn(tmp_path, *more):
-    """The defaults of the command line for 200 s: its summary."""
-    argv = [sys.executable, str(SCRIPT), "--timeout", "200", "--run-dir", str(tmp_path / "run"), *more]
+@pytest.mark.slow
+@pytest.mark.parametrize("data, verdicts, metric, least", [
+    ("synthetic:regime", ["healthy"], "score", 0.5),
+    ("synthetic:drift", ["constant_is_right", "healthy"], "exposure", 0.8)])
+def test_it_learns_a_regime_and_holds_a_drift(tmp_path, data, verdicts, metric, least):
+    """The defaults of the command line for 200 s."""
+    argv = [sys.executable, str(SCRIPT), "--timeout", "200", "--data", data]
+    argv += ["--run-dir", str(tmp_path / "run")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    return load_summary(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_it_learns_the_regime_market(tmp_path):
-    summary = learn(tmp_path)
-    assert summary["audit"]["verdict"] == "healthy", summary["audit"]["reasons"]
-    assert summary["eval"]["test"]["agent"]["score"] >= 0.5
-
-
-@pytest.mark.slow
-def test_on_the_drift_market_it_holds(tmp_path):
-    summary = learn(tmp_path, "--data", "synthetic:drift")
-    assert summary["audit"]["verdict"] in ("constant_is_right", "healthy")
-    assert summary["eval"]["test"]["agent"]["exposure"] > 0.8
+    summary = load_summary(tmp_path / "run")
+    assert summary["audit"]["verdict"] in verdicts, summary["audit"]["reasons"]
+    assert summary["eval"]["test"]["agent"][metric] >= least
