@@ -267,13 +267,16 @@ def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
     forecasts = out_of_fold([series], penalties)[0]
     errors = ((y - y.mean())[:, None] - forecasts) ** 2
     k = int(errors.mean(0).argmin())
+    chosen, forecast = weights[:, k], forecasts[:, k]
+    if not chosen.any():  # no forecast of other rows: then none of the train rows either
+        forecast = np.zeros(len(y))
     linear = {
         "penalty": float(penalties[k]),
         "center": center.tolist(),
-        "weights": weights[:, k].tolist(),
-        "spread": float(forecasts[:, k].std()) or 1.0,
+        "weights": chosen.tolist(),
+        "spread": float(forecast.std()) or 1.0,
     }
-    return linear, forecasts[:, k] / linear["spread"]
+    return linear, forecast / linear["spread"]
 
 
 def edge_that_matters(returns: np.ndarray, bars_per_year: float) -> float:

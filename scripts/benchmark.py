@@ -564,7 +564,7 @@ def shrink(args: Args):
     args.intervals, args.interval_steps = 2, 2
     args.peer_updates, args.env_steps = 2, 200
     if args.data == "synthetic:regime":
-        args.data += "?bars=3000"
+        args.data += "?bars=6000"
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -32,7 +32,7 @@ def quick(repo, tmp_path_factory) -> dict:
 @pytest.mark.slow
 def test_where_it_ran(quick):
     machine = quick["machine"]
-    assert quick["quick"] and quick["data"] == "synthetic:regime?bars=3000"
+    assert quick["quick"] and quick["data"] == "synthetic:regime?bars=6000"
     assert {"cpu", "cores", "bf16_hardware"} <= set(machine)
     assert machine["threads"] == machine["numba_threads"] == 1
     assert {"torch", "numpy", "sb3_contrib", "python"} <= set(machine["versions"])

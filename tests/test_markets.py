@@ -416,6 +416,20 @@ def test_the_sparse_rival_is_chosen_inside_the_train_rows():
         assert found[0] < 2 * found[1] + 1e-9
 
 
+def test_a_linear_forecast_is_of_all_rows_or_of_none():
+    some = []
+    for seed in range(8):  # weak enough that the penalty often leaves no weight, but in single folds some
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(800, 10))
+        ret = 0.01 * rng.normal(size=800) + 0.0006 * x[:, 0]
+        series = scoring.Series(x, ret, {"train": (0, 700)}, None, False)
+        linear, out_of_fold = scoring.fit_linear(series)
+        some.append(np.any(linear["weights"]))
+        assert out_of_fold.any() == some[-1]
+        assert not some[-1] or out_of_fold.std() == pytest.approx(1)
+    assert 0 < sum(some) < 8
+
+
 def audit_of(agent, rival, optimum, dependence, matters=0.6, error=0.1):
     return {
         "state_dependence": dependence, "edge_bps": agent, "edge_se_bps": error, "rival_edge_bps": rival,
