@@ -18,7 +18,15 @@ BATCHES = 20  # consecutive pieces whose means give a standard error
 FOLDS = 5  # of the train rows, to choose the lasso's penalty
 GAP = 64  # rows beside a fold that are not used: columns look back
 SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
-THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of a no-trade band, in standard deviations
+THRESHOLDS = (
+    0.0,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+)  # of a no-trade band, in standard deviations
 NOTHING = 0.05  # bp a bar: an optimum that earns less earns nothing
 ENOUGH = 0.25  # share of the edge that is there, from which on an agent is healthy
 
@@ -40,7 +48,9 @@ class Series:
     known: bool  # the conditional mean is
 
 
-def path_metrics(reward, mean, change, held, bars_per_year: float) -> tuple[dict, np.ndarray]:
+def path_metrics(
+    reward, mean, change, held, bars_per_year: float
+) -> tuple[dict, np.ndarray]:
     """Metrics of what Series.walk returned, and the equity (n,) after each bar (1 before)."""
     import empyrical  # most of a second
 
@@ -268,7 +278,9 @@ def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
     errors = ((y - y.mean())[:, None] - forecasts) ** 2
     k = int(errors.mean(0).argmin())
     chosen, forecast = weights[:, k], forecasts[:, k]
-    if not chosen.any():  # no forecast of other rows: then none of the train rows either
+    if (
+        not chosen.any()
+    ):  # no forecast of other rows: then none of the train rows either
         forecast = np.zeros(len(y))
     linear = {
         "penalty": float(penalties[k]),
@@ -304,7 +316,12 @@ def edges(assets: list[Series], paths: dict, levels, bars_per_year: float) -> di
 
 
 def verdict(
-    audit: dict, agent: dict, updates: int, least_updates: int, rows: int, improving: bool
+    audit: dict,
+    agent: dict,
+    updates: int,
+    least_updates: int,
+    rows: int,
+    improving: bool,
 ) -> tuple[str, list[str]]:
     """What the agent is, in a word, and why.
 
@@ -318,7 +335,10 @@ def verdict(
         return "untrained", ["no gradient update was made"]
     numbers = describe(audit, agent)
     if audit["matters_bps"] == 0:
-        return "constant_is_right", ["the price never moves: there is nothing to earn", numbers]
+        return "constant_is_right", [
+            "the price never moves: there is nothing to earn",
+            numbers,
+        ]
 
     rival, least = audit["rival_edge_bps"], 2 * audit["rival_edge_se_bps"]
     optimum, matters = audit["optimum_edge_bps"], audit["matters_bps"]
@@ -326,26 +346,47 @@ def verdict(
     if optimum is not None:
         visible, goal = optimum >= NOTHING and (visible or optimum >= matters), optimum
     moves = audit["state_dependence"] >= 0.02 and agent["trades"] > 1
-    moves = moves and agent["turnover"] >= 1e-3 + 1 / rows  # more than the opening trade
+    moves = (
+        moves and agent["turnover"] >= 1e-3 + 1 / rows
+    )  # more than the opening trade
     earns = audit["edge_bps"] > 2 * audit["edge_se_bps"]
     if visible:
         if moves and earns and audit["edge_bps"] >= ENOUGH * goal:
-            return "healthy", ["the position answers to the market, and that earns", numbers]
+            return "healthy", [
+                "the position answers to the market, and that earns",
+                numbers,
+            ]
         if improving or updates < least_updates:
-            return "undertrained", [f"it stopped early, after {updates} updates", numbers]
+            return "undertrained", [
+                f"it stopped early, after {updates} updates",
+                numbers,
+            ]
         if moves:
             why = f"it answers to the market, but earns less than {ENOUGH:.0%} of what is there"
             return "undertrained", [why, numbers]
-        return "collapsed", ["one position whatever the market, yet there is an edge", numbers]
+        return "collapsed", [
+            "one position whatever the market, yet there is an edge",
+            numbers,
+        ]
     if moves and earns:
-        return "healthy", ["the position answers to the market, and that earns", numbers]
+        return "healthy", [
+            "the position answers to the market, and that earns",
+            numbers,
+        ]
     if optimum is None and least > matters:
         why = f"an edge below {least:.2f} bp a bar would not show on these rows, and one of "
         return "undecided", [f"{why}{matters:.2f} matters", numbers]
     if moves or (optimum or 0.0) >= NOTHING:
-        why = "it trades where no edge is to be seen" if moves else "the edge is too weak to be seen"
+        why = (
+            "it trades where no edge is to be seen"
+            if moves
+            else "the edge is too weak to be seen"
+        )
         return "undecided", [why, numbers]
-    return "constant_is_right", ["one position whatever the market, and no edge", numbers]
+    return "constant_is_right", [
+        "one position whatever the market, and no edge",
+        numbers,
+    ]
 
 
 def describe(audit: dict, agent: dict) -> str:
