@@ -18,15 +18,8 @@ BATCHES = 20  # consecutive pieces whose means give a standard error
 FOLDS = 5  # of the train rows, to choose the lasso's penalty
 GAP = 64  # rows beside a fold that are not used: columns look back
 SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
-THRESHOLDS = (
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    1.5,
-    2.0,
-)  # of a no-trade band, in standard deviations
+# of a no-trade band, in standard deviations
+THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 NOTHING = 0.05  # bp a bar: an optimum that earns less earns nothing
 ENOUGH = 0.25  # share of the edge that is there, from which on an agent is healthy
 
@@ -278,9 +271,8 @@ def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
     errors = ((y - y.mean())[:, None] - forecasts) ** 2
     k = int(errors.mean(0).argmin())
     chosen, forecast = weights[:, k], forecasts[:, k]
-    if (
-        not chosen.any()
-    ):  # no forecast of other rows: then none of the train rows either
+    # no forecast of other rows: then none of the train rows either
+    if not chosen.any():
         forecast = np.zeros(len(y))
     linear = {
         "penalty": float(penalties[k]),
