@@ -35,18 +35,14 @@ if TYPE_CHECKING:
 
 LOOKBACK = 720  # bars of the longest window: 30 days of hours
 WARMUP = LOOKBACK - 1  # first row whose longest window is full
-MIN_TRAIN = (
-    256  # rows after warm-up, at least: quartiles of 50 columns and a 4-state HMM
-)
+MIN_TRAIN = 256  # rows after warm-up, at least: quartiles of 50 columns and a 4-state HMM
 CLIP = 5.0  # robust standard deviations
 RETURN_CLIP = 0.20  # log return
 TINY = 1e-8  # a spread below this is rounding noise
 ORDERS = tuple(
     round(0.05 * k, 2) for k in range(1, 21)
 )  # candidates for the fractional difference
-DF_CRITICAL = (
-    -2.86
-)  # Dickey-Fuller t with a constant, 5 % (Fuller 1976, MacKinnon 2010)
+DF_CRITICAL = -2.86  # Dickey-Fuller t with a constant, 5 % (Fuller 1976, MacKinnon 2010)
 
 STATES = 4
 STICKY = 0.1  # weight of the identity in the filter's transition matrix
@@ -59,9 +55,7 @@ HMM_ROWS = 50_000  # EM sees all train rows, or this many
 STRETCHES = 10  # in so many pieces, spread evenly
 OUTLIER = 8.0  # robust standard deviations: EM sees a bad tick no farther out
 HMM_COLUMNS = (*(f"hmm_p{k}" for k in range(STATES)), "hmm_entropy")
-FALSE_DISCOVERIES = (
-    0.01  # expected share of them among the columns that pass the screen
-)
+FALSE_DISCOVERIES = 0.01  # expected share of them among the columns that pass the screen
 
 
 # --------------------------------------------------------------------------------------- windows
@@ -253,10 +247,7 @@ FAMILIES = {
         "average directional index, N bars",
         lambda b, n: indicator("ADX", b.h, b.l, b.c, n),
     ),
-    "cci": (
-        "commodity channel index, N bars",
-        lambda b, n: indicator("CCI", b.h, b.l, b.c, n),
-    ),
+    "cci": ("commodity channel index, N bars", lambda b, n: indicator("CCI", b.h, b.l, b.c, n)),
     "close_z": ("z-score of log close, N bars", lambda b, n: zscore(b.x, n)),
     "log_volume": ("mean of log volume, N bars", lambda b, n: rolling_mean(b.lv, n)),
     "volume_z": ("z-score of log volume, N bars", lambda b, n: zscore(b.lv, n)),
@@ -279,14 +270,8 @@ MOST = 5000  # bars
 
 SINGLE = {  # columns that are no family's
     "macd": ("MACD line 12/26 over close", macd),
-    "macd_hist": (
-        "MACD histogram 12/26/9 over close",
-        lambda b: macd_hist(b, 12, 26, 9),
-    ),
-    "macd_hist_slow": (
-        "MACD histogram 48/104/36 over close",
-        lambda b: macd_hist(b, 48, 104, 36),
-    ),
+    "macd_hist": ("MACD histogram 12/26/9 over close", lambda b: macd_hist(b, 12, 26, 9)),
+    "macd_hist_slow": ("MACD histogram 48/104/36 over close", lambda b: macd_hist(b, 48, 104, 36)),
     "di_spread_14": (
         "positive less negative directional indicator, 14 bars",
         lambda b: di_spread(b, 14),
@@ -296,20 +281,14 @@ SINGLE = {  # columns that are no family's
         "log of the 24-bar over the 168-bar mean of volume",
         lambda b: volume_trend(b, 24, 168),
     ),
-    "log_range": (
-        "log Parkinson range of the bar, log(high/low)/sqrt(4 log 2)",
-        lambda b: b.lr,
-    ),
+    "log_range": ("log Parkinson range of the bar, log(high/low)/sqrt(4 log 2)", lambda b: b.lr),
     "frac_diff": (
         "fractional difference of log close, 720 weights, order chosen on train rows",
         lambda b: lag_sum(b.x, frac_weights(b.frac_order)),
     ),
     "ema_ratio_12": ("log of close over its EMA, 12 bars", lambda b: ema_ratio(b, 12)),
     "ema_ratio_48": ("log of close over its EMA, 48 bars", lambda b: ema_ratio(b, 48)),
-    "ema_ratio_168": (
-        "log of close over its EMA, 168 bars",
-        lambda b: ema_ratio(b, 168),
-    ),
+    "ema_ratio_168": ("log of close over its EMA, 168 bars", lambda b: ema_ratio(b, 168)),
     "atr_ratio": (
         "log of the 14-bar over the 100-bar average true range",
         lambda b: atr_ratio(b, 14, 100),
@@ -318,22 +297,13 @@ SINGLE = {  # columns that are no family's
         "Bollinger position (close - mean)/(2 std), 20 bars",
         lambda b: zscore(b.c, 20) / 2,
     ),
-    "bollinger_width_20": (
-        "log of std over mean of close, 20 bars",
-        lambda b: band_width(b, 20),
-    ),
+    "bollinger_width_20": ("log of std over mean of close, 20 bars", lambda b: band_width(b, 20)),
     "stoch_k_14": (
         "stochastic %K, 14 bars",
         lambda b: indicator("STOCHF", b.h, b.l, b.c, fastk_period=14)[0],
     ),
-    "williams_r_72": (
-        "Williams %R, 72 bars",
-        lambda b: indicator("WILLR", b.h, b.l, b.c, 72),
-    ),
-    "aroon_osc_25": (
-        "Aroon oscillator, 25 bars",
-        lambda b: indicator("AROONOSC", b.h, b.l, 25),
-    ),
+    "williams_r_72": ("Williams %R, 72 bars", lambda b: indicator("WILLR", b.h, b.l, b.c, 72)),
+    "aroon_osc_25": ("Aroon oscillator, 25 bars", lambda b: indicator("AROONOSC", b.h, b.l, 25)),
     "close_location": (
         "close within the bar, (2 close - high - low)/(high - low)",
         close_location,
@@ -361,9 +331,7 @@ def _member(name: str) -> tuple:
     """(what it is, formula(views)) of a column of a family: rsi_14."""
     family, _, number = name.rpartition("_")
     text, formula = FAMILIES[family]
-    text = (
-        text.replace("N bars", "1 bar") if number == "1" else text.replace("N", number)
-    )
+    text = text.replace("N bars", "1 bar") if number == "1" else text.replace("N", number)
     return text, lambda b: formula(b, int(number))
 
 
@@ -459,9 +427,7 @@ def finish(out, model, spec):
     out[: model.warmup] = 0.0
     if not np.isfinite(out).all():
         row, col = np.argwhere(~np.isfinite(out))[0]
-        raise DataError(
-            f"{spec}: feature {model.columns[col]} is not finite at row {row}"
-        )
+        raise DataError(f"{spec}: feature {model.columns[col]} is not finite at row {row}")
     return out.astype(np.float32)
 
 
@@ -506,9 +472,7 @@ def hmm_rows(x):
         return x, None
     length = HMM_ROWS // STRETCHES
     starts = np.linspace(0, len(x) - length, STRETCHES).astype(int)
-    print(
-        f"HMM: fitted on {HMM_ROWS} of {len(x)} train rows, {STRETCHES} stretches of {length}"
-    )
+    print(f"HMM: fitted on {HMM_ROWS} of {len(x)} train rows, {STRETCHES} stretches of {length}")
     stretches = [x[a : a + length] for a in starts]
     return np.concatenate(stretches), [length] * STRETCHES
 
@@ -549,9 +513,7 @@ def run_em(model, x, lengths, deadline):
     try:
         model.implementation = "scaling"  # three times as fast as "log"
         model.fit(x[:, None], lengths)
-    except (
-        ValueError
-    ):  # underflow at an outlier; "log" goes on from the same parameters
+    except ValueError:  # underflow at an outlier; "log" goes on from the same parameters
         model.implementation = "log"
         model.fit(x[:, None], lengths)
 
@@ -567,9 +529,7 @@ def fit_hmm(x, seed, seconds=math.inf):
     rng, deadline = np.random.default_rng(seed), time.monotonic() + seconds
     log = logging.getLogger("hmmlearn")
     level, best, best_ll = log.level, None, -np.inf
-    log.setLevel(
-        logging.ERROR
-    )  # it warns where its prior on the variance costs likelihood
+    log.setLevel(logging.ERROR)  # it warns where its prior on the variance costs likelihood
     try:
         for start in range(STARTS):
             if best and time.monotonic() > deadline:
@@ -729,13 +689,9 @@ class FeatureModel(Fitted):
         """
         there, here = self.names, tuple(bars.names)
         if len(here) != len(there):
-            raise DataError(
-                f"{bars.spec}: {len(here)} assets, features fitted on {len(there)}"
-            )
+            raise DataError(f"{bars.spec}: {len(here)} assets, features fitted on {len(there)}")
         if here != there and set(here) == set(there):
-            raise DataError(
-                f"{bars.spec}: features fitted on the order {', '.join(there)}"
-            )
+            raise DataError(f"{bars.spec}: features fitted on the order {', '.join(there)}")
         raw, traded = raw_columns(bars.ohlcv, bars.timestamp, self.assets)
         tech = scaled(raw, self) * self.passed
         out = np.concatenate([tech, context(traded.lg, self.hmm)], 1)
@@ -774,11 +730,7 @@ def too_few(bars, train_stop, warmup, what):
 
 
 def fit_features(
-    bars: Bars,
-    train_stop: int,
-    seed: int = 0,
-    seconds: float = math.inf,
-    screen: bool = False,
+    bars: Bars, train_stop: int, seed: int = 0, seconds: float = math.inf, screen: bool = False
 ) -> FeatureModel:
     """Fit on bar rows [0, train_stop) only; seed moves the HMM's later starts.
 
@@ -810,9 +762,7 @@ def fit_features(
         train_dates=(iso(timestamp[0]), iso(timestamp[-1])),
     )
     if screen:
-        rows = slice(
-            WARMUP, train_stop - 1
-        )  # the last row's next bar is not a train row
+        rows = slice(WARMUP, train_stop - 1)  # the last row's next bar is not a train row
         tech = scaled(raw[rows], model)
         hmm = context(traded.lg, model.hmm)[rows]
         ret = bars.next_return[rows]
@@ -831,9 +781,7 @@ def find_column(name: str):
     if family in FAMILIES and number.isascii() and number.isdigit():
         n, least = int(number), LEAST.get(family, 1)
         if not least <= n <= MOST:
-            raise ValueError(
-                f"feature {name}: {n} bars, must be from {least} to {MOST}"
-            )
+            raise ValueError(f"feature {name}: {n} bars, must be from {least} to {MOST}")
         return _member(name)[1]
     number = number if number.isdigit() else "N"
     known = [*TABLE, *SINGLE, *(f"{k}_{number}" for k in FAMILIES)]
@@ -851,9 +799,7 @@ def fit_columns(bars: Bars, names, train_stop: int) -> ColumnModel:
     """
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice or not names:
-        raise ValueError(
-            f"feature {twice[0]} is named twice" if twice else "no feature is named"
-        )
+        raise ValueError(f"feature {twice[0]} is named twice" if twice else "no feature is named")
     formulas = [find_column(name) for name in names]
     asset = fit_asset(bars.ohlcv[0, :train_stop])
     timestamp = bars.timestamp[:train_stop]
