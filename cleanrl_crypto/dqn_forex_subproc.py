@@ -96,7 +96,6 @@ from numba import cuda
 
 from common import markets
 from common.data import (
-    Bars,
     find_file,
     iso,
     load_bars,
@@ -139,9 +138,8 @@ SYNTHETIC_COST = 0.2  # of the bar's sigma, a side: so dear that a policy of sig
 RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
 LOST = 3e-6  # growth that ends the episode: above RUIN, a fee may hit the floor in a rising bar
 MAX_GRAD_NORM = 10.0  # never reached in a healthy run: it stops one bad batch
-AVERAGE = (
-    0.999  # of the averaged weights, an update: about the last 1000, quieter than the last ones
-)
+# of the averaged weights, an update: about the last 1000, quieter than the last ones
+AVERAGE = 0.999
 START_E = 1.0  # first probability of a random action: nothing is known yet
 LAST_RATE = 0.02  # of --learning-rate, at the end of the cosine
 EVAL_EPISODES = 100  # of a custom environment
@@ -150,12 +148,10 @@ EVAL_STEPS = 100_000  # vector steps after which these are cut: an episode may n
 ROWS_PER_SECOND = 50_000  # that an evaluation with its baselines walks, at least
 WALK = ("growth", "mean", "change", "held")  # of an account, a bar
 
-STEP, FIRST, NEXT, SHOW, LOSE = range(
-    5
-)  # what is done to lanes; LOSE: their worker died, the episode is truncated
-RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, FLAT, LAST, SPARE = range(
-    8
-)  # columns of a bar: one cache line
+# what is done to lanes; LOSE: their worker died, the episode is truncated
+STEP, FIRST, NEXT, SHOW, LOSE = range(5)
+# columns of a bar: one cache line
+RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, FLAT, LAST, SPARE = range(8)
 LEVERAGE, DRIFT, YEAR, LENGTH = range(4)  # numbers of an environment
 # a lane's state, an array (N,) each: held is the exposure over leverage, which drifts away from the
 # position; equity and peak count from 1; worst is the largest drawdown; total, squares and turnover
@@ -169,12 +165,8 @@ SHARED = ("async_halves", "on_worker_death", "worker_timeout", "seed")  # of all
 RULES = ("leverage", "position_mode", "episode_length")  # flags of the environment itself
 EPISODE = ("r", "l", "drawdown", "turnover", "sharpe_ratio", "max_drawdown")  # rows of `stats`
 
-PRELOAD = (
-    "cleanrl_crypto.dqn_forex_subproc",
-)  # imported once by the fork server, shared by every worker
-FORK_SERVER = (
-    "CLEANRL_CRYPTO_FORK_SERVER"  # in the environment of the fork server and of what it starts
-)
+# in the environment of the fork server and of what it starts
+FORK_SERVER = "CLEANRL_CRYPTO_FORK_SERVER"
 ATTEMPTS = 3  # restarts of a worker without a step between them
 START_SECONDS = 60.0  # for a worker to import this file and to build its environments
 
@@ -326,18 +318,18 @@ class Args(RunArgs):
                 "-100 to 1000 bp",
             ),
         )
-        workers = ("on_worker_death", "worker_timeout")
-        for mode, names in (
-            (self.env_fn and f"--env-fn {self.env_fn}", (*MARKET, "rescale", "vec_mode")),
-            (self.synthetic and f"--data {self.data}", ("spread_pips", "spread_file", "weekend")),
-            (self.vec_mode == "single" and "--vec-mode single", ("num_workers", "async_halves")),
-            (self.vec_mode in ("single", "dummy") and f"--vec-mode {self.vec_mode}", workers),
-            (self.vec_mode != "subproc" and f"--vec-mode {self.vec_mode}", ("rescale",)),
+        mode = f"--vec-mode {self.vec_mode}"
+        here = self.vec_mode in ("single", "dummy")  # without worker processes
+        for holds, given, names in (
+            (self.env_fn, f"--env-fn {self.env_fn}", (*MARKET, "rescale", "vec_mode")),
+            (self.synthetic, f"--data {self.data}", ("spread_pips", "spread_file", "weekend")),
+            (self.vec_mode == "single", mode, ("num_workers", "async_halves")),
+            (here, mode, ("on_worker_death", "worker_timeout")),
+            (self.vec_mode != "subproc", mode, ("rescale",)),
         ):
-            for name in names if mode else ():
-                default = type(self).__dataclass_fields__[name].default
-                odd = getattr(self, name) != default
-                refuse((odd, f"{flag(name)} says nothing with {mode}: leave one of them out"))
+            for name in names:
+                odd = holds and getattr(self, name) != getattr(Args, name)
+                refuse((odd, f"{flag(name)} says nothing with {given}: leave one of them out"))
 
     @property
     def lanes(self):
@@ -360,12 +352,12 @@ class Pairs(NamedTuple):
     """What lanes walk over: one static table, the rows of pair after pair. Row t earns the bar to
     row t + 1."""
 
-    names: tuple[str, ...]  # S pairs
-    series: list[Bars]
-    models: dict[str, dict]  # state_dict of the ColumnModel that made each pair's columns
+    names: tuple  # S symbols
+    series: list  # Bars of each
+    models: dict  # symbol -> state_dict of the ColumnModel that made its columns
     table: np.ndarray  # (R, F) float32 columns, the last one the cost of a side in bp
     bars: np.ndarray  # (R, 8) float64: columns RET .. LAST
-    rows: dict[str, np.ndarray]  # split -> (S, 2) half-open decision rows
+    rows: dict  # split -> (S, 2) half-open decision rows
     first: np.ndarray  # (S + 1,) row at which each pair begins
 
 
@@ -430,7 +422,7 @@ def spread_of(path, symbol, bars):
 
 
 def spreads(args, series):
-    """Spread in price units of every bar, of every pair."""
+    """Spread in price units of every pair: of every bar, or one for all of them."""
     if args.spread_file:
         return [spread_of(args.spread_file, symbol, bars) for symbol, bars in series.items()]
     known = PIP if args.spread_pips else SPREAD_PIPS
@@ -444,7 +436,19 @@ def spreads(args, series):
     )
     pips = args.spread_pips or [SPREAD_PIPS[symbol] for symbol in series]
     pips = one_a_symbol("spread_pips", pips, series)
-    return [np.full(len(bars.close), n * PIP[s]) for n, (s, bars) in zip(pips, series.items())]
+    return [n * PIP[symbol] for n, symbol in zip(pips, series)]
+
+
+def side_costs(args, series):
+    """Cost of a side (T,) of every bar, as a share of the notional, of every pair."""
+    commission = (args.cost_bps or 0.0) * BP
+    if not args.synthetic:
+        found = zip(spreads(args, series), series.values())
+        return [0.5 * spread / bars.close + commission for spread, bars in found]
+    first, *_ = series.values()
+    if args.cost_bps is None:
+        commission = SYNTHETIC_COST * min(first.truth.law.sigma)
+    return [np.full(len(bars.close), commission) for bars in series.values()]
 
 
 def bar_rows(symbol, bars, cost, swap_long, swap_short, weekend):
@@ -464,51 +468,39 @@ def bar_rows(symbol, bars, cost, swap_long, swap_short, weekend):
     return rows
 
 
-def load_pairs(args, fitted=None) -> Pairs:
+def load_pairs(args, fitted=None):
     """Bars -> columns, costs, splits; fitted on train rows, unless `fitted` has the models of an
     earlier run. Raises UsageError (one line)."""
     by_name = load_series(args)
-    names, series, purge = tuple(by_name), list(by_name.values()), HORIZON + EMBARGO
+    names = tuple(by_name)
+    series = list(by_name.values())
     refuse((args.lanes < len(names), f"--num-envs {args.lanes}: {len(names)} pairs need one each"))
     unknown = ", ".join(name for name in names if fitted and name not in fitted)
     refuse((unknown, f"--symbols {unknown}: not among the checkpoint's {', '.join(fitted or ())}"))
-    stops = [rows["train"][1] for rows in split_series(series, args.split, purge)]
-    fits = [
-        fit(args, bars, stop, fitted and fitted[name])
-        for name, bars, stop in zip(names, series, stops)
-    ]
-    models, columns = zip(*fits)
-    splits = split_series(series, args.split, purge, [model.warmup for model in models])
+    split = partial(split_series, series, args.split, HORIZON + EMBARGO)
+    models, columns = [], []
+    for name, bars, rows in zip(names, series, split()):
+        model, values = fit(args, bars, rows["train"][1], fitted and fitted[name])
+        models.append(model)
+        columns.append(values)
+    splits = split([model.warmup for model in models])
 
-    sizes = [len(bars.close) for bars in series]
-    commission = (args.cost_bps or 0.0) * BP
-    if args.synthetic:  # quoted in account currency
-        kinds = ["XXXUSD"] * len(names)
-        if args.cost_bps is None:
-            commission = SYNTHETIC_COST * min(series[0].truth.law.sigma)
-        costs = [np.full(size, commission) for size in sizes]
-    else:
-        kinds = names
-        costs = [
-            0.5 * spread / bars.close + commission
-            for spread, bars in zip(spreads(args, by_name), series)
-        ]
-    swaps = (
-        one_a_symbol(name, getattr(args, name), names)
-        for name in ("swap_long_bps", "swap_short_bps")
-    )
-    bars = [bar_rows(*pair, args.weekend) for pair in zip(kinds, series, costs, *swaps)]
-    table = [np.column_stack([x, cost / BP]) for x, cost in zip(columns, costs)]
-    first = np.cumsum([0, *sizes])
-    rows = {split: first[:-1, None] + [rows[split] for rows in splits] for split in SPLITS}
-    models = {name: model.state_dict() for name, model in zip(names, models)}
+    costs = side_costs(args, by_name)
+    long = one_a_symbol("swap_long_bps", args.swap_long_bps, names)
+    short = one_a_symbol("swap_short_bps", args.swap_short_bps, names)
+    table, rows_of_bars = [], []
+    for k, bars in enumerate(series):
+        kind = "XXXUSD" if args.synthetic else names[k]  # quoted in the account's currency
+        rows_of_bars.append(bar_rows(kind, bars, costs[k], long[k], short[k], args.weekend))
+        table.append(np.column_stack([columns[k], costs[k] / BP]))
+    first = np.cumsum([0, *map(len, table)])
     return Pairs(
         names,
         series,
-        models,
+        {name: model.state_dict() for name, model in zip(names, models)},
         np.concatenate(table).astype(np.float32),
-        np.concatenate(bars),
-        rows,
+        np.concatenate(rows_of_bars),
+        {name: first[:-1, None] + [rows[name] for rows in splits] for name in SPLITS},
         first,
     )
 
@@ -516,20 +508,15 @@ def load_pairs(args, fitted=None) -> Pairs:
 def fit(args, bars, stop, state):
     """The columns' model (fitted on rows before `stop`, or an earlier run's), columns (T, F)."""
     try:
-        model = (
-            fit_columns(bars, args.feature_cols, stop)
-            if state is None
-            else (ColumnModel.from_state_dict(state))
-        )
+        if state is None:
+            model = fit_columns(bars, args.feature_cols, stop)
+        else:
+            model = ColumnModel.from_state_dict(state)
         columns = model.transform(bars)
     except ValueError as e:
         raise UsageError(f"--feature-cols: {e}") from e
-    refuse(
-        (
-            model.columns != args.feature_cols,
-            f"--feature-cols: the checkpoint has {' '.join(model.columns)}",
-        )
-    )
+    there = " ".join(model.columns)
+    refuse((model.columns != args.feature_cols, f"--feature-cols: the checkpoint has {there}"))
     return model, columns
 
 
@@ -849,8 +836,10 @@ def worker_context():
     from multiprocessing import forkserver
 
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
-    path, root = os.environ.get("PYTHONPATH"), str(Path(__file__).resolve().parents[1])
+    # imported once by the fork server, shared by every worker
+    context.set_forkserver_preload(["cleanrl_crypto.dqn_forex_subproc"])
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.environ.get("PYTHONPATH")
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, path))), FORK_SERVER: "1"}
     try:
         forkserver.ensure_running()
