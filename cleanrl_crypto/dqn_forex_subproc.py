@@ -51,7 +51,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from multiprocessing import connection
@@ -733,20 +733,18 @@ def try_user_env(pipe, env_fn):
     be_a_worker()
     try:
         env = make_user_env(env_fn)
-        box, action = env.observation_space, env.action_space
         flat(env, env.reset(seed=0)[0])
         user_step(env, 0)
         env.close()
+        box = env.observation_space
         low, high = (np.float32(x).reshape(-1) for x in (box.low, box.high))
-        scale = 1 / 255 if box.dtype == np.uint8 else 1.0  # an image
-        pipe.send(
-            {
-                "box": (low, high),
-                "actions": int(action.n),
-                "start": int(action.start),
-                "scale": scale,
-            }
-        )
+        spaces = {
+            "box": gym.spaces.Box(low, high, dtype=np.float32),
+            "actions": int(env.action_space.n),
+            "start": int(env.action_space.start),
+            "scale": 1 / 255 if box.dtype == np.uint8 else 1.0,  # an image
+        }
+        pipe.send(spaces)
     except BaseException as e:  # also a sys.exit() of the user's
         pipe.send(one_line(e))
 
@@ -926,39 +924,39 @@ class WorkerLanes(Lanes):
                 "halves the same number",
             )
         )
-        n, width = num_envs, len(box[0])
-        space = gym.spaces.Box(*box, (width,), np.float32)
-        super().__init__(n, space, gym.spaces.Discrete(actions), backend, seed)
-        self.env_fn, self.vec_mode, self.halves, self.actions = env_fn, vec_mode, halves, actions
-        self.restart, self.worker_timeout = on_worker_death == "restart", worker_timeout
-        self.restarts, self.block = 0, None
+        super().__init__(num_envs, box, gym.spaces.Discrete(actions), backend, seed)
+        self.env_fn = env_fn
+        self.vec_mode = vec_mode
+        self.halves = halves
+        self.actions = actions
+        self.restart = on_worker_death == "restart"
+        self.worker_timeout = worker_timeout
+        self.restarts = 0
+        self.block = None
         self.processes, self.pipes, self.failures = {}, {}, Counter()  # by number
         self.flying = [False] * halves
         self.owed = defaultdict(list)  # worker -> halves that it was sent, in order
         self.lost = set()  # (worker, half) whose episodes went down with it
-        shapes = {
-            "seeds": (2,),
-            "obs": (n, width),
-            "final_obs": (n, width),
-            "stats": (len(EPISODE), n),
+        each, observed = (num_envs,), (num_envs, *box.shape)
+        self.layout = {name: (x.shape, x.dtype) for name, x in static.items()}
+        self.layout |= {name: (each, kind) for name, kind in LANE.items()}
+        self.layout |= {
+            "seeds": ((2,), np.int64),  # the seed, and how often lanes started anew
+            "action": (each, np.int64),
+            "obs": (observed, np.float32),
+            "final_obs": (observed, np.float32),
+            "reward": (each, np.float64),
+            "terminated": (each, np.bool_),
+            "truncated": (each, np.bool_),
+            "stats": ((len(EPISODE), num_envs), np.float64),
         }
-        kinds = LANE | {
-            "seeds": np.int64,  # the seed, and how often lanes started anew
-            "action": np.int64,
-            "obs": np.float32,
-            "final_obs": np.float32,
-            "reward": np.float64,
-            "terminated": np.bool_,
-            "truncated": np.bool_,
-            "stats": np.float64,
-        }
-        self.layout = static | {k: (shapes.get(k, (n,)), kind) for k, kind in kinds.items()}
         if vec_mode == "subproc":
             self.share()
         else:
-            for name, (shape, kind) in self.layout.items():
-                self.take(name, shape, kind)
-        self.seeds[0] = self.seed
+            for name, layout in self.layout.items():
+                self.take(name, *layout)
+        for name, x in static.items():
+            getattr(self, name).copy_(torch.from_numpy(x))
         self.divide(num_workers)
 
     def share(self):
@@ -1025,11 +1023,14 @@ class WorkerLanes(Lanes):
             self.lost.discard(done)
         return why
 
-    def stop(self, w):
-        self.pipes.pop(w).close()
-        process = self.processes.pop(w)
-        process.kill()
-        process.join()
+    def stop(self, workers, seconds=0.0):
+        for w in workers:
+            self.pipes.pop(w).close()  # a worker that is well closes its environments and ends
+        for w in workers:
+            process = self.processes.pop(w)
+            process.join(seconds)
+            process.kill()
+            process.join()
 
     def replace(self, w, why):
         """A new worker w, which loses the episodes of the steps that the old one owed."""
@@ -1040,7 +1041,7 @@ class WorkerLanes(Lanes):
                 self.fail(*failures[0])
             self.restarts += 1
             self.seeds[1] += 1
-            self.stop(w)
+            self.stop([w])
             failures = self.start([w])
         for half in range(self.halves):
             if half in owed or self.env_fn:  # the market's lanes live in the arrays
@@ -1065,8 +1066,7 @@ class WorkerLanes(Lanes):
             ),
         )
         before = self.num_workers
-        for w in range(num_workers, before):
-            self.stop(w)
+        self.stop(range(num_workers, before))
         self.divide(num_workers)
         self.start_workers(min(before, num_workers))
 
@@ -1090,8 +1090,6 @@ class WorkerLanes(Lanes):
     # stepping
     def go(self, half, mode):
         """Start a kernel, or the workers, on the lanes of a half."""
-        if mode == STEP and not self.was_reset:
-            raise gym.error.ResetNeeded("call reset() before the first step")
         self.mode, self.flying[half] = mode, True
         if self.processes and (mode == STEP or self.block is None):
             for w in range(self.num_workers):
@@ -1146,13 +1144,7 @@ class WorkerLanes(Lanes):
         return dict(zip(EPISODE, self.stats))
 
     def close_extras(self, **kwargs):
-        for pipe in self.pipes.values():
-            pipe.close()  # a worker that is well closes its environments and ends
-        for process in self.processes.values():
-            process.join(1.0)
-            process.kill()
-            process.join()
-        self.processes, self.pipes = {}, {}
+        self.stop(list(self.processes), 1.0)
         super().close_extras(**kwargs)
 
 
@@ -1165,6 +1157,7 @@ class ForexVectorEnv(WorkerLanes):
     """
 
     SAVED = tuple(LANE)
+    spaces = {"start": 0, "scale": 1.0}
 
     def __init__(
         self,
@@ -1182,13 +1175,10 @@ class ForexVectorEnv(WorkerLanes):
         rows, bars = np.asarray(pairs.rows[split], np.int64), pairs.bars.copy()
         bars[rows[:, 1] - 1, LAST] = 1.0
         year, drift = pairs.series[0].bars_per_year, position_mode == "drift"
-        numbers = np.array([leverage, drift, year, episode_length])
-        static = dict(zip(STATIC, (pairs.table, bars, rows))) | {"numbers": numbers}
-        layout = {name: (values.shape, values.dtype) for name, values in static.items()}
-        infinite = np.full(pairs.table.shape[1] + len(OWN), np.inf, np.float32)
-        super().__init__(layout, (-infinite, infinite), len(LEVELS), num_envs, **kwargs)
-        for name, values in static.items():
-            getattr(self, name).copy_(torch.from_numpy(values))
+        static = dict(zip(STATIC, (pairs.table, bars, rows)))
+        static["numbers"] = np.array([leverage, drift, year, episode_length])
+        box = gym.spaces.Box(-np.inf, np.inf, (pairs.table.shape[1] + len(OWN),), np.float32)
+        super().__init__(static, box, len(LEVELS), num_envs, **kwargs)
         kernel = step_cpu if self.vec_mode == "single" else step_block
         if self.backend == "cuda":
             kernel = cuda_step()[(num_envs + 127) // 128, 128]
@@ -1209,9 +1199,9 @@ class CustomVectorEnv(WorkerLanes):
 
     def __init__(self, env_fn, num_envs=8, seed=1, **kwargs):
         self.spaces = user_spaces(env_fn)
+        kwargs = {"vec_mode": "subproc", "env_fn": env_fn} | kwargs
         box, actions = self.spaces["box"], self.spaces["actions"]
-        kwargs = {"vec_mode": "subproc"} | kwargs
-        super().__init__({}, box, actions, num_envs, seed, env_fn=env_fn, **kwargs)
+        super().__init__({}, box, actions, num_envs, seed, **kwargs)
         self.start_workers()
 
     def state_dict(self):
@@ -1257,15 +1247,13 @@ def probe(make, modes, seconds=0.25):
     """Every mode measured; one that cannot run here has 0 and its error."""
     table, builds = [], Lanes.builds
     for mode, workers in modes:
-        row, envs = {"vec_mode": mode, "num_workers": workers, "steps_per_s": 0.0}, None
+        row = {"vec_mode": mode, "num_workers": workers, "steps_per_s": 0.0}
         try:
-            envs = make(vec_mode=mode, num_workers=workers)
-            envs.reset()
-            row["steps_per_s"] = measure(envs, seconds)
+            with closing(make(vec_mode=mode, num_workers=workers)) as envs:
+                envs.reset()
+                row["steps_per_s"] = measure(envs, seconds)
         except (WorkerError, OSError) as e:
             row["error"] = str(e)
-        if envs:
-            envs.close()
         table.append(row)
         print(
             f"  {mode:8} {workers} worker(s) {row['steps_per_s']:>14,.0f} lane-steps/s "
@@ -1286,13 +1274,11 @@ def build_lanes(run, pairs):
             "--backend cuda steps currency pairs in one process, without halves",
         )
     )
-    shared = {name: getattr(args, name) for name in SHARED}
-    make = partial(CustomVectorEnv, args.env_fn, args.lanes, **shared)
+    names = SHARED + RULES if pairs else SHARED
+    kwargs = {name: getattr(args, name) for name in names}
+    make = partial(CustomVectorEnv, args.env_fn, args.lanes, **kwargs)
     if pairs:
-        rules = {name: getattr(args, name) for name in RULES}
-        make = partial(
-            ForexVectorEnv, pairs, "train", args.lanes, backend=backend, **shared, **rules
-        )
+        make = partial(ForexVectorEnv, pairs, "train", args.lanes, backend=backend, **kwargs)
     cores = min(os.cpu_count() or 1, args.lanes // (1 + args.async_halves))
     modes, table = [(args.vec_mode, args.num_workers or cores)], []
     if backend == "cuda" or (pairs and args.eval_only):
@@ -1355,16 +1341,20 @@ class QNetwork(nn.Module):
 
 def agent_config(args, pairs, envs):
     """Plain values that rebuild the network, and the scalers of its columns, from a checkpoint."""
-    config = {"inputs": envs.obs.shape[1], "actions": envs.actions, "hidden": args.hidden}
-    if pairs is None:
-        return config | {
-            "models": None,
-            "start": envs.spaces["start"],
-            "scale": envs.spaces["scale"],
-            "reward_scale": 1.0,
-        }
-    scale = 1 / full_position_std(pairs, args.leverage)
-    return config | {"models": pairs.models, "start": 0, "scale": 1.0, "reward_scale": scale}
+    spaces = envs.spaces
+    config = {
+        "inputs": envs.obs.shape[1],
+        "actions": envs.actions,
+        "hidden": args.hidden,
+        "start": spaces["start"],
+        "scale": spaces["scale"],
+        "models": None,
+        "reward_scale": 1.0,
+    }
+    if pairs:
+        config["models"] = pairs.models
+        config["reward_scale"] = 1 / full_position_std(pairs, args.leverage)
+    return config
 
 
 def full_position_std(pairs, leverage):
@@ -1767,37 +1757,40 @@ class MarketJudge:
             "value/q_action_spread": (best - worst).mean(),
         }
 
-    def overestimation(self, network, reward_scale):
+    def overestimation(self, greedy, reward_scale):
         """Mean of (predicted - realised) discounted value along the greedy paths of the eval split,
         scaled reward."""
         gaps, gamma = [], self.args.gamma
-        for k, (path, value) in enumerate(greedy_paths(network, self.pairs, "eval", self.args)):
-            a = self.series[k].rows["eval"][0]
-            reward, tail = self.series[k].walk(path, a, a + len(path))[0] * reward_scale, 0.0
-            realised = [tail := r + gamma * tail for r in reward[::-1]][::-1]
+        for series, (path, value) in zip(self.series, greedy):
+            reward, *_ = series.walk(path, *series.rows["eval"])
+            tail, realised = 0.0, np.empty(len(path))
+            for t in reversed(range(len(path))):
+                tail = reward[t] * reward_scale + gamma * tail
+                realised[t] = tail
             keep = max(len(path) - int(5 / (1 - gamma)), 1)  # the last see too little of what comes
             gaps.append(np.mean(value[:keep] - realised[:keep]))
         return float(np.mean(gaps))
 
     def audit(self, network, results, updates, improving, reward_scale):
+        greedy = greedy_paths(network, self.pairs, "eval", self.args)
         audit = {name.split("/")[1]: float(x) for name, x in self.diagnose(network).items()}
-        audit["overestimation"] = self.overestimation(network, reward_scale)
-        audit |= edges(self.series, self.eval_paths(network), LEVELS, self.year)
-        rows = max(np.diff(self.pairs.rows["eval"]).tolist())[0]
+        audit["overestimation"] = self.overestimation(greedy, reward_scale)
+        audit |= edges(self.series, self.eval_paths(greedy), LEVELS, self.year)
+        rows = int(np.diff(self.pairs.rows["eval"]).max())
         agent = results["eval"]["agent"]
-        word = verdict(audit, agent, updates, FEW_UPDATES, rows, improving)
-        audit["verdict"], audit["reasons"] = word
+        audit["verdict"], audit["reasons"] = verdict(
+            audit, agent, updates, FEW_UPDATES, rows, improving
+        )
         return audit
 
-    def eval_paths(self, network) -> dict:
-        """Positions (n,) of everyone on the eval split, an array a pair."""
-        spans = [slice(*series.rows["eval"]) for series in self.series]
-        paths = {"agent": [path for path, _ in greedy_paths(network, self.pairs, "eval", self.args)]}
-        paths["sparse_linear"] = [rival[span] for rival, span in zip(self.rivals, spans)]
+    def eval_paths(self, greedy):
+        """Positions of everyone, an array a pair: (n,) of the eval split, the rival's of all rows."""
+        paths = {"agent": [path for path, _ in greedy], "sparse_linear": self.rivals}
         if self.optimum is not None:
-            truths = [bars.truth for bars in self.pairs.series]
-            best = [optimum_path(self.optimum, t, s.start, s.stop) for t, s in zip(truths, spans)]
-            paths["optimum"] = best
+            paths["optimum"] = []
+            for bars, series in zip(self.pairs.series, self.series):
+                best = optimum_path(self.optimum, bars.truth, *series.rows["eval"])
+                paths["optimum"].append(best)
         return paths
 
 
