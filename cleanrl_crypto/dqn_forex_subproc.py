@@ -374,7 +374,8 @@ def load_series(args):
         paths = [f"{base}seed={first + k}" for k in range(len(args.symbols))]
         names = args.symbols
     elif Path(args.data).is_dir():
-        names, paths = args.symbols, [find_file(args.data, symbol) for symbol in args.symbols]
+        names = args.symbols
+        paths = [find_file(args.data, symbol) for symbol in args.symbols]
     else:
         paths = [part.strip() for part in args.data.split(",")]
         names = [Path(path).stem[:6] for path in paths]
@@ -478,7 +479,8 @@ def load_pairs(args, fitted=None):
     unknown = ", ".join(name for name in names if fitted and name not in fitted)
     refuse((unknown, f"--symbols {unknown}: not among the checkpoint's {', '.join(fitted or ())}"))
     split = partial(split_series, series, args.split, HORIZON + EMBARGO)
-    models, columns = [], []
+    models = []
+    columns = []
     for name, bars, rows in zip(names, series, split()):
         model, values = fit(args, bars, rows["train"][1], fitted and fitted[name])
         models.append(model)
@@ -488,7 +490,8 @@ def load_pairs(args, fitted=None):
     costs = side_costs(args, by_name)
     long = one_a_symbol("swap_long_bps", args.swap_long_bps, names)
     short = one_a_symbol("swap_short_bps", args.swap_short_bps, names)
-    table, rows_of_bars = [], []
+    table = []
+    rows_of_bars = []
     for k, bars in enumerate(series):
         kind = "XXXUSD" if args.synthetic else names[k]  # quoted in the account's currency
         rows_of_bars.append(bar_rows(kind, bars, costs[k], long[k], short[k], args.weekend))
@@ -571,9 +574,12 @@ def trade_nb(last, held, target, bars, t, leverage, drift):
     trade, at the next decision, |change of exposure|).
     """
     cost = bars[t, COST]
-    change, fee, x = abs(target - held), 0.0, target * leverage
+    change = abs(target - held)
+    fee = 0.0
+    x = target * leverage
     if drift and target == last:
-        change, x = 0.0, held * leverage
+        change = 0.0
+        x = held * leverage
     else:
         fee = cost * leverage * change
         if drift:
@@ -606,7 +612,8 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
     table, bars, rows = market
     row, clock, episodes, position, held, equity, peak, worst, total, squares, turnover = lane
     obs, reward, terminated, truncated, final_obs, stats = out
-    t, done = row[i], False
+    t = row[i]
+    done = False
     if mode == STEP:
         choice = action[i]
         target = choice - 1 if bars[t, FLAT] == 0.0 else 0
@@ -625,32 +632,47 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
         squares[i] += earned * earned
         turnover[i] += change
         ruined = factor <= LOST
-        row[i], clock[i], position[i], held[i] = t + 1, clock[i] + 1, target, after
+        row[i] = t + 1
+        clock[i] = clock[i] + 1
+        position[i] = target
+        held[i] = after
         reward[i] = earned if 0 <= choice <= 2 else math.nan  # on a GPU nobody else looks at it
         terminated[i] = ruined
         truncated[i] = not ruined and (clock[i] >= numbers[LENGTH] or bars[t, LAST] != 0.0)
         done = terminated[i] or truncated[i]
     elif mode == LOSE:
-        reward[i], terminated[i], truncated[i] = 0.0, False, True
+        reward[i] = 0.0
+        terminated[i] = False
+        truncated[i] = True
         done = True
     if done:
         n = clock[i] if clock[i] > 0 else 1
         mean = total[i] / n
         variance = squares[i] / n - mean * mean
         observe_nb(final_obs, i, table, row[i], held[i])
-        stats[0, i], stats[1, i], stats[2, i] = total[i], clock[i], 1.0 - equity[i] / peak[i]
-        stats[3, i], stats[5, i] = turnover[i] / n, worst[i]
+        stats[0, i] = total[i]
+        stats[1, i] = clock[i]
+        stats[2, i] = 1.0 - equity[i] / peak[i]
+        stats[3, i] = turnover[i] / n
+        stats[5, i] = worst[i]
         # a constant reward leaves a variance of rounding errors
         stats[4, i] = (
             mean * math.sqrt(numbers[YEAR] / variance) if variance > 1e-12 * mean * mean else 0.0
         )
     if done or mode == FIRST or mode == NEXT:
         episodes[i] = 0 if mode == FIRST else episodes[i] + 1
-        start, stop = rows[i % rows.shape[0], 0], rows[i % rows.shape[0], 1]
+        start = rows[i % rows.shape[0], 0]
+        stop = rows[i % rows.shape[0], 1]
         row[i] = start + np.int64(uniform_nb(seeds[0], i, episodes[i]) * (stop - start))
-        clock[i], position[i] = 0, 0
-        equity[i], peak[i] = 1.0, 1.0
-        held[i], worst[i], total[i], squares[i], turnover[i] = 0.0, 0.0, 0.0, 0.0, 0.0
+        clock[i] = 0
+        position[i] = 0
+        equity[i] = 1.0
+        peak[i] = 1.0
+        held[i] = 0.0
+        worst[i] = 0.0
+        total[i] = 0.0
+        squares[i] = 0.0
+        turnover[i] = 0.0
     observe_nb(obs, i, table, row[i], held[i])
 
 
@@ -772,7 +794,8 @@ class UserBlock:
     """Steps a block of a user's environments, one after the other, into the lanes' arrays."""
 
     def __init__(self, env_fn, lanes, arrays):
-        self.a, self.envs = SimpleNamespace(**arrays), {i: make_user_env(env_fn) for i in lanes}
+        self.a = SimpleNamespace(**arrays)
+        self.envs = {i: make_user_env(env_fn) for i in lanes}
 
     def __call__(self, lo, hi, mode):
         for i in range(lo, hi):
@@ -782,7 +805,9 @@ class UserBlock:
     def step(self, i):
         a = self.a
         obs, reward, terminated, truncated = user_step(self.envs[i], int(a.action[i]))
-        a.reward[i], a.terminated[i], a.truncated[i] = reward, terminated, truncated
+        a.reward[i] = reward
+        a.terminated[i] = terminated
+        a.truncated[i] = truncated
         a.total[i] += reward
         a.clock[i] += 1
         done = terminated or truncated
@@ -791,15 +816,19 @@ class UserBlock:
 
     def begin(self, i, mode):
         """Note the episode that ended, or was lost with a worker, and begin another."""
-        a, seed = self.a, None
+        a = self.a
+        seed = None
         if mode == LOSE:
-            a.reward[i], a.terminated[i], a.truncated[i] = 0.0, False, True
+            a.reward[i] = 0.0
+            a.terminated[i] = False
+            a.truncated[i] = True
             a.final_obs[i] = a.obs[i]
         if mode in (FIRST, LOSE):  # what starts anew does not repeat its first episodes
             seed = int(a.seeds[0]) + i + int(a.seeds[1]) * len(a.obs)
         a.stats[:, i] = np.nan
         a.stats[:2, i] = a.total[i], a.clock[i]
-        a.total[i], a.clock[i] = 0.0, 0
+        a.total[i] = 0.0
+        a.clock[i] = 0
         a.obs[i] = flat(self.envs[i], self.envs[i].reset(seed=seed)[0])
 
     def close(self):
@@ -812,14 +841,16 @@ class WorkerError(CheckFailed):
     """A worker failed; `worker` is its number, `why` what it raised, or its fate."""
 
     def __init__(self, worker, lanes, why):
-        self.worker, self.why = worker, why
+        self.worker = worker
+        self.why = why
         where = " and ".join(f"{lo}-{hi - 1}" for lo, hi in lanes)
         super().__init__(f"worker {worker}, lanes {where}: {why}")
 
 
 def carve(raw, layout):
     """Arrays (views) of {name: (shape, dtype)} in a block of shared memory, by cache lines."""
-    block, arrays = np.frombuffer(raw, np.uint8), {}
+    block = np.frombuffer(raw, np.uint8)
+    arrays = {}
     at = -block.ctypes.data % 64
     for name, (shape, dtype) in layout.items():
         arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
@@ -933,11 +964,14 @@ class WorkerLanes(Lanes):
         self.worker_timeout = worker_timeout
         self.restarts = 0
         self.block = None
-        self.processes, self.pipes, self.failures = {}, {}, Counter()  # by number
+        self.processes = {}  # worker -> its process
+        self.pipes = {}
+        self.failures = Counter()
         self.flying = [False] * halves
         self.owed = defaultdict(list)  # worker -> halves that it was sent, in order
         self.lost = set()  # (worker, half) whose episodes went down with it
-        each, observed = (num_envs,), (num_envs, *box.shape)
+        each = (num_envs,)
+        observed = (num_envs, *box.shape)
         self.layout = {name: (x.shape, x.dtype) for name, x in static.items()}
         self.layout |= {name: (each, kind) for name, kind in LANE.items()}
         self.layout |= {
@@ -994,7 +1028,8 @@ class WorkerLanes(Lanes):
             )
             self.processes[w].start()
             theirs.close()  # or the worker's death would not close the pipe
-        deadline, failures = time.monotonic() + START_SECONDS, []
+        deadline = time.monotonic() + START_SECONDS
+        failures = []
         for w in workers:
             why = f"not ready after {START_SECONDS:g} s"
             if self.pipes[w].poll(max(deadline - time.monotonic(), 0.0)):
@@ -1034,7 +1069,8 @@ class WorkerLanes(Lanes):
 
     def replace(self, w, why):
         """A new worker w, which loses the episodes of the steps that the old one owed."""
-        failures, owed = [(w, why)], self.owed.pop(w, [])
+        failures = [(w, why)]
+        owed = self.owed.pop(w, [])
         while failures:
             self.failures[w] += 1
             if not self.restart or self.failures[w] > ATTEMPTS:
@@ -1076,7 +1112,8 @@ class WorkerLanes(Lanes):
         for process in self.processes.values():
             with suppress(psutil.Error):
                 found = psutil.Process(process.pid)
-                times, memory = found.cpu_times(), found.memory_full_info()
+                times = found.cpu_times()
+                memory = found.memory_full_info()
                 usage.append(
                     {
                         "pid": process.pid,
@@ -1090,7 +1127,8 @@ class WorkerLanes(Lanes):
     # stepping
     def go(self, half, mode):
         """Start a kernel, or the workers, on the lanes of a half."""
-        self.mode, self.flying[half] = mode, True
+        self.mode = mode
+        self.flying[half] = True
         if self.processes and (mode == STEP or self.block is None):
             for w in range(self.num_workers):
                 self.tell(w, half)
@@ -1172,9 +1210,11 @@ class ForexVectorEnv(WorkerLanes):
     ):
         dearest = leverage * pairs.bars[:, COST].max()
         refuse((dearest >= 1, f"--leverage {leverage}: a trade would cost {dearest:.3g} of equity"))
-        rows, bars = np.asarray(pairs.rows[split], np.int64), pairs.bars.copy()
+        rows = np.asarray(pairs.rows[split], np.int64)
+        bars = pairs.bars.copy()
         bars[rows[:, 1] - 1, LAST] = 1.0
-        year, drift = pairs.series[0].bars_per_year, position_mode == "drift"
+        year = pairs.series[0].bars_per_year
+        drift = position_mode == "drift"
         static = dict(zip(STATIC, (pairs.table, bars, rows)))
         static["numbers"] = np.array([leverage, drift, year, episode_length])
         box = gym.spaces.Box(-np.inf, np.inf, (pairs.table.shape[1] + len(OWN),), np.float32)
@@ -1200,7 +1240,8 @@ class CustomVectorEnv(WorkerLanes):
     def __init__(self, env_fn, num_envs=8, seed=1, **kwargs):
         self.spaces = user_spaces(env_fn)
         kwargs = {"vec_mode": "subproc", "env_fn": env_fn} | kwargs
-        box, actions = self.spaces["box"], self.spaces["actions"]
+        box = self.spaces["box"]
+        actions = self.spaces["actions"]
         super().__init__({}, box, actions, num_envs, seed, **kwargs)
         self.start_workers()
 
@@ -1236,7 +1277,8 @@ def measure(envs, seconds):
     actions = torch.arange(8 * envs.num_envs, device=envs.torch_device) % envs.actions
     actions = actions.view(8, -1)
     envs.step_lanes(actions[0])  # warms up
-    steps, began = 0, time.perf_counter()
+    steps = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         envs.step_lanes(actions[steps % 8])
         steps += 1
@@ -1245,7 +1287,8 @@ def measure(envs, seconds):
 
 def probe(make, modes, seconds=0.25):
     """Every mode measured; one that cannot run here has 0 and its error."""
-    table, builds = [], Lanes.builds
+    table = []
+    builds = Lanes.builds
     for mode, workers in modes:
         row = {"vec_mode": mode, "num_workers": workers, "steps_per_s": 0.0}
         try:
@@ -1280,7 +1323,8 @@ def build_lanes(run, pairs):
     if pairs:
         make = partial(ForexVectorEnv, pairs, "train", args.lanes, backend=backend, **kwargs)
     cores = min(os.cpu_count() or 1, args.lanes // (1 + args.async_halves))
-    modes, table = [(args.vec_mode, args.num_workers or cores)], []
+    modes = [(args.vec_mode, args.num_workers or cores)]
+    table = []
     if backend == "cuda" or (pairs and args.eval_only):
         modes = [("single", 1)]
     elif args.vec_mode == "auto":
@@ -1298,7 +1342,8 @@ def build_lanes(run, pairs):
         if mode != "subproc" or not pairs:
             raise
         print(f"--vec-mode subproc does not run here ({e}): dummy, the same trajectories")
-        mode, envs = "dummy", make(vec_mode="dummy", num_workers=1)
+        mode = "dummy"
+        envs = make(vec_mode="dummy", num_workers=1)
     print(f"vec-mode {mode}, {args.lanes} lanes, {len(envs.processes)} worker processes")
     envs.reset(seed=args.seed)
     return envs, {
@@ -1313,7 +1358,9 @@ def build_lanes(run, pairs):
 def rescale_by_measure(envs, seconds=0.2):
     """{workers: lane-steps/s}: one worker less and one more, measured between steps; the fastest
     stays. The trajectories are not touched."""
-    state, now, rates = envs.state_dict(), envs.num_workers, {}
+    state = envs.state_dict()
+    now = envs.num_workers
+    rates = {}
     most = max(now, min(envs.num_envs // envs.halves, 2 * (os.cpu_count() or 1)))
     for workers in sorted({max(now - 1, 1), now, min(now + 1, most)}):
         envs.rescale(workers)
@@ -1329,7 +1376,8 @@ class QNetwork(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.scale, hidden = config["scale"], config["hidden"]
+        self.scale = config["scale"]
+        hidden = config["hidden"]
         self.body = nn.Sequential(
             nn.Linear(config["inputs"], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
@@ -1415,9 +1463,16 @@ class Replay:
     """
 
     def __init__(self, size, lanes, width, table, device):
-        self.lanes, self.width, self.table, self.device = lanes, width, table, device
-        self.steps, self.total = max(size // lanes, 2), 0  # vector steps: room, how many are in
-        n, each = (self.steps + 1) * lanes, 11 + 8 * width  # one more: the step in flight
+        self.lanes = lanes
+        self.width = width
+        self.table = table
+        self.device = device
+        # vector steps: room for them, how many are in
+        self.steps = max(size // lanes, 2)
+        self.total = 0
+        # one more: the step in flight
+        n = (self.steps + 1) * lanes
+        each = 11 + 8 * width
         free = psutil.virtual_memory().available
         if device.type == "cuda":
             free = torch.cuda.mem_get_info()[0]
@@ -1466,13 +1521,16 @@ class Monitor:
     device until a log point, or until it is much."""
 
     def __init__(self, path, name, resumed):
-        self.path, self.steps, self.ended = path, [], []
+        self.path = path
+        self.steps = []
+        self.ended = []
         header = {"t_start": time.time(), "env_id": name}
         old = resumed and path.exists()
         if old:  # t goes on from the first start, to which load_results() adds it
             with path.open() as f:
                 header = json.loads(f.readline()[1:])
-        self.start, self.file = header["t_start"], path.open("a" if old else "w")
+        self.start = header["t_start"]
+        self.file = path.open("a" if old else "w")
         if not old:
             self.file.write(f"#{json.dumps(header)}\n{','.join(('r', 'l', 't', *EPISODE[2:]))}\n")
 
@@ -1494,7 +1552,8 @@ class Monitor:
     def charts(self):
         """Means of the episodes that ended since the last call."""
         self.flush()
-        means, self.ended = np.mean(self.ended or [(np.nan, np.nan)], axis=0), []
+        means = np.mean(self.ended or [(np.nan, np.nan)], axis=0)
+        self.ended = []
         return dict(zip(("charts/episodic_return", "charts/episodic_length"), means))
 
     def state_dict(self):
@@ -1515,16 +1574,17 @@ class Collector:
     the learner learns."""
 
     def __init__(self, envs, rb, monitor):
-        self.envs, self.rb, self.monitor, self.step = (
-            envs,
-            rb,
-            monitor,
-            0,
-        )  # step: how many sent off
+        self.envs = envs
+        self.rb = rb
+        self.monitor = monitor
+        self.step = 0  # how many were sent off
 
     def send(self, half, obs, action):
-        envs, lanes, here = self.envs, self.envs.spans[half], self.rb.at(self.step)
-        here["row"][lanes], here["action"][lanes] = envs.row[lanes], action
+        envs = self.envs
+        lanes = self.envs.spans[half]
+        here = self.rb.at(self.step)
+        here["row"][lanes] = envs.row[lanes]
+        here["action"][lanes] = action
         here["own"][lanes] = obs[:, -self.rb.width :]
         envs.send(half, action.to(envs.torch_device))
         if half == envs.halves - 1:
@@ -1532,11 +1592,14 @@ class Collector:
             self.step += 1
 
     def take_in(self, half):
-        envs, lanes = self.envs, self.envs.spans[half]
+        envs = self.envs
+        lanes = self.envs.spans[half]
         if envs.flying[half]:
             reward, terminated, truncated = envs.recv(half)
-            done, here = terminated | truncated, self.rb.at(self.step - 1)
-            here["reward"][lanes], here["terminated"][lanes] = reward, terminated
+            done = terminated | truncated
+            here = self.rb.at(self.step - 1)
+            here["reward"][lanes] = reward
+            here["terminated"][lanes] = terminated
             after = torch.where(done[:, None], envs.final_obs[lanes], envs.obs[lanes])
             here["next_own"][lanes] = after[:, -self.rb.width :]
             self.monitor.add(done, envs.stats[:, lanes])
@@ -1552,7 +1615,8 @@ class Collector:
         record = self.monitor.charts() | {"env/restarts": self.envs.restarts}
         if self.rb.table is not None:
             last = self.rb.at(self.step - 1)
-            held, change = last["next_own"], (last["next_own"] - last["own"]).abs()
+            held = last["next_own"]
+            change = (last["next_own"] - last["own"]).abs()
             paid = self.rb.table[last["row"].long(), -1:] * change  # the last column is the cost
             record |= {
                 "env/turnover": change.mean(),
@@ -1575,9 +1639,11 @@ def greedy_nb(layers, table, bars, leverage, drift):
     """Greedy positions (n,) of a network along one pair's rows, flat before the first, and their
     Q."""
     w1, b1, w2, b2, w3, b3 = layers
-    target, value = np.empty(len(table)), np.empty(len(table))
+    target = np.empty(len(table))
+    value = np.empty(len(table))
     obs = np.empty((1, len(w1)), np.float32)
-    last, held = 0.0, 0.0
+    last = 0.0
+    held = 0.0
     for t in range(len(table)):
         observe_nb(obs, 0, table, t, held)
         h = np.maximum(np.dot(obs, w1) + b1, np.float32(0))
@@ -1595,8 +1661,12 @@ def greedy_nb(layers, table, bars, leverage, drift):
 def walk_nb(target, bars, expected, leverage, drift):
     """Trade positions `target` (n,) along one pair's rows: Series.walk's four arrays."""
     n = target.size
-    reward, mean, change, exposure = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
-    held, last = 0.0, 0.0
+    reward = np.empty(n)
+    mean = np.empty(n)
+    change = np.empty(n)
+    exposure = np.empty(n)
+    held = 0.0
+    last = 0.0
     for t in range(n):
         aim = 0.0 if bars[t, FLAT] != 0.0 else target[t]
         growth, left, exposure[t], held, change[t] = trade_nb(
@@ -1620,7 +1690,8 @@ def greedy_paths(network, pairs, split, args, seconds=math.inf):
     arrays = [p.detach().cpu().numpy() for p in network.parameters()]
     layers = tuple(np.ascontiguousarray(x.T) for x in arrays)  # w1, b1, w2, b2, w3, b3
     rules = args.leverage, args.position_mode == "drift"
-    rows, most = pairs.rows[split], len(pairs.table)
+    rows = pairs.rows[split]
+    most = len(pairs.table)
     if seconds < math.inf:
         most = max(int(seconds * ROWS_PER_SECOND / len(rows)), 2)
     cuts = [slice(a, min(b, a + most)) for a, b in rows]
@@ -1631,7 +1702,8 @@ def series_of(pairs, args):
     """The pairs as scoring sees them; rows count from each pair's own first."""
     out = []
     for k, (a, b) in enumerate(zip(pairs.first, pairs.first[1:])):
-        truth, bars = pairs.series[k].truth, pairs.bars[a:b]
+        truth = pairs.series[k].truth
+        bars = pairs.bars[a:b]
         expected = truth.expected if truth else np.full(b - a, np.nan)
         own = partial(walk, bars, expected, args.leverage, args.position_mode == "drift")
         rows = {split: tuple((rows[k] - a).tolist()) for split, rows in pairs.rows.items()}
@@ -1656,7 +1728,8 @@ def metrics_of(walks, bars_per_year):
         if "mean_expected_bps" in metrics[who]:  # a constant position costs sigma**2 / 2 of growth
             cost = growth.var() / 2 / BP
             metrics[who]["expected_growth_bps"] = metrics[who]["mean_expected_bps"] - cost
-    agent, best = metrics.pop("agent"), metrics.get("optimum")
+    agent = metrics.pop("agent")
+    best = metrics.get("optimum")
     if best:
         earned = best["mean_expected_bps"]
         agent["score"] = agent["mean_expected_bps"] / earned if earned >= 0.05 else None
@@ -1679,11 +1752,15 @@ class MarketJudge:
     )
 
     def __init__(self, run, pairs):
-        self.pairs, self.args, self.device = pairs, run.args, run.device
+        self.pairs = pairs
+        self.args = run.args
+        self.device = run.device
         self.series = series_of(pairs, self.args)
         self.constants = [best_constant(series, LEVELS) for series in self.series]
-        self.rivals, self.year = sparse_linear(self.series), pairs.series[0].bars_per_year
-        truth, cost = pairs.series[0].truth, float(pairs.bars[0, COST])
+        self.rivals = sparse_linear(self.series)
+        self.year = pairs.series[0].bars_per_year
+        truth = pairs.series[0].truth
+        cost = float(pairs.bars[0, COST])
         self.optimum = markets.optimum(truth.law, cost, actions=LEVELS) if truth else None
         self.by = "expected_growth_bps" if truth else "mean_reward_bps"
 
@@ -1700,7 +1777,9 @@ class MarketJudge:
 
     def walks(self, k, split, path):
         """Of the agent and of its baselines along one pair's rows: columns (who, WALK)."""
-        bars, series, n = self.pairs.series[k], self.series[k], len(path)
+        bars = self.pairs.series[k]
+        series = self.series[k]
+        n = len(path)
         a = series.rows[split][0]
         turnover = float(np.abs(np.diff(path, prepend=0.0)).mean())
         targets = {
@@ -1730,7 +1809,8 @@ class MarketJudge:
                 trace[f"equity{tail}"] = (1 + walk[who]["growth"]).cumprod()
             trace["close"] = trace["equity_buy_and_hold"]
             if name:
-                bars, start = self.pairs.series[k], self.series[k].rows[split][0]
+                bars = self.pairs.series[k]
+                start = self.series[k].rows[split][0]
                 at = slice(start, start + len(trace))
                 trace["close"] = bars.close[at]
                 for what in ("expected", "signal", "regime") if bars.truth else ():
@@ -1760,10 +1840,12 @@ class MarketJudge:
     def overestimation(self, greedy, reward_scale):
         """Mean of (predicted - realised) discounted value along the greedy paths of the eval split,
         scaled reward."""
-        gaps, gamma = [], self.args.gamma
+        gaps = []
+        gamma = self.args.gamma
         for series, (path, value) in zip(self.series, greedy):
             reward, *_ = series.walk(path, *series.rows["eval"])
-            tail, realised = 0.0, np.empty(len(path))
+            tail = 0.0
+            realised = np.empty(len(path))
             for t in reversed(range(len(path))):
                 tail = reward[t] * reward_scale + gamma * tail
                 realised[t] = tail
@@ -1797,11 +1879,14 @@ class MarketJudge:
 class CustomJudge:
     """Evaluates the agent on a user's environments: greedy episodes in workers of their own."""
 
-    splits, by = ("eval",), "episode_return"
+    splits = ("eval",)
+    by = "episode_return"
     columns = ("episode_return", "episode_return_std", "episode_length", "episodes")
 
     def __init__(self, run):
-        args, self.device, self.seconds = run.args, run.device, run.eval_limit(0.3)
+        args = run.args
+        self.device = run.device
+        self.seconds = run.eval_limit(0.3)
         self.chance = torch.Generator(run.device).manual_seed(args.seed)
         self.envs = run.closing(
             CustomVectorEnv(
@@ -1816,7 +1901,9 @@ class CustomJudge:
     @torch.no_grad()
     def evaluate(self, network, split, seconds=math.inf):
         """The first episodes of every lane, as many of each: a fast lane must not count for more."""
-        envs, until, episodes = self.envs, time.monotonic() + seconds, []
+        envs = self.envs
+        until = time.monotonic() + seconds
+        episodes = []
         due = torch.full((envs.num_envs,), EVAL_EPISODES // envs.num_envs)
         envs.reset(seed=envs.seed)
         for _ in range(EVAL_STEPS):
@@ -1845,7 +1932,8 @@ class CustomJudge:
     def audit(self, network, results, updates, improving, reward_scale):
         """Healthy is what returns more than random actions do, beyond 2 standard errors."""
         chance, _ = self.evaluate(self.random, "eval", self.seconds)
-        agent, random = results["eval"]["agent"], chance["agent"]
+        agent = results["eval"]["agent"]
+        random = chance["agent"]
         results["eval"]["baselines"]["random"] = random
         variance = sum(x["episode_return_std"] ** 2 / max(x["episodes"], 1) for x in (agent, random))
         ahead = agent[self.by] - random[self.by] > 2 * math.sqrt(variance)
@@ -1866,7 +1954,8 @@ def judge_and_keep(run, loop, judge, averaged, record):
     run.log(
         record | judge.diagnose(averaged) | {f"eval/eval/{k}": v for k, v in agent.items()}, loop
     )
-    loop.judged, loop.recent = loop.updates, [*loop.recent[-2:], float(agent[judge.by])]
+    loop.judged = loop.updates
+    loop.recent = [*loop.recent[-2:], float(agent[judge.by])]
     noisy = judge.by == "mean_reward_bps"  # one realised mean
     better = run.keep_best(float(np.mean(loop.recent)) if noisy else agent[judge.by], loop)
     loop.stale = 0 if better or not loop.updates else loop.stale + 1
@@ -1917,7 +2006,8 @@ def go_on(run, loop):
 def main(argv: list[str] | None = None) -> dict:
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
     run = Run(Args, argv, schema=SCHEMA)
-    args, device = run.args, run.device
+    args = run.args
+    device = run.device
     config = run.state and run.state["config"]
     pairs = None if args.env_fn else load_pairs(args, config and config["models"])
     envs, performance = build_lanes(run, pairs)
