@@ -3,7 +3,7 @@ r"""Trades one market with quantile critics over a frozen transformer encoder, t
 The agent is greedy on a grid of 21 exposures. FiLM (feature-wise modulation) gets the market's
 hidden state. TQC's truncation and its actor stand under flags: --policy actor.
 
-On a laptop: embedded market, about 3 minutes on 2 cores, test score .7 to .85 of the optimum:
+On a laptop: embedded market, 3 to 5 minutes on 2 cores, test score .8 to .93 of the optimum:
 
     python cleanrl_crypto/tqc_film_batch.py --timeout 300
 
