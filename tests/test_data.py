@@ -1,7 +1,6 @@
 """common/data.py: what is a file of bars, what is refused and where, alignment, facts, splits."""
 
 import hashlib
-import io
 import shutil
 from pathlib import Path
 
@@ -98,8 +97,6 @@ VARIANTS = {
     "ms.parquet": times_as(lambda t: t.dt.as_unit("ms")),
     "zone.parquet": times_as(lambda t: t.dt.tz_convert("Asia/Tokyo")),
     "text.parquet": times_as(mixed_zones),
-    "shuffled.csv": lambda f, p: save(f[list(COLUMNS[::-1])], p),
-    "z.csv": times_as(lambda t: t.dt.strftime("%Y-%m-%dT%H:%MZ")),
     "zones.csv": times_as(mixed_zones),
     "short.csv": times_as(lambda t: t.dt.strftime("%Y-%m-%d %H:%M:%S.000+00")),
     "windows.csv": write_as_windows,
@@ -131,31 +128,52 @@ def moved(rows, to):
     return edit
 
 
-BAD = {  # an edit of 40 bars -> what the refusal names
-    "missing": (lambda f: f.drop(columns=["low", "volume"]), ["'low', 'volume'"]),
-    "extra": (lambda f: f.assign(vwap=1.0, n=2), ["'vwap', 'n'"]),
-    "case": (lambda f: f.rename(columns={"open": "Open"}), ["'open'", "'Open'"]),
-    "few": (lambda f: f[:2], ["2 rows", "3"]),
-    "none": (lambda f: f[:0], ["0 rows", "3"]),
-    "unsorted": (moved([10, 11], [11, 10]), ["row 11, column 'timestamp', 2024-01-01T10", "0 dup", "1 row"]),
-    "reversed": (lambda f: f[::-1], ["row 1, column 'timestamp', 2024-01-02T14", "39 rows"]),
-    "duplicate": (moved([20], [19]), ["row 20, column 'timestamp'", "of row 19", "1 duplicate"]),
-    "copies": (lambda f: pd.concat([f, f[5:9]]), ["row 40", "of row 5", "4 duplicate", "1 rows earlier"]),
-    "inf": (cell(8, "high", np.inf), ["row 8, column 'high', 2024-01-01T08:00:00Z: inf"]),
-    "zero": (cell(9, "low", 0.0), ["row 9, column 'low', 2024-01-01T09:00:00Z: 0 "]),
-    "negative": (cell(39, "close", -3.5), ["row 39, column 'close', 2024-01-02T15:00:00Z: -3.5 "]),
-    "three": (cell([3, 9, 30], "low", -1.0), ["row 3, column 'low'", "2 more"]),
-    "volume": (cell(4, "volume", -1.0), ["row 4, column 'volume', 2024-01-01T04:00:00Z: -1 "]),
-    "high<low": (cell(5, "high", 1.0), ["row 5, column 'high', 2024-01-01T05:00:00Z: 1 "]),
-    "open": (cell(6, "open", 1e3), ["row 6, column 'open', 2024-01-01T06:00:00Z: 1000 "]),
-    "close": (cell(7, "close", 1e-3), ["row 7, column 'close', 2024-01-01T07:00:00Z: 0.001 "]),
-    "nan": (cell(2, "volume", np.nan), ["row 2, column 'volume', 2024-01-01T02:00:00Z: "]),
-    "text": (lambda f: f.assign(close="n/a"), ["column 'close'"]),
-}
+def clock(write):
+    return lambda frame: frame.assign(timestamp=write(frame["timestamp"]))
+
+
+def text(value):
+    """Row 3 has this time."""
+
+    def edit(frame):
+        frame["timestamp"] = [t.isoformat() for t in frame["timestamp"]]
+        frame.loc[3, "timestamp"] = value
+        return frame
+
+    return edit
+
+
+BAD = [  # an edit of 40 bars -> what the refusal names
+    (lambda f: f.drop(columns=["low", "volume"]), ["'low', 'volume'"]),
+    (lambda f: f.rename(columns={"open": "Open"}), ["'open'", "'Open'"]),
+    (lambda f: f[:2], ["2 rows", "3"]),
+    (moved([10, 11], [11, 10]), ["row 11, column 'timestamp', 2024-01-01T10", "0 dup", "1 row"]),
+    (moved([20], [19]), ["row 20, column 'timestamp'", "of row 19", "1 duplicate"]),
+    (lambda f: pd.concat([f, f[5:9]]), ["row 40", "of row 5", "4 duplicate", "1 rows earlier"]),
+    (cell(8, "high", np.inf), ["row 8, column 'high', 2024-01-01T08:00:00Z: inf"]),
+    (cell(9, "low", 0.0), ["row 9, column 'low', 2024-01-01T09:00:00Z: 0 "]),
+    (cell([3, 9, 30], "low", -1.0), ["row 3, column 'low'", "2 more"]),
+    (cell(4, "volume", -1.0), ["row 4, column 'volume', 2024-01-01T04:00:00Z: -1 "]),
+    (cell(5, "high", 1.0), ["row 5, column 'high', 2024-01-01T05:00:00Z: 1 "]),
+    (cell(6, "open", 1e3), ["row 6, column 'open', 2024-01-01T06:00:00Z: 1000 "]),
+    (cell(7, "close", 1e-3), ["row 7, column 'close', 2024-01-01T07:00:00Z: 0.001 "]),
+    (cell(2, "volume", np.nan), ["row 2, column 'volume', 2024-01-01T02:00:00Z: "]),
+    (lambda f: f.assign(close="n/a"), ["column 'close'"]),
+    (text("2024-01-01 03:00:00"), ["row 3,", "2024-01-01T03:00:00Z", "MetaTrader"]),
+    (text("2024-01-01"), ["row 3,", "2024-01-01T00:00Z", "MetaTrader"]),
+    (text("1704078000000"), ["row 3,", "unit='ms'"]),
+    (text("2024-02-30T03:00Z"), ["row 3,", "1678 .. 2261"]),
+    (text("9999-01-01T03:00Z"), ["row 3,", "1678 .. 2261"]),
+    (text("2024-01-01T03:00 CET"), ["row 3,", "CET"]),
+    (text(""), ["row 3,", "empty"]),
+    (clock(lambda t: t.dt.tz_localize(None)), ["MetaTrader"]),
+    (clock(lambda t: t.dt.as_unit("s").astype("int64")), ["unit='s'"]),
+    (clock(lambda t: t.where(t.index != 6)), ["row 6, column 'timestamp'"]),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("edit, words", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("edit, words", BAD)
 def test_bars_that_cannot_be_are_refused(tmp_path, kind, edit, words):
     path = save(edit(make_frame()), tmp_path / f"bad.{kind}")
     message = refusal(load_bars, path)
@@ -163,53 +181,10 @@ def test_bars_that_cannot_be_are_refused(tmp_path, kind, edit, words):
     assert all(word in message for word in words), message
 
 
-TIMES = {  # what stands for a time -> what the refusal says of it
-    "2024-01-01 03:00:00": ["2024-01-01T03:00:00Z", "MetaTrader"],
-    "2024-01-01": ["2024-01-01T00:00Z", "MetaTrader"],
-    "1704078000000": ["unit='ms'"],
-    "1704078000": ["unit='s'"],
-    "1.704078e9": ["1.704078e9"],
-    "2024-13-01T03:00Z": ["1678 .. 2261"],
-    "2024-02-30T03:00Z": ["1678 .. 2261"],
-    "9999-01-01T03:00Z": ["1678 .. 2261"],
-    "01/02/2024 03:00": ["01/02/2024 03:00"],
-    "2024-01-01T03:00 CET": ["CET"],
-    "": ["empty"],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", TIMES)
-def test_times_that_are_no_times(tmp_path, kind, text):
-    frame = make_frame()
-    frame["timestamp"] = [t.isoformat() for t in frame["timestamp"]]
-    frame.loc[3, "timestamp"] = text
-    path = save(frame, tmp_path / f"bad.{kind}")
-    message = refusal(load_bars, path)
-    assert message.startswith(f"{path}: row 3, column 'timestamp'")
-    assert all(word in message for word in TIMES[text]), message
-
-
-@pytest.mark.parametrize("edit, word", [
-    (lambda t: t.dt.tz_localize(None), "MetaTrader"),
-    (lambda t: t.dt.as_unit("ms").astype("int64"), "unit='ms'"),
-    (lambda t: t.dt.as_unit("s").astype("int64"), "unit='s'"),
-    (lambda t: t.astype("int64").astype(float), "double"),
-    (lambda t: t.where(t.index != 6), "row 6, column 'timestamp'"),
-    (lambda t: t.dt.as_unit("s") + pd.Timedelta(days=200_000), "nanoseconds"),
-])
-def test_parquet_times_that_are_no_times(tmp_path, edit, word):
-    frame = make_frame()
-    frame["timestamp"] = edit(frame["timestamp"])
-    assert word in refusal(load_bars, save(frame, tmp_path / "bad.parquet"))
-
-
 @pytest.mark.parametrize("line, where", [
     ("2024-01-01T03:00Z,1,1,1,1,1,7", ["row 3", "7", "6"]),
-    ("1,2", ["row 3", "2", "6"]),
     ("2024-01-01T03:00Z,1,1,,1,1", ["row 3, column 'low', 2024-01-01T03:00:00Z"]),
     ("2024-01-01T03:00Z,1,1,\"1,5\",1,1", ["row 3, column 'low'", "1,5"]),
-    ("2024-01-01T03:00Z,1,1,1,NaN,1", ["row 3, column 'close'", "nan"]),
 ])
 def test_csv_lines_that_are_no_bars(tmp_path, line, where):
     lines = make_frame().to_csv(index=False).splitlines()
@@ -232,37 +207,6 @@ def test_files_that_are_no_files(tmp_path, kind):
         refusal(load_bars, spec)
 
 
-def as_bytes(kind):
-    buffer = io.BytesIO()
-    frame = make_frame(6)
-    frame.to_parquet(buffer, index=False) if kind == "parquet" else frame.to_csv(buffer, index=False)
-    return buffer.getvalue()
-
-
-EDITS = st.lists(st.tuples(st.floats(0, 0.999), st.integers(-20, 255)), max_size=3)
-
-
-@FAST
-@given(st.sampled_from(KINDS), EDITS)
-def test_damaged_bytes_load_or_are_refused_in_one_line(kind, edits):
-    raw = bytearray(as_bytes(kind))
-    for where, change in edits:
-        i = int(where * len(raw))
-        if change < 0:
-            del raw[i : i - change]
-        else:
-            raw[i] = change
-    try:
-        timestamp, ohlcv = read_bars(f"x.{kind}", bytes(raw))
-    except DataError as error:
-        assert str(error).startswith(f"x.{kind}: ") and "\n" not in str(error)
-        return
-    low, high, ends = ohlcv[:, 2], ohlcv[:, 1], ohlcv[:, [0, 3]]
-    assert (np.diff(timestamp) > np.timedelta64(0)).all() and np.isfinite(ohlcv).all()
-    assert (low <= ends.min(1)).all() and (high >= ends.max(1)).all()
-    assert (ohlcv[:, :4] > 0).all() and (ohlcv[:, 4] >= 0).all()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_beside_bars_obey_the_rules_of_bars(tmp_path, kind):
     frame = make_frame()[["timestamp", "close", "volume", "open"]]
@@ -271,14 +215,9 @@ def test_columns_beside_bars_obey_the_rules_of_bars(tmp_path, kind):
     assert np.array_equal(times, nanoseconds(frame))
     assert np.array_equal(spread, frame[["volume", "close"]])
     assert "'EURUSD'" in refusal(data.read_columns, path, ("close", "EURUSD"))
-    for edit, word in (
-        (lambda f: f.assign(timestamp=f["timestamp"].dt.tz_localize(None)), "MetaTrader"),
-        (moved([7], [6]), "row 7"),
-        (cell(4, "close", np.inf), "row 4, column 'close'"),
-    ):
+    for edit, word in ((moved([7], [6]), "row 7"), (cell(4, "close", np.inf), "row 4, column 'close'")):
         path = save(edit(frame.copy()), tmp_path / f"bad.{kind}")
         assert word in refusal(data.read_columns, path, ("close",))
-    assert str(data.utc_times(times)[0]) == "2024-01-01 00:00:00+00:00"
 
 
 def test_a_folder_gives_one_file_of_either_kind(tmp_path):
@@ -300,15 +239,12 @@ def test_gaps_are_reported_and_never_filled(tmp_path):
     assert bars.gaps == (want | {"longest_at": "2024-01-05T03:00:00Z"},)
     assert len(bars.timestamp) == 189 and not bars.filled.any()
     assert bars.bars_per_year == pytest.approx(188 / (199 / 8766.0), rel=1e-12)
-    whole = load_bars(save(make_frame(), tmp_path / "w.csv"))
-    assert whole.gaps[0]["count"] == 0 and whole.gaps[0]["longest_at"] is None
 
 
 def test_what_is_implausible_is_said(tmp_path, capsys):
     frame = make_frame(200)
     clean = load_bars(save(frame, tmp_path / "clean.csv")).facts[0]
     close = frame["close"].to_numpy(copy=True)
-    assert clean["largest_move"] == pytest.approx(max(close[1:] / close[:-1] - 1, key=abs))
     assert (clean["far_moves"], clean["bounces"], clean["far_openings"]) == (0, 0, 0)
     assert clean["moving"] and clean["volume"] is None
 
@@ -322,8 +258,7 @@ def test_what_is_implausible_is_said(tmp_path, capsys):
     assert facts["far_openings"] == 2  # back from the tick, and the jump
     assert facts["largest_opening_at"] == "2024-01-03T23:00:00Z"
     data.print_facts(bars)
-    out = capsys.readouterr().out
-    assert "2024-01-03T22:00:00Z" in out and out.count("implausible") == 2
+    assert capsys.readouterr().out.count("implausible") == 2
 
     frame[["open", "high", "low", "close"]] = 5.0
     frame["volume"] = 3.0
@@ -409,12 +344,9 @@ def test_files_that_cannot_be_aligned(tmp_path):
 
 
 def test_the_same_file_twice(tmp_path):
-    (tmp_path / "other").mkdir()
     one = save(make_frame(), tmp_path / "A.csv")
     shutil.copy(one, tmp_path / "B.csv")
-    (tmp_path / "C.csv").symlink_to(one)
-    other = save(make_frame(seed=1), tmp_path / "other" / "A.parquet")
-    for two in (one, tmp_path / "." / "A.csv", tmp_path / "B.csv", tmp_path / "C.csv", other):
+    for two in (one, tmp_path / "." / "A.csv", tmp_path / "B.csv"):
         assert refusal(load_bars, f"{one},{two}").startswith(f"{two}: ")
 
 
@@ -422,14 +354,11 @@ def test_the_same_file_twice(tmp_path):
 def test_synthetic_bars():
     bars = load_bars("synthetic:regime?bars=500&seed=3")
     assert bars.names == ("synthetic:regime",) and bars.ohlcv.shape == (1, 500, 5)
-    assert bars.timestamp.dtype == "datetime64[ns]" and bars.ohlcv.dtype == np.float64
     assert bars.bars_per_year == pytest.approx(8766.0) and bars.gaps[0]["count"] == 0
     assert bars.truth.expected.shape == (500,) and bars.truth.law.seed == 3
     assert load_bars("synthetic:regime?bars=500&seed=3").sha256 == bars.sha256
-    others = ("regime?bars=500&seed=4", "signal?bars=500", "noise?bars=500", "drift?bars=500")
-    assert len({load_bars(f"synthetic:{x}").sha256 for x in others} | {bars.sha256}) == 5
-    for spec in ("synthetic:regme", "synthetic:regime?bar=5", "synthetic:", "synthetic:regime,a.csv",
-                 "a.csv,synthetic:noise"):
+    assert load_bars("synthetic:regime?bars=500&seed=4").sha256 != bars.sha256
+    for spec in ("synthetic:regime?bar=5", "synthetic:", "synthetic:regime,a.csv"):
         refusal(load_bars, spec)
 
 
@@ -482,23 +411,9 @@ def test_splits_never_touch_and_a_refusal_names_one_that_would_do(rows, purge, f
     assert c - b == purge and e - d == purge and min(b - a, d - c, f - e) >= purge
 
 
-def test_a_refused_split_names_file_numbers_and_the_way_out():
-    message = refusal(split_rows, HOURS[:1000], SHARES, 100, 0, "BTC.csv")
-    assert message.startswith("BTC.csv: ") and "eval has 50 of 1000 rows" in message
-    better = message.rpartition("--split ")[2].split()[0]
-    assert min(b - a for a, b in split_rows(HOURS[:1000], better, 100).values()) >= 100
-    # the last row earns nothing: one bar is not enough for a test split
-    assert "test has 0 of 4 rows" in refusal(split_rows, HOURS[:4], "0.5/0.25/0.25", 0)
-    assert split_rows(HOURS[:5], "0.4/0.2/0.4", 0)["test"] == (3, 4)
-    for purge, first in ((-1, 0), (1, -2)):
-        message = refusal(split_rows, HOURS, SHARES, purge, first)
-        assert str(purge) in message and str(first) in message
-
-
 @pytest.mark.parametrize("split", [
-    "0.7/0.2/0.2", "0.7/0.3/0", "1.2/-0.1/-0.1", "70/15/15", "nan/0.5/0.5", "a/b/c", "0.7/0.3", "",
-    "2023-01-01", "2023-01-01/0.5", "2023-01-01/2023-13-01", "2024-01-01/2023-01-01",
-    "2023-01-01/2023-01-01", "2023-01-01/2030-01-01", "2022-07-01/2023-01-01",
+    "0.7/0.2/0.2", "0.7/0.3/0", "1.2/-0.1/-0.1", "nan/0.5/0.5", "a/b/c", "0.7/0.3", "",
+    "2023-01-01", "2023-01-01/2023-13-01", "2024-01-01/2023-01-01", "2023-01-01/2030-01-01",
 ])
 def test_splits_that_are_refused(split):
     assert refusal(split_rows, HOURS, split, 10).startswith(f"split '{split}': ")
@@ -518,15 +433,8 @@ def test_one_calendar_border_for_pairs_of_unequal_history(tmp_path, split):
     for one in times:
         for other in times:
             assert one["train"][-1] < other["eval"][0] and one["eval"][-1] < other["test"][0]
-    alone = [split_rows(bars.timestamp, SHARES, 5) for bars in pairs]
-    assert pairs[0].timestamp[alone[0]["train"][1]] != pairs[1].timestamp[alone[1]["train"][1]]
     rows = [np.diff(list(x.values())).sum() + 10 for x in found]  # what a border cost: the purges
     assert rows == [480 - 1 - 20, 288 - 1 - 7]
-
-
-def test_equal_histories_split_as_one_does(tmp_path):
-    pairs = series(tmp_path, make_frame(333), make_frame(333, seed=1))
-    assert split_series(pairs, SHARES, 7, 3) == [split_rows(pairs[0].timestamp, SHARES, 7, 3)] * 2
 
 
 def test_series_that_cannot_share_a_border(tmp_path):

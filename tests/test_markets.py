@@ -10,7 +10,6 @@ from common import scoring
 from common.markets import (
     ACTIONS,
     Law,
-    expected_return,
     generate,
     mean_reward,
     optimum,
@@ -93,8 +92,7 @@ FEW = np.array([-1.0, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("funding", [0.0, 0.2 * SIGMA, -0.2 * SIGMA, (0.1 * SIGMA, 0.3 * SIGMA)])
-@pytest.mark.parametrize("cost", [0.4])
-def test_optimum_beats_every_policy_of_a_tiny_market(cost, funding):
+def test_optimum_beats_every_policy_of_a_tiny_market(funding, cost=0.4):
     tables = (np.array(t).reshape(1, 2, 3) for t in itertools.product(range(3), repeat=6))
     brute = max(mean_reward(TINY, cost * SIGMA, table, FEW, funding)[0] for table in tables)
     policy = optimum(TINY, cost * SIGMA, 1.0, FEW, funding)
@@ -115,18 +113,10 @@ def test_funding_is_paid_by_longs_and_received_by_shorts():
         optimum_path(truth, 5 * BP, 0, 400, funding=np.zeros(400))
 
 
-def test_ties_keep_the_position():
-    noise, signal = parse_law("synthetic:noise"), parse_law("synthetic:signal")
-    for cost in (0.0, 5 * BP):
-        assert (optimum(noise, cost) == STAY).all()
-    assert (optimum(signal, 0.0) == sign_policy()).all()
-    assert (optimum(signal, 1.0) == STAY).all()  # too dear to move at all
-
-
-def test_right_answers_of_noise_and_drift():
-    drift = parse_law("synthetic:drift")
-    assert expected_return(drift) == pytest.approx(0.05 * SIGMA)
-    assert (optimum(drift, 5 * BP) == 20).all()
+def test_ties_keep_the_position_and_a_drift_is_held():
+    for name, cost, table in (("noise", 0.0, STAY), ("signal", 0.0, sign_policy()), ("signal", 1.0, STAY)):
+        assert (optimum(parse_law(f"synthetic:{name}"), cost) == table).all(), name
+    assert (optimum(parse_law("synthetic:drift"), 5 * BP) == 20).all()
     for name, held in (("drift", 1), ("noise", 0)):
         truth = generate(parse_law(f"synthetic:{name}?bars=3000"))[2]
         assert (optimum_path(truth, 5 * BP, 100, 3000) == held).all()
@@ -216,9 +206,6 @@ def test_a_row_foretells_the_next_bar_and_no_other(regime):
     # volume shows the signal before it pays
     assert noise.std() == pytest.approx(0.1, abs=0.002)
     assert corr(log_volume, truth.signal) == pytest.approx(0.5 / np.hypot(0.5, 0.1), abs=0.005)
-    # the bar that shows a new regime still has the old one's return
-    switch = truth.regime[1:] != truth.regime[:-1]
-    assert shock[switch].std() == pytest.approx(1, abs=0.1)
 
 
 def test_high_and_low_are_bridge_extremes_of_the_bars_own_regime(regime):
@@ -226,27 +213,11 @@ def test_high_and_low_are_bridge_extremes_of_the_bars_own_regime(regime):
     opens, high, low, close, _ = ohlcv.T
     b, sigma = np.log(close / opens), np.array(truth.law.sigma)[truth.regime]
     up, down = np.log(high / opens), -np.log(low / opens)
-    u_high = np.exp(-2 * up * (up - b) / sigma**2)  # P(max > h) of a bridge from 0 to b
-    u_low = np.exp(-2 * down * (down + b) / sigma**2)
     grid = (np.arange(LONG) + 0.5) / LONG
-    for u in (u_high, u_low):
+    for x, end in ((up, b), (down, -b)):
+        u = np.exp(-2 * x * (x - end) / sigma**2)  # P(max > x) of a bridge from 0 to its end
         assert np.abs(np.sort(u) - grid).max() < 2 / np.sqrt(LONG)  # Kolmogorov-Smirnov
         assert corr(u, b) == pytest.approx(0, abs=0.01)
-        for new in (0, 1):  # the first bar of a regime already has its range
-            first = 1 + np.flatnonzero(np.diff(truth.regime) == 2 * new - 1)
-            assert u[first].mean() == pytest.approx(0.5, abs=0.05)
-    assert corr(u_high, u_low) == pytest.approx(0, abs=0.01)
-
-
-def test_fat_tails_have_unit_variance():
-    _, ohlcv, truth = generate(parse_law(f"synthetic:signal?bars={LONG}&tails=6"))
-    shock = (next_return(ohlcv) - truth.expected[:-1]) / (SIGMA * np.sqrt(1 - 0.1**2))
-    assert shock.std() == pytest.approx(1, abs=0.015)
-    for quantile, beyond in ((2.4469, 0.05), (3.7074, 0.01), (5.9588, 0.001)):  # Student t, nu 6
-        share = (np.abs(shock) > quantile * np.sqrt(4 / 6)).mean()
-        assert share == pytest.approx(beyond, abs=4 * np.sqrt(beyond / LONG))
-    wild = parse_law("synthetic:signal?bars=50000&tails=2.05&sigma=.1&seed=3")
-    assert next_return(generate(wild)[1]).min() >= -0.95 - 1e-9
 
 
 def test_one_seed_one_market_and_fewer_bars_are_a_prefix():
@@ -266,35 +237,21 @@ def test_spec_keys_reach_the_law():
     assert found == (500, 7, 0.2, 0.8, (0.004, 0.009), 11, 5.0)
     assert parse_law("synthetic:drift?drift=-.001").drift == -0.001
     assert parse_law("synthetic:drift?sigma=.01").drift == pytest.approx(0.0005)
-    law = parse_law("synthetic:regime")
-    assert (law.bars, law.seed, law.ic, law.phi, law.n_states) == (20_000, 0, 0.14, 0.97, 21)
-    assert law.sigma == (0.005, 0.012) and law.sign == (1, -1)
-    assert law.regime_transition.tolist() == [[0.995, 0.005], [0.010, 0.990]]
 
 
 @pytest.mark.parametrize("spec, words", [
     ("regime", ["'regime'"]),
     ("synthetic:regim", ["regim'", "mean regime"]),
-    ("synthetic:", ["''", "regime, signal, noise, drift"]),
     ("synthetic:regime?bar=5", ["'bar'", "mean bars"]),
-    ("synthetic:regime?zzz=5", ["'zzz'", "bars, seed, n_states, phi, sigma, tails, ic"]),
     ("synthetic:noise?ic=.1", ["'ic'"]),
-    ("synthetic:signal?drift=.1", ["'drift'"]),
     ("synthetic:regime?bars", ["'bars'"]),
     ("synthetic:regime?seed=1&seed=2", ["'seed'"]),
     ("synthetic:regime?seed=1.5", ["seed", "1.5"]),
-    ("synthetic:regime?phi=high", ["phi", "high"]),
-    ("synthetic:signal?sigma=-.01", ["sigma", "-0.01", "0.1"]),
     ("synthetic:signal?sigma=nan", ["sigma", "nan"]),
     ("synthetic:regime?sigma=.005", ["sigmas", "1", "2"]),
     ("synthetic:signal?ic=1.5", ["ic", "1.5", "-1", "1"]),
-    ("synthetic:signal?ic=nan", ["ic", "nan"]),
     ("synthetic:signal?phi=1", ["phi", "1.0", "0.99999"]),
-    ("synthetic:signal?n_states=1", ["n_states", "1", "2"]),
     ("synthetic:signal?bars=63", ["bars", "63", "64"]),
-    ("synthetic:signal?bars=3000000", ["bars", "3000000", "2e+06"]),
-    ("synthetic:signal?seed=-1", ["seed", "-1", "0"]),
-    ("synthetic:signal?tails=2", ["tails", "2.0"]),
     ("synthetic:drift?drift=.05", ["drift", "0.05", "0.006"]),
 ])
 def test_bad_specs_are_refused_in_one_line(spec, words):
@@ -308,14 +265,10 @@ def test_bad_arguments_are_refused():
     law = parse_law("synthetic:signal?bars=500")
     truth = generate(law)[2]
     for call, words in (
-        (lambda: optimum(law, -1e-4), "-0.0001"),
         (lambda: optimum(law, math.nan), "nan"),
-        (lambda: optimum(law, 1e-4, 1.01), "1.01"),
         (lambda: optimum(law, 1e-4, actions=[1.0, 0.0]), "increasing"),
         (lambda: optimum_path(truth, 1e-4, 400, 501), r"\[400, 501\).*500 bars"),
-        (lambda: optimum_path(truth, 1e-4, 0, 10, actions=[-1.0, 0.5]), "0.5"),
         (lambda: mean_reward(law, 1e-4, np.zeros((1, 21, 20), int)), r"\(1, 21, 20\)"),
-        (lambda: Law("x", sign=(1, 1), sigma=(0.01, 0.01)), "regime_transition"),
         (lambda: generate(parse_law("synthetic:drift?bars=200000&sigma=.1&drift=.1")), "price"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -348,15 +301,11 @@ def optimum_of(series, a, b):
 @pytest.mark.parametrize("spec, constant", [
     ("drift?bars=20000", 1.0),
     ("drift?bars=20000&drift=-.0003", -1.0),
-    *((f"noise?bars=4000&seed={seed}", 0.0) for seed in range(6)),
+    *((f"noise?bars=4000&seed={seed}", 0.0) for seed in range(4)),
 ])
 def test_the_best_constant_is_flat_unless_an_edge_is_seen(spec, constant):
     series = series_of(spec)
     assert scoring.best_constant(series, ACTIONS) == constant
-    a, b = series.rows["train"]
-    earned = [series.walk(np.full(b - a, x), a, b)[0].mean() for x in ACTIONS]
-    if not constant:  # somebody is always ahead
-        assert max(earned) >= 0.0
 
 
 def test_standard_error_and_usual_limit():
@@ -383,8 +332,6 @@ def test_path_metrics_by_hand():
     assert metrics["mean_expected_bps"] == pytest.approx(2.0)
     unknown, _ = scoring.path_metrics(reward, np.full(4, np.nan), np.zeros(4), np.zeros(4), 100.0)
     assert "mean_expected_bps" not in unknown
-    still, _ = scoring.path_metrics(np.zeros(4), np.zeros(4), np.zeros(4), np.zeros(4), 100.0)
-    assert all(v == 0 for v in still.values())
 
 
 @pytest.mark.parametrize("levels", [None, np.array([-1.0, 0.0, 1.0])], ids=["continuous", "levels"])
@@ -397,8 +344,6 @@ def test_random_path_has_the_turnover_it_is_asked_for(turnover, levels):
         assert set(path) <= set(levels)
     else:
         assert np.abs(path).max() <= 1
-    np.testing.assert_array_equal(path, scoring.random_path(60_000, turnover, 1, levels))
-    assert turnover == 0 or (path != scoring.random_path(60_000, turnover, 2, levels)).any()
 
 
 def test_the_sparse_rival_is_chosen_inside_the_train_rows():
