@@ -16,16 +16,7 @@ import pytest
 import torch
 
 from common import timeout_guard
-from common.timeout_guard import (
-    CheckpointError,
-    TimeoutGuard,
-    find_last,
-    load_checkpoint,
-    plain,
-    rotate,
-    save_atomic,
-    write_json_atomic,
-)
+from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint, save_atomic
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
 LIMIT = 300  # s, only against a child that hangs: a loaded machine needs a minute to import torch
@@ -57,16 +48,13 @@ def test_the_deadline_counts_from_the_start_of_a_young_script(repo, tmp_path):
     before = time.monotonic()
     code = """
 time.sleep(.5)
-guard, second, third = TimeoutGuard(30), TimeoutGuard(30), TimeoutGuard(30, from_process_start=True)
-print(guard.elapsed(), guard.phases()["setup"], second.phases()["setup"], third.phases()["setup"])
-timeout_guard.process_age, TimeoutGuard._first = lambda: 61.0, True
-print(TimeoutGuard(30).phases()["setup"])
+guard, second = TimeoutGuard(30), TimeoutGuard(30)
+print(guard.elapsed(), guard.phases()["setup"], second.phases()["setup"])
 """
-    out = run(repo, tmp_path, code)
+    elapsed, setup, second = map(float, run(repo, tmp_path, code)[0].split())
     wall = time.monotonic() - before
-    elapsed, setup, second, third = map(float, out[0].split())
     assert 0.5 <= setup <= elapsed <= wall + 1.1  # the time of the boot is known in whole seconds
-    assert (second, float(out[1])) == (0.0, 0.0) and third >= 0.5
+    assert second == 0.0
 
 
 def test_should_stop_status_and_limits():
@@ -91,8 +79,6 @@ with TimeoutGuard(60) as guard:
     while not guard.should_stop():
         time.sleep(.01)
     print(guard.signal, guard.status)
-    if len(sys.argv) > 1:
-        time.sleep(60)
 raise SystemExit(guard.exit_code)
 """
 
@@ -108,34 +94,12 @@ def test_the_first_signal_ends_the_loop_cleanly(repo, tmp_path, name, code):
 
 
 @POSIX
-def test_the_second_signal_raises_keyboard_interrupt(repo, tmp_path):
-    with start(repo, tmp_path, WAIT, "stay") as child:
-        child.stdout.readline()
-        child.send_signal(signal.SIGTERM)
-        child.stdout.readline()
-        child.send_signal(signal.SIGINT)
-        err = child.communicate(timeout=LIMIT)[1]
-    assert "KeyboardInterrupt" in err and child.returncode != 0
-
-
-@POSIX
 def test_handlers_are_given_back():
     old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), TimeoutGuard(None) as guard:
         assert guard.handles_signals and signal.getsignal(signal.SIGTERM) == guard._on_signal
         raise RuntimeError
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == old
-    guard.close()  # twice is fine
-    guard = TimeoutGuard(None)
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # somebody else's, later, is not undone
-        guard.close()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGINT) == old[0]
-    finally:
-        signal.signal(signal.SIGTERM, old[1])
-    with TimeoutGuard(None, signals=False) as guard:
-        assert not guard.handles_signals and signal.getsignal(signal.SIGINT) == old[0]
     found = []
     thread = threading.Thread(target=lambda: found.append(TimeoutGuard(None).handles_signals))
     thread.start()
@@ -155,20 +119,15 @@ def test_phases_are_exclusive_and_add_up(monkeypatch):
     sleep(1)
     guard.mark("rollout")
     sleep(2)
-    with guard.phase("io"):  # a phase takes out of the mark
+    with pytest.raises(KeyError), guard.phase("io"):  # a phase takes out of the mark
         sleep(4)
         with guard.phase("rollout"):
             sleep(8)
         assert guard.current == "io"
-    sleep(16)
-    assert guard.current == "rollout" and guard.phases()["rollout"] == 26
-    guard.mark("learn")
-    with pytest.raises(KeyError), guard.phase("io"):
-        sleep(32)
         raise KeyError
-    sleep(64)
-    assert guard.phases() == {"setup": 0, "other": 1, "rollout": 26, "io": 36, "learn": 64}
-    assert sum(guard.phases().values()) == guard.elapsed() == 127
+    sleep(16)
+    assert guard.phases() == {"setup": 0, "other": 1, "rollout": 26, "io": 4}
+    assert sum(guard.phases().values()) == guard.elapsed() == 31
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -187,11 +146,11 @@ def test_checkpoint_round_trip(tmp_path):
         "raw": b"\0x",
     }
     save_atomic(state, tmp_path / "new" / "checkpoints" / "last.pt")
-    loaded = load_checkpoint(find_last(tmp_path / "new"))
+    loaded = load_checkpoint(timeout_guard.find_last(tmp_path / "new"))
     assert torch.equal(loaded["agent"]["weight"], model.weight) and loaded["args"] == state["args"]
     assert loaded["rng"] == state["rng"] and loaded["order"] == state["order"]
     optimizer.load_state_dict(loaded["optimizer"])
-    assert find_last(tmp_path) is None
+    assert timeout_guard.find_last(tmp_path) is None
     assert [p.name for p in (tmp_path / "new" / "checkpoints").iterdir()] == ["last.pt"]
 
 
@@ -208,45 +167,20 @@ FULL_DISK = """
 import resource, torch
 path = sys.argv[1]
 save_atomic({"step": 1}, path)
-for size in (1, 1000, 100_000, 399_000):  # the checkpoint has 400 kB and a little
+for size in (1, 1000, 399_000):  # the checkpoint has 400 kB and a little
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         save_atomic({"step": 2, "a": torch.zeros(100_000)}, path)
     except CheckpointError as e:
         print(path in str(e), "File too large" in str(e))
     print(load_checkpoint(path), os.listdir(os.path.dirname(path)))
-try:
-    write_json_atomic(list(range(100_000)), path + ".json")
-except OSError as e:
-    print(e.strerror, os.listdir(os.path.dirname(path)))
-
-# torch turns whatever a write raises into an error of its own
-def save(obj, f, real_save=torch.save):
-    class File:
-        flush, writes = f.flush, 0
-        def write(self, data):
-            self.writes += 1
-            if self.writes == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return f.write(data)
-    real_save(obj, File())
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-guard, torch.save = TimeoutGuard(None), save
-try:
-    save_atomic({"step": 3}, path)
-except BaseException as e:
-    print(type(e).__name__, load_checkpoint(path), os.listdir(os.path.dirname(path)))
 """
 
 
 @POSIX
-def test_a_write_that_fails_midway_leaves_the_old_file(repo, tmp_path):
-    """A full disk, and a second Ctrl-C while a checkpoint is written, which is no full disk."""
+def test_a_full_disk_leaves_the_old_file(repo, tmp_path):
     out = run(repo, tmp_path, FULL_DISK, tmp_path / "ck" / "last.pt")
-    assert out[:8] == ["True True", "{'step': 1} ['last.pt']"] * 4
-    assert out[8:10] == ["File too large ['last.pt']", "KeyboardInterrupt {'step': 1} ['last.pt']"]
+    assert out[:6] == ["True True", "{'step': 1} ['last.pt']"] * 3
 
 
 @POSIX
@@ -292,17 +226,14 @@ def test_errors_on_loading_are_one_line_that_names_the_file(tmp_path):
 # ----------------------------------------------------------------------------------- json, rotation
 def test_json_holds_numbers_or_null(tmp_path):
     path = tmp_path / "new" / "summary.json"
-    numbers = {"nan": math.nan, "inf": np.float32(-np.inf), "array": np.array([1.0, np.nan])}
-    others = {"int": np.int64(3), "tensor": torch.ones(2), "bool": np.bool_(True)}
-    nested = {"path": tmp_path, "nested": ({"x": [math.inf]},)}
-    write_json_atomic(numbers | others | nested, path)
-    want = {"nan": None, "inf": None, "array": [1, None], "int": 3, "tensor": [1, 1], "bool": True}
-    want |= {"path": str(tmp_path), "nested": [{"x": [None]}]}
-    assert json.loads(path.read_text()) == want
+    obj = {"nan": math.nan, "inf": np.float32(-np.inf), "array": np.array([1.0, np.nan])}
+    obj |= {"int": np.int64(3), "tensor": torch.ones(2), "path": tmp_path, "nested": ({"x": [math.inf]},)}
+    timeout_guard.write_json_atomic(obj, path)
+    want = {"nan": None, "inf": None, "array": [1, None], "int": 3, "tensor": [1, 1]}
+    assert json.loads(path.read_text()) == want | {"path": str(tmp_path), "nested": [{"x": [None]}]}
     written = path.read_text()
-    assert plain(1.5) == 1.5 and plain("nan") == "nan"
     with pytest.raises(TypeError):
-        write_json_atomic({"f": json}, path)
+        timeout_guard.write_json_atomic({"f": json}, path)
     assert path.read_text() == written and list(path.parent.iterdir()) == [path]
 
 
@@ -310,9 +241,7 @@ def test_rotation_keeps_the_highest_numbers_and_never_touches_last_and_best(tmp_
     names = ("step_9.pt", "step_10.pt", "step_100.pt", "step_2.pt", "last.pt", "best.pt", "note_1.txt")
     for name in names:
         (tmp_path / name).touch()
-    assert [p.name for p in rotate(tmp_path, 2)] == ["step_2.pt", "step_9.pt"]
-    assert rotate(tmp_path, 2) == []
-    assert [p.name for p in rotate(tmp_path, 0, "*.pt")] == ["step_10.pt", "step_100.pt"]
+    assert [p.name for p in timeout_guard.rotate(tmp_path, 2)] == ["step_2.pt", "step_9.pt"]
+    assert timeout_guard.rotate(tmp_path, 2) == []
+    assert [p.name for p in timeout_guard.rotate(tmp_path, 0, "*.pt")] == ["step_10.pt", "step_100.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "note_1.txt"]
-    with pytest.raises(ValueError, match="-1"):
-        rotate(tmp_path, -1)
