@@ -276,24 +276,23 @@ class Args(RunArgs):
             (-1000, 1000): "funding_bps",
         }
         check(self, choices, ranges)
-        batch = self.batch_size
-        segment = self.segment
-        width = self.d_model
         drop = self.top_quantiles_to_drop_per_net
-        quantiles = self.n_quantiles
-        floor, (_, alpha) = self.ent_coef_min, parse_ent_coef(self.ent_coef)
+        floor = self.ent_coef_min
+        _, alpha = parse_ent_coef(self.ent_coef)
         refuse(
-            (batch % segment, f"--batch-size {batch} must be a multiple of --segment {segment}"),
-            (width % HEADS, f"--d-model {width} must be a multiple of {HEADS} attention heads"),
-            (drop >= quantiles,
-             f"--top-quantiles-to-drop-per-net {drop} leaves none of --n-quantiles {quantiles}"),
+            (self.batch_size % self.segment,
+             f"--batch-size {self.batch_size} must be a multiple of --segment {self.segment}"),
+            (self.d_model % HEADS,
+             f"--d-model {self.d_model} must be a multiple of {HEADS} attention heads"),
+            (drop >= self.n_quantiles,
+             f"--top-quantiles-to-drop-per-net {drop} leaves none of --n-quantiles {self.n_quantiles}"),
             (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"),
             (not 0 <= floor <= alpha,
              f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}"),
         )
 
 
-def parse_ent_coef(text: str) -> tuple[bool, float]:
+def parse_ent_coef(text):
     """`auto`, `auto_0.5` or a number -> (is it learned, initial value), as Stable-Baselines3
     reads it."""
     learned = text == "auto" or text.startswith("auto_")
@@ -372,11 +371,10 @@ def begin_nb(i, rules, ints, floats):
     u = uniform_nb(seed, i, episode, 1)
     ints[ROW, i] = start + np.int64(uniform_nb(seed, i, episode, 0) * (stop - start))
     ints[CLOCK, i] = 0
-    floats[POSITION, i] = 0.0
+    for k in range(5):
+        floats[k, i] = 0.0
     floats[W_COST, i] = w_max * (0.0 if u < 0.2 else 1.0 if u > 0.8 else (u - 0.2) / 0.6)
     floats[EQUITY, i] = 1.0
-    floats[RETURN, i] = 0.0
-    floats[TURNOVER, i] = 0.0
 
 
 @nb.njit(cache=True)
@@ -499,22 +497,24 @@ class Market:
     window: int
     forecast: np.ndarray  # (T,) float32 the lasso's, out of fold on train rows
 
-    def identity(self) -> dict:
+    def identity(self):
         """What a checkpoint must agree with."""
-        bars = {name: getattr(self.bars, name) for name in ("spec", "sha256", "names")}
-        return bars | {
+        return {
+            "spec": self.bars.spec,
+            "sha256": self.bars.sha256,
+            "names": self.bars.names,
             "bars": len(self.ret),
             "rows": self.rows,
             "columns": self.features.columns,
         }
 
     @property
-    def judged_by(self) -> str:
+    def judged_by(self):
         """What best.pt is chosen by: the known conditional mean, or the realised one."""
         return "mean_expected_bps" if self.bars.truth else "mean_reward_bps"
 
     @property
-    def n_tech(self) -> int:
+    def n_tech(self):
         return self.table.shape[1] - HMM_COLUMNS
 
 
@@ -529,31 +529,33 @@ def load_market(
     seconds=math.inf,
     screen=True,
     forecast=True,
-) -> Market:
+):
     """Bars -> splits -> columns, fitted on train rows, for `seconds` at most, unless `features`
     are given. Raises DataError (one line)."""
     bars = load_bars(data, fill_limit)
     purge = window + HORIZON
     train_stop = split_rows(bars.timestamp, split, purge)["train"][1]
-    features, fitted = features or fit_features(bars, train_stop, seed, seconds, screen), features
+    fit = features is None
+    if fit:
+        features = fit_features(bars, train_stop, seed, seconds, screen)
     table = features.transform(bars)
     rows = split_rows(bars.timestamp, split, purge, first=features.warmup + window - 1)
     if not hmm:
         table[:, -HMM_COLUMNS:] = 0.0
-    ret = np.nan_to_num(
-        bars.next_return
-    )  # the last row has no next bar and is never a decision row
+    # the last row has no next bar and is never a decision row
+    ret = np.nan_to_num(bars.next_return)
     expected = bars.truth.expected if bars.truth else np.full(len(ret), np.nan)
     market = Market(bars, features, table, ret, expected, rows, window, np.zeros(len(ret)))
-    if forecast and (fitted is None or features.linear):
-        read_linearly(market, fitted is None)
+    if forecast and (fit or features.linear):
+        read_linearly(market, fit)
     return market
 
 
-def read_linearly(market, fit: bool):
+def read_linearly(market, fit):
     """The lasso's forecast of every row. On the rows that it was fitted on it is out of fold, as
     the agent would else learn to trust it too much."""
-    features, (start, stop) = market.features, market.rows["train"]
+    features = market.features
+    start, stop = market.rows["train"]
     linear, out_of_fold = fit_linear(series_of(market, NO_COSTS))
     if fit:
         features.linear = linear
@@ -574,44 +576,36 @@ class MarketVectorEnv(Lanes):
 
     def __init__(
         self,
-        market: Market,
-        rows: tuple[int, int],
-        num_envs: int = 1,
-        episode_length: int = 128,
-        fee_bps: float = 4.0,
-        slippage_bps: float = 1.0,
-        funding_bps: float = 0.0,
-        position_mode: str = "rebalance",
-        turnover_penalty_bps: float = 5.0,
-        seed: int = 1,
-        backend: str = "cpu",
+        market,
+        rows,
+        num_envs=1,
+        episode_length=128,
+        fee_bps=4.0,
+        slippage_bps=1.0,
+        funding_bps=0.0,
+        position_mode="rebalance",
+        turnover_penalty_bps=5.0,
+        seed=1,
+        backend="cpu",
     ):
-        self.start = int(rows[0])
-        self.stop = int(rows[1])
-        self.length = int(episode_length)
+        self.start, self.stop = rows
+        self.length = episode_length
         first = market.window - 1
         last = len(market.ret)
         if position_mode not in MODES:
-            raise ValueError(
-                f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}"
-            )
+            raise ValueError(f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}")
         if not first <= self.start < self.stop < last:
             raise ValueError(f"rows {rows}: need {first} <= start < stop < {last}")
         columns = market.table.shape[1]
         box = gym.spaces.Box
-        super().__init__(
-            num_envs,
-            gym.spaces.Dict(
-                {
-                    "market": box(-np.inf, np.inf, (market.window, columns)),
-                    "position": box(-np.inf, np.inf, (1,)),
-                    "w_cost": box(0.0, 1.0, (1,)),
-                }
-            ),
-            box(-1.0, 1.0, (1,)),
-            backend,
-            seed,
-        )
+        observation = {
+            "market": box(-np.inf, np.inf, (market.window, columns)),
+            "position": box(-np.inf, np.inf, (1,)),
+            "w_cost": box(0.0, 1.0, (1,)),
+        }
+        observation = gym.spaces.Dict(observation)
+        action = box(-1.0, 1.0, (1,))
+        super().__init__(num_envs, observation, action, backend, seed)
         self.market = market
         self.penalty = turnover_penalty_bps * BP
         self.w_max = 1.0
@@ -630,38 +624,37 @@ class MarketVectorEnv(Lanes):
         self.ret = market.ret
         if backend == "cuda":
             self.kernel = cuda_step()[(num_envs + 127) // 128, 128]
-            self.ret = pool.static(
-                ("ret", market.bars.sha256), lambda: cuda.to_device(market.ret)
-            )
+            key = "ret", market.bars.sha256
+            self.ret = pool.static(key, lambda: cuda.to_device(market.ret))
         self.table = torch.as_tensor(market.table, device=self.torch_device)
         self.offsets = torch.arange(1 - market.window, 1, device=self.torch_device)
 
     @property
-    def rules(self) -> tuple:
+    def rules(self):
         return self.start, self.stop, self.length, self.w_max, self.penalty, self.seed
 
-    def reset_lanes(self, first: bool, options: dict):
-        state = self.ints, self.floats
-        ints, floats = (x.cpu().numpy() for x in state)  # on a CPU the same memory
+    def reset_lanes(self, first, options):
+        ints = self.ints.cpu().numpy()  # on a CPU the same memory
+        floats = self.floats.cpu().numpy()
         ints[EPISODE] = 0 if first else ints[EPISODE] + 1
         begin_all_nb(self.rules, ints, floats)
         self.ints.copy_(torch.from_numpy(ints))
         self.floats.copy_(torch.from_numpy(floats))
 
-    def step_lanes(self, action: torch.Tensor):
+    def step_lanes(self, action):
         """action (N,) or (N, 1) -> reward (N,) float64, terminated, truncated (N,): overwritten
         by the next call."""
         self.action.copy_(action.reshape(-1))
         self.kernel(self.arrays["action"], self.ret, self.costs, self.rules, self.lanes)
         return self.reward, *self.flags
 
-    def observe(self) -> dict:
+    def observe(self):
         return self.window_of(self.ints, self.floats)
 
-    def observe_final(self, lanes: torch.Tensor) -> dict:
+    def observe_final(self, lanes):
         return self.window_of(self.last_ints[:, lanes], self.last_floats[:, lanes])
 
-    def window_of(self, ints, floats) -> dict:
+    def window_of(self, ints, floats):
         market = self.table[ints[ROW][:, None] + self.offsets]  # (N, window, columns)
         return {
             "market": market,
@@ -669,7 +662,7 @@ class MarketVectorEnv(Lanes):
             "w_cost": floats[W_COST][:, None].float(),
         }
 
-    def episode(self) -> dict:
+    def episode(self):
         last = self.last_floats
         return {
             "r": last[RETURN],
@@ -678,7 +671,7 @@ class MarketVectorEnv(Lanes):
             "turnover": last[TURNOVER],
         }
 
-    def charts(self) -> dict:
+    def charts(self):
         """Means over the lanes' last ended episodes; NaN while none has ended."""
         ended = self.ints[EPISODE] > 0
         return {
@@ -687,9 +680,7 @@ class MarketVectorEnv(Lanes):
         }
 
 
-def make_vec(
-    num_envs: int = 1, data: str = "synthetic:regime", split_name: str = "train", **kwargs
-) -> MarketVectorEnv:
+def make_vec(num_envs=1, data="synthetic:regime", split_name="train", **kwargs):
     """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train",
     fee_bps=4, ...)."""
     loading = {k: kwargs.pop(k) for k in LOADING if k in kwargs}
@@ -713,16 +704,16 @@ class CryptoMAE(nn.Module):
     def __init__(self, columns, window, d_model, recency):
         super().__init__()
         self.embed = nn.Linear(columns, d_model)
-        layer = functools.partial(nn.TransformerEncoderLayer, d_model, HEADS, 4 * d_model)
-        how = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.Sequential(*(layer(**how) for _ in range(LAYERS)))
+        block = functools.partial(
+            nn.TransformerEncoderLayer, d_model, HEADS, 4 * d_model,
+            dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.Sequential(*(block() for _ in range(LAYERS)))
         self.norm = nn.LayerNorm(d_model)
         self.decode = nn.Linear(d_model, columns)
         self.mask_token = nn.Parameter(torch.zeros(d_model))
-        age = torch.arange(window - 1, -1, -1)[:, None]  # (T, 1) bars
-        at = torch.arange(window)[:, None] / 10_000 ** (
-            torch.arange(0, d_model, 2) / d_model
-        )
+        bar = torch.arange(window)[:, None]  # (T, 1)
+        age = window - 1 - bar
+        at = bar / 10_000 ** (torch.arange(0, d_model, 2) / d_model)
         waves = torch.stack([at.sin(), at.cos()], -1).flatten(1)
         self.register_buffer("positions", waves[:, :d_model])  # (T, d)
         self.register_buffer("mean", torch.zeros(d_model))
@@ -836,16 +827,17 @@ class Agent(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
+        c = config
+        self.config = config
         self.costs = c["cost"], c["funding"], c["drift"]
         width = c["fusion_width"]
-        heads = (c["hidden"], c["n_critics"], c["n_quantiles"])
-        market = c["window"], c["d_model"], width, c["dropout"]
-        self.extractor = FoundationFeatureExtractor(*market)
-        self.critic = Critic(width, *heads)
-        self.target = Critic(width, *heads).requires_grad_(False)
+        hidden = c["hidden"]
+        critic = width, hidden, c["n_critics"], c["n_quantiles"]
+        self.extractor = FoundationFeatureExtractor(c["window"], c["d_model"], width, c["dropout"])
+        self.critic = Critic(*critic)
+        self.target = Critic(*critic).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        self.actor = Actor(width, c["hidden"], c["log_std_init"])
+        self.actor = Actor(width, hidden, c["log_std_init"])
         self.log_alpha = nn.Parameter(torch.tensor(math.log(max(c["alpha"], 1e-30))))
         self.register_buffer("grid", torch.arange(-GRID, GRID + 1) / GRID)
         # sums of 1, reward and reward^2
@@ -855,7 +847,11 @@ class Agent(nn.Module):
     def alpha(self):
         return self.log_alpha.detach().exp()
 
-    def watch_rewards(self, rewards: torch.Tensor):
+    def trade_reward(self, position, after, w_cost):
+        """What a trade costs at the agent's fees and penalty (<= 0), not yet scaled."""
+        return trade_reward(position, after, self.costs, self.config["penalty"] * w_cost)
+
+    def watch_rewards(self, rewards):
         """Statistics of the full position's rewards, which no policy can shrink."""
         self.reward_sums += torch.stack([rewards**0, rewards, rewards**2]).sum(1)
 
@@ -944,13 +940,10 @@ def trade_reward(position, after, costs, penalty):
 def greedy_next(agent, market, held, w_cost, scale):
     """The best grid exposure at the next row, the trade to it paid: market (B, width), exposures
     held there (B, K), w_cost (B, 1) -> quantiles (B K, C, N), log_prob (B K,), which is 0."""
-    values = agent.target(
-        market, agent.grid.expand(len(market), -1), w_cost
-    )  # (B, A, C, N)
-    penalty = agent.config["penalty"] * w_cost[..., None]
-    moves = scale * trade_reward(
-        held[..., None], agent.grid, agent.costs, penalty
-    )  # (B, K, A)
+    grid = agent.grid.expand(len(market), -1)
+    values = agent.target(market, grid, w_cost)  # (B, A, C, N)
+    paid = agent.trade_reward(held[..., None], agent.grid, w_cost[..., None])
+    moves = scale * paid  # (B, K, A)
     best = (values.mean((2, 3))[:, None] + moves).argmax(2, keepdim=True)  # (B, K, 1)
     pick = best[..., None].expand(-1, -1, *values.shape[2:])
     quantiles = values.gather(1, pick) + moves.gather(2, best)[..., None]
@@ -965,8 +958,7 @@ def sampled_next(agent, market, held, w_cost, scale, noise=None):
     held = held.reshape(-1, 1)
     action, log_prob, _ = sample_action(agent.actor, market, held, w_cost, noise)
     action = action[:, None]
-    penalty = agent.config["penalty"] * w_cost
-    paid = scale * trade_reward(held, action, agent.costs, penalty)  # (B K, 1)
+    paid = scale * agent.trade_reward(held, action, w_cost)  # (B K, 1)
     return agent.target(market, action, w_cost)[:, 0] + paid[..., None], log_prob
 
 
@@ -989,34 +981,32 @@ class Contexts:
     """The market on the training device: its table, its returns, and the encoder's output for every
     row.
 
-    __call__(rows (B,)) -> (z (B, T, d), hmm (B, 5), forecast (B, 1)). If they fit into memory, rows are encoded
-    once, by fill(), before the first decision; if not, anew for every batch.
+    __call__(rows (B,)) -> (z (B, T, d), hmm (B, 5), forecast (B, 1)). If they fit into memory, rows
+    are encoded once, by fill(), before the first decision; if not, anew for every batch.
     """
 
-    def __init__(self, encoder, market, device, dtype=torch.float32, keep: bool = True):
+    def __init__(self, encoder, market, device, dtype=torch.float32, keep=True):
         self.encoder = encoder
         self.market = market
         self.device = device
         self.dtype = dtype
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        self.table = torch.from_numpy(market.table).to(device)
-        self.ret = torch.from_numpy(market.ret.astype(np.float32)).to(device)
-        self.forecast = torch.from_numpy(market.forecast.astype(np.float32)).to(device)[:, None]
+        tensor = functools.partial(torch.as_tensor, device=device)
+        self.table = tensor(market.table)
+        self.ret = tensor(market.ret).float()
+        self.forecast = tensor(market.forecast).float()[:, None]
         # a bad tick must not shrink all other rewards
         limit = usual_limit(market.ret[slice(*market.rows["train"])])
         full = np.log1p(np.clip(market.ret, max(-limit, RUIN - 1), limit))
-        self.full_reward = torch.from_numpy(full).to(
-            device
-        )  # (T,) float64, of a full long position
+        self.full_reward = tensor(full)  # (T,) float64, of a full long position
         self.offsets = torch.arange(1 - market.window, 1, device=device)
         shape = len(market.table), *encoder.positions.shape  # (bars, T, d)
         self.cache = torch.empty(shape, dtype=dtype, device=device) if keep else None
         self.rows = market.rows  # of every split, those that were encoded
 
     def autocast(self):
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def windows(self, rows):
         """Technical columns of the bars up to each row: (B,) -> (B, T, n_tech)."""
@@ -1035,21 +1025,20 @@ class Contexts:
             return {name: list(span) for name, span in splits.items()}
         until = time.monotonic() + seconds
         blocks = []
-        for name, (
-            first,
-            last,
-        ) in splits.items():  # counted back from the row after the split
+        for name, (first, last) in splits.items():
+            # counted back from the row after the split
             starts = range(last + 1 - BLOCK, first - BLOCK, -BLOCK)
             blocks += [(k / len(starts), name, start) for k, start in enumerate(starts)]
-        rows = {}
+        rows = dict.fromkeys(splits)
         for part, name, start in sorted(blocks):
             if part > 0 and (time.monotonic() > until or stop()):
                 break
-            first = max(start, splits[name][0])
+            first, last = splits[name]
+            first = max(start, first)
             at = torch.arange(start, start + BLOCK, device=self.device).clamp_min(first)
             self.cache[first : start + BLOCK] = self.encode(at)[first - start :]
-            rows[name] = [first, splits[name][1]]
-        return {name: rows[name] for name in splits}
+            rows[name] = [first, last]
+        return rows
 
     def __call__(self, rows):
         z = self.encode(rows) if self.cache is None else self.cache[rows]
@@ -1105,19 +1094,18 @@ class Replay:
         return Batch(rows, position, torch.cat([action, other], 1), w_cost)
 
     def state_dict(self):
-        row = self.row[: len(self)]
-        floats = self.floats[:, : len(self)]
+        n = len(self)
         return {
             "total": self.total,
-            "row": row.cpu().clone(),
-            "floats": floats.cpu().clone(),
+            "row": self.row[:n].cpu().clone(),
+            "floats": self.floats[:, :n].cpu().clone(),
         }
 
     def load_state_dict(self, state):
         n = len(state["row"])
         self.total = state["total"]
-        self.row[:n].copy_(state["row"])
-        self.floats[:, :n].copy_(state["floats"])
+        self.row[:n] = state["row"]
+        self.floats[:, :n] = state["floats"]
 
 
 @torch.no_grad()
@@ -1125,11 +1113,11 @@ def explore(agent, contexts, row, position, w_cost, matrix, redraw):
     """The actor's exposures (N,) in a rollout. matrix (N, hidden): every lane's gSDE noise, kept
     for some steps."""
     agent.eval()
+    position = position.float()[:, None]
+    w_cost = w_cost.float()[:, None]
     with contexts.autocast():
         market = agent.extractor(*contexts(row))
-        mean, latent = agent.actor(
-            market, position.float()[:, None], w_cost.float()[:, None]
-        )
+        mean, latent = agent.actor(market, position, w_cost)
     if redraw:
         matrix.copy_(torch.randn_like(matrix) * agent.actor.log_std.exp())
     return (mean + (latent * matrix).sum(1)).tanh().float()
@@ -1175,19 +1163,20 @@ def grid_values(agent, latents, w_cost):
 def action_values(agent, latents, position, w_cost, after):
     """Q of trading from position (n, 1) to exposures (n, A) at w_cost (n, 1) -> (n, A), scaled
     reward."""
-    paid = trade_reward(position, after, agent.costs, agent.config["penalty"] * w_cost)
+    paid = agent.trade_reward(position, after, w_cost)
     return afterstate_values(agent, latents, after, w_cost) + agent.reward_scale * paid
 
 
 @torch.no_grad()
-def act(agent, latents, position, w_cost, policy: str | None = None):
-    """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1); policy: if not the agent's own."""
-    if (policy or agent.config["policy"]) == "actor":
+def act(agent, latents, position, w_cost):
+    """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1)."""
+    if agent.config["policy"] == "actor":
         return agent.actor(latents, position, w_cost)[0].tanh()
     q = action_values(agent, latents, position, w_cost, agent.grid.expand(len(latents), -1))
     return agent.grid[q.argmax(1)]
 
 
+@torch.no_grad()
 def target_path(agent, latents, ret, w_cost, policy):
     """Deterministic exposures (n,) float64 along consecutive rows, flat before the first."""
     if policy == "critic_grid":
@@ -1200,14 +1189,15 @@ def target_path(agent, latents, ret, w_cost, policy):
     position = 0.0
     for t in range(len(ret)):
         held = torch.full((1, 1), position, device=latents.device)
-        target[t] = act(agent, latents[t : t + 1], held, w_cost[t : t + 1], "actor")
+        target[t] = agent.actor(latents[t : t + 1], held, w_cost[t : t + 1])[0].tanh()
         _, position = trade_nb(position, target[t], ret[t], agent.costs)
     return target
 
 
 def series_of(market, costs):
     """The market as scoring sees it."""
-    known, own_walk = market.bars.truth is not None, functools.partial(walk, market, costs)
+    known = market.bars.truth is not None
+    own_walk = functools.partial(walk, market, costs)
     x = with_products(market.table, market.n_tech)
     return Series(x, market.ret, market.rows, own_walk, known)
 
@@ -1227,7 +1217,6 @@ def walk(market, costs, target, start, stop):
 def fixed_paths(market, costs, start, stop):
     """Exposures (n,) on rows [start, stop) of those beside the agent who do not depend on it."""
     n = stop - start
-    truth = market.bars.truth
     constant = best_constant(series_of(market, costs), LEVELS)
     paths = {
         "flat": np.zeros(n),
@@ -1235,6 +1224,7 @@ def fixed_paths(market, costs, start, stop):
         "best_constant": np.full(n, constant),
         "sparse_linear": rival_path(market, costs)[start:stop],
     }
+    truth = market.bars.truth
     if truth:
         cost, funding, _ = costs
         paths["optimum"] = markets.optimum_path(truth, cost, start, stop, funding=funding)
@@ -1252,19 +1242,19 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
     costs = agent.costs
     acting = agent.config["policy"]
     bars = market.bars
-    truth = market.bars.truth
+    truth = bars.truth
     until = time.monotonic() + 0.4 * seconds  # what follows takes longer than the latents
     start, last = contexts.rows[split]
     rows = torch.arange(start, last, device=contexts.device)
     latents = latents_of(agent, contexts, rows, until)
     stop = start + len(latents)
     w_cost = torch.full((len(latents), 1), args.eval_w_cost, device=contexts.device)
+    ret = market.ret[start:stop]
     paths = {}
     for policy in policies:
         if policy == acting or time.monotonic() < until:
-            paths[policy] = target_path(
-                agent, latents, market.ret[start:stop], w_cost, policy
-            )
+            paths[policy] = target_path(agent, latents, ret, w_cost, policy)
+    walked = list(paths)
     turnover = walk(market, costs, paths[acting], start, stop)[2].mean()
     paths |= fixed_paths(market, costs, start, stop)
     paths["random_same_turnover"] = random_path(stop - start, turnover, args.seed)
@@ -1283,32 +1273,32 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
     columns = {name: values[start:stop] for name, values in table.items()}
     everyone = {}
     for name, target in paths.items():
-        walked = walk(market, costs, target, start, stop)
-        everyone[name], equity = path_metrics(*walked, bars.bars_per_year)
+        earned = walk(market, costs, target, start, stop)
+        everyone[name], equity = path_metrics(*earned, bars.bars_per_year)
         who = "" if name == acting else f"_{name}"
         columns |= {f"position{who}": target, f"equity{who}": equity}
     q = grid_values(agent, latents, w_cost)
     columns["q_spread"] = (q.amax(1) - q.amin(1)).cpu().numpy()
 
-    whole = [start, stop] == list(market.rows[split]) and set(policies) <= set(paths)
+    whole = [start, stop] == list(market.rows[split]) and len(walked) == len(policies)
     out = {"rows": [start, stop], "partial": not whole, "baselines": everyone}
-    out |= {name: everyone.pop(name) for name in policies if name in paths}
+    out |= {name: everyone.pop(name) for name in walked}
     out["agent"] = out[acting]
     if truth:
         best = everyone["optimum"]["mean_expected_bps"]
-        for name in set(policies) & set(paths):
+        for name in walked:
             expected = out[name]["mean_expected_bps"]
             out[name]["score"] = expected / best if best >= 0.05 else None
     return out, columns
 
 
 @torch.no_grad()
-def diagnose(agent, contexts, split="eval", n=256):
-    """What the deterministic policy depends on, on n rows of a split (the same rows at every
-    call), by metric."""
+def diagnose(agent, contexts, n=256):
+    """What the deterministic policy depends on, on n rows of the eval split (the same at
+    every call), by metric."""
     rng = np.random.default_rng(0)
     device = contexts.device
-    rows = np.sort(rng.choice(np.arange(*contexts.rows[split]), n))
+    rows = np.sort(rng.choice(np.arange(*contexts.rows["eval"]), n))
     drawn = rows, rng.permutation(n), rng.uniform(-1, 1, (n, 1)), rng.uniform(0, 1, (n, 1))
     rows, mix, position, w_cost = (torch.as_tensor(x, device=device) for x in drawn)
     position = position.float()
@@ -1331,9 +1321,8 @@ def diagnose(agent, contexts, split="eval", n=256):
         "w_cost": (latents, position, w_cost[mix]),
     }
 
-    noise = torch.randn(
-        n, generator=torch.Generator(device.type).manual_seed(0), device=device
-    )
+    generator = torch.Generator(device.type).manual_seed(0)
+    noise = torch.randn(n, generator=generator, device=device)
     sampled, log_prob, std = sample_action(agent.actor, *there, noise)
     q = action_values(agent, *there, agent.grid.expand(n, -1))  # (n, A)
     q_greedy = action_values(agent, *there, greedy[:, None])
@@ -1343,6 +1332,7 @@ def diagnose(agent, contexts, split="eval", n=256):
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
     entropy = -log_prob.mean()
     alpha = agent.alpha
+    discounted_alpha = alpha * agent.config["gamma"]
     found = {
         "policy/state_dependence": fixed.std(1).mean(),
         "policy/action_mean": greedy.mean(),
@@ -1352,9 +1342,7 @@ def diagnose(agent, contexts, split="eval", n=256):
         "policy/entropy": entropy,
         "policy/alpha": alpha,
         "policy/sigma": std.mean(),
-        "policy/entropy_rms": alpha
-        * agent.config["gamma"]
-        * log_prob.square().mean().sqrt(),
+        "policy/entropy_rms": discounted_alpha * log_prob.square().mean().sqrt(),
         "policy/log_std_mean": agent.actor.log_std.mean(),
         "policy/dead_units": (agent.critic.nets[0][:2](fused) <= 0).all(0).float().mean(),
         "value/q_mean": q.mean(),
@@ -1368,11 +1356,11 @@ def diagnose(agent, contexts, split="eval", n=256):
     return {name: float(x) for name, x in found.items()}
 
 
-def alarms(found, samples_per_transition: float):
+def alarms(found, samples_per_transition):
     """What comes before a collapse. found: diagnose()'s."""
+    spread_of_noise = 2 * found["policy/alpha"]
     return {
-        "alarm/q_spread_over_alpha": found["value/q_action_spread"]
-        < 2 * found["policy/alpha"],
+        "alarm/q_spread_over_alpha": found["value/q_action_spread"] < spread_of_noise,
         "alarm/entropy_over_reward": found["policy/entropy_rms"] > 1.0,
         "alarm/samples_per_transition": samples_per_transition < 2,
         "alarm/sigma": found["policy/sigma"] > 0.9,
@@ -1381,30 +1369,33 @@ def alarms(found, samples_per_transition: float):
     }
 
 
-def overestimation(agent, contexts, split="eval", n=2048):
-    """Mean of (predicted - realised) discounted value along the acting policy's path, scaled
-    reward.
+def overestimation(agent, contexts, n=2048):
+    """Mean of (predicted - realised) discounted value along the acting policy's path on
+    eval rows, scaled reward.
 
     Of what follows the trade: the cost of the trade itself is not predicted.
     """
-    start, stop = contexts.rows[split]
-    rows = torch.arange(start, min(start + n, stop), device=contexts.device)
+    market = contexts.market
+    device = contexts.device
+    start, stop = contexts.rows["eval"]
+    stop = min(start + n, stop)
+    rows = torch.arange(start, stop, device=device)
     latents = latents_of(agent, contexts, rows)
-    ret = contexts.market.ret[start : start + len(rows)]
-    w_cost = torch.zeros(len(rows), 1, device=contexts.device)
+    ret = market.ret[start:stop]
+    w_cost = torch.zeros(len(rows), 1, device=device)
     target = target_path(agent, latents, ret, w_cost, agent.config["policy"])
-    after = torch.from_numpy(target[:, None]).float().to(contexts.device)
+    after = torch.as_tensor(target[:, None], device=device).float()
     value = afterstate_values(agent, latents, after, w_cost)[:, 0].cpu().numpy()
-    reward = walk(contexts.market, agent.costs, target, start, start + len(rows))[0]
-    realised = np.log(np.maximum(1 + target * (ret - agent.costs[1]), RUIN))
+    reward, *_ = walk(market, agent.costs, target, start, stop)
+    _, funding, _ = agent.costs
+    realised = np.log(np.maximum(1 + target * (ret - funding), RUIN))
     gamma = agent.config["gamma"]
     tail = 0.0
     for t in reversed(range(len(ret))):
         realised[t] += gamma * tail
         tail = reward[t] + gamma * tail
-    known = max(
-        len(ret) - int(5 / (1 - gamma)), 1
-    )  # the last ones see too little of their future
+    # the last ones see too little of their future
+    known = max(len(ret) - int(5 / (1 - gamma)), 1)
     return float((value - float(agent.reward_scale) * realised)[:known].mean())
 
 
@@ -1425,13 +1416,13 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
 
     @torch.no_grad()
     def policy(obs: dict):
-        shown = (np.asarray(obs[k], np.float32) for k in ("market", "position", "w_cost"))
-        market, position, w_cost = (torch.as_tensor(x, device=device) for x in shown)
-        tech = market[..., : config["columns"]]
-        hmm = market[:, -1, config["columns"] :]
-        forecast = features.forecast(np.asarray(obs["market"])[:, -1])[:, None]
+        shown = {name: np.asarray(x, np.float32) for name, x in obs.items()}
+        forecast = features.forecast(shown["market"][:, -1])[:, None]
         forecast = torch.as_tensor(forecast, device=device)
-        latents = agent.extractor(encoder.context(tech), hmm, forecast)
+        names = ("market", "position", "w_cost")
+        market, position, w_cost = (torch.as_tensor(shown[k], device=device) for k in names)
+        tech, hmm = market.split([config["columns"], HMM_COLUMNS], -1)
+        latents = agent.extractor(encoder.context(tech), hmm[:, -1], forecast)
         return act(agent, latents, position, w_cost)[:, None].cpu().numpy()
 
     return policy
@@ -1451,7 +1442,7 @@ def check_dimensions(path, found, expected):
         raise CheckpointError(f"{path} does not fit the flags and data: {'; '.join(wrong)}")
 
 
-def load_encoder(path: str, config, market):
+def load_encoder(path, config, market):
     """Weights of another run's encoder.pt, with this run's recency gain; config["trained_until"]
     is taken over. It must read the same columns, and have been trained on none of the bars that
     this run is judged on."""
@@ -1484,14 +1475,13 @@ def pretrain(contexts, run, loop):
     steps = run.args.mae_steps
     rows = contexts.market.rows["train"]
     optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=1e-2, fused=True)
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    schedule = one_cycle(optimizer, MAE_LEARNING_RATE, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, MAE_LEARNING_RATE, total_steps=steps + 1)
     until = time.monotonic() + PRETRAIN_SHARE * run.guard.remaining()
     while loop.mae_steps < steps and not run.out_of_time():
         if time.monotonic() > until:
-            print(
-                f"pre-training cut to {loop.mae_steps} of {steps} steps: learning needs time too"
-            )
+            cut = f"{loop.mae_steps} of {steps} steps"
+            print(f"pre-training cut to {cut}: learning needs time too")
             break
         x = contexts.windows(torch.randint(*rows, (MAE_BATCH,), device=contexts.device))
         mask = torch.rand(x.shape[:2], device=x.device) < MASKED
@@ -1527,13 +1517,13 @@ class Loop:
     mae_steps: int = 0
 
 
-def open_market(run) -> Market:
+def open_market(run):
     """Bars and columns, said aloud; a checkpoint keeps its own fits."""
     a = run.args
     fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
     seconds = FIT_SHARE * run.guard.remaining()
-    bars = a.data, a.split, a.window, a.fill_limit
-    market = load_market(*bars, a.seed, a.hmm, fitted, seconds, a.screen, a.forecast)
+    loading = {name: getattr(a, name) for name in LOADING}
+    market = load_market(a.data, seed=a.seed, features=fitted, seconds=seconds, **loading)
     print(f"{a.data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} of the HMM")
     for split, (start, stop) in market.rows.items():
         print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
@@ -1542,7 +1532,7 @@ def open_market(run) -> Market:
     return market
 
 
-def screen_of(features) -> dict:
+def screen_of(features):
     """Evidence of every technical column, and how much was needed (None: no column has enough)."""
     evidence = dict(zip(features.columns, features.evidence))
     return {"evidence": evidence, "least": features.least_evidence}
@@ -1612,22 +1602,20 @@ def has_bf16(device):
     return any(getattr(torch.cpu, name, bool)() for name in probes)
 
 
-def freeze_contexts(contexts, borrowed: dict | None, config, run, loop):
-    """Encoder from the checkpoint, from --encoder or pre-trained, then frozen; every row's
-    context computed once."""
+def freeze_contexts(contexts, weights, config, run, loop):
+    """Encoder from `weights` (the checkpoint's or --encoder's) or pre-trained, then frozen; every
+    row's context computed once."""
     encoder = contexts.encoder
     market = contexts.market
     run.phase("pretrain")
-    if run.state:
-        encoder.load_state_dict(run.state["encoder"])
-    elif borrowed:
-        encoder.load_state_dict(borrowed)
+    if weights:
+        encoder.load_state_dict(weights)
     else:
         pretrain(contexts, run, loop)
     encoder.eval().requires_grad_(False)
-    state = {k: v.cpu() for k, v in encoder.state_dict().items()}
+    weights = {k: v.cpu() for k, v in encoder.state_dict().items()}
     columns = list(market.features.columns)
-    state = {"config": config, "encoder": state, "columns": columns}
+    state = {"config": config, "encoder": weights, "columns": columns}
     save_atomic(state, run.dir / "encoder.pt")
 
     run.phase("cache")
@@ -1738,20 +1726,22 @@ def look_last(averaged, contexts, run, loop):
 
 def evaluate_splits(agent, contexts, run):
     """The agent beside the baselines on every split, and traces/{split}.parquet; exposures on eval."""
-    results, paths = {}, {}
+    results = dict.fromkeys(contexts.rows)
+    paths = {}
     folder = run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
         seconds = run.eval_limit(0.3)
-        results[split], columns = evaluate(agent, contexts, split, run.args, seconds)
-        if results[split]["partial"]:
+        result, columns = evaluate(agent, contexts, split, run.args, seconds)
+        results[split] = result
+        if result["partial"]:
             print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
         if split == "eval":
             paths["agent"] = [columns["position"]]
-            for name in results[split]["baselines"]:
+            for name in result["baselines"]:
                 paths[name] = [columns[f"position_{name}"]]
-    return {split: results[split] for split in ("train", "eval", "test")}, paths
+    return results, paths
 
 
 def audit_of(agent, contexts, run, loop, results, paths):
@@ -1762,14 +1752,15 @@ def audit_of(agent, contexts, run, loop, results, paths):
     audit = {name.split("/")[1]: x for name, x in found.items()}
     names = ("technical", "hmm", "position", "w_cost")
     audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
-    result, market = results["eval"], contexts.market
+    result = results["eval"]
+    market = contexts.market
     series = series_of(market, agent.costs)
     series.rows = series.rows | {"eval": result["rows"]}
     audit |= edges([series], paths, LEVELS, market.bars.bars_per_year)
     improving = loop.stale == 0 and run.guard.status != "finished"
     rows = int(np.ptp(result["rows"]))
-    word = verdict(audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving)
-    audit["verdict"], audit["reasons"] = word
+    audit["verdict"], audit["reasons"] = verdict(
+        audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving)
     for split in ("train", "test"):
         record |= {f"eval/{split}/{name}": x for name, x in results[split]["agent"].items()}
     run.log(record, loop)
@@ -1778,7 +1769,7 @@ def audit_of(agent, contexts, run, loop, results, paths):
 
 # --------------------------------------------------------------------------------------------- main
 @experiment
-def main(argv: list[str] | None = None):
+def main(argv=None):
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
     run = Run(Args, argv, SCHEMA, evaluations=8)
     loop = Loop()
@@ -1787,10 +1778,10 @@ def main(argv: list[str] | None = None):
     refuse((args.cudagraphs and device.type != "cuda", "--cudagraphs: no CUDA device"))
     market = open_market(run)
     config = agent_config(run, market)
-    borrowed = None if run.state else load_encoder(args.encoder, config, market)
+    weights = run.state["encoder"] if run.state else load_encoder(args.encoder, config, market)
     run.open("+".join(market.bars.names).replace(":", "-"), market.identity())
     contexts = open_contexts(run, market, config)
-    freeze_contexts(contexts, borrowed, config, run, loop)
+    freeze_contexts(contexts, weights, config, run, loop)
 
     run.phase("setup")
     agent = Agent(config).to(device)
@@ -1819,7 +1810,8 @@ def main(argv: list[str] | None = None):
     while loop.global_step < limit and loop.stale < patience and not run.out_of_time():
         # ALGO LOGIC: action
         run.phase("rollout")
-        row, (position, w_cost, *_) = envs.ints[ROW].clone(), envs.floats.clone()
+        row = envs.ints[ROW].clone()
+        position, w_cost, *_ = envs.floats.clone()
         if args.w_cost_curriculum:
             envs.w_max = min(1.0, loop.global_step / args.w_cost_curriculum)
         if loop.global_step < args.learning_starts:
@@ -1876,11 +1868,10 @@ def main(argv: list[str] | None = None):
                 agent.critic.requires_grad_(False)
                 with contexts.autocast():
                     latents = latents.detach()
-                    penalty = config["penalty"] * batch.w_cost
                     pi, log_prob, _ = sample_action(
                         agent.actor, latents, batch.position, batch.w_cost)
                     pi = pi[:, None]  # (B, 1)
-                    paid = scale * trade_reward(batch.position, pi, agent.costs, penalty)
+                    paid = scale * agent.trade_reward(batch.position, pi, batch.w_cost)
                     q = agent.critic(latents, pi, batch.w_cost).mean((2, 3)) + paid
                     actor_loss = (agent.alpha * log_prob - q[:, 0]).mean()
                 actor_optimizer.zero_grad()
@@ -1905,17 +1896,22 @@ def main(argv: list[str] | None = None):
         # evaluate, log, keep the best
         if loop.updates and run.every(args.eval_interval, loop.global_step):
             if not qf_loss.isfinite():
-                flags = "--learning-rate or --learning-rate-fusion"
-                why = f"critic not finite after {loop.updates} updates: lower {flags}"
-                raise CheckFailed(why)
+                why = f"critic not finite after {loop.updates} updates"
+                raise CheckFailed(f"{why}: lower --learning-rate or --learning-rate-fusion")
             run.phase("eval")
             change = (action - position).abs().mean()
-            run.log(envs.charts() | run.charts(loop, loop.samples) | {
-                "losses/qf_loss": qf_loss.detach(), "losses/actor_loss": actor_loss.detach(),
-                "losses/grad_norm": grad_norm, "losses/target_mean": target.mean(),
-                "env/reward_std": reward.std(), "env/turnover": change,
-                "env/costs": change * config["cost"] / BP, "env/exposure": action.mean(),
-                "charts/learning_rate": args.learning_rate * share}, loop)
+            record = {
+                "losses/qf_loss": qf_loss.detach(),
+                "losses/actor_loss": actor_loss.detach(),
+                "losses/grad_norm": grad_norm,
+                "losses/target_mean": target.mean(),
+                "env/reward_std": reward.std(),
+                "env/turnover": change,
+                "env/costs": change * config["cost"] / BP,
+                "env/exposure": action.mean(),
+                "charts/learning_rate": args.learning_rate * share,
+            }
+            run.log(envs.charts() | run.charts(loop, loop.samples) | record, loop)
             judge(averaged, contexts, run, loop)
         run.checkpoint(loop)
 
@@ -1924,14 +1920,22 @@ def main(argv: list[str] | None = None):
     run.phase("eval")
     results, paths = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results, paths)
-    cache = contexts.cache
-    samples = loop.samples / max(loop.global_step, 1)
-    size = 0 if cache is None else cache.nbytes
+    bars = market.bars
+    size = 0 if contexts.cache is None else contexts.cache.nbytes
     return run.finish(
-        loop, results, audit, TABLE.split(), selected_by=market.judged_by,
-        mae_steps=loop.mae_steps, samples_per_transition=samples,
+        loop,
+        results,
+        audit,
+        TABLE.split(),
+        selected_by=market.judged_by,
+        mae_steps=loop.mae_steps,
+        samples_per_transition=loop.samples / max(loop.global_step, 1),
         device={"precision": contexts.precision, "embedding_cache_bytes": size},
-        data={"gaps": list(market.bars.gaps), "facts": list(market.bars.facts), "screen": screen_of(market.features)})
+        data={
+            "gaps": list(bars.gaps),
+            "facts": list(bars.facts),
+            "screen": screen_of(market.features),
+        })
 
 
 if __name__ == "__main__":
