@@ -1,7 +1,6 @@
 """The benchmarks really run at tiny sizes: what they say they ran, they ran. No timing is looked at."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -27,15 +26,6 @@ def quick(repo, tmp_path_factory) -> dict:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [x.name for x in folder.iterdir()] == ["out.json"]
     return json.loads((folder / "out.json").read_text())
-
-
-@pytest.mark.slow
-def test_where_it_ran(quick):
-    machine = quick["machine"]
-    assert quick["quick"] and quick["data"] == "synthetic:regime?bars=6000"
-    assert {"cpu", "cores", "bf16_hardware"} <= set(machine)
-    assert machine["threads"] == machine["numba_threads"] == 1
-    assert {"torch", "numpy", "sb3_contrib", "python"} <= set(machine["versions"])
 
 
 @pytest.mark.slow
@@ -72,17 +62,6 @@ def test_both_sides_are_the_same_problem(quick):
             assert x["relative"] == pytest.approx(abs(x["ours"] - x["peer"]) / abs(x["peer"]))
     bf16, fp32 = (check["losses"][p]["critic_loss"]["ours"] for p in ("bf16", "fp32"))
     assert bf16 != fp32
-
-
-@pytest.mark.slow
-def test_medians(quick):
-    for key in ("updates_per_second", "transitions_per_second"):
-        m = quick["median"][key]
-        assert set(m) == {"peer", "fp32", "bf16", "ratio_fp32", "ratio_bf16", "defaults"}
-        assert all(math.isfinite(x) and x > 0 for x in m.values())
-        both = sorted(x for ours in quick["ours"]["fp32"] for x in ours[key])
-        assert m["fp32"] == pytest.approx((both[1] + both[2]) / 2)
-        assert m["ratio_fp32"] == pytest.approx(m["fp32"] / m["peer"])
 
 
 @pytest.mark.slow

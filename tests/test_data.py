@@ -181,18 +181,6 @@ def test_bars_that_cannot_be_are_refused(tmp_path, kind, edit, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("line, where", [
-    ("2024-01-01T03:00Z,1,1,1,1,1,7", ["row 3", "7", "6"]),
-    ("2024-01-01T03:00Z,1,1,,1,1", ["row 3, column 'low', 2024-01-01T03:00:00Z"]),
-    ("2024-01-01T03:00Z,1,1,\"1,5\",1,1", ["row 3, column 'low'", "1,5"]),
-])
-def test_csv_lines_that_are_no_bars(tmp_path, line, where):
-    lines = make_frame().to_csv(index=False).splitlines()
-    (tmp_path / "bad.csv").write_text("\n".join([*lines[:4], line, *lines[5:]]))
-    message = refusal(load_bars, tmp_path / "bad.csv")
-    assert all(word in message for word in where), message
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_are_no_files(tmp_path, kind):
     path = tmp_path / f"a.{kind}"

@@ -237,22 +237,6 @@ def test_stopped_midway_and_resumed(serve, tmp_path, signum, code):
     assert_holds(out, bars)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 150, 5000])
-def test_a_partial_file_cut_anywhere_goes_on(serve, tmp_path, keep):
-    bars = make_bars(250)
-    server, out = serve(bars), tmp_path / "a.parquet"
-    server.trouble = lambda n: 503 if n == 2 else None
-    refused(flags(server, out, retries=0), CheckFailed)
-    partial = tmp_path / "a.parquet.partial"
-    whole = partial.read_bytes()
-    partial.write_bytes(whole[:keep])
-    stored = max(whole[:keep].count(b"\n") - 1, 0)
-    server.trouble, server.asked[:] = lambda n: None, []
-    assert download_data.main(flags(server, out))["new_bars"] == 250 - stored
-    assert server.asked[0] == START + stored * HOUR
-    assert_holds(out, bars)
-
-
 # ------------------------------------------------------------------------------------- the open bar
 def test_the_open_bar_is_left_out_and_comes_with_the_next_run(serve, tmp_path):
     finished = make_bars(120)

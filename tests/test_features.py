@@ -156,13 +156,6 @@ def test_columns_against_formulas_written_anew(one, raw):
     assert found == pytest.approx(want, rel=1e-6, abs=1e-10) and len(want) == 34
 
 
-def test_columns_do_not_depend_on_the_unit_of_price_or_volume(one):
-    bars, model = one
-    small = replace(bars, ohlcv=bars.ohlcv * np.array([1e-9] * 4 + [1e7]))
-    x = fit_features(small, STOP).transform(small)
-    np.testing.assert_allclose(x, model.transform(bars), atol=2e-4)
-
-
 # ---------------------------------------------------------------------------- fractional difference
 def test_fractional_weights():
     closed = [gamma(k - 0.4) / (gamma(-0.4) * gamma(k + 1)) for k in range(60)]

@@ -167,17 +167,6 @@ def test_generated_chains_move_by_their_law(market):
 
 
 # ----------------------------------------------------------------------------------------- the bars
-def test_bars_are_consistent(market):
-    _, timestamps, ohlcv, truth = market
-    opens, high, low, close, _ = ohlcv.T
-    assert timestamps.dtype == "datetime64[ns]"
-    assert (np.diff(timestamps) == np.timedelta64(1, "h")).all()
-    assert ohlcv.dtype == np.float64 and np.isfinite(ohlcv).all() and (ohlcv > 0).all()
-    assert (high >= np.maximum(opens, close)).all() and (low <= np.minimum(opens, close)).all()
-    assert (opens[1:] == close[:-1]).all() and high[0] > low[0]
-    assert [len(x) for x in (truth.s, truth.signal, truth.regime, truth.expected)] == [LONG] * 4
-
-
 def test_returns_follow_the_expected_return(market):
     law, _, ohlcv, truth = market
     earned = next_return(ohlcv)

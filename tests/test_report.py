@@ -269,23 +269,6 @@ def test_program_writes_the_same_bytes_with_light_imports(full, tmp_path):
 
 
 # -------------------------------------------------------------------------------- the docs' tables
-def test_metric_table():
-    page = ("| metric | formula | healthy | if not |\n| --- | --- | --- | --- |\n"
-            "| `losses/a`, `losses/b` | x \\| y | above `c` | [look](#here) |\n"
-            "| `losses/c` | z | as above | as above |\n\n"
-            "| flag | meaning |\n| --- | --- |\n| `--x` | not a metric |\n\n"
-            "| Metric | what | healthy |\n| --- | --- | --- |\n| `time/io` | disk | small |\n")
-    table = report.metric_table(page)
-    assert set(table) == {"losses/a", "losses/b", "losses/c", "time/io"}
-    assert table["losses/c"] == ("z", "above `c`", "[look](#here)")
-    assert table["losses/a"] == table["losses/b"] == ("x | y", "above `c`", "[look](#here)")
-    assert table["time/io"] == ("disk", "small", "")
-    # a number of the audit is no alarm of the same name
-    page = report.Page(meanings={"alarm/io": table["losses/a"]} | table)
-    assert page.meaning("io") == table["time/io"]
-    assert report.from_markdown("[look](#here) at `<c>`") == "look at <code>&lt;c&gt;</code>"
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_docs_explain_what_the_report_asks_for(path):
     table = report.metric_table(path.read_text())
@@ -331,17 +314,6 @@ def test_curves_carry_the_data(full):
     before, costs, after = (line.get_ydata()[-1] for line in lines)
     assert after == pytest.approx(100 * np.log(frame["equity"].iloc[-1])) and costs < 0
     assert before + costs == pytest.approx(after)
-
-
-def test_small_curves_carry_the_data():
-    steps = np.arange(5)
-    svg = report.spark(steps, np.array([0.0, 2.0, np.nan, 1.0, 4.0]))
-    assert 'd="M4.0 40.0L57.0 22.0M163.0 31.0L216.0 4.0"' in svg
-    svg = report.spark(steps[:3], np.array([1.0, 10.0, 100.0]))
-    assert 'd="M4.0 40.0L110.0 22.0L216.0 4.0"' in svg  # decades: a log scale
-    alarm = report.strip(np.array([0, 10, 20, 30]), np.array([1.0, 1.0, 0.0, 0.0]))
-    assert re.findall(r"fill:(#\w+)[^>]*d=\"M([\d.]+) 14H([\d.]+)", alarm) == [
-        (report.GREY, "110.0", "216.0"), (report.RED, "4.0", "110.0")]
 
 
 def test_intervals_are_those_of_the_mean():
@@ -528,21 +500,6 @@ def test_road_in_space_and_time_beside_the_road_without_control(tmp_path):
     for row, key in ((2, "action_0"), (3, "reward")):
         for ax, trace in zip(panels[row], sides.values(), strict=True):
             assert np.array_equal(ax.lines[0].get_ydata()[:-1], trace[key])
-
-
-def test_network_shows_vehicles_phases_and_reward(tmp_path):
-    run = report.read_run(make_road(tmp_path / "run", "corridor"))
-    assert "episode_corridor" in report.build(run).figures
-    trace = run.traces["corridor"]
-    vehicles, phases, reward, bar = report_traffic.draw_episode({"agent": trace}, None, {}).axes
-    for line, key in zip(vehicles.lines, ("inside_veh", "outside_veh"), strict=True):
-        assert line.get_label() == key[:-4] and np.array_equal(line.get_ydata()[:-1], trace[key])
-    image = phases.images[0]
-    assert np.array_equal(image.get_array(), [trace["phase_J1"], trace["phase_J2"]])
-    assert [t.get_text() for t in phases.get_yticklabels()] == ["J1", "J2"]
-    assert phases.yaxis_inverted()
-    assert np.array_equal(reward.lines[0].get_ydata()[:-1], trace["reward"])
-    assert reward.get_xlim() == (0, 300)
 
 
 def test_headline_of_traffic(tmp_path):

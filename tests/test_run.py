@@ -96,12 +96,6 @@ def test_bad_flags_are_one_line_and_write_nothing(argv, words, tmp_path, monkeyp
     assert not list(tmp_path.iterdir()) and Run.current is None
 
 
-def test_flags_are_parsed_as_they_are_written():
-    args, given = common_run.parse_args(toy.Args, ["--sizes", "3", "4", "--kind=b", "--no_cuda", "--seed", 7])
-    assert (args.sizes, args.kind, args.cuda, args.seed) == ((3, 4), "b", False, 7)
-    assert given == {"sizes", "kind", "cuda", "seed"}
-
-
 def test_help_comes_from_the_source_in_groups(capsys):
     groups = flag_groups(TOY)
     assert list(groups) == ["experiment", "data", "algorithm", "trouble"]
@@ -253,12 +247,6 @@ def test_a_bug_elsewhere_saves_a_state_that_is_whole(name, value, step, tmp_path
     assert_same_run(folder, whole[0])
 
 
-def test_a_checkpoint_named_without_its_folder_is_found(tmp_path, whole, monkeypatch):
-    monkeypatch.chdir(whole[0] / "checkpoints")
-    play(tmp_path / "r", "--resume", "last.pt", "--total-timesteps", 240)
-    assert [row["global_step"] for row in records(tmp_path / "r")] == list(range(40, 241, 40))
-
-
 def test_metrics_are_cut_back_and_come_along_into_a_new_folder(tmp_path, whole):
     old, new = tmp_path / "old", tmp_path / "new"
     play(old, "--total-timesteps", 120)
@@ -395,13 +383,6 @@ def test_wandb_needs_a_key_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert "WANDB_API_KEY" in refused(UsageError, play, tmp_path / "r", "--track")
     assert not (tmp_path / "r").exists()
-
-
-def test_wandb_offline_writes_beside_the_run(tmp_path):
-    pytest.importorskip("wandb", reason="wandb is optional")
-    folder = tmp_path / "r:#1"
-    assert play(folder, "--track", "--wandb-mode", "offline")["exit_code"] == 0
-    assert list((folder / "wandb").glob("offline-run-*"))
 
 
 # -------------------------------------------------------------------------------------------- lanes
