@@ -28,6 +28,7 @@ import numpy as np
 from numba import njit
 
 from common.data import DataError, iso
+from common.run import LONG, ask_deadline
 from common.scoring import usual_limit
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ MIN_TRAIN = 256  # rows after warm-up, at least: quartiles of 50 columns and a 4
 CLIP = 5.0  # robust standard deviations
 RETURN_CLIP = 0.20  # log return
 TINY = 1e-8  # a spread below this is rounding noise
+CHUNK = 65_536  # rows of the forecast at once
+# CPU seconds a bar on one 2024 server core; half of them are the linear forecast's
+SECONDS_A_BAR = 1.5e-4
 ORDERS = tuple(
     round(0.05 * k, 2) for k in range(1, 21)
 )  # candidates for the fractional difference
@@ -127,6 +131,7 @@ def frac_order(log_close):
     """Smallest of ORDERS whose difference passes the Dickey-Fuller test; else the last."""
     x = without_ticks(log_close)
     for d in ORDERS:
+        ask_deadline("the fractional difference", len(x))
         difference = lag_sum(x, frac_weights(d))[WARMUP:]
         if dickey_fuller(difference) < DF_CRITICAL:
             return d
@@ -400,12 +405,22 @@ def fit_asset(ohlcv):
     }
 
 
+def stack(names, b):
+    """(T, n) float64 raw columns by name of one asset's views, NaN where a window is not full."""
+    columns = []
+    for name in names:
+        ask_deadline("the columns", len(b.x))
+        formula = find_column(name)
+        columns.append(formula(b))
+    return np.column_stack(columns)
+
+
 def raw_columns(ohlcv, timestamp, fits):
     """(T, n_tech) float64, NaN where a window is not full, and the traded asset's views."""
     views = [asset_views(ohlcv[a], timestamp, fit) for a, fit in enumerate(fits)]
     names = TABLE if len(fits) == 1 else TECH_10
-    columns = [TABLE[name][1](b) for b in views for name in names]
-    return np.column_stack(columns), views[0]
+    tables = [stack(names, b) for b in views]
+    return np.concatenate(tables, 1), views[0]
 
 
 def robust_scale(raw) -> tuple[list[float], list[float]]:
@@ -580,6 +595,7 @@ def newey_west_t(x, y) -> np.ndarray:
     variance = (u**2).mean(0)
     lags = int(4 * (rows / 100) ** (2 / 9))
     for lag in range(1, lags + 1):
+        ask_deadline("the screen of columns", rows)
         weight = 1 - lag / (lags + 1)
         variance += 2 * weight * (u[lag:] * u[:-lag]).sum(0) / rows
     return mean / np.sqrt(np.maximum(variance, 1e-300) / rows)
@@ -667,11 +683,16 @@ class FeatureModel(Fitted):
 
     def forecast(self, table) -> np.ndarray:
         """(T,) float32 linear forecast of the next return from rows (T, n_tech + 5), about 1 in size."""
+        forecast = np.zeros(len(table), np.float32)
         if not self.linear:
-            return np.zeros(len(table), np.float32)
-        x = with_products(table, self.n_tech) - np.array(self.linear["center"])
-        forecast = x @ np.array(self.linear["weights"]) / self.linear["spread"]
-        return forecast.clip(-CLIP, CLIP).astype(np.float32)
+            return forecast
+        center, weights = np.array(self.linear["center"]), np.array(self.linear["weights"])
+        for start in range(0, len(table), CHUNK):  # a row has 6 n_tech + 5 columns
+            rows = slice(start, start + CHUNK)
+            x = with_products(table[rows], self.n_tech) - center
+            part = x @ weights / self.linear["spread"]
+            forecast[rows] = part.clip(-CLIP, CLIP)
+        return forecast
 
     @property
     def passed(self) -> np.ndarray:
@@ -712,7 +733,7 @@ class ColumnModel(Fitted):
     def transform(self, bars: Bars) -> np.ndarray:
         """(T, n) float32 of the first asset, scaled, clipped to +-5. DataError: not finite."""
         b = asset_views(bars.ohlcv[0], bars.timestamp, self.asset)
-        raw = np.column_stack([find_column(name)(b) for name in self.columns])
+        raw = stack(self.columns, b)
         return finish(scaled(raw, self), self, bars.spec)
 
 
@@ -743,10 +764,15 @@ def fit_features(
         raise DataError(f"{bars.spec}: train rows end at {train_stop} of {rows} rows")
     if train_stop < WARMUP + MIN_TRAIN:
         raise too_few(bars, train_stop, WARMUP, "the features need")
+    if rows >= LONG:
+        cost = f"about {SECONDS_A_BAR * rows:.0f} s of one core"
+        print(f"{bars.spec}: {rows} bars: columns, screen and linear forecast take {cost}")
     ohlcv, timestamp = bars.ohlcv[:, :train_stop], bars.timestamp[:train_stop]
     fits = [fit_asset(asset) for asset in ohlcv]
     raw, traded = raw_columns(ohlcv, timestamp, fits)
+    ask_deadline("the scale of the columns", train_stop)
     center, scale = robust_scale(raw[WARMUP:])
+    ask_deadline("the HMM", train_stop)
     names = tuple(TABLE)
     if len(fits) > 1:
         names = tuple(f"{asset}/{column}" for asset in bars.names for column in TECH_10)
@@ -762,6 +788,7 @@ def fit_features(
         train_dates=(iso(timestamp[0]), iso(timestamp[-1])),
     )
     if screen:
+        ask_deadline("the screen of columns", train_stop)
         rows = slice(WARMUP, train_stop - 1)  # the last row's next bar is not a train row
         tech = scaled(raw[rows], model)
         hmm = context(traded.lg, model.hmm)[rows]
@@ -800,11 +827,12 @@ def fit_columns(bars: Bars, names, train_stop: int) -> ColumnModel:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice or not names:
         raise ValueError(f"feature {twice[0]} is named twice" if twice else "no feature is named")
-    formulas = [find_column(name) for name in names]
+    for name in names:
+        find_column(name)
     asset = fit_asset(bars.ohlcv[0, :train_stop])
     timestamp = bars.timestamp[:train_stop]
     b = asset_views(bars.ohlcv[0, :train_stop], timestamp, asset)
-    raw = np.column_stack([formula(b) for formula in formulas])
+    raw = stack(names, b)
     holes = np.flatnonzero(~np.isfinite(raw).all(1))
     warmup = int(holes[-1]) + 1 if len(holes) else 0
     known = np.isfinite(raw).any(0)

@@ -54,6 +54,8 @@ from common.timeout_guard import (
 )
 
 REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
+LONG = 100_000  # rows of a history from which on the work before the loop asks the deadline
+EXIT_SECONDS = 3.0  # of a process that ends there
 GRACE = 15.0  # seconds after --timeout (or a tenth of it) that a call may hang before all ends
 # A resumed run may change these; every other flag shapes the agent or what it is judged by.
 MAY_CHANGE = {
@@ -93,6 +95,12 @@ class CheckFailed(RuntimeError):
     """The run cannot go on (a sanity check, a loss that is not finite, a dead worker): one line."""
 
     exit_code = 1
+
+
+class OutOfTime(RuntimeError):
+    """The run must end and there is nothing to save yet: one line."""
+
+    exit_code = 2
 
 
 @dataclass
@@ -794,6 +802,24 @@ class Run:
 
 
 # ----------------------------------------------------------------------------------------- helpers
+def ask_deadline(work: str, rows: int):
+    """OutOfTime if the time is over or a signal came: between the pieces of work before the loop.
+
+    A history of fewer than LONG rows is worked through: even a run without time then leaves a
+    checkpoint.
+    """
+    if Run.current is None or rows < LONG:
+        return
+    guard = Run.current.guard
+    if guard.signal is not None:
+        stop = OutOfTime(f"interrupted in {work}")
+        stop.exit_code = guard.exit_code
+        raise stop
+    if guard.remaining() < EXIT_SECONDS:
+        limit = f"--timeout {guard.timeout:g} is too short for {work} of {rows} rows"
+        raise OutOfTime(f"{limit}: give more time, or fewer bars")
+
+
 def differences(there: dict, here: dict, names) -> str:
     return "; ".join(f"{flag(k)} {there.get(k)} there, {here.get(k)} here" for k in names)
 

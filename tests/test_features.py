@@ -11,7 +11,9 @@ from math import gamma, log, sqrt
 import numpy as np
 import pytest
 
+import toy
 from common import features
+from common import run as common_run
 from common.data import DataError, load_bars
 from common.features import (
     CLIP,
@@ -366,3 +368,24 @@ def test_fit_is_seeded_quiet_and_gives_the_log_level_back(capfd, caplog):
     assert fit_hmm(x, 3) == fit_hmm(x, 3) != fit_hmm(x, 4)
     assert capfd.readouterr() == ("", "") and not caplog.records
     assert logging.getLogger("hmmlearn").level == logging.INFO
+
+
+# ------------------------------------------------------------------------------------ long histories
+@pytest.mark.parametrize("argv, signum, code", [(["--timeout", 1], None, 2), ([], 15, 143), ([], None, 0)])
+def test_a_long_history_asks_the_deadline(argv, signum, code, monkeypatch):
+    """Without time, or after a signal, one line ends the run; a short history is worked through."""
+    bars = load_bars("synthetic:noise?bars=1500")
+    run = common_run.Run(toy.Args, ["--no-cuda", *argv], schema=1)
+    run.guard.signal = signum
+    model = fit_features(bars, 1100)
+    monkeypatch.setattr(common_run, "LONG", 1000)
+    try:
+        for work in (lambda: fit_features(bars, 1100, screen=True), lambda: model.transform(bars)):
+            if not code:
+                work()
+                continue
+            with pytest.raises(common_run.OutOfTime) as stop:
+                work()
+            assert stop.value.exit_code == code and "\n" not in str(stop.value)
+    finally:
+        run.close()
