@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from common.run import ask_deadline
+
 BP = 1e-4  # one basis point
 BATCHES = 20  # consecutive pieces whose means give a standard error
 FOLDS = 5  # of the train rows, to choose the lasso's penalty
+CHUNK = 65_536  # rows of the lasso's products at once
 GAP = 64  # rows beside a fold that are not used: columns look back
 SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
 # of a no-trade band, in standard deviations
@@ -155,9 +158,15 @@ def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None):
     """
     from sklearn.linear_model import lasso_path  # more than a second
 
+    ask_deadline("the lasso", len(y))
     center, scale = x.mean(0), x.std(0) + 1e-9
     z, y = (x - center) / scale, y - y.mean()
-    gram, rhs = z.T @ z, z.T @ y
+    gram, rhs = 0.0, 0.0
+    for start in range(0, len(y), CHUNK):
+        ask_deadline("the lasso", len(y))
+        rows = slice(start, start + CHUNK)
+        gram += z[rows].T @ z[rows]
+        rhs += z[rows].T @ y[rows]
     if penalties is None:
         first = np.abs(rhs).max() / len(y)
         penalties = first * np.geomspace(1.0, 0.1, 12)
@@ -204,6 +213,7 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
     most, choice = 0.0, None
     for k in range(1, len(penalties)):  # the first penalty leaves no weight
         for keep in SMOOTHING:
+            ask_deadline("the lasso's thresholds", len(y))
             smooth = [ewma_nb(np.ascontiguousarray(f[:, k]), keep) for f in forecasts]
             spread = np.concatenate(smooth).std()
             for threshold in THRESHOLDS:
