@@ -33,6 +33,9 @@ COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 KINDS = (".parquet", ".csv")
 MIN_ROWS = 3  # two bars make a spacing, a third makes it a series
 FAR = 0.20  # a move of one bar beyond this is said
+FUNDING_TIMES = ("fundingTime", "fundingRateTimestamp", "calc_time", "timestamp", "time")
+FUNDING_RATES = ("fundingRate", "last_funding_rate", "funding_rate", "rate")
+FAR_FUNDING = 0.1  # a payment of a tenth of the position is a rate in per cent
 BROKER_TIME = "the clocks of MetaTrader and of most brokers are not, convert those first"
 YEAR = np.timedelta64(31_557_600, "s").astype("timedelta64[ns]")  # Julian year, 365.25 days
 
@@ -315,6 +318,68 @@ def _check_columns(path, found, names, exact):
             else f"found {', '.join(found)[:200]}"
         )
         raise DataError(f"{path}: columns {what}; {need}")
+
+
+# ---------------------------------------------------------------------------------------- funding
+def load_funding(path: str | Path, bars: Bars) -> tuple[np.ndarray, str]:
+    """What a full long position pays in each bar, (T,) float64, a fraction of it; the file's sha256.
+
+    A .csv or .parquet file as exchanges give it, a payment a row: a time (a column of FUNDING_TIMES:
+    milliseconds since 1970, or a time with a zone) and a rate (one of FUNDING_RATES: a fraction of
+    the position, positive: longs pay shorts). A payment belongs to the bar that holds its time, and
+    the payments of a bar are added up. Those outside of the bars are left out, aloud. DataError.
+    """
+    raw = _read_bytes(path)
+    read = pd.read_csv if Path(path).suffix.lower() == ".csv" else pd.read_parquet
+    try:
+        table = read(io.BytesIO(raw))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable table: {_line(error)[:200]}") from None
+    times = _funding_times(path, _one_of(path, table, FUNDING_TIMES))
+    rates = pd.to_numeric(_one_of(path, table, FUNDING_RATES), errors="coerce").to_numpy(np.float64)
+    wrong = np.flatnonzero(~(np.abs(rates) < FAR_FUNDING))
+    if len(wrong):
+        i = wrong[0]
+        why = f"must be a fraction of the position within {FAR_FUNDING:g}, not per cent"
+        raise DataError(f"{path}: row {i}, {iso(times[i])}: rate {rates[i]:g} {why}")
+    copies = len(times) - len(np.unique(times))
+    if copies or np.isnat(times).any():
+        raise DataError(f"{path}: {copies} duplicate or empty times: give every payment once")
+
+    clock = bars.timestamp
+    end = clock[-1] + _length(clock)
+    inside = (times >= clock[0]) & (times < end)
+    span = f"bars are {iso(clock[0])} .. {iso(end)}"
+    if not inside.any():
+        there = f"payments of {iso(times.min())} .. {iso(times.max())}" if len(times) else "no payments"
+        raise DataError(f"{path}: {there}, {span}: none is within them")
+    first, last = times[inside].min(), times[inside].max()
+    left_out = f"{np.sum(~inside)} outside of the bars are left out"
+    print(f"{path}: {inside.sum()} payments, {iso(first)} .. {iso(last)}, {left_out}; {span}")
+    row = np.searchsorted(clock, times[inside], side="right") - 1
+    return np.bincount(row, rates[inside], len(clock)), hashlib.sha256(raw).hexdigest()
+
+
+def _one_of(path, table, names):
+    """The one column of `table` that has one of `names`."""
+    found = [name for name in table.columns if name in names]
+    if len(found) != 1:
+        there = ", ".join(map(str, table.columns))[:200]
+        raise DataError(f"{path}: need one column of {', '.join(names)}; found {there}")
+    return table[found[0]]
+
+
+def _funding_times(path, column) -> np.ndarray:
+    if pd.api.types.is_numeric_dtype(column):
+        times = pd.to_datetime(column, unit="ms", errors="coerce")
+        wrong = ~times.between("2000-01-01", "2100-01-01")
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise DataError(f"{path}: row {i}: time {column[i]} is not in milliseconds since 1970")
+        return times.to_numpy("datetime64[ns]")
+    if isinstance(column.dtype, pd.DatetimeTZDtype):
+        return column.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy("datetime64[ns]")
+    return parse_times(path, column.astype(str))
 
 
 def parse_times(path, texts) -> np.ndarray:
