@@ -42,14 +42,10 @@ import gc
 import importlib
 import json
 import math
-import multiprocessing as mp
 import os
 import re
-import signal
 import sys
-import threading
 import time
-import traceback
 from collections import Counter, defaultdict
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -117,8 +113,17 @@ from common.scoring import (
     usual_limit,
     verdict,
 )
+from common.workers import (
+    FORK_SERVER,
+    ask,
+    carve,
+    one_line,
+    shared_block,
+    start_process,
+    worker_context,
+)
 
-SCHEMA = 2  # of the checkpoint
+SCHEMA = 3  # of the checkpoint
 SPLITS = ("train", "eval", "test")
 LEVELS = np.array([-1.0, 0.0, 1.0])  # positions: short, flat, long
 FEW_UPDATES = 3000  # an agent of fewer is not judged
@@ -141,6 +146,7 @@ MAX_GRAD_NORM = 10.0  # never reached in a healthy run: it stops one bad batch
 # of the averaged weights, an update: about the last 1000, quieter than the last ones
 AVERAGE = 0.999
 START_E = 1.0  # first probability of a random action: nothing is known yet
+END_E = 0.05  # and its last
 LAST_RATE = 0.02  # of --learning-rate, at the end of the cosine
 EVAL_EPISODES = 100  # of a custom environment
 EVAL_STEPS = 100_000  # vector steps after which these are cut: an episode may never end
@@ -149,24 +155,23 @@ ROWS_PER_SECOND = 50_000  # that an evaluation with its baselines walks, at leas
 WALK = ("growth", "mean", "change", "held")  # of an account, a bar
 
 # what is done to lanes; LOSE: their worker died, the episode is truncated
-STEP, FIRST, NEXT, SHOW, LOSE = range(5)
-# columns of a bar: one cache line
-RET, COST, SWAP_LONG, SWAP_SHORT, FOREIGN, FLAT, LAST, SPARE = range(8)
-LEVERAGE, DRIFT, YEAR, LENGTH = range(4)  # numbers of an environment
-# a lane's state, an array (N,) each: held is the exposure over leverage, which drifts away from the
-# position; equity and peak count from 1; worst is the largest drawdown; total, squares and turnover
-# are sums of the reward, its square, |change|
+STEP, FIRST, NEXT, LOSE = range(4)
+RET, COST, SWAP_LONG, SWAP_SHORT, FLAT, LAST = range(6)  # columns of a bar
+CACHE_LINE = 8  # numbers: as wide as a bar is stored
+LEVERAGE, YEAR, LENGTH = range(3)  # numbers of an environment
+# a lane's state, an array (N,) each: equity and peak count from 1; worst is the largest drawdown;
+# total, squares and turnover are sums of the reward, its square, |change of position|
 LANE = dict.fromkeys("row clock episodes position".split(), np.int64)
-LANE |= dict.fromkeys("held equity peak worst total squares turnover".split(), np.float64)
-STATIC = ("table", "bars", "rows")  # arrays of a market that lanes only read
+LANE |= dict.fromkeys("equity peak worst total squares turnover".split(), np.float64)
+FLAGS = {"reward": np.float64, "terminated": np.bool_, "truncated": np.bool_}
+STATIC = ("table", "bars", "ranges")  # arrays of a market that lanes only read
 OUT = "obs reward terminated truncated final_obs stats".split()  # that they write
-OWN = ("exposure",)  # columns that depend on the lane's path
+OWN = ("position",)  # columns that depend on the lane's path
 SHARED = ("async_halves", "on_worker_death", "worker_timeout", "seed")  # of all lanes in workers
-RULES = ("leverage", "position_mode", "episode_length")  # flags of the environment itself
+RULES = ("leverage", "episode_length")  # flags of the environment itself
 EPISODE = ("r", "l", "drawdown", "turnover", "sharpe_ratio", "max_drawdown")  # rows of `stats`
 
-# in the environment of the fork server and of what it starts
-FORK_SERVER = "CLEANRL_CRYPTO_FORK_SERVER"
+MODULE = "cleanrl_crypto.dqn_forex_subproc"  # what workers import
 ATTEMPTS = 3  # restarts of a worker without a step between them
 START_SECONDS = 60.0  # for a worker to import this file and to build its environments
 
@@ -208,9 +213,7 @@ class Args(RunArgs):
     episode_length: int = 128
     """bars after which an episode is truncated"""
     leverage: float = 1.0
-    """notional over equity of a long or short position"""
-    position_mode: str = "rebalance"
-    """rebalance: notional stays at equity x leverage; drift: units stay until the target changes"""
+    """notional over equity of a long or short position, put back to it at every bar for free"""
     spread_pips: tuple[float, ...] = ()
     """pips, one for all or one a symbol, half paid a side; real pairs (default: typical of four majors)"""
     spread_file: str | None = None
@@ -261,10 +264,8 @@ class Args(RunArgs):
     """weight of the online network when the target network is updated (1: a hard copy)"""
     target_network_frequency: int = 1
     """updates between updates of the target network"""
-    end_e: float = 0.05
-    """last probability of a random action, from 1"""
     exploration_fraction: float = 0.3
-    """share of --total-timesteps over which it falls"""
+    """share of --total-timesteps over which the probability of a random action falls from 1 to .05"""
     learning_rate: float = 3e-4
     """AdamW; falls to 2 % by a cosine"""
     weight_decay: float = 0.3
@@ -281,13 +282,12 @@ class Args(RunArgs):
     def __post_init__(self):
         super().__post_init__()
         choices = {
-            "position_mode": ("rebalance", "drift"),
             "weekend": ("hold", "flat"),
             "vec_mode": ("auto", "single", "dummy", "subproc"),
             "on_worker_death": ("fail", "restart"),
         }
         ranges = {
-            (0, 1): "end_e exploration_fraction learning_rate weight_decay",
+            (0, 1): "exploration_fraction learning_rate weight_decay",
             (0, 0.9999): "gamma",
             (1e-6, 1): "tau",
             (0, 1000): "cost_bps",
@@ -342,8 +342,8 @@ class Args(RunArgs):
 
 # flags that shape the pairs and their environment
 MARKET = (
-    "data symbols feature_cols split episode_length leverage position_mode spread_pips spread_file "
-    "cost_bps swap_long_bps swap_short_bps weekend"
+    "data symbols feature_cols split episode_length leverage spread_pips spread_file cost_bps "
+    "swap_long_bps swap_short_bps weekend"
 ).split()
 
 
@@ -387,17 +387,15 @@ def load_series(args):
 
 
 def account_return(symbol, close):
-    """Next bar's return (T,) per unit of long notional in USD, 0 in the last row; and whether USD
-    is the base.
+    """Next bar's return (T,) per unit of long notional in USD, 0 in the last row.
 
     XXXUSD: u units bought at P earn u (P' - P) dollars, notional u P. USDXXX: u dollars earn
     u (P' - P) XXX, which are u (P' - P) / P' dollars.
     """
     has_dollar = len(symbol) == 6 and "USD" in (symbol[:3], symbol[3:])
     refuse((not has_dollar, f"--symbols {symbol}: must be XXXUSD or USDXXX, the account is in USD"))
-    inverse = symbol.startswith("USD")
-    earned = np.diff(close) / (close[1:] if inverse else close[:-1])
-    return np.append(earned, 0.0), inverse
+    earned = np.diff(close) / (close[1:] if symbol.startswith("USD") else close[:-1])
+    return np.append(earned, 0.0)
 
 
 def one_a_symbol(name, values, symbols):
@@ -454,9 +452,8 @@ def side_costs(args, series):
 
 def bar_rows(symbol, bars, cost, swap_long, swap_short, weekend):
     """(T, 8) of Pairs.bars, for one pair."""
-    rows = np.zeros((len(bars.close), 8))
-    rows[:, RET], inverse = account_return(symbol, bars.close)
-    rows[:, FOREIGN] = -rows[:, RET] if inverse else rows[:, RET]
+    rows = np.zeros((len(bars.close), CACHE_LINE))
+    rows[:, RET] = account_return(symbol, bars.close)
     rows[:, COST] = cost
     times = bars.timestamp.astype("datetime64[s]").astype(np.int64)
     step = np.diff(times)
@@ -530,8 +527,8 @@ def describe(args, pairs):
     if not args.synthetic:
         for bars in pairs.series:
             print_facts(bars)
-    elif any(args.swap_long_bps + args.swap_short_bps) or args.position_mode == "drift":
-        print("the optimum knows neither swap nor drift: a score above 1 is possible")
+    elif any(args.swap_long_bps + args.swap_short_bps):
+        print("the optimum does not know the swap: a score above 1 is possible")
     name = Path(args.data.split(",")[0].split("?")[0].replace(":", "-")).stem
     return name, {
         "spec": args.data,
@@ -561,65 +558,47 @@ def uniform_nb(seed, lane, episode):
 
 
 @nb.njit(error_model="numpy", cache=True)
-def trade_nb(last, held, target, bars, t, leverage, drift):
+def trade_nb(position, target, bars, t, leverage):
     """One decision and the bar it earns: ONE lane, all scalars but the row t of `bars`.
 
-    last, target: positions -1, 0, 1 before and now; held: exposure before the trade over leverage.
-    Rebalanced: equity *= (1 - cost leverage |target - held|) (1 + x ret - |x| swap), with
-    x = target * leverage. Drifting: what is held are f units of the foreign currency, worth +-x of
-    equity; they change only when the target does, then to what is worth x of the equity AFTER the
-    fee: fee = cost |y - x| / (1 + cost y sign(y - x)) from exposure x to y. After the bar f is worth
-    (1 + foreign) as much and equity g times: x' = x (1 + foreign) / g, for both kinds of pair.
-    Returns (growth of equity over the bar, what the fee left, exposure over leverage after the
-    trade, at the next decision, |change of exposure|).
+    position, target: -1, 0, 1 before and now; with x = target * leverage
+    equity *= (1 - cost leverage |target - position|) (1 + x ret - |x| swap of its side).
+    Returns (growth of equity over the bar, what the fee left, |change of position|).
     """
-    cost = bars[t, COST]
-    change = abs(target - held)
-    fee = 0.0
+    change = abs(target - position)
     x = target * leverage
-    if drift and target == last:
-        change = 0.0
-        x = held * leverage
-    else:
-        fee = cost * leverage * change
-        if drift:
-            fee /= 1.0 + cost * x * (1.0 if target > held else -1.0)
     swap = x * bars[t, SWAP_LONG] if x > 0.0 else -x * bars[t, SWAP_SHORT]
     growth = 1.0 + x * bars[t, RET] - swap
     growth = growth if growth > RUIN else RUIN  # Numba's CUDA target does not know max()
-    left = 1.0 - fee if 1.0 - fee > RUIN else RUIN
-    after = x * (1.0 + bars[t, FOREIGN]) / growth / leverage if drift else np.float64(target)
-    return growth, left, x / leverage, after, change
+    left = 1.0 - bars[t, COST] * leverage * change
+    return growth, left if left > RUIN else RUIN, change
 
 
 @nb.njit(error_model="numpy", cache=True)
-def observe_nb(obs, i, table, t, held):
+def observe_nb(obs, i, table, t, position):
     """Row i of `obs`: the columns of row t of the table, and those of the lane's path (OWN)."""
     columns = table.shape[1]
     for k in range(columns):
         obs[i, k] = table[t, k]
-    obs[i, columns] = held
+    obs[i, columns] = position
 
 
 def lane_py(i, mode, action, market, numbers, seeds, lane, out):
-    """Step lane i; or (mode) begin its first or next episode, lose the one that it is in, only show
-    where it is.
+    """Step lane i; or (mode) begin its first or next episode, or lose the one that it is in.
 
-    market: table (R, F), bars (R, 8), rows (S, 2). lane: the arrays of LANE. out: obs (N, F + 1),
+    market: table (R, F), bars (R, 8), ranges (S, 2) of the pairs' rows. lane: the arrays of LANE. out: obs (N, F + 1),
     reward, terminated, truncated (N,), and of the episode that ended, written whenever a flag is
     set, final_obs (N, F + 1), stats (6, N).
     """
-    table, bars, rows = market
-    row, clock, episodes, position, held, equity, peak, worst, total, squares, turnover = lane
+    table, bars, ranges = market
+    row, clock, episodes, position, equity, peak, worst, total, squares, turnover = lane
     obs, reward, terminated, truncated, final_obs, stats = out
     t = row[i]
     done = False
     if mode == STEP:
         choice = action[i]
         target = choice - 1 if bars[t, FLAT] == 0.0 else 0
-        growth, left, _, after, change = trade_nb(
-            position[i], held[i], target, bars, t, numbers[LEVERAGE], numbers[DRIFT] != 0.0
-        )
+        growth, left, change = trade_nb(position[i], target, bars, t, numbers[LEVERAGE])
         factor = growth * left
         earned = math.log(factor)
         worth = equity[i] * factor
@@ -635,7 +614,6 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
         row[i] = t + 1
         clock[i] = clock[i] + 1
         position[i] = target
-        held[i] = after
         reward[i] = earned if 0 <= choice <= 2 else math.nan  # on a GPU nobody else looks at it
         terminated[i] = ruined
         truncated[i] = not ruined and (clock[i] >= numbers[LENGTH] or bars[t, LAST] != 0.0)
@@ -649,7 +627,7 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
         n = clock[i] if clock[i] > 0 else 1
         mean = total[i] / n
         variance = squares[i] / n - mean * mean
-        observe_nb(final_obs, i, table, row[i], held[i])
+        observe_nb(final_obs, i, table, row[i], position[i])
         stats[0, i] = total[i]
         stats[1, i] = clock[i]
         stats[2, i] = 1.0 - equity[i] / peak[i]
@@ -661,22 +639,21 @@ def lane_py(i, mode, action, market, numbers, seeds, lane, out):
         )
     if done or mode == FIRST or mode == NEXT:
         episodes[i] = 0 if mode == FIRST else episodes[i] + 1
-        start = rows[i % rows.shape[0], 0]
-        stop = rows[i % rows.shape[0], 1]
+        start = ranges[i % ranges.shape[0], 0]
+        stop = ranges[i % ranges.shape[0], 1]
         row[i] = start + np.int64(uniform_nb(seeds[0], i, episodes[i]) * (stop - start))
         clock[i] = 0
         position[i] = 0
         equity[i] = 1.0
         peak[i] = 1.0
-        held[i] = 0.0
         worst[i] = 0.0
         total[i] = 0.0
         squares[i] = 0.0
         turnover[i] = 0.0
-    observe_nb(obs, i, table, row[i], held[i])
+    observe_nb(obs, i, table, row[i], position[i])
 
 
-# arrays are borrowed for a call: counting references to 24 of them for every lane would cost more
+# arrays are borrowed for a call: counting references to 23 of them for every lane would cost more
 FAST = {"error_model": "numpy", "_nrt": False}
 lane_nb = nb.njit(forceinline=True, **FAST)(lane_py)
 
@@ -744,15 +721,8 @@ def user_step(env, action):
     return obs, reward, terminated, truncated
 
 
-def one_line(e):
-    """What was raised, and where: of a user's code one wants to know both."""
-    at = traceback.extract_tb(e.__traceback__)[-1]
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]} ({at.filename}:{at.lineno})"
-
-
 def try_user_env(pipe, env_fn):
     """In a process of its own: build, reset and step one; send its spaces, or why it is none."""
-    be_a_worker()
     try:
         env = make_user_env(env_fn)
         flat(env, env.reset(seed=0)[0])
@@ -774,18 +744,7 @@ def try_user_env(pipe, env_fn):
 @lru_cache(None)
 def user_spaces(env_fn):
     """The spaces of a user's environment, from a process that may die or hang. UsageError."""
-    context = worker_context()
-    ours, theirs = context.Pipe()
-    process = context.Process(target=try_user_env, args=(theirs, env_fn), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        found = ours.recv() if ours.poll(START_SECONDS) else f"no step in {START_SECONDS:g} s"
-    except EOFError:
-        process.join(1.0)
-        found = f"its process ended before its first step (exit code {process.exitcode})"
-    process.kill()
-    process.join()
+    found = ask(worker_context(MODULE), try_user_env, env_fn, seconds=START_SECONDS)
     refuse((isinstance(found, str), f"--env-fn {env_fn}: {found}"))
     return found
 
@@ -847,60 +806,8 @@ class WorkerError(CheckFailed):
         super().__init__(f"worker {worker}, lanes {where}: {why}")
 
 
-def carve(raw, layout):
-    """Arrays (views) of {name: (shape, dtype)} in a block of shared memory, by cache lines."""
-    block = np.frombuffer(raw, np.uint8)
-    arrays = {}
-    at = -block.ctypes.data % 64
-    for name, (shape, dtype) in layout.items():
-        arrays[name] = np.frombuffer(raw, dtype, math.prod(shape), at).reshape(shape)
-        at += -(-arrays[name].nbytes // 64) * 64
-    return arrays
-
-
-def worker_context():
-    """How workers start: never by fork, which kills a process with threads."""
-    if "forkserver" not in mp.get_all_start_methods():  # Windows
-        return mp.get_context("spawn")
-    from multiprocessing import forkserver
-
-    context = mp.get_context("forkserver")
-    # imported once by the fork server, shared by every worker
-    context.set_forkserver_preload(["cleanrl_crypto.dqn_forex_subproc"])
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH")
-    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, path))), FORK_SERVER: "1"}
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ[FORK_SERVER], os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
-    return context
-
-
-def be_a_worker():
-    """Signals are the parent's to handle; a worker ends when its parent says so or is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    sentinel = mp.parent_process().sentinel
-    threading.Thread(target=end_after, args=(sentinel,), daemon=True).start()
-    if sys.platform != "win32":  # a user's C code may keep that thread from running: SIGIO then
-        import fcntl
-
-        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-
-
-def end_after(sentinel):
-    connection.wait([sentinel])
-    os._exit(1)
-
-
 def work(pipe, raw, layout, env_fn, lanes):
     """A worker: carries out messages (lo, hi, mode) until the pipe closes."""
-    be_a_worker()
     block = None
     try:
         arrays = carve(raw, layout)
@@ -929,6 +836,9 @@ class WorkerLanes(Lanes):
     last episode of every lane that ended. vec_mode: single (all threads), dummy (blocks in turn),
     subproc.
     """
+
+    first_action = 0  # of a user's space
+    scale = 1.0  # of a user's observations
 
     def __init__(
         self,
@@ -970,18 +880,14 @@ class WorkerLanes(Lanes):
         self.flying = [False] * halves
         self.owed = defaultdict(list)  # worker -> halves that it was sent, in order
         self.lost = set()  # (worker, half) whose episodes went down with it
-        each = (num_envs,)
+        each = LANE | FLAGS | {"action": np.int64}
         observed = (num_envs, *box.shape)
         self.layout = {name: (x.shape, x.dtype) for name, x in static.items()}
-        self.layout |= {name: (each, kind) for name, kind in LANE.items()}
+        self.layout |= {name: ((num_envs,), kind) for name, kind in each.items()}
         self.layout |= {
             "seeds": ((2,), np.int64),  # the seed, and how often lanes started anew
-            "action": (each, np.int64),
             "obs": (observed, np.float32),
             "final_obs": (observed, np.float32),
-            "reward": (each, np.float64),
-            "terminated": (each, np.bool_),
-            "truncated": (each, np.bool_),
             "stats": ((len(EPISODE), num_envs), np.float64),
         }
         if vec_mode == "subproc":
@@ -994,10 +900,9 @@ class WorkerLanes(Lanes):
         self.divide(num_workers)
 
     def share(self):
-        """All arrays in a file without a name, that the system frees when the last process ends."""
-        self.context = worker_context()
-        sizes = [math.prod(s) * np.dtype(kind).itemsize + 64 for s, kind in self.layout.values()]
-        self.raw = self.context.RawArray("b", sum(sizes) + 64)
+        """All arrays in memory that the workers see too."""
+        self.context = worker_context(MODULE)
+        self.raw = shared_block(self.context, self.layout)
         self.arrays = carve(self.raw, self.layout)
         for name, array in self.arrays.items():
             setattr(self, name, torch.from_numpy(array))
@@ -1021,13 +926,10 @@ class WorkerLanes(Lanes):
     def start(self, workers):
         """Start workers and wait until they are ready; returns those which are not, and why."""
         for w in workers:
-            self.pipes[w], theirs = self.context.Pipe()
             lanes = [i for blocks in self.blocks for i in range(*blocks[w])] if self.env_fn else []
-            self.processes[w] = self.context.Process(
-                target=work, args=(theirs, self.raw, self.layout, self.env_fn, lanes), daemon=True
+            self.processes[w], self.pipes[w] = start_process(
+                self.context, work, self.raw, self.layout, self.env_fn, lanes
             )
-            self.processes[w].start()
-            theirs.close()  # or the worker's death would not close the pipe
         deadline = time.monotonic() + START_SECONDS
         failures = []
         for w in workers:
@@ -1112,12 +1014,11 @@ class WorkerLanes(Lanes):
         for process in self.processes.values():
             with suppress(psutil.Error):
                 found = psutil.Process(process.pid)
-                times = found.cpu_times()
                 memory = found.memory_full_info()
                 usage.append(
                     {
-                        "pid": process.pid,
-                        "cpu_seconds": times.user + times.system,
+                        "pid": found.pid,
+                        "cpu_seconds": sum(found.cpu_times()[:2]),  # user, system
                         "rss": memory.rss,
                         "uss": memory.uss,
                     }
@@ -1190,12 +1091,11 @@ class ForexVectorEnv(WorkerLanes):
     """Lanes that trade currency pairs, lane i pair i % S. Same-step autoreset; truncation at
     `episode_length` bars or at the end of the split's rows; termination at ruin.
 
-    Observation (F + 1,) float32: the row's columns, exposure / leverage. Action: 0 short, 1 flat,
+    Observation (F + 1,) float32: the row's columns, position. Action: 0 short, 1 flat,
     2 long. Reward: log growth of equity net of costs.
     """
 
-    SAVED = tuple(LANE)
-    spaces = {"start": 0, "scale": 1.0}
+    SAVED = (*LANE, "seeds", "obs")
 
     def __init__(
         self,
@@ -1204,7 +1104,6 @@ class ForexVectorEnv(WorkerLanes):
         num_envs=1024,
         *,
         leverage=1.0,
-        position_mode="rebalance",
         episode_length=128,
         **kwargs,
     ):
@@ -1214,9 +1113,8 @@ class ForexVectorEnv(WorkerLanes):
         bars = pairs.bars.copy()
         bars[rows[:, 1] - 1, LAST] = 1.0
         year = pairs.series[0].bars_per_year
-        drift = position_mode == "drift"
         static = dict(zip(STATIC, (pairs.table, bars, rows)))
-        static["numbers"] = np.array([leverage, drift, year, episode_length])
+        static["numbers"] = np.array([leverage, year, episode_length], np.float64)
         box = gym.spaces.Box(-np.inf, np.inf, (pairs.table.shape[1] + len(OWN),), np.float32)
         super().__init__(static, box, len(LEVELS), num_envs, **kwargs)
         kernel = step_cpu if self.vec_mode == "single" else step_block
@@ -1227,22 +1125,16 @@ class ForexVectorEnv(WorkerLanes):
             self.block(0, 0, STEP)  # compiled and cached before the workers start
             self.start_workers()
 
-    def load_state_dict(self, state):
-        """Continue exactly, whatever the mode and the workers were."""
-        super().load_state_dict(state)
-        self.seeds[0] = self.seed
-        self.all_lanes(SHOW)
-
 
 class CustomVectorEnv(WorkerLanes):
     """A user's environments, always in worker processes; lane i is seeded with seed + i."""
 
     def __init__(self, env_fn, num_envs=8, seed=1, **kwargs):
-        self.spaces = user_spaces(env_fn)
+        spaces = user_spaces(env_fn)
+        self.first_action = spaces["start"]
+        self.scale = spaces["scale"]
         kwargs = {"vec_mode": "subproc", "env_fn": env_fn} | kwargs
-        box = self.spaces["box"]
-        actions = self.spaces["actions"]
-        super().__init__({}, box, actions, num_envs, seed, **kwargs)
+        super().__init__({}, spaces["box"], spaces["actions"], num_envs, seed, **kwargs)
         self.start_workers()
 
     def state_dict(self):
@@ -1306,6 +1198,18 @@ def probe(make, modes, seconds=0.25):
     return table
 
 
+def candidates(args, pairs, backend):
+    """[(vec_mode, num_workers), ...] of which the fastest is taken."""
+    if backend == "cuda" or (pairs and args.eval_only):
+        return [("single", 1)]
+    cores = min(os.cpu_count() or 1, args.lanes // (1 + args.async_halves))
+    if args.vec_mode != "auto":
+        return [(args.vec_mode, args.num_workers or cores)]
+    counts = [args.num_workers] if args.num_workers else sorted({1, cores})
+    here = [("single", 1), ("dummy", 1)] if pairs else []
+    return here + [("subproc", workers) for workers in counts]
+
+
 def build_lanes(run, pairs):
     """The training environment, and how its mode was found."""
     args = run.args
@@ -1317,20 +1221,12 @@ def build_lanes(run, pairs):
             "--backend cuda steps currency pairs in one process, without halves",
         )
     )
-    names = SHARED + RULES if pairs else SHARED
-    kwargs = {name: getattr(args, name) for name in names}
+    kwargs = {name: getattr(args, name) for name in (SHARED + RULES if pairs else SHARED)}
     make = partial(CustomVectorEnv, args.env_fn, args.lanes, **kwargs)
     if pairs:
         make = partial(ForexVectorEnv, pairs, "train", args.lanes, backend=backend, **kwargs)
-    cores = min(os.cpu_count() or 1, args.lanes // (1 + args.async_halves))
-    modes = [(args.vec_mode, args.num_workers or cores)]
+    modes = candidates(args, pairs, backend)
     table = []
-    if backend == "cuda" or (pairs and args.eval_only):
-        modes = [("single", 1)]
-    elif args.vec_mode == "auto":
-        counts = [args.num_workers] if args.num_workers else sorted({1, cores})
-        modes = [("single", 1), ("dummy", 1)] if pairs else []
-        modes += [("subproc", workers) for workers in counts]
     if len(modes) > 1:
         table = probe(make, modes, min(0.25, 0.01 * max(run.guard.remaining(), 1.0)))
         best = max(table, key=lambda row: row["steps_per_s"])
@@ -1342,17 +1238,11 @@ def build_lanes(run, pairs):
         if mode != "subproc" or not pairs:
             raise
         print(f"--vec-mode subproc does not run here ({e}): dummy, the same trajectories")
-        mode = "dummy"
         envs = make(vec_mode="dummy", num_workers=1)
-    print(f"vec-mode {mode}, {args.lanes} lanes, {len(envs.processes)} worker processes")
+    print(f"vec-mode {envs.vec_mode}, {args.lanes} lanes, {len(envs.processes)} worker processes")
     envs.reset(seed=args.seed)
-    return envs, {
-        "mode": mode,
-        "lanes": args.lanes,
-        "backend": backend,
-        "probe": table,
-        "rescaled": [],
-    }
+    found = {"mode": envs.vec_mode, "lanes": args.lanes, "backend": backend, "probe": table}
+    return envs, found | {"rescaled": []}
 
 
 def rescale_by_measure(envs, seconds=0.2):
@@ -1389,13 +1279,12 @@ class QNetwork(nn.Module):
 
 def agent_config(args, pairs, envs):
     """Plain values that rebuild the network, and the scalers of its columns, from a checkpoint."""
-    spaces = envs.spaces
     config = {
         "inputs": envs.obs.shape[1],
         "actions": envs.actions,
         "hidden": args.hidden,
-        "start": spaces["start"],
-        "scale": spaces["scale"],
+        "start": envs.first_action,
+        "scale": envs.scale,
         "models": None,
         "reward_scale": 1.0,
     }
@@ -1635,88 +1524,62 @@ class Collector:
 
 # -------------------------------------------------------------------------- evaluation, diagnostics
 @nb.njit(cache=True)
-def greedy_nb(layers, table, bars, leverage, drift):
-    """Greedy positions (n,) of a network along one pair's rows, flat before the first, and their
-    Q."""
-    w1, b1, w2, b2, w3, b3 = layers
-    target = np.empty(len(table))
-    value = np.empty(len(table))
-    obs = np.empty((1, len(w1)), np.float32)
-    last = 0.0
-    held = 0.0
-    for t in range(len(table)):
-        observe_nb(obs, 0, table, t, held)
-        h = np.maximum(np.dot(obs, w1) + b1, np.float32(0))
-        h = np.maximum(np.dot(h, w2) + b2, np.float32(0))
-        q = (np.dot(h, w3) + b3)[0]  # (3,)
-        best = np.argmax(q)
-        value[t] = q[best]
-        target[t] = best - 1.0 if bars[t, FLAT] == 0.0 else 0.0
-        _, _, _, held, _ = trade_nb(last, held, target[t], bars, t, leverage, drift)
-        last = target[t]
-    return target, value
-
-
-@nb.njit(cache=True)
-def walk_nb(target, bars, expected, leverage, drift):
+def walk_nb(target, bars, expected, leverage):
     """Trade positions `target` (n,) along one pair's rows: Series.walk's four arrays."""
     n = target.size
     reward = np.empty(n)
     mean = np.empty(n)
     change = np.empty(n)
-    exposure = np.empty(n)
-    held = 0.0
-    last = 0.0
+    held = np.empty(n)
+    position = 0.0
     for t in range(n):
-        aim = 0.0 if bars[t, FLAT] != 0.0 else target[t]
-        growth, left, exposure[t], held, change[t] = trade_nb(
-            last, held, aim, bars, t, leverage, drift
-        )
+        held[t] = 0.0 if bars[t, FLAT] != 0.0 else target[t]
+        growth, left, change[t] = trade_nb(position, held[t], bars, t, leverage)
+        position = held[t]
         reward[t] = math.log(growth * left)
         gap = expected[t] - bars[t, RET]  # the known mean instead of the realised return
-        mean[t] = growth - 1.0 + exposure[t] * leverage * gap - (1.0 - left)
-        last = aim
-    return reward, mean, change, exposure
+        mean[t] = growth - 1.0 + position * leverage * gap - (1.0 - left)
+    return reward, mean, change, held
 
 
-def walk(bars, expected, leverage, drift, target, a, b):
+def walk(bars, expected, leverage, target, a, b):
     """Series.walk of one pair."""
-    return walk_nb(np.asarray(target, np.float64), bars[a:b], expected[a:b], leverage, drift)
+    return walk_nb(np.asarray(target, np.float64), bars[a:b], expected[a:b], leverage)
 
 
-def greedy_paths(network, pairs, split, args, seconds=math.inf):
-    """[(greedy positions (n,), their Q), ...] of every pair along a split; as many rows as can be
-    walked and judged in `seconds`."""
-    arrays = [p.detach().cpu().numpy() for p in network.parameters()]
-    layers = tuple(np.ascontiguousarray(x.T) for x in arrays)  # w1, b1, w2, b2, w3, b3
-    rules = args.leverage, args.position_mode == "drift"
-    rows = pairs.rows[split]
-    most = len(pairs.table)
-    if seconds < math.inf:
-        most = max(int(seconds * ROWS_PER_SECOND / len(rows)), 2)
-    cuts = [slice(a, min(b, a + most)) for a, b in rows]
-    return [greedy_nb(layers, pairs.table[cut], pairs.bars[cut], *rules) for cut in cuts]
-
-
-def series_of(pairs, args):
+def series_of(pairs, leverage):
     """The pairs as scoring sees them; rows count from each pair's own first."""
     out = []
     for k, (a, b) in enumerate(zip(pairs.first, pairs.first[1:])):
         truth = pairs.series[k].truth
         bars = pairs.bars[a:b]
         expected = truth.expected if truth else np.full(b - a, np.nan)
-        own = partial(walk, bars, expected, args.leverage, args.position_mode == "drift")
         rows = {split: tuple((rows[k] - a).tolist()) for split, rows in pairs.rows.items()}
         table = pairs.table[a:b].astype(np.float64)
+        own = partial(walk, bars, expected, leverage)
         out.append(Series(table, bars[:, RET], rows, own, truth is not None))
     return out
 
 
-def optimum_path(policy, truth, start, stop):
-    """Positions (n,) of the best policy (regimes, states, 3) on rows [start, stop), flat before."""
-    choices = policy[truth.regime[start:stop], truth.s[start:stop]].tolist()
+@torch.no_grad()
+def values(network, table, device):
+    """Q (n, 3, actions) of rows (n, F) of a table at each position: all that an agent can be asked."""
+    found = []
+    for rows in torch.from_numpy(table).split(2**15):
+        q = [network(F.pad(rows, (0, 1), value=level).to(device)) for level in LEVELS]
+        found.append(torch.stack(q, 1))
+    return torch.cat(found).cpu()
+
+
+def greedy_path(q, flat):
+    """Greedy positions (n,) along rows with values q (n, 3, 3), flat before and where `flat` (n,)
+    says so; and their Q."""
+    best = q.argmax(2)
+    best[torch.from_numpy(flat)] = 1
     at = 1
-    return LEVELS[[at := choice[at] for choice in choices]]
+    path = [at := choice[at] for choice in best.tolist()]
+    before = torch.tensor([1, *path[:-1]])
+    return LEVELS[path], q.max(2).values[torch.arange(len(path)), before].double().numpy()
 
 
 def metrics_of(walks, bars_per_year):
@@ -1751,23 +1614,42 @@ class MarketJudge:
         "trades",
     )
 
-    def __init__(self, run, pairs):
+    def __init__(self, run, pairs, network):
+        self.run = run
         self.pairs = pairs
-        self.args = run.args
-        self.device = run.device
-        self.series = series_of(pairs, self.args)
+        self.network = network
+        self.series = series_of(pairs, run.args.leverage)
         self.constants = [best_constant(series, LEVELS) for series in self.series]
         self.rivals = sparse_linear(self.series)
         self.year = pairs.series[0].bars_per_year
-        truth = pairs.series[0].truth
-        cost = float(pairs.bars[0, COST])
-        self.optimum = markets.optimum(truth.law, cost, actions=LEVELS) if truth else None
-        self.by = "expected_growth_bps" if truth else "mean_reward_bps"
+        self.known = pairs.series[0].truth is not None
+        self.by = "expected_growth_bps" if self.known else "mean_reward_bps"
 
-    def evaluate(self, network, split, seconds=math.inf):
+    def greedy(self, split, seconds=math.inf):
+        """[(greedy positions (n,), their Q), ...] of every pair along a split; as many rows as can
+        be walked and judged in `seconds`."""
+        pairs = self.pairs
+        rows = pairs.rows[split]
+        most = len(pairs.table)
+        if seconds < math.inf:
+            most = max(int(seconds * ROWS_PER_SECOND / len(rows)), 2)
+        paths = []
+        for a, b in rows:
+            cut = slice(a, min(b, a + most))
+            q = values(self.network, pairs.table[cut], self.run.device)
+            paths.append(greedy_path(q, pairs.bars[cut, FLAT] != 0))
+        return paths
+
+    def optimum(self, k, split):
+        """Positions (n,) of the best policy along one pair's split."""
+        truth = self.pairs.series[k].truth
+        rows = self.series[k].rows[split]
+        return markets.optimum_path(truth, self.pairs.bars[0, COST], *rows, actions=LEVELS)
+
+    def evaluate(self, split, seconds=math.inf):
         """{"agent", "baselines", "symbols": {name: the same}, "partial"} and {name: walks}, "" being
         an account split equally over pairs, evened out at every bar (no bar, no growth)."""
-        paths = [path for path, _ in greedy_paths(network, self.pairs, split, self.args, seconds)]
+        paths = [path for path, _ in self.greedy(split, seconds)]
         walks = {name: self.walks(k, split, paths[k]) for k, name in enumerate(self.pairs.names)}
         joint = pd.concat(walks.values()).groupby(level=0).sum(min_count=1)
         walks[""] = joint / len(paths)
@@ -1788,10 +1670,10 @@ class MarketJudge:
             "buy_and_hold": np.ones(n),
             "best_constant": np.full(n, self.constants[k]),
             "sparse_linear": self.rivals[k][a : a + n],
-            "random_same_turnover": random_path(n, turnover, self.args.seed + k, LEVELS),
+            "random_same_turnover": random_path(n, turnover, self.run.args.seed + k, LEVELS),
         }
-        if self.optimum is not None:
-            targets["optimum"] = optimum_path(self.optimum, bars.truth, a, a + n)
+        if self.known:
+            targets["optimum"] = self.optimum(k, split)[:n]
         walks = {}
         for who, target in targets.items():
             reward, *rest = series.walk(target, a, a + n)
@@ -1818,18 +1700,15 @@ class MarketJudge:
             trace["next_return"] = trace["close"].pct_change().shift(-1).fillna(0.0)
             trace.reset_index().to_parquet(folder / f"{split}{'_' * bool(name)}{name}.parquet")
 
-    @torch.no_grad()
-    def diagnose(self, network, n=1024):
+    def diagnose(self, n=1024):
         """What the greedy position depends on, on n eval rows (the same ones at every call)."""
         rows = np.concatenate([np.arange(a, b) for a, b in self.pairs.rows["eval"]])
-        rows = np.tile(rows[:: max(len(rows) // n, 1)], len(LEVELS))  # at each position
-        own = np.sort(np.resize(LEVELS, len(rows)))
-        obs = np.column_stack([self.pairs.table[rows], own]).astype(np.float32)
-        q = network(torch.from_numpy(obs).to(self.device))
-        worst, middle, best = q.sort(1).values.T
-        position = q.argmax(1).float().view(len(LEVELS), -1) - 1
+        rows = rows[:: max(len(rows) // n, 1)]
+        q = values(self.network, self.pairs.table[rows], self.run.device)  # (n, positions, actions)
+        worst, middle, best = q.sort(2).values.unbind(2)
+        position = q.argmax(2).float() - 1
         return {
-            "policy/state_dependence": position.std(1).mean(),  # the market alone varies
+            "policy/state_dependence": position.std(0).mean(),  # the market alone varies
             "policy/action_mean": position.mean(),
             "policy/saturation": position.abs().mean(),
             "policy/greedy_gap": (best - middle).mean(),
@@ -1841,7 +1720,7 @@ class MarketJudge:
         """Mean of (predicted - realised) discounted value along the greedy paths of the eval split,
         scaled reward."""
         gaps = []
-        gamma = self.args.gamma
+        gamma = self.run.args.gamma
         for series, (path, value) in zip(self.series, greedy):
             reward, *_ = series.walk(path, *series.rows["eval"])
             tail = 0.0
@@ -1853,27 +1732,20 @@ class MarketJudge:
             gaps.append(np.mean(value[:keep] - realised[:keep]))
         return float(np.mean(gaps))
 
-    def audit(self, network, results, updates, improving, reward_scale):
-        greedy = greedy_paths(network, self.pairs, "eval", self.args)
-        audit = {name.split("/")[1]: float(x) for name, x in self.diagnose(network).items()}
+    def audit(self, results, updates, improving, reward_scale):
+        greedy = self.greedy("eval")
+        paths = {"agent": [path for path, _ in greedy], "sparse_linear": self.rivals}
+        if self.known:
+            paths["optimum"] = [self.optimum(k, "eval") for k in range(len(greedy))]
+        audit = {name.split("/")[1]: float(x) for name, x in self.diagnose().items()}
         audit["overestimation"] = self.overestimation(greedy, reward_scale)
-        audit |= edges(self.series, self.eval_paths(greedy), LEVELS, self.year)
+        audit |= edges(self.series, paths, LEVELS, self.year)
         rows = int(np.diff(self.pairs.rows["eval"]).max())
         agent = results["eval"]["agent"]
         audit["verdict"], audit["reasons"] = verdict(
             audit, agent, updates, FEW_UPDATES, rows, improving
         )
         return audit
-
-    def eval_paths(self, greedy):
-        """Positions of everyone, an array a pair: (n,) of the eval split, the rival's of all rows."""
-        paths = {"agent": [path for path, _ in greedy], "sparse_linear": self.rivals}
-        if self.optimum is not None:
-            paths["optimum"] = []
-            for bars, series in zip(self.pairs.series, self.series):
-                best = optimum_path(self.optimum, bars.truth, *series.rows["eval"])
-                paths["optimum"].append(best)
-        return paths
 
 
 class CustomJudge:
@@ -1883,11 +1755,11 @@ class CustomJudge:
     by = "episode_return"
     columns = ("episode_return", "episode_return_std", "episode_length", "episodes")
 
-    def __init__(self, run):
+    def __init__(self, run, network):
         args = run.args
-        self.device = run.device
-        self.seconds = run.eval_limit(0.3)
-        self.chance = torch.Generator(run.device).manual_seed(args.seed)
+        self.run = run
+        self.network = network
+        self.chance = np.random.default_rng(args.seed)
         self.envs = run.closing(
             CustomVectorEnv(
                 args.env_fn,
@@ -1899,15 +1771,16 @@ class CustomJudge:
         )
 
     @torch.no_grad()
-    def evaluate(self, network, split, seconds=math.inf):
+    def evaluate(self, split, seconds=math.inf, network=None):
         """The first episodes of every lane, as many of each: a fast lane must not count for more."""
         envs = self.envs
+        network = network or self.network
         until = time.monotonic() + seconds
         episodes = []
         due = torch.full((envs.num_envs,), EVAL_EPISODES // envs.num_envs)
         envs.reset(seed=envs.seed)
         for _ in range(EVAL_STEPS):
-            action = network(envs.obs.to(self.device)).argmax(1).cpu()
+            action = network(envs.obs.to(self.run.device)).argmax(1).cpu()
             _, terminated, truncated = envs.step_lanes(action)
             done = (terminated | truncated) & (due > 0)
             episodes += envs.stats[:2, done].T.tolist()
@@ -1926,12 +1799,12 @@ class CustomJudge:
     def write(self, folder, split, walks):
         pass
 
-    def diagnose(self, network):
+    def diagnose(self):
         return {}
 
-    def audit(self, network, results, updates, improving, reward_scale):
+    def audit(self, results, updates, improving, reward_scale):
         """Healthy is what returns more than random actions do, beyond 2 standard errors."""
-        chance, _ = self.evaluate(self.random, "eval", self.seconds)
+        chance, _ = self.evaluate("eval", self.run.eval_limit(0.3), self.random)
         agent = results["eval"]["agent"]
         random = chance["agent"]
         results["eval"]["baselines"]["random"] = random
@@ -1943,16 +1816,16 @@ class CustomJudge:
 
     def random(self, obs):
         """Values (N, actions) whose greatest is anywhere."""
-        return torch.rand(len(obs), self.envs.actions, generator=self.chance, device=self.device)
+        return torch.from_numpy(self.chance.random((len(obs), self.envs.actions)))
 
 
-def judge_and_keep(run, loop, judge, averaged, record):
+def judge_and_keep(run, loop, judge, record):
     """Evaluate on the eval split, log everything, keep the best agent."""
     run.phase("eval")
-    result, _ = judge.evaluate(averaged, "eval", run.eval_limit(0.3))
+    result, _ = judge.evaluate("eval", run.eval_limit(0.3))
     agent = result["agent"]
     run.log(
-        record | judge.diagnose(averaged) | {f"eval/eval/{k}": v for k, v in agent.items()}, loop
+        record | judge.diagnose() | {f"eval/eval/{k}": v for k, v in agent.items()}, loop
     )
     loop.judged = loop.updates
     loop.recent = [*loop.recent[-2:], float(agent[judge.by])]
@@ -1963,18 +1836,17 @@ def judge_and_keep(run, loop, judge, averaged, record):
     print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {said}", flush=True)
 
 
-def final_results(run, loop, judge, averaged, config):
+def final_results(run, loop, judge, reward_scale):
     """All splits, with traces, and the audit."""
     run.phase("eval")
     results = {}
     for split in judge.splits:
-        results[split], walks = judge.evaluate(averaged, split, run.eval_limit(0.3))
+        results[split], walks = judge.evaluate(split, run.eval_limit(0.3))
         judge.write(run.dir / "traces", split, walks)
         if results[split]["partial"]:
             print(f"{split}: evaluated in part (time)")
     improving = loop.stale == 0 and run.guard.status != "finished"
-    scale = config["reward_scale"]
-    audit = judge.audit(averaged, results, loop.updates, improving, scale)
+    audit = judge.audit(results, loop.updates, improving, reward_scale)
     record = {"value/overestimation": audit.get("overestimation")}
     for split in judge.splits:
         record |= {f"eval/{split}/{k}": v for k, v in results[split]["agent"].items()}
@@ -2012,7 +1884,6 @@ def main(argv: list[str] | None = None) -> dict:
     pairs = None if args.env_fn else load_pairs(args, config and config["models"])
     envs, performance = build_lanes(run, pairs)
     run.closing(envs)
-    judge = MarketJudge(run, pairs) if pairs else CustomJudge(run)
     config = config or agent_config(args, pairs, envs)
     table = torch.from_numpy(pairs.table).to(device) if pairs else None
     width = len(OWN) if pairs else config["inputs"]
@@ -2022,6 +1893,7 @@ def main(argv: list[str] | None = None) -> dict:
     q_network, target_network, averaged = (QNetwork(config).to(device) for _ in range(3))
     move_towards(target_network, q_network, 1.0)
     move_towards(averaged, q_network, 1.0)
+    judge = MarketJudge(run, pairs, averaged) if pairs else CustomJudge(run, averaged)
     optimizer = torch.optim.AdamW(
         q_network.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
@@ -2042,13 +1914,13 @@ def main(argv: list[str] | None = None) -> dict:
         monitor=monitor,
     )
     if run.state is None:
-        judge_and_keep(run, loop, judge, averaged, {})
+        judge_and_keep(run, loop, judge, {})
 
     while go_on(run, loop):
         # ALGO LOGIC: action; a step is sent off, the learner works, then its result is taken in
         run.phase("rollout")
         duration = args.exploration_fraction * args.total_timesteps
-        epsilon = linear_schedule(START_E, args.end_e, duration, loop.global_step)
+        epsilon = linear_schedule(START_E, END_E, duration, loop.global_step)
         if loop.global_step < args.learning_starts:
             epsilon = 1.0
         explore = torch.from_numpy(run.rng.random(args.lanes) < epsilon).to(device)
@@ -2104,16 +1976,16 @@ def main(argv: list[str] | None = None) -> dict:
             if not math.isfinite(record["losses/td_loss"]):
                 why = "lower --learning-rate"
                 raise CheckFailed(f"the loss is not finite after {loop.updates} updates: {why}")
-            judge_and_keep(run, loop, judge, averaged, record)
+            judge_and_keep(run, loop, judge, record)
             if args.rescale:
                 performance["rescaled"].append(rescale_by_measure(envs))
         run.checkpoint(loop)
 
     collector.land()
     if loop.judged < loop.updates and run.guard.status == "timeout":
-        judge_and_keep(run, loop, judge, averaged, {})
+        judge_and_keep(run, loop, judge, {})
     run.use_best(loop)
-    results, audit = final_results(run, loop, judge, averaged, config)
+    results, audit = final_results(run, loop, judge, config["reward_scale"])
     usage = envs.worker_usage()
     performance |= {"workers": len(usage), "restarts": envs.restarts, "worker_usage": usage}
     return run.finish(

@@ -97,7 +97,6 @@ def test_a_side_of_a_synthetic_pair_costs_a_fifth_of_sigma(changes, cost):
     assert not pairs.bars[:, dqn.FLAT].any()
     for (bars, close, _) in parts_of(pairs):
         np.testing.assert_allclose(bars[:-1, dqn.RET], close[1:] / close[:-1] - 1, atol=1e-15)
-        np.testing.assert_array_equal(bars[:, dqn.FOREIGN], bars[:, dqn.RET])
 
 
 # --------------------------------------------------------------------------------------- real pairs
@@ -107,7 +106,6 @@ def test_real_pairs_pay_in_dollars(folder):
     (eur, p, _), (jpy, q, _) = parts_of(pairs)
     np.testing.assert_allclose(eur[:-1, dqn.RET], p[1:] / p[:-1] - 1, atol=1e-15)
     np.testing.assert_allclose(jpy[:-1, dqn.RET], 1 - q[:-1] / q[1:], atol=1e-15)
-    np.testing.assert_array_equal(jpy[:, dqn.FOREIGN], -jpy[:, dqn.RET])
     assert eur[-1, dqn.RET] == jpy[-1, dqn.RET] == 0
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from decimal import Decimal, getcontext
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -16,7 +15,6 @@ from common.gpu_pool import pool
 from common.lanes import Lanes
 from runs import assert_compiles_for_a_gpu, run_code
 
-MODES = pytest.mark.parametrize("mode", ["rebalance", "drift"])
 OUT = ("obs", "reward", "terminated", "truncated", "row", "position", "final_obs", "stats")
 COLUMNS = 5
 YEAR = 6000.0
@@ -29,12 +27,11 @@ def make_pairs(bars=(300, 260, 340), sigma=4e-3, seed=0, **changes) -> dqn.Pairs
     """
     rng = np.random.default_rng(seed)
     n, first = sum(bars), np.cumsum([0, *bars])
-    ret, side = rng.normal(0, sigma, n), np.repeat(np.arange(len(bars)) % 3 == 1, bars)
+    ret = rng.normal(0, sigma, n)
     columns = {
         "ret": ret, "cost": rng.uniform(1e-5, 4e-4, n), "swap_long": rng.uniform(-1e-5, 5e-5, n),
         "swap_short": rng.uniform(-1e-5, 5e-5, n), "flat": rng.random(n) < 0.04}
     columns |= {name: changes.pop(name) for name in list(changes) if name in columns}
-    columns["foreign"] = np.where(changes.pop("inverse", side), -columns["ret"], columns["ret"])
     table = np.zeros((n, 8))
     for name, values in columns.items():
         table[:, getattr(dqn, name.upper())] = values
@@ -91,6 +88,7 @@ def put_on(env, rows):
     """Lanes on these rows, at the start of an episode."""
     state = env.state_dict()
     state["row"] = torch.as_tensor(rows)
+    state["obs"] = torch.cat([env.table[rows], torch.zeros(env.num_envs, 1)], 1)
     env.load_state_dict(state)
 
 
@@ -114,7 +112,6 @@ class Oracle:
     p: dqn.Pairs
     lane: int
     seed: int
-    mode: str
     leverage: float
     length: int
     split: str
@@ -128,30 +125,19 @@ class Oracle:
         self.episode += 1
         share = uniform(self.seed, self.lane, self.episode)
         self.row = self.start + int(share * (self.stop - self.start))
-        self.target, self.x, self.changes, self.rewards, self.path = 0, 0.0, [], [], [1.0]
+        self.target, self.changes, self.rewards, self.path = 0, [], [], [1.0]
 
     def obs(self):
-        return np.array([*self.p.table[self.row], self.x / self.leverage], np.float32)
+        return np.array([*self.p.table[self.row], self.target], np.float32)
 
     def step(self, action):
         bar, level = self.p.bars[self.row], self.leverage
         target = 0 if bar[dqn.FLAT] else int(action) - 1
-        after, fee, change = target * level, 0.0, abs(target - self.x / level)
-        if self.mode == "drift" and target == self.target:
-            after, change = self.x, 0.0
-        elif self.mode == "drift":
-            left = 1.0
-            for _ in range(60):  # what is left pays for reaching `after` times what is left
-                left = 1 - bar[dqn.COST] * abs(after * left - self.x)
-            fee = 1 - left
-        else:
-            fee = bar[dqn.COST] * level * change
-        swap = bar[dqn.SWAP_LONG if after > 0 else dqn.SWAP_SHORT]
-        growth = 1 + after * bar[dqn.RET] - abs(after) * swap
-        factor = max(growth, dqn.RUIN) * max(1 - fee, dqn.RUIN)
-        if self.mode == "drift":
-            after *= (1 + bar[dqn.FOREIGN]) / max(growth, dqn.RUIN)
-        self.target, self.x = target, after
+        change = abs(target - self.target)
+        swap = bar[dqn.SWAP_LONG if target > 0 else dqn.SWAP_SHORT]
+        growth = 1 + target * level * bar[dqn.RET] - abs(target) * level * swap
+        factor = max(growth, dqn.RUIN) * max(1 - bar[dqn.COST] * level * change, dqn.RUIN)
+        self.target = target
         self.rewards.append(math.log(factor))
         self.changes.append(change)
         self.path.append(self.path[-1] * factor)
@@ -167,13 +153,12 @@ class Oracle:
         return [r.sum(), len(r), down[-1], np.mean(self.changes), sharpe, down.max()]
 
 
-@MODES
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_number_against_an_oracle(make, pairs, mode, split):
+def test_every_number_against_an_oracle(make, pairs, split):
     n, leverage, length = 7, 3.0, 23
-    env = make(n, split=split, position_mode=mode, leverage=leverage, episode_length=length, seed=5)
+    env = make(n, split=split, leverage=leverage, episode_length=length, seed=5)
     first, info = env.reset(seed=5)
-    lanes = [Oracle(pairs, i, 5, mode, leverage, length, split) for i in range(n)]
+    lanes = [Oracle(pairs, i, 5, leverage, length, split) for i in range(n)]
     assert info == {} and (first == [lane.obs() for lane in lanes]).all()
     ends = {"length": 0, "rows": 0}
     for t, actions in enumerate(draws(300, n).numpy()):
@@ -194,44 +179,6 @@ def test_every_number_against_an_oracle(make, pairs, mode, split):
         assert ("final_obs" in info) == done.any()
         assert (info.get("_final_obs", done) == done).all()
     assert ends["length"] > 20 and ends["rows"] > 5
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("side", [1, -1])
-def test_drift_is_a_ledger_in_two_currencies(make, inverse, side):
-    """Decimal cash in the account's currency and units of the foreign one, marked at every price."""
-    getcontext().prec = 40
-    rng, n, leverage = np.random.default_rng(3), 120, 4.0
-    price = (150.0 if inverse else 1.1) * np.exp(np.cumsum(rng.normal(0, 4e-3, n)))
-    ret = np.append(1 - price[:-1] / price[1:] if inverse else price[1:] / price[:-1] - 1, 0.0)
-    rows = {"train": np.array([[0, n - 1]])}
-    table = make_pairs((n,), rows=rows, ret=ret, flat=np.zeros(n), inverse=inverse)
-    env = make(1, table=table, position_mode="drift", leverage=leverage, episode_length=n)
-    env.reset(seed=1)
-    put_on(env, [0])
-    targets = np.repeat([0, side, side, -side, side, 0, -side, side, 0, side, -side, side], 10)
-    cash, units, equity = Decimal(1), Decimal(0), None
-    for t, target in enumerate(targets[: n - 1]):
-        now, later = (1 / Decimal(p) if inverse else Decimal(p) for p in price[t : t + 2])
-        if t == 0 or target != targets[t - 1]:
-            worth = cash + units * now
-            wanted = int(target) * Decimal(leverage) * (-1 if inverse else 1)
-            left = worth
-            for _ in range(40):
-                left = worth - Decimal(table.bars[t, dqn.COST]) * abs(wanted * left - units * now)
-            units = wanted * left / now
-            cash = left - units * now
-        long = (units < 0) == inverse
-        swap = table.bars[t, dqn.SWAP_LONG if long else dqn.SWAP_SHORT]
-        cash -= Decimal(swap) * abs(units * now)
-        _, _, truncated = env.step_lanes(torch.tensor([target + 1]))
-        assert bool(truncated[0]) == (t == n - 2)
-        equity = float(cash + units * later)
-        if not truncated[0]:
-            assert env.equity[0].item() == pytest.approx(equity, rel=1e-9)
-            exposure = float(units * later / (cash + units * later)) * (-1 if inverse else 1)
-            assert env.held[0].item() * leverage == pytest.approx(exposure, rel=1e-9, abs=1e-12)
-    assert math.exp(env.stats[0, 0]) == pytest.approx(equity, rel=1e-9) and abs(equity - 1) > 1e-3
 
 
 def test_rebalanced_equity_is_its_formula(make, pairs):
@@ -369,9 +316,8 @@ def test_every_reset_is_a_new_episode_and_a_lane_knows_no_other(make):
         assert torch.equal(few.obs, many.obs[:5]) and torch.equal(few.reward, many.reward[:5])
 
 
-@MODES
-def test_a_saved_state_continues_exactly_in_any_mode(make, mode, tmp_path):
-    rules = dict(position_mode=mode, leverage=3.0, episode_length=9)
+def test_a_saved_state_continues_exactly_in_any_mode(make, tmp_path):
+    rules = dict(leverage=3.0, episode_length=9)
     env = make(8, seed=3, **rules)
     env.reset(seed=8)
     for actions in draws(13, 8):
@@ -412,21 +358,18 @@ CUDA = """
 import sys
 import numpy as np
 from test_env_forex import draws, dqn, make_pairs, outputs
-pairs, worst = make_pairs(), 0.0
-for mode in ("rebalance", "drift"):
-    rules = dict(position_mode=mode, leverage=3.0, episode_length=6, seed=3)
-    cpu, gpu = (dqn.ForexVectorEnv(pairs, "train", 5, backend=b, **rules) for b in ("cpu", "cuda"))
-    assert (cpu.reset()[0] == gpu.reset()[0]).all()
-    ends = 0
-    for t, actions in enumerate(draws(int(sys.argv[1]), 5).numpy()):
-        if t == 9:
-            gpu.load_state_dict(cpu.state_dict())
-        x, y = cpu.step(actions), gpu.step(actions)
-        ends += x[2].sum() + x[3].sum()
-    one, two = outputs(cpu), outputs(gpu)
-    worst = max([worst, *(np.abs(one[k].astype(float) - two[k]).max() for k in one)])
-    assert ends > 4
-assert worst <= float(sys.argv[2]), worst
+rules = dict(leverage=3.0, episode_length=6, seed=3)
+cpu, gpu = (dqn.ForexVectorEnv(make_pairs(), "train", 5, backend=b, **rules) for b in ("cpu", "cuda"))
+assert (cpu.reset()[0] == gpu.reset()[0]).all()
+ends = 0
+for t, actions in enumerate(draws(int(sys.argv[1]), 5).numpy()):
+    if t == 9:
+        gpu.load_state_dict(cpu.state_dict())
+    x, y = cpu.step(actions), gpu.step(actions)
+    ends += x[2].sum() + x[3].sum()
+one, two = outputs(cpu), outputs(gpu)
+worst = max(np.abs(one[k].astype(float) - two[k]).max() for k in one)
+assert ends > 4 and worst <= float(sys.argv[2]), worst
 print("same")
 """
 
@@ -440,17 +383,16 @@ SIMULATED = """
 import numpy as np
 import torch
 from test_env_forex import OUT, draws, dqn, make_pairs, outputs
-for mode in ("rebalance", "drift"):  # the kernel of the GPU on the arrays of an environment on the CPU
-    rules = dict(position_mode=mode, leverage=3.0, episode_length=6, seed=3)
-    cpu, gpu = (dqn.ForexVectorEnv(make_pairs(), "train", 5, **rules) for _ in range(2))
-    gpu.block = dqn.market_block(dqn.cuda_step()[1, 128], gpu.arrays)
-    assert (cpu.reset()[0] == gpu.reset()[0]).all()
-    ends = 0
-    for actions in draws(24, 5):
-        ends += int(cpu.step_lanes(actions)[2].sum())
-        gpu.step_lanes(actions)
-    one, two = outputs(cpu), outputs(gpu)
-    assert ends > 4 and max(np.abs(one[k].astype(float) - two[k]).max() for k in OUT) < 1e-12
+rules = dict(leverage=3.0, episode_length=6, seed=3)
+cpu, gpu = (dqn.ForexVectorEnv(make_pairs(), "train", 5, **rules) for _ in range(2))
+gpu.block = dqn.market_block(dqn.cuda_step()[1, 128], gpu.arrays)  # on the arrays of the CPU
+assert (cpu.reset()[0] == gpu.reset()[0]).all()
+ends = 0
+for actions in draws(24, 5):
+    ends += int(cpu.step_lanes(actions)[2].sum())
+    gpu.step_lanes(actions)
+one, two = outputs(cpu), outputs(gpu)
+assert ends > 4 and max(np.abs(one[k].astype(float) - two[k]).max() for k in OUT) < 1e-12
 print("same")
 """
 

@@ -1,6 +1,7 @@
 """Targets, replay, losses and walks of dqn_forex_subproc.py against formulas, ledgers and SB3's DQN."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -14,12 +15,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
-from common import markets
 from test_env_forex import COLUMNS, make_pairs, put_on
 
 CONFIG = {"inputs": COLUMNS + 1, "actions": 3, "hidden": 16, "start": 0, "scale": 1.0, "reward_scale": 250.0}
 CPU = torch.device("cpu")
-MODES = pytest.mark.parametrize("drift", [False, True], ids=["rebalance", "drift"])
 
 
 def network(seed=0, **changes) -> dqn.QNetwork:
@@ -27,8 +26,9 @@ def network(seed=0, **changes) -> dqn.QNetwork:
     return dqn.QNetwork(CONFIG | changes)
 
 
-def flags(drift=False, **changes) -> dqn.Args:
-    return dqn.Args(position_mode="drift" if drift else "rebalance", **changes)
+def judge_of(pairs, net, **changes) -> dqn.MarketJudge:
+    run = SimpleNamespace(args=dqn.Args(**changes), device=CPU)
+    return dqn.MarketJudge(run, pairs, net)
 
 
 # ----------------------------------------------------------------------------------------- formulas
@@ -217,15 +217,14 @@ def test_loss_and_gradient_equal_sb3s():
 
 
 # -------------------------------------------------------------------------------------------- walks
-@MODES
-def test_greedy_paths_are_the_networks_in_the_environment(drift):
+def test_greedy_paths_are_the_networks_in_the_environment():
     """A real lane, put on the split's first row, takes the same positions and earns the same."""
-    pairs, net, args = make_pairs((300, 260), sigma=2e-2), network(), flags(drift, leverage=2.0)
-    paths = dqn.greedy_paths(net, pairs, "test", args)
-    env = dqn.ForexVectorEnv(pairs, "test", 2, leverage=2.0, position_mode=args.position_mode, episode_length=10**6)
+    pairs, net = make_pairs((1300, 1200), sigma=2e-2), network()
+    judge = judge_of(pairs, net, leverage=2.0)
+    paths = judge.greedy("test")
+    env = dqn.ForexVectorEnv(pairs, "test", 2, leverage=2.0, episode_length=10**6)
     env.reset(seed=0)
     put_on(env, pairs.rows["test"][:, 0])
-    series = dqn.series_of(pairs, args)
     rewards = []
     for t in range(min(len(path) for path, _ in paths) - 1):
         with torch.no_grad():
@@ -236,16 +235,15 @@ def test_greedy_paths_are_the_networks_in_the_environment(drift):
             assert value[t] == pytest.approx(float(q[k].max()), abs=1e-4)
         rewards.append(env.step_lanes(q.argmax(1))[0].clone())
     for k, (path, _) in enumerate(paths):
-        a, b = series[k].rows["test"]
-        walked = series[k].walk(path, a, b)[0]
+        walked = judge.series[k].walk(path, *judge.series[k].rows["test"])[0]
         np.testing.assert_allclose(walked[: len(rewards)], torch.stack(rewards)[:, k], atol=1e-12)
     assert len(set(paths[0][0])) > 1
     env.close()
 
 
 def test_an_evaluation_sees_the_rows_that_fit_its_time():
-    pairs, net = make_pairs((300, 260)), network()
-    whole, part = (dqn.greedy_paths(net, pairs, "test", flags(), s) for s in (math.inf, 20 / dqn.ROWS_PER_SECOND))
+    judge = judge_of(make_pairs((1300, 1200)), network())
+    whole, part = (judge.greedy("test", s) for s in (math.inf, 20 / dqn.ROWS_PER_SECOND))
     assert [len(path) for path, _ in part] == [10, 10]
     for (a, _), (b, _) in zip(whole, part):
         np.testing.assert_array_equal(a[:10], b)
@@ -254,8 +252,8 @@ def test_an_evaluation_sees_the_rows_that_fit_its_time():
 class Ledger:
     """An account in dollars that holds units of the foreign currency; prices as quoted."""
 
-    def __init__(self, inverse, leverage, drift):
-        self.inverse, self.leverage, self.drift = inverse, leverage, drift
+    def __init__(self, inverse, leverage):
+        self.inverse, self.leverage = inverse, leverage
         self.cash, self.units, self.last = 100_000.0, 0.0, 0.0
 
     def dollars(self, price):  # of one unit of foreign currency
@@ -267,42 +265,36 @@ class Ledger:
     def step(self, aim, price, after, cost, long, short):
         worth, equity = self.dollars(price), self.equity(price)
         side = -1.0 if self.inverse else 1.0  # long USDJPY is short yen
-        if not (self.drift and aim == self.last):
-            left = equity * (1 - cost * self.leverage * abs(aim - self.last))  # by rule
-            for _ in range(80 * self.drift):  # what is left pays for reaching its own multiple
-                left = equity - cost * abs(side * aim * self.leverage * left - self.units * worth)
-            self.units = side * aim * self.leverage * left / worth
-            self.cash = left - self.units * worth
+        left = equity * (1 - cost * self.leverage * abs(aim - self.last))  # rebalanced for free
+        self.units = side * aim * self.leverage * left / worth
+        self.cash = left - self.units * worth
         bought = self.units * side > 0
         self.cash -= abs(self.units * worth) * (long if bought else short)
         self.last = aim
         return self.equity(after)
 
 
-@MODES
 @pytest.mark.parametrize("kind", ["EURUSD", "USDJPY"])
 @pytest.mark.parametrize("aim", ["long", "short", "mixed"])
-def test_walk_equals_an_independent_ledger(kind, aim, drift):
+def test_walk_equals_an_independent_ledger(kind, aim):
     n, leverage, rng = 300, 3.0, np.random.default_rng(5)
     price = (1.1 if kind == "EURUSD" else 150.0) * np.exp(np.cumsum(rng.normal(0, 0.01, n + 1)))
     bars = np.zeros((n + 1, 8))
-    bars[:, dqn.RET], inverse = dqn.account_return(kind, price)
-    bars[:, dqn.FOREIGN] = -bars[:, dqn.RET] if inverse else bars[:, dqn.RET]
+    bars[:, dqn.RET] = dqn.account_return(kind, price)
     bars[:, dqn.COST] = rng.uniform(1e-5, 5e-4, n + 1)
     bars[:, dqn.SWAP_LONG : dqn.SWAP_SHORT + 1] = rng.uniform(-1e-4, 3e-4, (n + 1, 2))
     bars[23::24, dqn.FLAT] = 1
     target = {"long": np.ones(n), "short": -np.ones(n), "mixed": np.repeat(rng.integers(-1, 2, n // 5), 5) * 1.0}[aim]
-    reward, mean, change, held = dqn.walk_nb(target, bars[:n], np.full(n, np.nan), leverage, drift)
-    book, path = Ledger(kind == "USDJPY", leverage, drift), []
+    reward, mean, change, held = dqn.walk_nb(target, bars[:n], np.full(n, np.nan), leverage)
+    book, path = Ledger(kind == "USDJPY", leverage), []
     now = np.where(bars[:n, dqn.FLAT] != 0, 0, target)
     for t in range(n):
         costs = bars[t, [dqn.COST, dqn.SWAP_LONG, dqn.SWAP_SHORT]]
         path.append(book.step(now[t], price[t], price[t + 1], *costs))
     np.testing.assert_allclose(np.cumsum(reward), np.log(np.array(path) / 1e5), atol=1e-10)
-    assert (held[now == 0] == 0).all() and np.isnan(mean).all()
-    if not drift:
-        np.testing.assert_array_equal(held, now)
-        np.testing.assert_array_equal(change, np.abs(np.diff(now, prepend=0)))
+    assert np.isnan(mean).all()
+    np.testing.assert_array_equal(held, now)
+    np.testing.assert_array_equal(change, np.abs(np.diff(now, prepend=0)))
 
 
 def test_expected_reward_is_the_mean_of_the_realised_one():
@@ -310,7 +302,7 @@ def test_expected_reward_is_the_mean_of_the_realised_one():
     bars = np.zeros((4, 8))
     bars[:, dqn.COST], bars[:, dqn.SWAP_LONG], bars[:, dqn.SWAP_SHORT] = 1e-3, 1e-4, -2e-4
     expected = np.array([1e-3, -2e-3, 5e-4, 9.0])
-    _, mean, *_ = dqn.walk_nb(np.array([1.0, 1.0, -1.0, 0.0]), bars, expected, 2.0, False)
+    _, mean, *_ = dqn.walk_nb(np.array([1.0, 1.0, -1.0, 0.0]), bars, expected, 2.0)
     wanted = [2e-3 - 2e-4 - 2e-3, -4e-3 - 2e-4, -1e-3 + 4e-4 - 4e-3, -2e-3]
     np.testing.assert_allclose(mean, wanted, atol=1e-15)
 
@@ -329,14 +321,6 @@ def test_metrics_of_an_account_and_of_two():
 
 
 # ----------------------------------------------------------------------------------------- learning
-def test_optimum_path_is_the_tables():
-    args = dqn.Args(data="synthetic:signal?bars=1500", symbols=("EURUSD",))
-    truth = dqn.load_series(args)["EURUSD"].truth
-    policy = markets.optimum(truth.law, 1.2e-3, actions=dqn.LEVELS)
-    path = dqn.optimum_path(policy, truth, 100, 900)
-    np.testing.assert_array_equal(path, markets.optimum_path(truth, 1.2e-3, 100, 900, actions=dqn.LEVELS))
-
-
 def test_a_clear_signal_is_learned_to_the_optimum(tmp_path):
     """A dear trade: in the middle state the position waits where it was."""
     summary = dqn.main([str(x) for x in (

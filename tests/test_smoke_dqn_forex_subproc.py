@@ -282,7 +282,7 @@ def test_the_run_does_not_depend_on_how_the_lanes_step(run, name, changes):
 
 
 def test_where_no_worker_starts_the_lanes_step_here(run, tmp_path, monkeypatch):
-    def no_room():
+    def no_room(preload):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dqn, "worker_context", no_room)
@@ -312,7 +312,7 @@ def test_real_pairs_end_to_end(tmp_path):
         frame.insert(0, "timestamp", pd.DatetimeIndex(bars.timestamp).tz_localize("UTC"))
         frame.to_parquet(tmp_path / f"{name}_1h.parquet", index=False)
     changes = dict(data=tmp_path, weekend="flat", swap_long_bps=(0.5, -0.5), spread_pips=(1.5,), cost_bps=0.2,
-                   position_mode="drift", leverage=2)
+                   leverage=2)
     summary = dqn.main(flags(tmp_path / "run", **changes))
     assert summary["data"]["names"] == ["EURUSD", "USDJPY"] and summary["selected_by"] == "mean_reward_bps"
     for result in summary["eval"].values():
@@ -395,9 +395,9 @@ def interrupt(monkeypatch, step, argv):
 
 
 def test_resumed_from_any_checkpoint_it_has_the_bits_of_the_uninterrupted_run(run, tmp_path, monkeypatch, refused):
-    """Drift; stopped after a checkpoint, it goes on in another mode. Other flags are refused."""
-    changes = dict(position_mode="drift", leverage=3)
-    whole, _ = run("drift", **changes)
+    """Stopped after a checkpoint, it goes on in another mode. Other flags are refused."""
+    changes = dict(leverage=3)
+    whole, _ = run("levered", **changes)
     run_dir = tmp_path / "run"
     interrupt(monkeypatch, 71, flags(run_dir, **changes, checkpoint_interval=0.0))
     assert load_checkpoint(run_dir / "checkpoints" / "last.pt")["loop"]["global_step"] == 70 * 16
@@ -491,7 +491,7 @@ def test_it_solves_cartpole(pole, seed):
 
     argv = ["--env-fn", "pole:make", "--num-envs", "8", "--num-workers", "1", "--total-timesteps", "60000",
             "--learning-starts", "1000", "--tau", "1", "--target-network-frequency", "128", "--learning-rate", "2.3e-3",
-            "--exploration-fraction", "0.16", "--end-e", "0.04", "--gamma", "0.99", "--weight-decay", "0",
+            "--exploration-fraction", "0.16", "--gamma", "0.99", "--weight-decay", "0",
             "--batch-size", "64", "--buffer-size", "60000", "--hidden", "256", "--eval-interval", "10000", "--no-report",
             "--torch-threads", "1", "--no-cuda", "--seed", str(seed), "--run-dir", str(pole / "run")]
     summary = dqn.main(argv)

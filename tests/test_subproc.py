@@ -16,7 +16,7 @@ from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.run import UsageError
 from test_env_forex import OUT, assert_equal, draws, make_pairs
 
-RULES = dict(position_mode="drift", leverage=3.0, episode_length=9)
+RULES = dict(leverage=3.0, episode_length=9)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sends POSIX signals")
 ONES = torch.ones(14, dtype=torch.int64)
 
@@ -408,7 +408,7 @@ def test_a_user_s_environment_is_stepped_as_it_is(make, workers, halves):
 def test_a_space_that_starts_at_five_is_flattened_and_closed(make, tmp_path, monkeypatch):
     monkeypatch.setenv("CLOSED", str(tmp_path))
     env = make(3, workers=1, env_fn="counter")
-    assert env.reset(seed=1)[0].shape == (3, 4) and env.spaces["start"] == 5
+    assert env.reset(seed=1)[0].shape == (3, 4) and env.first_action == 5
     obs = env.step(np.array([0, 1, 1]))[0]
     assert obs[:, 1:].tolist() == [[0, 5, 0], [1, 6, 0], [1, 6, 0]]
     with pytest.raises(UsageError, match="rescale"):
