@@ -701,6 +701,25 @@ class FeatureModel(Fitted):
             return np.ones(self.n_tech, bool)
         return np.array(self.evidence) >= self.least_evidence
 
+    @property
+    def screen(self) -> dict:
+        """Evidence of every technical column, and how much was needed (None: none has enough)."""
+        evidence = dict(zip(self.columns, self.evidence))
+        return {"evidence": evidence, "least": self.least_evidence}
+
+    def describe_screen(self) -> str:
+        """Which technical columns say something about the next return, and how strongly."""
+        if not self.evidence:
+            return "no screen: the agent reads every technical column"
+        order = [k for k in np.argsort(self.evidence)[::-1] if self.passed[k]]
+        names = [f"{self.columns[k]} {self.evidence[k]:.1f}" for k in order[:5]]
+        what = f"{len(order)} of {self.n_tech} technical columns show evidence on train rows"
+        strongest = "so not trading may well be the right answer"
+        if names:
+            strongest = f"the strongest, with |t| (at least {self.least_evidence:.1f})"
+            strongest = f"{strongest}: {', '.join(names)}"
+        return f"screen: {what}\n{strongest}"
+
     def transform(self, bars: Bars) -> np.ndarray:
         """(T, n_tech + 5) float32: technical columns scaled and clipped to +-5, then the context.
 
