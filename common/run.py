@@ -32,6 +32,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -283,6 +284,7 @@ def print_flag(name: str, kind: str, default: str, text: str):
 def answer_help(module: str, path: str):
     """Between a script's light and heavy imports: `python script.py --help` answers at once."""
     if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout = Unbreakable(sys.stdout)
         print_help(path)
         raise SystemExit(0)
 
@@ -728,8 +730,9 @@ class Run:
 
         if self.rank:
             return {"exit_code": self.guard.exit_code}
-        updates, steps = loop.updates, max(loop.global_step, 1)
-        audit = {"replay_ratio": updates / steps} | audit
+        updates, steps = loop.updates, loop.global_step
+        replay_ratio = updates / max(steps, 1)
+        audit = {"replay_ratio": replay_ratio} | audit
         versions = {m.__name__: m.__version__ for m in (torch, numpy, numba, gymnasium)}
         began = time.gmtime(time.time() - self.guard.elapsed())
         seconds = self._sps["seconds"]
@@ -738,9 +741,9 @@ class Run:
             "command": shlex.join(sys.argv),
             "commit": commit_of(self.script),
             "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", began),
-            "global_step": loop.global_step,
+            "global_step": steps,
             "updates": updates,
-            "replay_ratio": updates / steps,
+            "replay_ratio": replay_ratio,
             "best_step": self.best["step"],
             "best_updates": self.best["updates"],
             "env_builds": Lanes.builds - self._builds,
@@ -764,9 +767,16 @@ class Run:
         self.phase("report")
         self._write(summary)
         wrote = self._report()
+        done = self.guard.status
+        if self.args.eval_only:
+            done = f"{self.args.checkpoint} evaluated,"
+        print(f"{self.data.get('spec', '')}: {done} after {steps} transitions, {updates} updates")
         print_table(summary, columns)
         print(f"{audit['verdict']}: {'; '.join(audit['reasons'])}")
         print(f"{self.dir}: summary.json" + ", report.html" * wrote)
+        rival = rival_line(summary)
+        if rival:
+            print(rival)
         if self.wandb:
             self.wandb.summary.update(
                 {"verdict": audit["verdict"], "best_step": self.best["step"]}
@@ -940,23 +950,48 @@ def start_wandb(args, folder: Path, run_id: str):
 
 
 def print_table(summary: dict, columns: tuple):
-    """Agent beside baselines, split by split, as wide as the terminal."""
+    """Agent beside baselines, split by split, with as many columns as the terminal is wide."""
     from rich.console import Console
+
+    width = shutil.get_terminal_size((130, 24)).columns
+    shown = list(columns)
+    while len(shown) > 1:
+        table = table_of(summary, shown)
+        if Console(width=10_000).measure(table).minimum <= width:
+            break
+        shown.pop()
+    Console(width=width).print(table_of(summary, shown))
+    hidden = ", ".join(columns[len(shown) :])
+    if hidden:
+        print(f"more columns in summary.json: {hidden}")
+
+
+def table_of(summary: dict, columns: list):
+    """rich's table; a head has a word a line, so that columns are as wide as their numbers."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    done = f"{summary['status']} after {summary['global_step']} transitions"
-    spec = summary["data"].get("spec", "")
-    table = Table(title=f"{spec}: {done}, {summary['updates']} updates")
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("split", "who", *columns):
         side = "left" if name in ("split", "who") else "right"
-        table.add_column(name, justify=side, overflow="fold")
+        table.add_column(name.replace("_", "\n"), justify=side, vertical="bottom", no_wrap=True)
     for split, result in summary["eval"].items():
         rows = {"agent": result["agent"]} | result["baselines"]
         for name, metrics in rows.items():
             cells = [cell(metrics.get(k)) for k in columns]
             first, last = name == "agent", name == list(rows)[-1]
             table.add_row(split if first else "", name, *cells, end_section=last)
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    return table
+
+
+def rival_line(summary: dict) -> str | None:
+    """Where the cheap rival of a market beats the agent on unseen rows, in the metric that judges."""
+    by, test = summary.get("selected_by"), summary["eval"].get("test", {})
+    rival = test.get("baselines", {}).get("sparse_linear", {}).get(by)
+    if rival is None or rival <= test["agent"][by]:
+        return None
+    numbers = f"{by} {rival:.3f} against {test['agent'][by]:.3f}"
+    return f"sparse_linear beats the agent on the test split: {numbers}"
 
 
 def cell(x) -> str:
@@ -1016,7 +1051,7 @@ def out_of_memory(e: Exception) -> bool:
 
 def exit_with(main):
     """Run main() as a program: an exception with an `exit_code` is one line, any other a bug."""
-    sys.stdout = Unbreakable(sys.stdout)
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
         code, why = main()["exit_code"], None
     except OSError as e:  # a full disk under a log, a folder that went away

@@ -8,10 +8,11 @@ from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.run import flag_groups, parse_args
-from runs import flags_of, records
+from runs import flags_of, load_summary, records
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("tqc_film_batch", "dqn_forex_subproc", "ppo_arz_gpu", "ppo_arz_signals")
@@ -162,6 +163,14 @@ def test_run_directory_table_is_what_a_run_writes(script, tiny_run):
     missing = {pattern for pattern in listed if not any(fnmatch(name, pattern) for name in written)}
     own = {"tqc_film_batch": "encoder.pt", "dqn_forex_subproc": "monitor.csv"}
     assert missing == {"report.html", "encoder.pt", "monitor.csv"} - {own.get(script)}
+
+
+@pytest.mark.parametrize("script", ["tqc_film_batch", "dqn_forex_subproc"])
+def test_a_market_s_summary_names_what_judges_agent_and_rival(script, tiny_run):
+    """The last line of a run compares them by it."""
+    summary = load_summary(tiny_run(script))
+    test, by = summary["eval"]["test"], summary["selected_by"]
+    assert np.isfinite([test["agent"][by], test["baselines"]["sparse_linear"][by]]).all()
 
 
 @pytest.mark.parametrize("script", ["tqc_film_batch"])

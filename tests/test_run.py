@@ -194,6 +194,26 @@ def test_time_given_is_time_used(tmp_path):
     assert summary["wall_seconds"] < 7
 
 
+@pytest.mark.parametrize("rival, last_words", [(1e9, "sparse_linear"), (-1e9, "summary.json")])
+def test_the_last_line_says_when_the_cheap_rival_is_better(rival, last_words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "RIVAL", rival)
+    play(tmp_path / "r", "--total-timesteps", 8)
+    assert last_words in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_table_fits_the_terminal(monkeypatch, capsys):
+    columns = {"mean_expected_bps": -12.5, "sharpe": 1.0, "turnover": 0.01, "trades": 7}
+    rows = {"random_same_turnover": columns, "optimum": columns}
+    summary = {"eval": {"test": {"agent": columns, "baselines": rows}}}
+    for width, shown in ((100, 4), (50, 2)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        common_run.print_table(summary, list(columns))
+        out = capsys.readouterr().out
+        agent = next(line for line in out.splitlines() if "agent" in line)
+        assert len(agent.split()) == 2 + shown and max(map(len, out.splitlines())) <= width
+        assert all(name in out for name in list(columns)[shown:])  # said where it is instead
+
+
 # ------------------------------------------------------------------------------------------- resume
 def test_killed_and_resumed_nobody_can_tell(tmp_path, whole):
     folder = tmp_path / "killed"
@@ -349,12 +369,12 @@ def test_a_closed_stdout_does_not_end_a_run(tmp_path):
     process = child(*TINY, "--run-dir", tmp_path / "r", stdout=write)
     os.close(write)
     err = process.communicate(timeout=300)[1]
-    assert process.returncode == 0 and "Traceback" not in err and "BrokenPipe" not in err
+    assert process.returncode == 0 and err == ""
     assert load_summary(tmp_path / "r")["status"] == "finished"
 
 
 def test_a_call_that_never_returns_is_ended_with_its_stacks(tmp_path):
-    code = "import common.run, toy; common.run.GRACE = 1.0; common.run.exit_with(toy.main)"
+    code = "import common.run, toy; common.run.GRACE = 6.0; common.run.exit_with(toy.main)"
     argv = [*TINY, "--run-dir", tmp_path / "r", "--hang", "--timeout", "1"]
     process = child(*argv, code=code)
     _, err = process.communicate(timeout=300)
