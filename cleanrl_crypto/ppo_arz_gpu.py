@@ -74,7 +74,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from numba import cuda
 
-from common.lanes import Lanes, register
+from common.lanes import SimulatedLanes, register
 
 # literals of the kernels: a float32 times these stays float32 (Python's 0.5 would widen it)
 ZERO, HALF, ONE, TWO = map(np.float32, (0.0, 0.5, 1.0, 2.0))
@@ -295,20 +295,19 @@ def fast(function):
 
 
 @jit
+def scramble_nb(x):
+    """The finaliser of splitmix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@jit
 def uniform_nb(seed, lane, episode, draw):
     """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode,
     draw)."""
-    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = (
-        (x ^ (x >> np.uint64(31)))
-        + np.uint64(episode) * np.uint64(0xD1342543DE82EF95)
-        + np.uint64(draw)
-    )
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
+    x = scramble_nb(np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane))
+    x = scramble_nb(x + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw))
     return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
@@ -349,7 +348,8 @@ def half_step(rho, y, half_rho, half_y, speed, a, b, v_max, rho_max):
         for j in range(rho.shape[1]):
             f0, g0 = published_flux_nb(rho[i, j], y[i, j], v_max, rho_max)
             f1, g1 = published_flux_nb(rho[i + 1, j], y[i + 1, j], v_max, rho_max)
-            half_rho[i, j] = HALF * (rho[i, j] + rho[i + 1, j]) - a[j] * (f1 - f0)
+            mean_rho = HALF * (rho[i, j] + rho[i + 1, j])
+            half_rho[i, j] = mean_rho - a[j] * (f1 - f0)
             mean_y = HALF * (y[i, j] + y[i + 1, j])
             half_y[i, j] = mean_y * (ONE - b[j]) - a[j] * (g1 - g0)
             v = f1 / rho[i + 1, j]
@@ -572,9 +572,7 @@ def ghosts(r, v, left):
     m = r.shape[0] - 4
     for i in range(2):
         first, last = (m + i, 2 + i) if left == RING else (2, m + 1)
-        for j in range(
-            r.shape[1]
-        ):  # whole rows would need an allocator, which CUDA has not
+        for j in range(r.shape[1]):  # whole rows would need an allocator, which CUDA has not
             r[i, j] = r[first, j]
             r[m + 2 + i, j] = r[last, j]
             v[i, j] = v[first, j]
@@ -640,9 +638,8 @@ def inlet(r, v, f, g, a, lane, dx, v_max, pressure):
         g[0, j] = q * (speed + p)
         after = rho + a[j] * (q - f[1, j])
         after_z = rho * (v[2, j] + p) + a[j] * (g[0, j] - g[1, j])
-        if after > FULL * rho_max or after_z < after * pressure_nb(
-            after, pressure
-        ):  # or v < 0
+        backwards = after_z < after * pressure_nb(after, pressure)  # v < 0
+        if after > FULL * rho_max or backwards:
             w = greenshields_nb(rho, v_max, rho_max) + p
             best = critical_nb(w, pressure)
             queue = w - pressure_nb(best, pressure)  # its speed
@@ -657,8 +654,10 @@ def outlet(r, v, f, g, lane, pressure):
     m = f.shape[0] - 1
     for j in range(r.shape[1]):
         most, _ = flux_nb(r[m + 1, j], v[m + 1, j], ZERO, ZERO, pressure)
-        f[m, j] = lane[AT.q_out, j] if lane[AT.q_out, j] < most else most
-        g[m, j] = f[m, j] * (v[m + 1, j] + pressure_nb(r[m + 1, j], pressure))
+        q = lane[AT.q_out, j]
+        f[m, j] = q if q < most else most
+        w = v[m + 1, j] + pressure_nb(r[m + 1, j], pressure)
+        g[m, j] = f[m, j] * w
 
 
 @fast
@@ -693,24 +692,11 @@ def update(rho, z, f, g, a, new_rho, new_z, added, floor, w_floor):
 
 
 @fast
-def update_mean(rho, z, f, g, a, new_rho, new_z, added, floor, w_floor):
-    """new_rho, new_z = the mean of themselves and of update()'s: the second stage of SSPRK2."""
-    for i in range(rho.shape[0]):
-        for j in range(rho.shape[1]):
-            end_rho, end_z, more = update_nb(
-                rho[i, j],
-                z[i, j],
-                f[i, j],
-                g[i, j],
-                f[i + 1, j],
-                g[i + 1, j],
-                a[j],
-                floor,
-                w_floor,
-            )
-            added[j] += more
-            new_rho[i, j] += HALF * (end_rho - new_rho[i, j])
-            new_z[i, j] += HALF * (end_z - new_z[i, j])
+def go_half_way(x, end):
+    """x (M, W) to the mean of x and end: the second stage of SSPRK2."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            x[i, j] += HALF * (end[i, j] - x[i, j])
 
 
 @fast
@@ -798,7 +784,9 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
             elif stage == 0:
                 update(rho, z, f, g, a, half_rho, half_z, added, floor, v_max)
             else:
-                update_mean(half_rho, half_z, f, g, a, rho, z, added, floor, v_max)
+                update(half_rho, half_z, f, g, a, half_rho, half_z, added, floor, v_max)
+                go_half_way(rho, half_rho)
+                go_half_way(z, half_z)
             for j in range(width):
                 into[j] += a[j] * f[0, j]
                 out[j] += a[j] * f[m, j]
@@ -815,30 +803,30 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
 
 # an episode
 @fast
+def speed_nb(rho, z, order, v_max, pressure):
+    if order is None:
+        return z / rho + greenshields_nb(rho, v_max, pressure[2])
+    return z / rho - pressure_nb(rho, pressure)
+
+
+@fast
 def nodes(u, work, v_max, order, pressure):
-    """rho and v at the NODES points, into work[0] and work[1]: means of the two cells beside a
-    point."""
+    """rho and v at the NODES points, into work[0] and work[1]: of the published scheme's nodes, or
+    means of the two cells beside a point."""
     rho = u[0]
     z = u[1]
     r = work[0]
     v = work[1]
     last = u.shape[1] - 1
     for i in range(NODES):
-        if order is None:
-            for j in range(rho.shape[1]):
-                r[i, j] = rho[i, j]
-                v[i, j] = z[i, j] / rho[i, j] + greenshields_nb(
-                    rho[i, j], v_max, pressure[2]
-                )
-        else:
+        west, east = i, i
+        if order is not None:
             west, east = i - 1 if i > 0 else 0, i if i < last else last
-            for j in range(rho.shape[1]):
-                r[i, j] = HALF * (rho[west, j] + rho[east, j])
-                v_west = z[west, j] / rho[west, j]
-                v_west -= pressure_nb(rho[west, j], pressure)
-                v_east = z[east, j] / rho[east, j]
-                v_east -= pressure_nb(rho[east, j], pressure)
-                v[i, j] = HALF * (v_west + v_east)
+        for j in range(rho.shape[1]):
+            r[i, j] = HALF * (rho[west, j] + rho[east, j])
+            v_west = speed_nb(rho[west, j], z[west, j], order, v_max, pressure)
+            v_east = speed_nb(rho[east, j], z[east, j], order, v_max, pressure)
+            v[i, j] = HALF * (v_west + v_east)
 
 
 @fast
@@ -900,12 +888,10 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
     amplitude = waves[1, j]
     phase = waves[2, j]
     if rho_star == 0.0:
-        share = uniform_nb(seed, lane0 + j, clock[1, j], 0)
-        rho_star = between_nb(TRAIN_WAVES[0], share)
-        share = uniform_nb(seed, lane0 + j, clock[1, j], 1)
-        amplitude = between_nb(TRAIN_WAVES[1], share)
-        share = uniform_nb(seed, lane0 + j, clock[1, j], 2)
-        phase = between_nb(TRAIN_WAVES[2], share)
+        number, episode = lane0 + j, clock[1, j]
+        rho_star = between_nb(TRAIN_WAVES[0], uniform_nb(seed, number, episode, 0))
+        amplitude = between_nb(TRAIN_WAVES[1], uniform_nb(seed, number, episode, 1))
+        phase = between_nb(TRAIN_WAVES[2], uniform_nb(seed, number, episode, 2))
     v_star = v_max * (1.0 - rho_star / rho_max)
     q_star = rho_star * v_star
     for k in range(lane.shape[0]):
@@ -1087,10 +1073,7 @@ def cuda_kernels() -> tuple:
 
 
 # ------------------------------------------------------------------------------------ environment
-WORST = "mass_error", "max_cfl"  # shown is the largest of the lanes, else the mean
-
-
-class FreewayVectorEnv(Lanes):
+class FreewayVectorEnv(SimulatedLanes):
     """Lanes of the freeway. Same-step autoreset; truncation at `length` decisions.
 
     Observation (102,) float32: rho/rho* - 1, then v/v* - 1, at 51 points. Action (1,) or (2,) in
@@ -1103,6 +1086,7 @@ class FreewayVectorEnv(Lanes):
     # as the kernels take them
     STATE = "u", "work", "lane", "totals", "clock", "waves"
     RESULT = "obs", "final", "finals", "reward", "terminated", "truncated"
+    WORST = "mass_error", "max_cfl"
     obs_scale, traced = 10.0, 50
 
     def __init__(
@@ -1116,7 +1100,6 @@ class FreewayVectorEnv(Lanes):
         pressure: str = "gap",
         pressure_scale: float | None = None,
         pressure_exponent: float | None = None,
-        cfl: float | None = None,
         seed: int = 1,
         backend: str = "cpu",
         lane0: int = 0,
@@ -1131,16 +1114,12 @@ class FreewayVectorEnv(Lanes):
         self.decision_interval = decision_interval
         self.samples = round(decision_interval / SAMPLE)
         self.length = round(episode_seconds / decision_interval)
-        self.actions, box = 2 if control == "both" else 1, gym.spaces.Box
-        super().__init__(
-            num_envs,
-            box(-np.inf, np.inf, (2 * NODES,), np.float32),
-            box(-1.0, 1.0, (self.actions,), np.float32),
-            backend,
-            seed,
-        )
+        self.actions = 2 if control == "both" else 1
+        observation = gym.spaces.Box(-np.inf, np.inf, (2 * NODES,), np.float32)
+        action = gym.spaces.Box(-1.0, 1.0, (self.actions,), np.float32)
+        super().__init__(num_envs, observation, action, backend, seed)
         real = np.dtype(precision).type
-        road = DX, V_MAX, RHO_MAX, RELAX, RHO_FLOOR, cfl or CFL[scheme]
+        road = DX, V_MAX, RHO_MAX, RELAX, RHO_FLOOR, CFL[scheme]
         self.road = tuple(real(x) for x in road)
         self.pressure = pressure_of(pressure, pressure_scale, pressure_exponent, real)
         self.rules = (
@@ -1173,7 +1152,7 @@ class FreewayVectorEnv(Lanes):
             self.take(name, (blocks, *shape), kind)
         self.state = tuple(self.arrays[name] for name in self.STATE)
         self.result = tuple(self.arrays[name] for name in self.RESULT)
-        self.splits, self.longest_call, self.timed = {}, 0.0, False
+        self.splits = {}
         if cases == "eval":
             self.splits = {
                 "validation": slice(0, 50),
@@ -1187,7 +1166,8 @@ class FreewayVectorEnv(Lanes):
     def rows(self, name: str) -> torch.Tensor:
         """(blocks, ..., width) of the kernels -> (..., num_envs)."""
         x = getattr(self, name).movedim(0, -2)
-        return x.reshape(*x.shape[:-2], -1)[..., : self.num_envs]
+        x = x.reshape(*x.shape[:-2], -1)
+        return x[..., : self.num_envs]
 
     def spread(self, name: str, values: torch.Tensor):
         """The way back; lanes that fill the last block up repeat the last one."""
@@ -1195,7 +1175,8 @@ class FreewayVectorEnv(Lanes):
         blocks, width = len(x), x.shape[-1]
         lanes = torch.arange(blocks * width, device=values.device)
         lanes = lanes.clamp(max=self.num_envs - 1)
-        values = values[..., lanes].reshape(*values.shape[:-1], blocks, width)
+        values = values[..., lanes]
+        values = values.reshape(*values.shape[:-1], blocks, width)
         x.copy_(values.movedim(-2, 0))
 
     def per_lane(self, name: str) -> torch.Tensor:
@@ -1218,33 +1199,21 @@ class FreewayVectorEnv(Lanes):
         if options.get("stagger"):
             lanes = range(self.lane0, self.lane0 + self.num_envs)
             clock = self.rows("clock")
-            clock[0] = torch.tensor(
-                [int(uniform_nb(self.seed, i, 0, 3) * self.length) for i in lanes]
-            )
+            shares = [uniform_nb(self.seed, i, 0, 3) for i in lanes]
+            clock[0] = torch.tensor([int(share * self.length) for share in shares])
             self.spread("clock", clock)
 
     def launch(self, kernel: int, *arguments):
         """Kernel 0 (decide) or 1 (start) on all blocks."""
-        arguments += self.seed, self.lane0
+        function = (decide_cpu, start_cpu)[kernel]
         if self.backend == "cuda":
-            cuda_kernels()[kernel][(self.num_envs + 127) // 128, 128](*arguments)
-            return
-        threads = nb.get_num_threads()
-        # a thread without a block would only be waited for
-        nb.set_num_threads(min(threads, len(self.u)))
-        try:
-            (decide_cpu, start_cpu)[kernel](*arguments)
-        finally:
-            nb.set_num_threads(threads)
+            function = cuda_kernels()[kernel][(self.num_envs + 127) // 128, 128]
+        self.simulate(function, len(self.u), *arguments, self.seed, self.lane0)
 
     def step_lanes(self, action: torch.Tensor):
-        began = time.perf_counter()
         self.per_lane("action").copy_(action)
         taken = self.arrays["action"]
         self.launch(0, self.state, self.result, self.rules, self.order, taken)
-        if self.timed and self.backend == "cuda":  # a launch returns at once
-            torch.cuda.synchronize()
-        self.longest_call = max(self.longest_call, time.perf_counter() - began)
         names = "reward", "terminated", "truncated"
         return tuple(self.per_lane(name) for name in names)
 
@@ -1252,15 +1221,10 @@ class FreewayVectorEnv(Lanes):
         return self.per_lane("obs")
 
     def last_observations(self):
-        """(N, 102): of the lanes whose episode ended in this step, the last one of that episode."""
         return self.per_lane("final")
 
-    def observe_final(self, lanes):
-        return self.last_observations()[lanes]
-
     def stats(self, name: str = "totals") -> dict[str, torch.Tensor]:
-        """Of the running episodes, or ("finals") of every lane's last one; mass_error of ended
-        ones only."""
+        """mass_error of ended episodes only."""
         t = Totals(*self.rows(name))
         missing = t.at_end + t.left - t.at_start - t.entered - t.added
         return {
@@ -1276,42 +1240,37 @@ class FreewayVectorEnv(Lanes):
             "episode_length": t.decisions,
         }
 
-    def episode(self) -> dict[str, torch.Tensor]:
-        stats = self.stats("finals")
-        return stats | {"r": stats["episode_return"], "l": stats["episode_length"]}
-
     def seconds_of_inflow(self) -> float:
         """What entered since the start of the episode, in seconds of the flux that the actions
         asked for."""
-        entered = Totals(*self.rows("totals")).entered
-        return float((entered / Lane(*self.rows("lane")).q_in).mean())
+        totals = Totals(*self.rows("totals"))
+        lane = Lane(*self.rows("lane"))
+        return float((totals.entered / lane.q_in).mean())
 
     def trace(self) -> dict[str, float]:
         """The traced lane's densities and speeds now."""
         obs = self.observe()[self.traced]
-        star = self.rows("lane")[:2, self.traced].repeat_interleave(NODES)
+        star = self.rows("lane")[:2, self.traced]  # rho* and v*
+        star = star.repeat_interleave(NODES)
         points = [f"{k}_{i}" for k in ("rho", "v") for i in range(NODES)]
         return dict(zip(points, (star * (1 + obs)).tolist()))
 
     def state_dict(self) -> dict:
-        lanes = {name: self.rows(name).cpu().clone() for name in self.SAVED}
-        return lanes | {"obs": self.observe().cpu().clone(), "seed": self.seed}
+        """Lanes are saved one by one, not in the blocks of a kernel: for any device."""
+        obs = self.observe().cpu().clone()
+        return super().state_dict() | {"obs": obs}
 
     def load_state_dict(self, state: dict):
-        """On any device: lanes are saved one by one, not in the blocks of a kernel."""
-        for name in self.SAVED:
-            self.spread(name, state[name])
+        super().load_state_dict(state)
         self.observe().copy_(state["obs"])
-        self.seed, self.was_reset = state["seed"], True
 
 
-register(
-    "cleanrl_crypto/Freeway-v0", FreewayVectorEnv
-)  # gymnasium.make_vec(..., num_envs=8, scheme="muscl")
+# gymnasium.make_vec("cleanrl_crypto/Freeway-v0", num_envs=8, scheme="muscl")
+register("cleanrl_crypto/Freeway-v0", FreewayVectorEnv)
 
 
 # --------------------------------------------------------------------------------------- networks
-def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
+def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
     nn.init.zeros_(linear.bias)
@@ -1373,11 +1332,13 @@ def gaussian_log_prob(mean, log_std, action):
     """Diagonal Gaussian: mean, action (B, A), log_std (A,) -> (B,). The environment clips, the
     density does not."""
     z = (action - mean) * (-log_std).exp()
-    return (-0.5 * z * z - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    log_density = -0.5 * z * z - log_std - 0.5 * math.log(2 * math.pi)
+    return log_density.sum(-1)
 
 
 def gaussian_entropy(log_std):
-    return (log_std + 0.5 + 0.5 * math.log(2 * math.pi)).sum(-1)
+    entropy = log_std + 0.5 + 0.5 * math.log(2 * math.pi)
+    return entropy.sum(-1)
 
 
 def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
@@ -1400,7 +1361,8 @@ def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
 def clipped_surrogate(ratio, advantage, clip: float):
     """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent.
     All (B,)."""
-    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.max(-advantage * ratio, -advantage * clipped)
 
 
 def reduce_sum(tensor):
@@ -1414,8 +1376,10 @@ def normalised(advantage, size: int):
     """Advantages of a minibatch of `size` rows, of which every process of torchrun holds a
     share."""
     mean = reduce_sum(advantage.sum()) / size
-    square = reduce_sum(((advantage - mean) ** 2).sum())
-    return (advantage - mean) / ((square / (size - 1)).sqrt() + 1e-8)
+    advantage = advantage - mean
+    square = reduce_sum((advantage**2).sum())
+    deviation = (square / (size - 1)).sqrt()
+    return advantage / (deviation + 1e-8)
 
 
 class Schedule:
@@ -1434,17 +1398,15 @@ class Schedule:
             self.run.charts(loop)
         if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
             pace = (loop.global_step - self.first_step) / (now - self.began)
-            end = loop.global_step + pace * max(
-                self.run.guard.remaining() - self.run.reserve(), 0.0
-            )
+            left = self.run.guard.remaining() - self.run.reserve()
+            end = loop.global_step + pace * max(left, 0.0)
             # every process has its own clock, the learning rate is one
-            end = reduce_sum(
-                torch.tensor(
-                    end if self.run.rank == 0 else 0.0, device=self.run.device
-                )
-            )
+            end = end if self.run.rank == 0 else 0.0
+            end = reduce_sum(torch.tensor(end, device=self.run.device))
             self.end = min(args.total_timesteps, int(end))
-        share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
+        share = 0.0
+        if args.anneal_lr:
+            share = loop.global_step / max(self.end, 1)
         self.latest = args.learning_rate * max(0.0, 1 - share)
         return self.latest
 
@@ -1454,9 +1416,7 @@ class Constant:
     """Flux q* at the controlled ends: the road that nobody controls."""
 
     def __init__(self, envs):
-        self.action = torch.zeros(
-            envs.num_envs, envs.actions, device=envs.torch_device
-        )
+        self.action = torch.zeros(envs.num_envs, envs.actions, device=envs.torch_device)
 
     def __call__(self, obs):
         return self.action
@@ -1483,13 +1443,11 @@ class LinearController:
         free = kp * error + ki * self.total
         # anti-windup: the integral rests while the error would push a saturated action further
         grows = (free.abs() < 1) | (free * error < 0)
-        self.total = self.total + torch.where(
-            grows, error * self.envs.decision_interval, 0.0
-        )
+        grown = torch.where(grows, error * self.envs.decision_interval, 0.0)
+        self.total = self.total + grown
         first = (kp * error + ki * self.total).clamp(-1, 1)
-        return torch.stack(
-            [first, (k_in * inlet).clamp(-1, 1)][: self.envs.actions], 1
-        )
+        second = (k_in * inlet).clamp(-1, 1)
+        return torch.stack([first, second][: self.envs.actions], 1)
 
 
 class Backstepping:
@@ -1504,20 +1462,23 @@ class Backstepping:
         behind = v_star - slope  # lambda_2
         kernel = torch.exp(-x / (RELAX * v_star)) / (slope * RELAX)
         growth = torch.exp(x / (RELAX * v_star))
-        self.c_v = -kernel + behind / v_star * kernel * growth
-        self.c_q = (1 - behind / v_star) * kernel * growth
+        share = behind / v_star
+        self.c_v = -kernel + share * kernel * growth
+        self.c_q = (1 - share) * kernel * growth
         self.lane, self.x, self.actions = lane, x, envs.actions
 
     def __call__(self, obs):
         rho_star, v_star, q_star, *_ = self.lane
         rho = rho_star * (1 + obs[:, :NODES])
         v = v_star * (1 + obs[:, NODES:])
-        change = rho_star[:, 0] * torch.trapezoid(self.c_v * (v - v_star), self.x)
+        by_speed = torch.trapezoid(self.c_v * (v - v_star), self.x)
+        change = rho_star[:, 0] * by_speed
         change += torch.trapezoid(self.c_q * (rho * v - q_star), self.x)
         action = torch.zeros(
             len(obs), self.actions, dtype=torch.float64, device=obs.device
         )
-        action[:, 0] = (change / (SWING * q_star[:, 0])).clamp(-1, 1)
+        share = change / (SWING * q_star[:, 0])
+        action[:, 0] = share.clamp(-1, 1)
         return action
 
 
@@ -1533,12 +1494,14 @@ class GainSearch:
         draw = np.random.default_rng(envs.seed).random((3, self.n))
         low, high = np.array(TRAIN_WAVES).T[..., None]
         waves = low + draw * (high - low)
-        self.waves = np.tile(waves, envs.num_envs // self.n + 1)[:, : envs.num_envs]
+        waves = np.tile(waves, envs.num_envs // self.n + 1)
+        self.waves = waves[:, : envs.num_envs]
 
     def best(self, grid: list[tuple]) -> tuple:
         """grid of (kp, ki, k_in) -> its row of the highest return; the rows before the time
         was up."""
-        envs, scores, rows = self.envs, [], torch.tensor(grid, dtype=torch.float64)
+        envs, scores = self.envs, []
+        rows = torch.tensor(grid, dtype=torch.float64)
         for first in range(0, len(grid), self.seats):
             if scores and time.monotonic() > self.deadline:
                 self.complete = False
@@ -1546,32 +1509,32 @@ class GainSearch:
             lanes = torch.arange(envs.num_envs) // self.n
             chosen = (first + lanes).clamp(max=len(grid) - 1)
             envs.reset(options={"waves": self.waves})
-            act = LinearController(envs, *rows[chosen].T.to(envs.torch_device))
+            gains = rows[chosen].T.to(envs.torch_device)
+            act = LinearController(envs, *gains)
             for _ in range(envs.length):
                 envs.step_lanes(act(envs.observe()))
-            returns = envs.stats("finals")["episode_return"][: self.seats * self.n]
-            scores += returns.reshape(-1, self.n).mean(1).tolist()
+            returns = envs.stats("finals")["episode_return"]
+            returns = returns[: self.seats * self.n].reshape(-1, self.n)
+            scores += returns.mean(1).tolist()
         return grid[int(np.argmax(scores[: len(grid)]))]
 
     def gains(self) -> dict[str, tuple]:
         """Of the P and of the PI controller."""
         both = self.envs.actions == 2
         inlet = np.arange(-24, 25, 8.0) if both else [0.0]
-        kp, _, k_in = self.best(
-            [(p, 0.0, e) for p in np.arange(-14, 15, 2.0) for e in inlet]
-        )
+        outlet = np.arange(-14, 15, 2.0)
+        kp, _, k_in = self.best([(p, 0.0, e) for p in outlet for e in inlet])
         around = np.arange(-1.5, 2, 0.5)
         inlet = 4 * around if both else [0.0]
-        kp, _, k_in = self.best(
-            [(kp + p, 0.0, k_in + e) for p in around for e in inlet]
-        )
+        p = self.best([(kp + p, 0.0, k_in + e) for p in around for e in inlet])
+        kp, _, k_in = p
         integral = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05]
         integral = [*(-i for i in integral), 0.0, *integral]
-        pi = self.best(
-            [(kp * f, i, k_in) for f in (0.7, 0.8, 0.9, 1.0, 1.1) for i in integral]
-        )
-        self.envs.reset(options={"waves": np.zeros((3, self.envs.num_envs))})
-        return {"p": (float(kp), 0.0, float(k_in)), "pi": tuple(map(float, pi))}
+        shares = 0.7, 0.8, 0.9, 1.0, 1.1
+        pi = self.best([(kp * share, i, k_in) for share in shares for i in integral])
+        drawn = np.zeros((3, self.envs.num_envs))
+        self.envs.reset(options={"waves": drawn})
+        return {"p": tuple(map(float, p)), "pi": tuple(map(float, pi))}
 
 
 def make_controllers(envs, seconds: float) -> dict:
@@ -1579,17 +1542,15 @@ def make_controllers(envs, seconds: float) -> dict:
     environment."""
     search = GainSearch(envs, seconds)
     gains = search.gains()
+    cut = "" if search.complete else " (cut short: no more time for it)"
+    makers = {"constant": Constant}
     for name, values in gains.items():
-        print(
-            f"baseline {name}, tuned on training waves: kp, ki, k_in {values}" + ""
-            if search.complete
-            else " (cut short: no more time for it)"
-        )
-    makers = {"constant": Constant} | {
-        name: partial(LinearController, kp=kp, ki=ki, k_in=k_in)
-        for name, (kp, ki, k_in) in gains.items()
-    }
-    return makers | ({"backstepping": Backstepping} if envs.control != 1 else {})
+        print(f"baseline {name}, tuned on training waves: kp, ki, k_in {values}{cut}")
+        kp, ki, k_in = values
+        makers[name] = partial(LinearController, kp=kp, ki=ki, k_in=k_in)
+    if envs.control != 1:
+        makers["backstepping"] = Backstepping
+    return makers
 
 
 # ------------------------------------------------------------------------ evaluation, diagnostics
@@ -1613,30 +1574,38 @@ def check_env(envs):
     CheckFailed."""
     still = torch.zeros(envs.num_envs, envs.actions, device=envs.torch_device)
     envs.reset(seed=1)
-    first, state = envs.observe().clone(), envs.state_dict()
+    first = envs.observe().clone()
+    state = envs.state_dict()
     envs.step_lanes(still + 0.5)
     other = envs.observe().clone()
     envs.load_state_dict(state)
     envs.step_lanes(still)
-    gap, moved = (float((envs.observe() - x).abs().max()) for x in (other, first))
+    gap = float((envs.observe() - other).abs().max())
+    moved = float((envs.observe() - first).abs().max())
     inflow, interval = envs.seconds_of_inflow(), envs.decision_interval
-    rewards, densest, slowest, early, rows = [], 0.0, V_MAX, 0, envs.num_envs
+    rewards, early, rows = [], 0, envs.num_envs
+    densest, slowest = 0.0, V_MAX
     for _ in range(envs.length - 1):
         reward, terminated, truncated = envs.step_lanes(still)
         rewards += reward.tolist()
         star = Lane(*envs.rows("lane")[..., None])
         obs = envs.observe()
-        densest = max(densest, float((star.rho_star * (1 + obs[:, :NODES])).max()))
-        slowest = min(slowest, float((star.v_star * (1 + obs[:, NODES:])).min()))
+        rho = star.rho_star * (1 + obs[:, :NODES])
+        v = star.v_star * (1 + obs[:, NODES:])
+        densest = max(densest, float(rho.max()))
+        slowest = min(slowest, float(v.min()))
         early += int((terminated | truncated).sum())
     ended = int(truncated.sum())
-    values, decisions = len(np.unique(np.round(rewards, 9))), envs.length
-    stats, limit = envs.stats("finals"), 0.5 if envs.order == SECOND else 1.0
+    decisions = envs.length
+    values = len(np.unique(np.round(rewards, 9)))
+    limit = 0.5 if envs.order == SECOND else 1.0
+    stats = envs.stats("finals")
     error = float(stats["mass_error"].max())
     courant = float(stats["max_cfl"].max())
     steps = float(Totals(*envs.rows("finals")).steps.max())
     # sums round at every step
-    bound = 100 * torch.finfo(envs.u.dtype).eps * max(1.0, math.sqrt(steps / 1000))
+    rounding = torch.finfo(envs.u.dtype).eps
+    bound = 100 * rounding * max(1.0, math.sqrt(steps / 1000))
     for good, expected, found in (
         (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
         (
@@ -1687,16 +1656,14 @@ def check_env(envs):
 
 
 @torch.no_grad()
-def evaluate(
-    make, envs, seconds: float = math.inf, trace: bool = False
-) -> tuple[dict, dict, bool]:
+def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tuple:
     """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) ->
     actions.
 
-    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether
+    Returns {split: {statistic: mean over its lanes}}, the rows of the traced lane, and whether
     the time was up first: then the statistics are those of the episodes so far.
     """
-    began, columns, cut = time.monotonic(), [], False
+    began, rows, cut = time.monotonic(), [], False
     envs.reset(seed=EVAL_SEED)
     act = make(envs)
     for k in range(envs.length):
@@ -1704,31 +1671,17 @@ def evaluate(
         row = {"time_s": k * envs.decision_interval} | envs.trace() if trace else {}
         reward, *_ = envs.step_lanes(action)
         if trace:
-            row |= {
-                f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])
-            }
-            columns.append(row | {"reward": float(reward[envs.traced])})
+            numbers = enumerate(action[envs.traced].tolist())
+            row |= {f"action_{i}": a for i, a in numbers}
+            rows.append(row | {"reward": float(reward[envs.traced])})
         cut = time.monotonic() - began > seconds and k + 1 < envs.length
         if cut:
             break
-    ended, running = envs.stats("finals"), envs.stats()
-    done = ended["episode_length"] > 0
-    stats = {
-        k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()
-    }
-    result = {
-        split: {
-            k: float(x[lanes].max() if k in WORST else x[lanes].mean())
-            for k, x in stats.items()
-        }
-        | {"std": float(stats["episode_return"][lanes].std(correction=0))}
-        for split, lanes in envs.splits.items()
-    }
-    return (
-        result,
-        {k: [row[k] for row in columns] for k in (columns[0] if columns else ())},
-        cut,
-    )
+    stats, result = envs.latest(), {}
+    for split, lanes in envs.splits.items():
+        std = stats["episode_return"][lanes].std(correction=0)
+        result[split] = envs.summary(stats, lanes) | {"std": float(std)}
+    return result, rows, cut
 
 
 @torch.no_grad()
@@ -1890,14 +1843,13 @@ def check_road(run: Run, envs):
     envs.step_lanes(still)
     began = time.monotonic()
     envs.step_lanes(still)
+    envs.longest_call = 0.0  # that was the compiler's
     seconds = (time.monotonic() - began) * envs.length
     if seconds > run.eval_limit(0.2):
         print(f"sanity: no time for its checks, which take {seconds:.0f} s")
         return
     check_env(envs)
-    print(
-        f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s"
-    )
+    print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
 
 
 def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, dict, bool]:
@@ -1918,15 +1870,14 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     policy = Greedy(agent)
     result, _, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.5))
     states = torch.cat(policy.states)
-    audit = diagnose(agent, states[:: max(1, len(states) // 4096)])
-    record = {
-        f"eval/{split}/{k}": v
-        for split, metrics in result.items()
-        for k, v in metrics.items()
-    }
-    record |= {"value/v_mean": audit.pop("v_mean")} | {
-        f"policy/{k}": v for k, v in audit.items()
-    }
+    every = max(1, len(states) // 4096)
+    audit = diagnose(agent, states[::every])
+    record = {"value/v_mean": audit.pop("v_mean")}
+    record |= {f"policy/{k}": v for k, v in audit.items()}
+    returns = ""
+    for split, metrics in result.items():
+        record |= {f"eval/{split}/{k}": v for k, v in metrics.items()}
+        returns += f"{split} {metrics['episode_return']:.2f}  "
     loop.evaluated = loop.global_step
     score = next(iter(result.values()))["episode_return"]
     if cut:
@@ -1935,31 +1886,10 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
         run.keep_best(score, loop)
     print(
         f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  "
-        f"{loop.updates:>6} updates  "
-        + "  ".join(
-            f"{split} {metrics['episode_return']:.2f}"
-            for split, metrics in result.items()
-        )
-        + f"  state_dependence {audit['state_dependence']:.2f}",
+        f"{loop.updates:>6} updates  {returns}state_dependence {audit['state_dependence']:.2f}",
         flush=True,
     )
     return record
-
-
-def episode_record(envs) -> dict[str, float]:
-    """Statistics of every lane's last ended episode, of the lanes that have one."""
-    stats = envs.stats("finals")
-    done = stats["episode_length"] > 0
-    if not done.any():
-        return {}
-    mean = {
-        k: float(x[done].max() if k in WORST else x[done].double().mean())
-        for k, x in stats.items()
-    }
-    charts = {
-        f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")
-    }
-    return charts | {f"env/{k}": v for k, v in mean.items()}
 
 
 def final_results(
@@ -1968,13 +1898,12 @@ def final_results(
     """The best agent's results beside the baselines', its diagnostics; writes the traces."""
     policy = Greedy(agent)
     limit = run.eval_limit(0.4)
-    result, columns, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
-    traces = {"freeway": columns}
+    result, rows, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
+    traces = {"freeway": rows}
     if "constant" in makers:  # the road that nobody controls, for the picture
         limit = run.eval_limit(0.4)
-        _, traces["freeway_constant"], _ = evaluate(
-            Constant, eval_envs, limit, trace=True
-        )
+        _, rows, _ = evaluate(Constant, eval_envs, limit, trace=True)
+        traces["freeway_constant"] = rows
     write_traces(run, traces)
     results = {}
     for split, metrics in result.items():
@@ -1986,18 +1915,17 @@ def final_results(
         }
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
-    audit["verdict"], audit["reasons"] = verdict(
-        audit, chosen["agent"], chosen["baselines"], loop.updates
-    )
+    metrics, rivals = chosen["agent"], chosen["baselines"]
+    audit["verdict"], audit["reasons"] = verdict(audit, metrics, rivals, loop.updates)
     return results, audit
 
 
-def write_traces(run: Run, traces: dict[str, dict]):
+def write_traces(run: Run, traces: dict[str, list[dict]]):
     import pandas as pd
 
     (run.dir / "traces").mkdir(exist_ok=True)
-    for name, columns in traces.items():
-        pd.DataFrame(columns).to_parquet(run.dir / "traces" / f"{name}.parquet")
+    for name, rows in traces.items():
+        pd.DataFrame(rows).to_parquet(run.dir / "traces" / f"{name}.parquet")
 
 
 @experiment
@@ -2079,7 +2007,8 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 args.gamma,
                 args.gae_lambda,
             )
-            explained = 1 - (returns - values[:-1]).var() / returns.var()
+            missed = returns - values[:-1]
+            explained = 1 - missed.var() / returns.var()
         optimizer.param_groups[0]["lr"] = schedule.learning_rate(loop)
         rows = obs[:-1], actions, log_probs, advantages, returns
         rows = [column.flatten(0, 1) for column in rows]  # (steps x lanes, ...)
@@ -2115,7 +2044,8 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
                 loop.updates += 1
                 with torch.no_grad():
                     kl = (ratio - 1 - log_ratio).sum() / size  # Schulman's k3
-                    clipped = ((ratio - 1).abs() > args.clip_coef).sum() / size
+                    beyond = (ratio - 1).abs() > args.clip_coef
+                    clipped = beyond.sum() / size
                     stats = policy_loss, value_loss, entropy, kl, clipped
                     stats = reduce_sum(torch.stack(stats))
                     losses.append(torch.cat([stats, grad_norm[None]]))
@@ -2136,13 +2066,15 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
             record["charts/learning_rate"] = schedule.latest
             run.phase("eval")
             if run.rank == 0:
-                record |= run.charts(loop, loop.updates * size) | episode_record(envs)
+                record |= run.charts(loop, loop.updates * size)
+                record |= envs.episode_record()
                 run.log(record | validate(run, loop, agent, eval_envs), loop)
         run.checkpoint(loop)
 
     run.phase("eval")
     if run.rank == 0 and not args.eval_only and loop.evaluated < loop.global_step:
-        run.log(run.charts(loop) | validate(run, loop, agent, eval_envs), loop)
+        record = run.charts(loop)
+        run.log(record | validate(run, loop, agent, eval_envs), loop)
     run.use_best(loop)
     if run.rank:
         return {"exit_code": run.guard.exit_code}

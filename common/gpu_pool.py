@@ -10,7 +10,6 @@ reset() writes into the buffers it has; a second build of the same size allocate
 """
 
 import math
-import threading
 from collections import defaultdict
 from dataclasses import fields, is_dataclass
 
@@ -37,7 +36,7 @@ def _freeze(obj):
 
 
 class Pool:
-    """Free buffers by (shape, dtype, device). Thread-safe.
+    """Free buffers by (shape, dtype, device), for one thread.
 
     device: "cpu" (numpy array) or "cuda" (numba device array on the current device). Queue work on
     device buffers on the default stream: what still runs when a buffer is released is then over
@@ -45,7 +44,6 @@ class Pool:
     """
 
     def __init__(self):
-        self._lock = threading.RLock()
         self._free = defaultdict(list)
         self._used = {}  # id(array) -> (key, array); holding the array keeps its id unique
         self._static = {}
@@ -78,39 +76,35 @@ class Pool:
 
         return cuda.device_array(shape, dtype)
 
-    def acquire(self, shape, dtype, device: str = "cpu", zero: bool = True):
-        """A buffer that nobody else holds; with zero=False its content is whatever was there."""
-        with self._lock:
-            key = self._key(shape, dtype, device)
-            size = math.prod(key[0]) * key[1].itemsize
-            if self._free[key]:
-                array = self._free[key].pop()
-            else:
-                array = self._allocate(*key)
-                self._counts["allocations"] += 1
-                self._counts["bytes"] += size
-            if zero and device == "cuda":
-                array.copy_to_device(
-                    np.zeros(*key[:2])
-                )  # an assignment would compile a kernel first
-            elif zero:
-                array.fill(0)
-            self._used[id(array)] = key, array
-            self._counts["acquires"] += 1
-            self._counts["bytes_in_use"] += size
-            return array
+    def acquire(self, shape, dtype, device: str = "cpu"):
+        """A buffer of zeros that nobody else holds."""
+        key = self._key(shape, dtype, device)
+        size = math.prod(key[0]) * key[1].itemsize
+        if self._free[key]:
+            array = self._free[key].pop()
+        else:
+            array = self._allocate(*key)
+            self._counts["allocations"] += 1
+            self._counts["bytes"] += size
+        if device == "cuda":  # an assignment would compile a kernel first
+            array.copy_to_device(np.zeros(*key[:2]))
+        else:
+            array.fill(0)
+        self._used[id(array)] = key, array
+        self._counts["acquires"] += 1
+        self._counts["bytes_in_use"] += size
+        return array
 
     def release(self, array):
         """Take a buffer back. ValueError for a view, a second release, what is not from here."""
-        with self._lock:
-            if id(array) not in self._used:
-                kind = f"{type(array).__name__} of shape {getattr(array, 'shape', None)}"
-                raise ValueError(
-                    f"release: {kind} is not in use here: foreign, a view, or released before"
-                )
-            key, array = self._used.pop(id(array))
-            self._counts["bytes_in_use"] -= math.prod(key[0]) * key[1].itemsize
-            self._free[key].append(array)
+        if id(array) not in self._used:
+            kind = f"{type(array).__name__} of shape {getattr(array, 'shape', None)}"
+            raise ValueError(
+                f"release: {kind} is not in use here: foreign, a view, or released before"
+            )
+        key, array = self._used.pop(id(array))
+        self._counts["bytes_in_use"] -= math.prod(key[0]) * key[1].itemsize
+        self._free[key].append(array)
 
     def lease(self) -> "Lease":
         return Lease(self)
@@ -118,18 +112,16 @@ class Pool:
     def static(self, key, build):
         """What build() returned when `key` was asked for first, its numpy arrays (in dicts, tuples,
         lists and dataclasses too) read-only. The key must name everything that build() depends on."""
-        with self._lock:
-            if key not in self._static:
-                value = build()
-                _freeze(value)
-                self._static[key] = value
-                self._counts["static_builds"] += 1
-            return self._static[key]
+        if key not in self._static:
+            value = build()
+            _freeze(value)
+            self._static[key] = value
+            self._counts["static_builds"] += 1
+        return self._static[key]
 
     def stats(self) -> dict[str, int]:
         """allocations really made, acquires, bytes held, in_use (buffers), ..."""
-        with self._lock:
-            return {**self._counts, "in_use": len(self._used)}
+        return {**self._counts, "in_use": len(self._used)}
 
 
 class Lease:
@@ -138,10 +130,10 @@ class Lease:
     def __init__(self, pool: Pool):
         self._pool, self._arrays, self.closed = pool, [], False
 
-    def acquire(self, shape, dtype, device: str = "cpu", zero: bool = True):
+    def acquire(self, shape, dtype, device: str = "cpu"):
         if self.closed:
             raise ValueError("acquire: this lease is closed")
-        self._arrays.append(self._pool.acquire(shape, dtype, device, zero))
+        self._arrays.append(self._pool.acquire(shape, dtype, device))
         return self._arrays[-1]
 
     def close(self):

@@ -5,7 +5,10 @@ A subclass has kernels, a step_lanes() that runs them, observe(), and names what
 Gymnasium's NumPy API (step, reset, final_obs, final_info) is a thin wrapper for other libraries.
 """
 
+import time
+
 import gymnasium as gym
+import numba as nb
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
@@ -52,6 +55,15 @@ class Lanes(gym.vector.VectorEnv):
         tensor = torch.as_tensor(array, device=self.torch_device)
         setattr(self, name, tensor)
         return tensor
+
+    # one number a lane, lane axis last: other shapes where a kernel has lanes in blocks
+    def rows(self, name: str) -> torch.Tensor:
+        """What take() made, (..., N)."""
+        return getattr(self, name)
+
+    def spread(self, name: str, values: torch.Tensor):
+        """The way back."""
+        getattr(self, name).copy_(values)
 
     # a subclass writes these
     def step_lanes(self, action: torch.Tensor):
@@ -135,16 +147,79 @@ class Lanes(gym.vector.VectorEnv):
         """Tensors and plain values with which load_state_dict() goes on exactly, on any device."""
         state = {"seed": self.seed}
         for name in self.SAVED:
-            state[name] = getattr(self, name).cpu().clone()
+            state[name] = self.rows(name).cpu().clone()
         return state
 
     def load_state_dict(self, state: dict):
         for name in self.SAVED:
-            getattr(self, name).copy_(state[name])
+            self.spread(name, state[name])
         self.seed, self.was_reset = state["seed"], True
 
     def close_extras(self, **kwargs):
         self.lease.close()
+
+
+class SimulatedLanes(Lanes):
+    """Lanes of a simulation, whose calls are timed and whose episodes have statistics.
+
+    A subclass has stats("totals"), of the running episodes, and stats("finals"), of every lane's
+    last one, {name: (N,)} with episode_return and episode_length (0: none yet) among them.
+    """
+
+    WORST: tuple[str, ...] = ()  # the largest of the lanes is shown, of other statistics the mean
+    longest_call = 0.0  # s
+    timed = False  # wait for the GPU, whose kernels return at once
+
+    def simulate(self, kernel, blocks: int, *arguments):
+        """kernel(*arguments); on a CPU a thread without a block of lanes would only be waited for."""
+        began, threads = time.perf_counter(), nb.get_num_threads()
+        nb.set_num_threads(min(threads, blocks))
+        try:
+            kernel(*arguments)
+        finally:
+            nb.set_num_threads(threads)
+        if self.timed and self.backend == "cuda":
+            torch.cuda.synchronize()
+        self.longest_call = max(self.longest_call, time.perf_counter() - began)
+
+    def last_observations(self):
+        """Of the lanes whose episode ended in this step, the last one of that episode; (N, ...)."""
+        raise NotImplementedError
+
+    def observe_final(self, lanes):
+        return self.last_observations()[lanes]
+
+    def stats(self, name: str = "totals") -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def episode(self):
+        stats = self.stats("finals")
+        return stats | {"r": stats["episode_return"], "l": stats["episode_length"]}
+
+    def latest(self) -> dict[str, torch.Tensor]:
+        """Statistics of every lane's last episode; of the running one where none has ended."""
+        running, ended = self.stats(), self.stats("finals")
+        done = ended["episode_length"] > 0
+        return {k: torch.where(done, x, running[k]).double() for k, x in ended.items()}
+
+    def summary(self, stats: dict[str, torch.Tensor], lanes) -> dict[str, float]:
+        """One number for `lanes` (an index) of each statistic."""
+        result = {}
+        for name, x in stats.items():
+            x = x[lanes].double()
+            result[name] = float(x.max() if name in self.WORST else x.mean())
+        return result
+
+    def episode_record(self) -> dict[str, float]:
+        """What a log point says of every lane's last episode, by the lanes that have one."""
+        stats = self.stats("finals")
+        done = stats["episode_length"] > 0
+        if not done.any():
+            return {}
+        numbers = self.summary(stats, done)
+        charts = ("return", "length")
+        charts = {f"charts/episodic_{k}": numbers.pop(f"episode_{k}") for k in charts}
+        return charts | {f"env/{k}": x for k, x in numbers.items()}
 
 
 class OneLane(gym.Env):
