@@ -1,6 +1,6 @@
 """FreewayVectorEnv: published numbers, autoreset, accounting, seeds, baselines, sanity checks."""
 
-from functools import cache, partial
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +10,6 @@ from gymnasium.utils.env_checker import check_env as gymnasium_checks
 
 from cleanrl_crypto import ppo_arz_gpu as arz
 from cleanrl_crypto.ppo_arz_gpu import AT, Backstepping, Constant, FreewayVectorEnv, LinearController
-from common.gpu_pool import pool
 from common.lanes import Lanes
 from common.run import CheckFailed
 
@@ -53,16 +52,6 @@ def test_the_published_scheme_gives_the_published_returns(make, interval, want):
     assert stats["mass_error"] < 1e-12 and stats["max_cfl"] <= 1
     single = total(FreewayVectorEnv(1, decision_interval=interval), make)
     assert single["episode_return"] == pytest.approx(want, rel=1e-4)
-
-
-def test_random_actions_are_as_bad_as_published():
-    env = FreewayVectorEnv(24, decision_interval=0.25)
-    env.reset(seed=0, options={"waves": np.repeat(PUBLISHED["waves"], 24, 1)})
-    draws = torch.Generator().manual_seed(0)
-    for _ in range(env.length):
-        env.step_lanes(2 * torch.rand(24, 1, generator=draws) - 1)
-    returns = env.stats("finals")["episode_return"]
-    assert float(returns.mean()) == pytest.approx(-711, abs=60) and 40 < float(returns.std()) < 100
 
 
 def test_the_published_loop_step_by_step():
@@ -139,14 +128,6 @@ def test_autoreset_sequence_is_exact(scheme):
     np.testing.assert_array_equal(env.reset(seed=5)[0], first)
 
 
-def test_the_reward_is_what_the_observation_says():
-    env = lanes(decision_interval=0.25)
-    env.reset(seed=0)
-    obs, reward, *_ = env.step(np.zeros((3, 1)))
-    norms = np.linalg.norm(obs[:, :51], axis=1) + np.linalg.norm(obs[:, 51:], axis=1)
-    np.testing.assert_allclose(reward, -norms, rtol=1e-5)
-
-
 @pytest.mark.parametrize("action, control, want", [  # seconds of q* that entered and left
     ([9.0], "outlet", (1.0, 1.2)), ([-0.5], "outlet", (1.0, 0.9)), ([1.0], "inlet", (1.2, 1.0)),
     ([-1.0, 0.5], "both", (1.1, 0.8))])
@@ -157,13 +138,6 @@ def test_actions_are_clipped_and_reach_their_end(action, control, want):
     sums, lane = arz.Totals(*env.rows("totals")), arz.Lane(*env.rows("lane"))
     flows = [float(x / lane.q_star) for x in (sums.entered, sums.left)]
     assert flows == pytest.approx(want, rel=1e-5)
-
-
-def test_an_action_that_is_not_finite_is_named():
-    env = lanes()
-    env.reset(seed=0)
-    with pytest.raises(ValueError, match="lane 1"):
-        env.step(np.array([[0.0], [np.nan], [0.0]]))
 
 
 # --------------------------------------------------------------------------- seeds, lanes, state
@@ -180,60 +154,36 @@ def test_lanes_do_not_depend_on_how_many_there_are(scheme):
         np.testing.assert_array_equal(a[1][70:75], c[1])
 
 
-def test_waves_fill_the_training_range_and_differ():
-    env = FreewayVectorEnv(2000)
-    env.reset(seed=0)
-    star = env.rows("lane")[AT.rho_star].numpy()
-    assert star.min() == pytest.approx(0.11, abs=1e-4)
-    assert star.max() == pytest.approx(0.13, abs=1e-4)
-    assert len(np.unique(star)) > 1900
-    rho = env.rows("u")[0].numpy() / star - 1
+def test_training_waves_fill_their_range_and_are_no_evaluation_waves():
+    test, train = FreewayVectorEnv(cases="eval"), FreewayVectorEnv(500)
+    test.reset(seed=arz.EVAL_SEED)
+    cases = set(test.rows("lane")[AT.rho_star].tolist())
+    assert len(cases) == 101 and arz.EVAL_SEED > 2**31 - 1
+    assert test.rows("lane")[AT.rho_star, 50] == pytest.approx(arz.RHO_STAR)
+    for seed in (1, 2**31 - 1):  # the largest that --seed takes
+        train.reset(seed=seed)
+        star = train.rows("lane")[AT.rho_star].numpy()
+        assert not cases & set(star.tolist()) and len(np.unique(star)) > 490
+        assert [star.min(), star.max()] == pytest.approx([0.11, 0.13], abs=2e-4)
+    rho = train.rows("u")[0].numpy() / star - 1
     assert 0.045 < np.abs(rho).max(0).min() and np.abs(rho).max() < 0.151
     assert np.abs(rho[0] - rho[0].mean()).max() > 0.1  # phases
 
 
-def test_no_training_wave_is_an_evaluation_wave():
-    test, train = FreewayVectorEnv(cases="eval"), FreewayVectorEnv(101)
-    test.reset(seed=arz.EVAL_SEED)
-    cases = set(test.rows("lane")[AT.rho_star].tolist())
-    for seed in (1, 2**31 - 1):  # the largest that --seed takes
-        train.reset(seed=seed)
-        assert not cases & set(train.rows("lane")[AT.rho_star].tolist())
-    assert len(cases) == 101 and arz.EVAL_SEED > 2**31 - 1
-    assert test.rows("lane")[AT.rho_star, 50] == pytest.approx(arz.RHO_STAR)
-
-
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_state_round_trip_continues_bit_for_bit(blocks):
+def test_state_round_trip_continues_bit_for_bit(monkeypatch):
     """Also into other blocks of lanes, as a GPU has them."""
-    a, b = lanes(6, scheme="muscl"), lanes(6, scheme="muscl")
+    a = lanes(6, scheme="muscl")
     action = np.full((6, 1), 0.5)
     a.reset(seed=1)
     for _ in range(3):
         a.step(action)
-    if blocks == 2:
-        width, arz.BLOCK = arz.BLOCK, 4
-        b = lanes(6, scheme="muscl")
-        arz.BLOCK = width
+    monkeypatch.setattr(arz, "BLOCK", 4)
+    b = lanes(6, scheme="muscl")
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.observe(), b.observe())
     for _ in range(4):
         for x, y in zip(a.step(-action)[:4], b.step(-action)[:4]):
             np.testing.assert_array_equal(x, y)
-
-
-def test_resets_build_and_allocate_nothing_and_close_gives_back():
-    env = lanes()
-    before = Lanes.builds, pool.stats()["allocations"]
-    used = pool.stats()["in_use"]
-    for seed in range(5):
-        env.reset(seed=seed)
-        env.step_lanes(still(env))
-    assert (Lanes.builds, pool.stats()["allocations"]) == before
-    env.close()
-    assert pool.stats()["in_use"] < used
-    lanes()
-    assert pool.stats()["allocations"] == before[1]
 
 
 def test_staggered_lanes_end_at_different_times_and_then_keep_their_length():
@@ -266,7 +216,9 @@ def test_no_action_leaves_the_physical_range_or_loses_a_vehicle(scheme, kind):
     sign = 1 - 2 * (torch.arange(16) % 2)
     densest, slowest = 0.0, 99.0
     for k in range(env.length - 1):  # lanes at the extremes are emptied or filled
-        action = torch.stack([sign, -sign], 1) if kind == "opposite" else 2 * torch.rand(16, 2, generator=draws) - 1
+        action = torch.stack([sign, -sign], 1)
+        if kind == "random":
+            action = 2 * torch.rand(16, 2, generator=draws) - 1
         reward, terminated, _ = env.step_lanes(action)
         assert torch.isfinite(reward).all() and not terminated.any(), k
         lane, obs = arz.Lane(*env.rows("lane")[..., None]), env.observe()
@@ -283,35 +235,11 @@ def test_no_action_leaves_the_physical_range_or_loses_a_vehicle(scheme, kind):
     assert (float(stats["floor_veh"].max()) > 1) == (scheme == "richtmyer" and kind == "opposite")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pressure", ["power", "singular"])
-def test_pressures_give_different_roads(pressure):
-    env, gap = lanes(scheme="muscl", pressure=pressure), lanes(scheme="muscl")
-    found = []
-    for road in (env, gap):
-        road.reset(seed=0)
-        for _ in range(3):
-            obs, *_ = road.step(np.zeros((3, 1)))
-        found.append(obs)
-    assert np.isfinite(found[0]).all() and np.abs(found[0] - found[1]).max() > 1e-3
-
-
-def test_the_published_scheme_refuses_other_pressures():
-    with pytest.raises(ValueError, match="richtmyer"):
-        lanes(pressure="power")
-
-
 # -------------------------------------------------------------------------- baselines, evaluation
-@cache
-def tuned():
-    train = FreewayVectorEnv(256)
-    return train, arz.make_controllers(train, 1e9)
-
-
 def test_controllers_are_tuned_on_training_waves_and_order_as_known():
-    train, makers = tuned()
+    train, test = FreewayVectorEnv(256), FreewayVectorEnv(cases="eval")
+    makers = arz.make_controllers(train, 1e9)
     assert makers["p"].keywords["kp"] == pytest.approx(5.9, abs=1.0)
-    test = FreewayVectorEnv(cases="eval")
     assert list(test.splits) == ["validation", "published", "heldout"]
     result = {name: arz.evaluate(make, test)[0] for name, make in makers.items()}
     published = {name: r["published"]["episode_return"] for name, r in result.items()}
@@ -327,16 +255,13 @@ def test_controllers_are_tuned_on_training_waves_and_order_as_known():
     assert len(train.rows("lane")[AT.rho_star].unique()) > 250
 
 
-def test_a_search_without_time_ends_with_what_it_has(capsys):
+def test_what_has_no_time_ends_with_what_it_has():
     search = arz.GainSearch(lanes(16, 10), 0.0)
     assert search.best([(k, 0.0, 0.0) for k in range(9)]) == (0, 0.0, 0.0) and not search.complete
-
-
-def test_an_evaluation_that_runs_out_of_time_says_so():
     env = FreewayVectorEnv(cases="eval")
-    result, columns, cut = arz.evaluate(Constant, env, seconds=1e-9, trace=True)
-    assert cut and len(columns["time_s"]) == 1 and result["heldout"]["episode_return"] < 0
-    assert {"rho_0", "v_50", "action_0", "reward"} <= set(columns)
+    result, rows, cut = arz.evaluate(Constant, env, seconds=1e-9, trace=True)
+    assert cut and len(rows) == 1 and result["heldout"]["episode_return"] < 0
+    assert {"time_s", "rho_0", "v_50", "action_0", "reward"} <= set(rows[0])
 
 
 # ------------------------------------------------------------------------------------------ sanity
@@ -349,43 +274,33 @@ def test_sanity_passes_and_hands_the_environment_on(scheme):
     np.testing.assert_array_equal(env.reset(seed=7)[0], fresh.reset(seed=7)[0])
 
 
-class Deaf(FreewayVectorEnv):
-    def step_lanes(self, action):
-        return super().step_lanes(torch.zeros_like(action))
+class Broken(FreewayVectorEnv):
+    """What an environment must not do, by name."""
 
+    def __init__(self, fault):
+        super().__init__(4, episode_seconds=20)
+        self.fault = fault
+        if fault == "slow":
+            self.decision_interval = 5.0
 
-class Endless(FreewayVectorEnv):
     def step_lanes(self, action):
+        action = torch.zeros_like(action) if self.fault == "deaf" else action
         reward, terminated, truncated = super().step_lanes(action)
-        return reward, terminated, torch.zeros_like(truncated)
+        reward = torch.zeros_like(reward) if self.fault == "flat" else reward
+        truncated = torch.zeros_like(truncated) if self.fault == "endless" else truncated
+        return reward, terminated, truncated
 
-
-class Leaky(FreewayVectorEnv):
-    def stats(self, name="totals"):
-        return super().stats(name) | {"mass_error": torch.full((self.num_envs,), 0.01)}
-
-
-class Slow(FreewayVectorEnv):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.decision_interval = 5.0
-
-
-class Flat(FreewayVectorEnv):
-    def step_lanes(self, action):
-        reward, *rest = super().step_lanes(action)
-        return torch.zeros_like(reward), *rest
-
-
-class Crowded(FreewayVectorEnv):
     def observe(self):
-        return super().observe() + 1
+        return super().observe() + (self.fault == "crowded")
+
+    def stats(self, name="totals"):
+        lost = {"mass_error": torch.full((4,), 0.01)} if self.fault == "leaky" else {}
+        return super().stats(name) | lost
 
 
-@pytest.mark.parametrize("broken, words", [
-    (Deaf, "two actions"), (Endless, "truncation"), (Leaky, "conserved"),
-    (Slow, "--decision-interval"), (Flat, "many values"), (Crowded, "densities")])
-def test_sanity_fails_with_what_it_found(broken, words):
-    with pytest.raises(CheckFailed, match=words) as error:
-        arz.check_env(broken(4, episode_seconds=20))
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("fault, words", {
+    "deaf": "two actions", "endless": "truncation", "leaky": "conserved",
+    "slow": "--decision-interval", "flat": "many values", "crowded": "densities"}.items())
+def test_sanity_fails_with_what_it_found(fault, words):
+    with pytest.raises(CheckFailed, match=words):
+        arz.check_env(Broken(fault))
