@@ -150,17 +150,21 @@ def train_rows(assets: list[Series], rows: list) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(x), np.concatenate(y)
 
 
-def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None):
+def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None, adaptive=False):
     """Lasso of y (n,) on x (n, K) along penalties: (penalties, center (K,), weights (K, P)).
 
     weights belong to x as it is; penalties, where none are given, go from the first at which all
-    weights are 0 down to a tenth of it.
+    weights are 0 down to a tenth of it. adaptive: a column's penalty is divided by the square of
+    its t-value (Zou 2006 with marginal regressions), and the last one is a hundredth of the first.
     """
     from sklearn.linear_model import lasso_path  # more than a second
 
     ask_deadline("the lasso", len(y))
     center, scale = x.mean(0), x.std(0) + 1e-9
-    z, y = (x - center) / scale, y - y.mean()
+    y = y - y.mean()
+    if adaptive:
+        scale = scale / np.maximum(marginal_t(x - center, y) ** 2, 1e-6)
+    z = (x - center) / scale
     gram, rhs = 0.0, 0.0
     for start in range(0, len(y), CHUNK):
         ask_deadline("the lasso", len(y))
@@ -169,12 +173,19 @@ def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None):
         rhs += z[rows].T @ y[rows]
     if penalties is None:
         first = np.abs(rhs).max() / len(y)
-        penalties = first * np.geomspace(1.0, 0.1, 12)
-    path = lasso_path(z, y, alphas=penalties, precompute=gram, Xy=rhs)
+        penalties = first * (np.geomspace(1, 0.01, 24) if adaptive else np.geomspace(1, 0.1, 12))
+    path = lasso_path(z, y, alphas=penalties, precompute=gram, Xy=rhs, max_iter=10_000)
     return penalties, center, path[1] / scale[:, None]
 
 
-def out_of_fold(assets: list[Series], penalties) -> list[np.ndarray]:
+def marginal_t(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """t-values (K,) of the covariance of each column of x (n, K) with y (n,), both of mean 0."""
+    mean = x.T @ y / len(y)
+    variance = (x**2).T @ y**2 / len(y) - mean**2
+    return mean / np.sqrt(np.maximum(variance, 1e-300) / len(y))
+
+
+def out_of_fold(assets: list[Series], penalties, adaptive=False) -> list[np.ndarray]:
     """Forecasts (n, P) of an asset's train rows by lassos that were fitted on the other folds.
 
     FOLDS consecutive stretches; GAP rows on each side of the one that is left out are not used.
@@ -190,7 +201,7 @@ def out_of_fold(assets: list[Series], penalties) -> list[np.ndarray]:
             before, after = max(a, low - GAP), min(b, high + GAP)
             others.append(np.r_[a:before, after:b])
         x, y = train_rows(assets, others)
-        _, center, weights = lasso_path_of(x, y, penalties)
+        _, center, weights = lasso_path_of(x, y, penalties, adaptive)
         for s, fold, parts in zip(assets, folds, forecasts):
             parts.append((s.x[fold] - center) @ weights)
     return [np.concatenate(parts) for parts in forecasts]
@@ -269,15 +280,16 @@ def edge_over_constant(
 
 
 def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
-    """A lasso of the next return on x, and its forecasts (n,) of the train rows, out of fold.
+    """An adaptive lasso of the next return on x, and its forecasts (n,) of the train rows, out of
+    fold.
 
     The penalty is that of the smallest squared error out of fold. Plain values: penalty, center and
     weights (K,) of x, spread (of the forecasts) by which a reader of the forecast divides.
     """
     train = slice(*series.rows["train"])
     x, y = train_rows([series], [train])
-    penalties, center, weights = lasso_path_of(x, y)
-    forecasts = out_of_fold([series], penalties)[0]
+    penalties, center, weights = lasso_path_of(x, y, adaptive=True)
+    forecasts = out_of_fold([series], penalties, adaptive=True)[0]
     errors = ((y - y.mean())[:, None] - forecasts) ** 2
     k = int(errors.mean(0).argmin())
     chosen, forecast = weights[:, k], forecasts[:, k]
