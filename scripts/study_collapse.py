@@ -114,8 +114,7 @@ TINY = {"window": 8, "d_model": 8, "fusion_width": 16, "hidden": 8, "mae_steps":
 NO_ALPHA = {"ent_coef": "auto_0.01", "ent_coef_lr": 3e-2, "ent_coef_min": 0.0}
 LITTLE_NOISE = {"log_std_init": -3.0, "one_matrix": False, "target_entropy": -1.0}
 LADDER = {
-    "reward": ("rewards of std 1", {"reward_std": 1.0}),
-    "alpha": ("alpha from .01, fast, no floor", NO_ALPHA),
+    "alpha": ("rewards of std 1; alpha from .01, fast, no floor", {"reward_std": 1.0} | NO_ALPHA),
     "drop": ("no truncation", {"top_quantiles_to_drop_per_net": 0}),
     "noise": ("little noise, drawn a row; target entropy -1", LITTLE_NOISE),
     "rows": (
@@ -549,8 +548,8 @@ def runs_left(cells: list[Cell], rows: list[dict], args: Args) -> list[tuple]:
     """(cell, seed, settings) without a line; a line of other settings is refused."""
     done = {(row["cell"], int(row["seed"])): row["settings"] for row in rows}
     left = []
-    for cell in cells:
-        for seed in range(args.seeds):
+    for seed in range(args.seeds):  # so that every cell has a first run early
+        for cell in cells:
             settings = settings_of(cell, seed, args)
             there = done.get((cell.name, seed))
             here = json.dumps(settings, sort_keys=True)
