@@ -1000,7 +1000,7 @@ def add_health(page: Page, run: Record, curves: dict):
         elif group in ("losses", "policy", "value"):
             page.lack(f"{group} over training", f"metrics.jsonl has no {group}/ key")
     audit = dict(within(run.summary, "audit"))
-    for key in ("verdict", "reasons"):
+    for key in ("verdict", "reasons", "w_cost_sweep"):  # they stand elsewhere on the page
         audit.pop(key, None)
     rows = [(k.replace(".", "_"), "", show(v), "") for k, v in flat_items(audit) if k]
     if rows:

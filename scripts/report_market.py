@@ -17,6 +17,7 @@ from scripts.report import (
     color_of,
     curve,
     esc,
+    number,
     ordered,
     runs_of,
     step_axis,
@@ -47,6 +48,7 @@ COLUMNS = {
 PAST = (24, 168)  # bars
 EVAL = "eval/<split>/"  # begins the docs' names of evaluated metrics
 LAST = 500  # bars of the picture of positions under price
+MOST = 30  # columns of the picture of the screen
 DRAWS = 500  # resamples of the bootstrap
 
 
@@ -333,6 +335,48 @@ def draw_spread(metrics: dict):
     return fig
 
 
+def draw_screen(evidence: dict, least: float | None):
+    """|t| of columns with the next return, the strongest on top; dashed: what is needed."""
+    names, sizes = list(evidence), list(evidence.values())
+    passed = [least is not None and size >= least for size in sizes]
+    colors = [LONG if ok else "#b4bdc9" for ok in passed]
+    longest = max(map(len, names))
+    margin = 0.2 + 0.08 * longest  # inches
+    height = 0.6 + 0.18 * len(names)
+    fig, (ax,) = canvas(4.2, height, left=margin, bottom=0.45)
+    ax.barh(range(len(names)), sizes, 0.7, color=colors)
+    if least is not None:
+        ax.axvline(least, color=INK, lw=1.0, ls="--", label=f"needed: {least:.2f}")
+    ax.set_yticks(range(len(names)), names, color=INK)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("|t|")
+    return fig
+
+
+def draw_sweep(sweep: list[dict]):
+    """Return against turnover of one agent that is told several w_cost."""
+    lines = {
+        "mean_expected_bps": ("expected", LONG, "-"),
+        "mean_reward_bps": ("realised", "#8a94a1", "--"),
+    }
+    fig, (ax,) = canvas(4.6, 3.0, left=0.75, bottom=0.45)
+    turnover = [row["turnover"] for row in sweep]
+    judged = next(k for k in lines if sweep[0].get(k) is not None)
+    for key in [k for k in lines if sweep[0].get(k) is not None]:
+        label, color, dash = lines[key]
+        returns = [row[key] for row in sweep]
+        ax.plot(turnover, returns, dash, color=color, marker="o", ms=4, label=label)
+    for row, x in zip(sweep, turnover):
+        place = dict(xytext=(0, 7), textcoords="offset points", ha="center")
+        ax.annotate(f"{row['w_cost']:g}", (x, row[judged]), **place)
+    ax.margins(0.12, 0.15)
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel("turnover a bar")
+    ax.set_ylabel("bp a bar")
+    return fig
+
+
 # ---------------------------------------------------------------------------------------- sections
 def add_traces(page: Page, run: Record):
     """Equity, chance, pairs, positions and behaviour."""
@@ -356,6 +400,8 @@ def add_traces(page: Page, run: Record):
         page.lack("positions", "no traces/*.parquet has the column position")
     if {"value/q_action_spread", "policy/alpha"} <= set(run.metrics):
         add_values(page, run)
+    add_screen(page, within(run.summary, "data", "screen"))
+    add_sweep(page, within(run.summary, "audit").get("w_cost_sweep"))
 
 
 def add_equity(page: Page, traces: dict):
@@ -490,4 +536,37 @@ def add_values(page: Page, run: Record):
         draw_spread(run.metrics),
     )
     page.plot("q_spread", title, fig, metric="value/q_action_spread")
+    page.add("</div>")
+
+
+def add_screen(page: Page, screen: dict):
+    """Which technical columns say something about the next return of the train rows."""
+    evidence = {k: number(v) for k, v in within(screen, "evidence").items()}
+    if not evidence:
+        return
+    least = screen.get("least")
+    order = sorted(evidence, key=evidence.get, reverse=True)
+    passed = [k for k in order if least is not None and evidence[k] >= least]
+    lead = f"{len(passed)} of {len(order)} technical columns show evidence; the others are 0."
+    page.section("screen", "Screen of columns", lead)
+    shown = {k: evidence[k] for k in order[:MOST]}
+    fig = draw_screen(shown, least)
+    caption = "Largest |t| with the next return, alone and times a column of the HMM."
+    if not passed:
+        caption += " No column has enough: the false-discovery rule lets none through."
+    if len(order) > MOST:
+        caption += f" {len(order) - MOST} weaker columns are not drawn."
+    page.add('<div class="grid">')
+    page.plot("screen", "Evidence on train rows", fig, caption)
+    page.add("</div>")
+
+
+def add_sweep(page: Page, sweep: list | None):
+    """One trained agent, told that turnover weighs more and more."""
+    if not sweep:
+        return
+    page.section("sweep", "What w_cost does")
+    caption = "The number at a point is w_cost: from left to right it should fall."
+    page.add('<div class="grid">')
+    page.plot("sweep", "Return against turnover", draw_sweep(sweep), caption)
     page.add("</div>")

@@ -18,6 +18,12 @@ PAGES = [report.ROOT / "docs" / f"{p.stem}.md" for p in SCRIPTS]
 
 
 # --------------------------------------------------------------------------------- run directories
+SWEEP = [
+    {"w_cost": w, "mean_reward_bps": 5 - w, "turnover": 0.1 - 0.05 * w, "mean_expected_bps": None}
+    for w in (0, 0.25, 0.5, 0.75, 1)
+]
+
+
 def make_trace(n: int, seed: int, synthetic: bool = True) -> pd.DataFrame:
     """A market whose signal flips its sign in the storm, and policies that trade it."""
     rng = np.random.default_rng(seed)
@@ -92,15 +98,17 @@ def make_run(folder: Path, bars=60, points=4, synthetic=True, traces=True) -> Pa
     frames = {s: make_trace(n, k, synthetic) for k, (s, n) in enumerate(sizes.items())}
     data = "synthetic:regime" if synthetic else "BTCUSDT_1h.parquet"
     attribution = {"technical": 0.42, "hmm": 0.31}
+    evidence = {"rsi_14": 1.0, "log_volume": 9.5, "ret_1": 4.5}
     summary = {
         "status": "timeout", "began": "2026-01-02 03:04:05 UTC", "commit": "0ddba11c0ffe+",
         "command": "cleanrl_crypto/tqc_film_batch.py --timeout 300",
         "global_step": 480_000, "updates": 470, "best_step": 2048,
         "phases": {"setup": 8.1, "rollout": 40.2, "learn": 160.3},
         "eval": {s: scores(synthetic) for s in frames},
-        "audit": {"verdict": "healthy", "reasons": ["yes"], "attribution": attribution},
+        "audit": {"verdict": "healthy", "reasons": ["yes"], "attribution": attribution, "w_cost_sweep": SWEEP},
         "versions": {"torch": "2.9"}, "device": {"torch": "cpu", "backend": "cpu"},
-        "data": {"spec": data, "names": ["BTC"], "sha256": "0123456789abcdef" * 4},
+        "data": {"spec": data, "names": ["BTC"], "sha256": "0123456789abcdef" * 4,
+                 "screen": {"evidence": evidence, "least": 4.0}},
     }
     args = {"exp_name": "tqc_film_batch", "seed": 1, "data": data, "timeout": 300.0}
     return write(folder, args, summary, log_lines(points), frames if traces else {})
@@ -192,16 +200,16 @@ def full(tmp_path_factory) -> tuple[Path, str]:
 # ------------------------------------------------------------------------------------------- pages
 def test_full_run_has_every_section_and_figure(full):
     run, page = full
-    for anchor in "table equity chance positions learning values health traces details".split():
+    for anchor in "table equity chance positions learning values screen sweep health traces details".split():
         assert f'id="{anchor}"' in page and f'href="#{anchor}"' in page
     assert set(report.build(report.read_run(run)).figures) == {
         "equity_test", "equity_eval", "positions", "band", "histogram", "against_signal",
-        "against_expected", "costs", "curve_score", "q_spread"}
+        "against_expected", "costs", "curve_score", "q_spread", "screen", "sweep"}
     assert 'id="missing"' not in page and "PARTIAL" not in page
     assert "2026-01-02 03:04:05 UTC" in page and "0ddba11c0ffe+" in page
     assert len(page) < 1_500_000
     images = images_in(page)
-    assert len(images) == page.count("<img") == page.count("<figcaption>") == 10
+    assert len(images) == page.count("<img") == page.count("<figcaption>") == 12
     assert all(alt for alt, _ in images)
     # a small curve for every metric without a figure; times are bars
     names = [k for k in log_lines(1)[0] if not k.startswith(("eval/", "time/", "global"))]
@@ -314,6 +322,30 @@ def test_curves_carry_the_data(full):
     before, costs, after = (line.get_ydata()[-1] for line in lines)
     assert after == pytest.approx(100 * np.log(frame["equity"].iloc[-1])) and costs < 0
     assert before + costs == pytest.approx(after)
+
+
+def test_screen_and_sweep_carry_the_data(full):
+    run, page = full
+    figures = report.build(report.read_run(run)).figures
+    ax = figures["screen"].axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["log_volume", "ret_1", "rsi_14"]
+    assert [bar.get_width() for bar in ax.patches] == [9.5, 4.5, 1.0]
+    colors = [bar.get_facecolor() for bar in ax.patches]
+    assert colors[0] == colors[1] != colors[2]  # the third lies below what is needed
+    assert set(ax.lines[0].get_xdata()) == {4.0} and "2 of 3 technical" in page
+    ax = figures["sweep"].axes[0]
+    x, y = ax.lines[0].get_data()
+    assert list(x) == [row["turnover"] for row in SWEEP] and list(y) == [5, 4.75, 4.5, 4.25, 4]
+    assert [t.get_text() for t in ax.texts] == ["0", "0.25", "0.5", "0.75", "1"]
+
+
+@pytest.mark.parametrize("least, passing", [(None, "0 of 3"), (1.0, "3 of 3")])
+def test_a_screen_that_lets_nothing_or_everything_through(tmp_path, least, passing):
+    run = make_run(tmp_path / "run", points=2)
+    data = json.loads((run / "summary.json").read_text())["data"]
+    data["screen"]["least"] = least
+    edit(run / "summary.json", data=data)
+    assert f"{passing} technical" in text_of(page_of(run))
 
 
 def test_intervals_are_those_of_the_mean():
