@@ -1,10 +1,11 @@
-r"""PPO that sets the signals of a road network: two-class Aw-Rascle-Zhang traffic on CPU or CUDA by one set of kernels.
+r"""PPO that sets the signals of a road network: two-class Aw-Rascle-Zhang traffic on CPU or CUDA.
 
-Five signalised junctions on an arterial; two and a half minutes, 7 to 9 % less delay than the best tuned controller:
+Five signalised junctions on an arterial; a few minutes, 7 to 9 % less delay than the best tuned
+controller:
 
     python cleanrl_crypto/ppo_arz_signals.py --timeout 150
 
-A grid of N x N junctions, or your own network (a CSV of segments, a JSON of signals and demand beside it):
+A grid of N x N junctions, or your own network (a CSV of segments, a JSON of signals and demand):
 
     python cleanrl_crypto/ppo_arz_signals.py --scenario town3 --num-envs 64 --timeout 1200
     python cleanrl_crypto/ppo_arz_signals.py --scenario roads.csv --timeout 600
@@ -13,7 +14,8 @@ GPU, Kaggle: a GPU is used where a probe shows that it works.
 
     python cleanrl_crypto/ppo_arz_signals.py --num-envs 4096 --run-dir /kaggle/working/run --timeout 3600
 
-Several processes: each simulates its share of the lanes, gradients are averaged, rank 0 evaluates and writes.
+Several processes: each simulates its share of the lanes, gradients are averaged, rank 0 evaluates
+and writes.
 
     torchrun --nproc-per-node 2 cleanrl_crypto/ppo_arz_signals.py --timeout 300
 
@@ -26,12 +28,11 @@ Use the agent in another program, from its checkpoint alone:
 
     from cleanrl_crypto.ppo_arz_signals import load_policy
     policy = load_policy("runs/corridor/checkpoints/best.pt")
-    action = policy(obs)  # (lanes, junctions, numbers) -> (lanes, junctions), the phase each junction asks for
+    action = policy(obs)  # (lanes, junctions, numbers) -> (lanes, junctions), phases asked for
 
 Every flag: --help. Every metric, and what to do when it is off: docs/ppo_arz_signals.md
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -73,13 +74,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from numba import cuda
 
-from common.lanes import Lanes, register
+from common.lanes import SimulatedLanes, register
 from common.networks import CELL_LENGTH, Network, NetworkError, find_network
 
-SCHEMA = 4  # of the checkpoint
+SCHEMA = 5  # of the checkpoint
 EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
-EVAL_LANES = 125  # 25 to choose by, then 50 of other seeds at demand x1.0 and 50 at x1.3
-LEVELS = (1.0, 1.3)  # demand over its mean: range of a training episode, the two of evaluation
+EVAL_LANES = 125  # 25 to choose by, 50 of other seeds at demand x1.0 and 50 at x1.3
+# demand over its mean: range of a training episode, the two of evaluation
+LEVELS = 1.0, 1.3
 BLOCK = 128  # most lanes that a CPU task simulates together
 CFL = 0.9  # Courant number of a time step
 TAU = (1.0, 1.5)  # s, relaxation of motorcycles and cars
@@ -88,15 +90,16 @@ BIN = 60.0  # s, of the fast one
 VARIATION = (0.4, 1.6, 0.5)  # least and largest factor of a knot, half width of a bin's
 START_FILL = 0.1  # largest share of jam density a segment starts with
 TUNING_SHARE = 0.1  # of the time that is left, for the baselines' constants
-# literals of the kernels: a float32 times these stays float32, a float64 stays float64 (Python's 0.5 would widen)
-ZERO, HALF, ONE, TWO, THREE, TEN = (np.float32(x) for x in (0.0, 0.5, 1.0, 2.0, 3.0, 10.0))
+# literals of the kernels: a float32 times these stays float32 (Python's 0.5 would widen it)
+ZERO, HALF, ONE = map(np.float32, (0.0, 0.5, 1.0))
+TWO, THREE, TEN = map(np.float32, (2.0, 3.0, 10.0))
 TINY = np.float32(1e-30)
 THIN = np.float32(1e-5)  # of the jam density: below it w = (rho w) / rho is rounding
 ALPHA = np.float32(0.6)  # of a motorcycle's pressure: what a car counts
 CREEP = np.float32(5 / 3.6)  # m/s, motorcycles between standing cars
 
 
-# ------------------------------------------------------------------------------------------------------ arguments
+# ---------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args(RunArgs):
     # experiment
@@ -105,24 +108,27 @@ class Args(RunArgs):
 
     # environment
     scenario: str = "corridor"
-    """corridor, townN (N x N junctions), or a CSV of segments with a JSON of signals and demand beside it"""
+    """corridor, townN (N x N junctions), or a CSV of segments with a JSON of signals and demand
+    beside it"""
     num_envs: int = 128
     """lanes (independent copies of the network), over all processes"""
     decision_interval: float = 5.0
     """seconds between decisions: at least the network's all-red time, or a part of it"""
     episode_seconds: float = 450.0
     """seconds after which an episode is truncated"""
-    pressure: str = "power"
-    """how density slows drivers down: power (K x^2) or gap (K x, marginally stable), K the speed limit"""
+    pressure: str = "gap"
+    """how density slows drivers down, K the speed limit: gap (K x, settles on finer cells) or power
+    (K x^2, unstable below half the jam density)"""
     cell_length: float = 25.0
     """metres of a cell, as near as a segment's length allows"""
     sim_timeout: float | None = None
-    """seconds for one simulation call (one decision of all lanes): after a longer one the run stops, saved; a call
-    that does not return is ended by --timeout's watchdog alone"""
+    """seconds for one simulation call (one decision of all lanes): after a longer one the run
+    stops, saved; a call that does not return is ended by --timeout's watchdog alone"""
 
     # algorithm
     total_timesteps: int = 16_000_000
-    """environment transitions (decisions of a lane, summed over lanes; its junctions decide together)"""
+    """environment transitions (decisions of a lane, summed over lanes; its junctions decide
+    together)"""
     num_steps: int = 32
     """decisions of every lane in one rollout"""
     learning_rate: float = 1e-3
@@ -180,32 +186,38 @@ class Args(RunArgs):
         refuse(
             (
                 self.episode_seconds % self.decision_interval,
-                f"--episode-seconds {self.episode_seconds} must be a multiple of --decision-interval "
-                f"{self.decision_interval}",
+                f"--episode-seconds {self.episode_seconds} must be a multiple of "
+                f"--decision-interval {self.decision_interval}",
             ),
             (
                 rows % self.num_minibatches,
-                f"--num-envs {self.num_envs} times --num-steps {self.num_steps} is not a multiple of "
-                f"--num-minibatches {self.num_minibatches}",
+                f"--num-envs {self.num_envs} times --num-steps {self.num_steps} is not a "
+                f"multiple of --num-minibatches {self.num_minibatches}",
             ),
         )
 
 
-# -------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 # What the kernels pass on, by name. N lanes innermost; k: 0 motorcycles, 1 cars.
 class Law(NamedTuple):
-    """Pressure p = K x (linear + square x), m/s: K the speed limit, x the weighted density over the jam density."""
+    """Pressure p = K x (linear + square x), m/s.
+
+    K: the speed limit; x: the weighted density over the jam density.
+    """
 
     __module__ = MODULE
     linear: float
     square: float
 
 
-PRESSURES = {"power": (0.0, 1.0), "gap": (1.0, 0.0)}
+PRESSURES = {"gap": (1.0, 0.0), "power": (0.0, 1.0)}
 
 
 class Roads(NamedTuple):
-    """The network, read-only: S segments, G signals, E entries, A approaches or exits of a junction at most."""
+    """The network, read-only.
+
+    S segments, G signals, E entries, at most A approaches or exits of a junction.
+    """
 
     __module__ = MODULE
     first: np.ndarray  # (S + 1,) first cell of each segment
@@ -220,7 +232,7 @@ class Roads(NamedTuple):
     sources: np.ndarray  # (M,) segments that lead into it
     share: np.ndarray  # (M,) of a source's vehicles
     entry: np.ndarray  # (S,) its number or -1
-    base: np.ndarray  # (2, E) veh/s
+    demand: np.ndarray  # (decisions, 2, E) mean, veh/s; one row where it never changes
     signal: np.ndarray  # (S,) at its end, or -1
     green: np.ndarray  # (S,) bit p: green in phase p
     n_phases: np.ndarray  # (G,)
@@ -275,12 +287,13 @@ class Street(NamedTuple):
     age: np.ndarray  # (G, N) s since the switch
     queue: np.ndarray  # (2, E, N) veh outside
     delay: np.ndarray  # (S, N) veh s of the interval
-    zones: np.ndarray  # (6, S, N) filling of near, middle, far, then what stands of it; precision of the simulator
+    # filling of near, middle, far, then what stands of it; precision of the simulator
+    zones: np.ndarray  # (6, S, N)
     level: np.ndarray  # (2, N) range of the demand level
     lane_id: np.ndarray  # (N,) int64, in the random numbers
     episode_id: np.ndarray  # (N,) int64, in the random numbers
     decision: np.ndarray  # (N,) int64, within the episode
-    broken: np.ndarray  # (N,) int64, 1 + the segment where a number was not finite, or 0
+    broken: np.ndarray  # (N,) int64, 1 + the segment that is not finite, or 0
 
 
 class Result(NamedTuple):
@@ -306,37 +319,68 @@ class Rules(NamedTuple):
     fill: float
 
 
+# shapes of the arrays above (C cells, D numbers, R rows of totals), names, type or the simulator's
+ARRAYS = (
+    ("CN", "rho_m rho_c mom_m mom_c v_m v_c w_m w_c", None),
+    ("N", "dt rest speed", None),
+    ("2N", "face left left_mom lost gain", None),
+    ("3N", "total", None),
+    ("SN", "gate fits", None),
+    ("2SN", "out into into_mom", None),
+    ("6SN", "zones", None),
+    ("2EN", "rate queue", np.float64),
+    ("2N", "level", np.float64),
+    ("GN", "age", np.float64),
+    ("SN", "delay", np.float64),
+    ("NG", "local_reward", np.float64),
+    ("RN", "totals finals", np.float64),
+    ("N", "lane_id episode_id decision broken", np.int64),
+    ("GN", "phase", np.int64),
+    ("NG", "action", np.int64),
+    ("NGD", "obs final_obs", np.float32),
+    ("2N", "flags", np.bool_),
+)
 # rows of totals; the last ones have a row for each class
 DELAY, TIME, DISTANCE, SWITCHES, MAX_CFL, STEPS, DECISIONS = range(7)
 STARTED, ARRIVED, DEPARTED, LOST, STORED = range(7, 17, 2)
 ROWS = 17
 
 
-# -------------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 jit = partial(nb.njit, cache=True, error_model="numpy")
 
 
 def fast(function):
-    """njit; left as it is under NUMBA_ENABLE_CUDASIM, where CUDA kernels are Python. A division by zero gives inf."""
+    """njit, with inf for a division by zero.
+
+    Left as it is under NUMBA_ENABLE_CUDASIM, where CUDA kernels are Python.
+    """
     return function if nb.config.ENABLE_CUDASIM else jit(function)
 
 
 def point(function):
-    """fast, and always inlined: a loop over lanes that calls is not vectorised, and handing records on costs time."""
+    """fast, and always inlined.
+
+    A loop over lanes that calls is not vectorised, and handing records on costs time.
+    """
     return function if nb.config.ENABLE_CUDASIM else jit(function, forceinline=True)
 
 
 @jit
+def mix_nb(x):
+    """The finaliser of splitmix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@jit
 def uniform_nb(seed, lane, episode, draw):
-    """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode, draw)."""
-    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    x = x + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
+    """Counter-based uniform in [0, 1), a hash of (seed, lane, episode, draw)."""
+    seeds = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    episodes = np.uint64(episode) * np.uint64(0xD1342543DE82EF95)
+    x = mix_nb(seeds + np.uint64(lane))
+    x = mix_nb(x + episodes + np.uint64(draw))
     return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
@@ -380,7 +424,10 @@ def demand_nb(y, b, v, w, k, law):
 
 @point
 def supply_nb(w, b, v, k, law):
-    """What a class that arrives with w can enter where its vehicles drive v and the other class fills b."""
+    """What a class that arrives with w can enter.
+
+    v: the speed of its vehicles there; b: the other class's share of the jam density.
+    """
     y_c = capacity_nb(w, b, k, law)
     q = (w - v) / k
     y = filling_nb(q if q > ZERO else ZERO, law) - b  # p(y + b) = w - v
@@ -392,8 +439,9 @@ def supply_nb(w, b, v, k, law):
 def relax_nb(w, p, goal, gain):
     """Exact relaxation of v = w - p to `goal`, gain = 1 - exp(-dt / tau) -> (v, change of w).
 
-    Overfilled (v < 0) where the goal is to stand, w stays: else those behind would drive off faster than the limit
-    later. With gain 0 nothing changes by a bit, so that a lane may wait for others of its block.
+    Overfilled (v < 0) where the goal is to stand, w stays: else those behind would drive off faster
+    than the limit later. With gain 0 nothing changes by a bit, so that a lane may wait for others
+    of its block.
     """
     v = w - p
     change = (goal - v) * gain if (v >= ZERO) | (goal > ZERO) else ZERO
@@ -403,7 +451,10 @@ def relax_nb(w, p, goal, gain):
 
 @point
 def goals_nb(y_m, y_c, v_m, v_c):
-    """Equilibrium speeds (m/s). Motorcycles creep only where they have room: else a red light would pack them."""
+    """Equilibrium speeds, m/s.
+
+    Motorcycles creep only where they have room: else a red light would pack them.
+    """
     g = ONE - y_m - y_c
     g = g if g > ZERO else ZERO
     room = (ONE - y_m - ALPHA * y_c) * TEN
@@ -414,7 +465,10 @@ def goals_nb(y_m, y_c, v_m, v_c):
 
 @point
 def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_jam, k_m, k_c, law):
-    """Relax one cell: densities (veh/m) and rho w (veh/s) -> speeds, w, changes of w (m/s), bound of |lambda|."""
+    """Relax one cell: densities (veh/m) and rho w (veh/s).
+
+    -> speeds, w, changes of w (m/s), a bound of |lambda|.
+    """
     y_m, y_c = r_m * inv_jam, r_c * inv_jam
     x_m, x_c = y_m + ALPHA * y_c, y_m + y_c
     w_m = q_m / r_m if y_m > THIN else k_m
@@ -433,7 +487,10 @@ def cell_nb(r_m, r_c, q_m, q_c, gain_m, gain_c, inv_jam, k_m, k_c, law):
 
 @point
 def interface_nb(r, other_l, other_r, v_l, w_l, v_r, inv_jam, jam, k, law):
-    """Godunov flux of one class (veh/s) between two states of a segment; other_*: cross * the other's density."""
+    """Godunov flux of one class (veh/s) between two states of a segment.
+
+    other_*: cross * the other class's density.
+    """
     demand = demand_nb(r * inv_jam, other_l * inv_jam, v_l, w_l, k, law)
     supply = supply_nb(w_l, other_r * inv_jam, v_r, k, law)
     return (demand if demand < supply else supply) * jam
@@ -441,19 +498,20 @@ def interface_nb(r, other_l, other_r, v_l, w_l, v_r, inv_jam, jam, k, law):
 
 @fast
 def demand_factor_nb(seed, lane, episode, entry, second, rules):
-    """Demand over its mean: slow knots joined by lines, times a fast factor a bin; counter-based."""
+    """Demand over its mean: slow knots joined by lines, times a fast factor a bin."""
     knot = int(second // KNOT)
     share = second / KNOT - knot
-    before = uniform_nb(seed, lane, episode, 1 + entry * 8192 + knot)
-    after = uniform_nb(seed, lane, episode, 2 + entry * 8192 + knot)
-    quick = uniform_nb(seed, lane, episode, 4096 + entry * 8192 + int(second // BIN))
+    first = entry * 8192  # of the entry's draws
+    before = uniform_nb(seed, lane, episode, first + knot + 1)
+    after = uniform_nb(seed, lane, episode, first + knot + 2)
+    quick = uniform_nb(seed, lane, episode, first + 4096 + int(second // BIN))
     slow = rules.low + (rules.high - rules.low) * (before + (after - before) * share)
     return slow * (1.0 + rules.jitter * (2.0 * quick - 1.0))
 
 
 @fast
 def class_of_nb(cells, k):
-    """Of class k: density, the other's density, rho w, speed, w; and what a vehicle of the other one counts."""
+    """Density of class k, the other's density, rho w, speed, w; what one of the others counts."""
     if k == 0:
         return cells.rho_m, cells.rho_c, cells.mom_m, cells.v_m, cells.w_m, ALPHA
     return cells.rho_c, cells.rho_m, cells.mom_c, cells.v_c, cells.w_c, ONE
@@ -482,7 +540,10 @@ def face_nb(lo, hi, c, s, k, roads, cells, face, law):
 
 @point
 def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
-    """Cell c of class k after its fluxes, in place; the right ones become the next cell's left ones."""
+    """Cell c of class k after its fluxes, in place.
+
+    The right ones become the next cell's left ones.
+    """
     own, _, mom, _, w, _ = class_of_nb(cells, k)
     face, left, left_mom = scratch.face, scratch.left, scratch.left_mom
     lost, dt = scratch.lost, scratch.dt
@@ -552,7 +613,10 @@ def relax_cell_nb(lo, hi, c, inv_jam, k_m, k_c, cells, gain, law):
 
 @fast
 def relax_segment_nb(lo, hi, s, roads, cells, scratch, street, totals, law):
-    """relax_cell_nb for the cells of segment s; delay, time and distance of the time step that begins."""
+    """relax_cell_nb for the cells of segment s.
+
+    Adds the delay, time and distance of the time step that begins.
+    """
     rho_m, rho_c, _, _, v_m, v_c, _, _ = cells
     total, k_m, k_c = scratch.total, roads.limit[0, s], roads.limit[1, s]
     for ln in range(lo, hi):
@@ -567,14 +631,18 @@ def relax_segment_nb(lo, hi, s, roads, cells, scratch, street, totals, law):
             total[2, ln] += rho_c[c, ln] * v_c[c, ln]
     for ln in range(lo, hi):
         step = 1.0 * scratch.dt[ln] * roads.dx[s]
-        street.delay[s, ln] += step * (total[0, ln] - total[1, ln] / k_m - total[2, ln] / k_c)
+        stands = total[0, ln] - total[1, ln] / k_m - total[2, ln] / k_c
+        street.delay[s, ln] += step * stands
         totals[TIME, ln] += step * total[0, ln]
         totals[DISTANCE, ln] += step * (total[1, ln] + total[2, ln])
 
 
 @fast
 def enter_nb(lo, hi, s, k, roads, cells, scratch, street, totals, law):
-    """Flux of class k over an entry: what waits outside and what arrives, as far as the first cell lets it."""
+    """Flux of class k over an entry.
+
+    What waits outside and what arrives, as far as the first cell lets it in.
+    """
     _, other, _, v, _, cross = class_of_nb(cells, k)
     c, e, limit = roads.first[s], roads.entry[s], roads.limit[k, s]
     queue, rate, dt = street.queue, scratch.rate, scratch.dt
@@ -624,13 +692,15 @@ def want_nb(lo, hi, s, k, roads, cells, scratch, law):
         supply = roads.jam[s] * supply_nb(
             mean, cross * other[c, ln] * roads.inv_jam[s], v[c, ln], limit, law
         )
-        scratch.fits[s, ln] = supply / (total[0, ln] + TINY) if supply < total[0, ln] else ONE
+        fits = supply / (total[0, ln] + TINY)
+        scratch.fits[s, ln] = fits if supply < total[0, ln] else ONE
 
 
 @fast
 def pass_nb(lo, hi, s, k, roads, cells, scratch):
     """What enters segment s from its sources, no faster than its limit."""
-    limit, (_, _, _, _, w, _) = roads.limit[k, s], class_of_nb(cells, k)
+    _, _, _, _, w, _ = class_of_nb(cells, k)
+    limit = roads.limit[k, s]
     for ln in range(lo, hi):
         scratch.into[k, s, ln] = ZERO
         scratch.into_mom[k, s, ln] = ZERO
@@ -638,17 +708,18 @@ def pass_nb(lo, hi, s, k, roads, cells, scratch):
         i, part = roads.sources[j], roads.share[j]
         last = roads.first[i + 1] - 1
         for ln in range(lo, hi):
-            flow, fastest = part * scratch.out[k, i, ln], w[last, ln]
+            flow = part * scratch.out[k, i, ln]
+            fastest = w[last, ln] if w[last, ln] < limit else limit
             scratch.into[k, s, ln] += flow
-            scratch.into_mom[k, s, ln] += flow * (fastest if fastest < limit else limit)
+            scratch.into_mom[k, s, ln] += flow * fastest
 
 
 @fast
 def junctions_nb(lo, hi, k, roads, cells, scratch, street, totals, law):
     """Fluxes of class k over the ends and starts of all segments.
 
-    A stop line sends its demand, or nothing at red; the smallest share that the segments it turns into allow holds for
-    all of its traffic (first in, first out).
+    A stop line sends its demand, or nothing at red; the smallest share that the segments it turns
+    into allow holds for all of its traffic (first in, first out).
     """
     n, out, total = roads.first.size - 1, scratch.out, scratch.total
     own, other, _, v, w, cross = class_of_nb(cells, k)
@@ -693,7 +764,8 @@ def junctions_nb(lo, hi, k, roads, cells, scratch, street, totals, law):
 @fast
 def drive_nb(lo, hi, s, roads, cells, scratch, totals, law):
     """Transport along segment s and half a relaxation of its cells."""
-    face, left, left_mom, lost = scratch.face, scratch.left, scratch.left_mom, scratch.lost
+    face, left = scratch.face, scratch.left
+    left_mom, lost = scratch.left_mom, scratch.lost
     end = roads.first[s + 1] - 1
     for k in range(2):
         for ln in range(lo, hi):
@@ -718,7 +790,10 @@ def drive_nb(lo, hi, s, roads, cells, scratch, totals, law):
 
 @fast
 def set_steps_nb(lo, hi, scratch, totals):
-    """The next time step of every lane, as equal as they come -> whether any lane still has time to go."""
+    """The next time step of every lane, as equal as they come.
+
+    -> whether any lane still has time to go.
+    """
     dt, rest, speed, busy = scratch.dt, scratch.rest, scratch.speed, False
     for ln in range(lo, hi):
         n = math.ceil(rest[ln] * speed[ln] / np.float32(CFL))
@@ -742,7 +817,8 @@ def set_steps_nb(lo, hi, scratch, totals):
 def advance_nb(lo, hi, seconds, roads, cells, scratch, street, totals, law):
     """Advance these lanes by `seconds`, every lane with time steps of its own.
 
-    Strang: relax dt/2, transport dt (Euler), relax dt/2; the last relaxation also finds the next step's speed.
+    Strang: relax dt/2, transport dt (Euler), relax dt/2; the last relaxation also finds the next
+    step's speed.
     """
     n = roads.first.size - 1
     for ln in range(lo, hi):
@@ -764,7 +840,10 @@ def advance_nb(lo, hi, seconds, roads, cells, scratch, street, totals, law):
 
 @fast
 def switch_nb(lo, hi, action, roads, street, totals, rules):
-    """Take the decisions: action (N, G) int64, the phase asked for. A request counts after the minimum green."""
+    """Take the decisions: action (N, G) int64, the phase asked for.
+
+    A request counts after the minimum green.
+    """
     for g in range(roads.n_phases.size):
         for ln in range(lo, hi):
             asked = action[ln, g]
@@ -790,15 +869,15 @@ def gates_nb(lo, hi, roads, gate, street, rules):
 
 @fast
 def zones_nb(lo, hi, roads, cells, total, street, totals, law):
-    """street.zones <- mean filling (share of jam density) in three zones, near first, then what stands of it.
+    """street.zones <- mean filling of three zones (share of jam density), near first.
 
-    totals[STORED] <- vehicles inside and waiting outside.
+    The next three rows: what stands of it. totals[STORED] <- vehicles inside and outside.
     """
     zones = street.zones
     for k in range(2):
         for ln in range(lo, hi):
             totals[STORED + k, ln] = 0.0
-        for e in range(roads.base.shape[1]):
+        for e in range(roads.demand.shape[2]):
             for ln in range(lo, hi):
                 totals[STORED + k, ln] += street.queue[k, e, ln]
     for s in range(roads.first.size - 1):
@@ -824,7 +903,9 @@ def zones_nb(lo, hi, roads, cells, total, street, totals, law):
                     law,
                 )
                 zones[z, s, ln] += share * (r_m + r_c)
-                total[0, ln] = share * (r_m * (ONE - v_m / k_m) + r_c * (ONE - v_c / k_c))
+                total[0, ln] = share * (
+                    r_m * (ONE - v_m / k_m) + r_c * (ONE - v_c / k_c)
+                )
                 totals[STORED, ln] += 1.0 * r_m * dx
                 totals[STORED + 1, ln] += 1.0 * r_c * dx
             for ln in range(lo, hi):
@@ -857,7 +938,9 @@ def observe_nb(lo, hi, obs, roads, street, rules):
                     ):  # who may be on the way here
                         i = roads.sources[j]
                         far = roads.signal[i]
-                        is_open = far >= 0 and (roads.green[i] >> phase[far, ln]) & 1 == 1
+                        is_open = (
+                            far >= 0 and (roads.green[i] >> phase[far, ln]) & 1 == 1
+                        )
                         obs[ln, g, d + (8 if is_open else 9)] += (
                             roads.share[j] * zones[0, i, ln]
                         )
@@ -872,14 +955,19 @@ def observe_nb(lo, hi, obs, roads, street, rules):
             d += most
             minutes = age[g, ln] / 60.0
             obs[ln, g, d] = minutes if minutes < 2.0 else 2.0
-            obs[ln, g, d + 1] = ONE if age[g, ln] >= rules.all_red + rules.min_green else ZERO
+            obs[ln, g, d + 1] = (
+                ONE if age[g, ln] >= rules.all_red + rules.min_green else ZERO
+            )
             if obs.shape[2] > d + 2:
                 obs[ln, g, d + 2 + g] = ONE
 
 
 @fast
 def pay_nb(lo, hi, roads, street, result):
-    """local_reward <- minus the delay of the interval, by junction; totals and what is not finite."""
+    """local_reward <- minus the delay of the interval, by junction.
+
+    Adds it to the totals; marks lanes with a number that is not finite.
+    """
     junctions = roads.n_phases.size
     for ln in range(lo, hi):
         for g in range(junctions):
@@ -909,14 +997,15 @@ def start_nb(ln, roads, cells, street, totals, rules):
     for g in range(roads.n_phases.size):
         street.phase[g, ln] = 0
         street.age[g, ln] = rules.all_red + rules.min_green
-    for e in range(roads.base.shape[1]):
+    for e in range(roads.demand.shape[2]):
         street.queue[0, e, ln] = 0.0
         street.queue[1, e, ln] = 0.0
     for s in range(roads.first.size - 1):
         y = rules.fill * uniform_nb(rules.seed, lane, episode, (1 << 40) + s)
         bikes = uniform_nb(rules.seed, lane, episode, (1 << 41) + s)
         for c in range(roads.first[s], roads.first[s + 1]):
-            rho_m, rho_c = y * bikes * roads.jam[s], y * (1.0 - bikes) * roads.jam[s]
+            rho_m = y * bikes * roads.jam[s]
+            rho_c = y * (1.0 - bikes) * roads.jam[s]
             cells.rho_m[c, ln] = rho_m
             cells.rho_c[c, ln] = rho_c
             cells.mom_m[c, ln] = rho_m * roads.limit[0, s]
@@ -931,11 +1020,14 @@ def draw_demand_nb(lo, hi, roads, scratch, street, rules):
         lane, episode = street.lane_id[ln], street.episode_id[ln]
         second = street.decision[ln] * rules.interval
         level = street.level[0, ln]
-        level += (street.level[1, ln] - level) * uniform_nb(rules.seed, lane, episode, 0)
-        for e in range(roads.base.shape[1]):
-            factor = level * demand_factor_nb(rules.seed, lane, episode, e, second, rules)
-            scratch.rate[0, e, ln] = roads.base[0, e] * factor
-            scratch.rate[1, e, ln] = roads.base[1, e] * factor
+        share = uniform_nb(rules.seed, lane, episode, 0)
+        level += (street.level[1, ln] - level) * share
+        row = street.decision[ln] if street.decision[ln] < roads.demand.shape[0] else 0
+        for e in range(roads.demand.shape[2]):
+            factor = demand_factor_nb(rules.seed, lane, episode, e, second, rules)
+            factor = level * factor
+            scratch.rate[0, e, ln] = roads.demand[row, 0, e] * factor
+            scratch.rate[1, e, ln] = roads.demand[row, 1, e] * factor
 
 
 @fast
@@ -945,7 +1037,9 @@ def end_nb(lo, hi, roads, cells, scratch, street, result, rules, law):
         street.decision[ln] += 1
         result.totals[DECISIONS, ln] += 1.0
         result.flags[0, ln] = street.broken[ln] > 0
-        result.flags[1, ln] = street.broken[ln] == 0 and street.decision[ln] >= rules.length
+        result.flags[1, ln] = (
+            street.broken[ln] == 0 and street.decision[ln] >= rules.length
+        )
         if result.flags[0, ln] or result.flags[1, ln]:
             for row in range(ROWS):
                 result.finals[row, ln] = result.totals[row, ln]
@@ -955,13 +1049,15 @@ def end_nb(lo, hi, roads, cells, scratch, street, result, rules, law):
             street.episode_id[ln] += 1
             start_nb(ln, roads, cells, street, result.totals, rules)
             behind = ln + np.uint64(1)
-            zones_nb(ln, behind, roads, cells, scratch.total, street, result.totals, law)
+            zones_nb(
+                ln, behind, roads, cells, scratch.total, street, result.totals, law
+            )
             observe_nb(ln, behind, result.obs, roads, street, rules)
 
 
 @fast
 def decide_nb(lo, hi, action, roads, cells, scratch, street, result, rules, law):
-    """One decision interval of these lanes: signals, demand, traffic, reward, observation, autoreset."""
+    """One decision: signals, demand, traffic, reward, observation, autoreset."""
     totals = result.totals
     for s in range(roads.signal.size):
         for ln in range(lo, hi):
@@ -1007,70 +1103,32 @@ def decide_cpu(block, action, roads, cells, scratch, street, result, rules, law)
 
 @nb.njit(cache=True, error_model="numpy")
 def begin_cpu(block, stagger, roads, cells, scratch, street, result, rules, law):
-    begin_nb(
-        np.uint64(0),
-        np.uint64(street.lane_id.size),
-        stagger,
-        roads,
-        cells,
-        scratch,
-        street,
-        result,
-        rules,
-        law,
-    )
+    lo, hi = np.uint64(0), np.uint64(street.lane_id.size)
+    begin_nb(lo, hi, stagger, roads, cells, scratch, street, result, rules, law)
 
 
 @cache
-def cuda_kernels() -> tuple:
-    """The same functions on the GPU, one thread a lane: kernels of decide_cpu's and begin_cpu's arguments."""
+def on_gpu(function):
+    """A kernel of decide_cpu's and begin_cpu's arguments, one thread a lane."""
 
-    @cuda.jit
-    def decide_cuda(block, action, roads, cells, scratch, street, result, rules, law):
+    def kernel(block, argument, roads, cells, scratch, street, result, rules, law):
         ln = cuda.grid(1)
         if ln < street.lane_id.size:
-            decide_nb(
-                np.uint64(ln),
-                np.uint64(ln + 1),
-                action,
-                roads,
-                cells,
-                scratch,
-                street,
-                result,
-                rules,
-                law,
+            lo, hi = np.uint64(ln), np.uint64(ln + 1)
+            function(
+                lo, hi, argument, roads, cells, scratch, street, result, rules, law
             )
 
-    @cuda.jit
-    def begin_cuda(block, stagger, roads, cells, scratch, street, result, rules, law):
-        ln = cuda.grid(1)
-        if ln < street.lane_id.size:
-            begin_nb(
-                np.uint64(ln),
-                np.uint64(ln + 1),
-                stagger,
-                roads,
-                cells,
-                scratch,
-                street,
-                result,
-                rules,
-                law,
-            )
-
-    return decide_cuda, begin_cuda
+    return cuda.jit(kernel)
 
 
-# ---------------------------------------------------------------------------------------------------- environment
-WORST = "mass_error", "max_cfl"  # the largest of the lanes is shown, of the others the mean
-
-
+# -------------------------------------------------------------------------------------- environment
 def padded(rows: list[list[int]], width: int) -> np.ndarray:
-    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int64)
+    rows = [row + [-1] * (width - len(row)) for row in rows]
+    return np.array(rows, np.int64)
 
 
-def roads_of(net: Network, dtype) -> Roads:
+def roads_of(net: Network, demand: np.ndarray, dtype) -> Roads:
     """What the kernels read of a network."""
     n, junctions = len(net.ends), range(len(net.nodes))
     order = np.argsort(net.move_to, kind="stable")
@@ -1078,14 +1136,13 @@ def roads_of(net: Network, dtype) -> Roads:
         np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64)
         for m in (net.move_from, net.move_to)
     ]
-    approach = [[s for s in range(n) if net.signal[s] == g] for g in junctions]
-    exits = [[s for s in range(n) if net.ends[s][0] == net.nodes[g]] for g in junctions]
-    width = max(map(len, approach + exits))
     number = {node: g for g, node in enumerate(net.nodes)}
-    owner = [
-        net.signal[s] if net.signal[s] >= 0 else number.get(net.ends[s][0], -1)
-        for s in range(n)
-    ]
+    begins_at = np.array([number.get(start, -1) for start, _ in net.ends])
+    approach, exits = (
+        [np.flatnonzero(junction == g).tolist() for g in junctions]
+        for junction in (net.signal, begins_at)
+    )
+    width = max(map(len, approach + exits))
     real = partial(np.ascontiguousarray, dtype=dtype)
     return Roads(
         net.first,
@@ -1100,7 +1157,7 @@ def roads_of(net: Network, dtype) -> Roads:
         net.move_from[order],
         real(net.share[order]),
         net.entry,
-        net.base,
+        demand,
         net.signal,
         net.green,
         net.n_phases,
@@ -1108,24 +1165,41 @@ def roads_of(net: Network, dtype) -> Roads:
         real(net.zone_share),
         padded(approach, width),
         padded(exits, width),
-        np.array(owner, np.int64),
+        np.where(net.signal >= 0, net.signal, begins_at),
     )
 
 
-class NetworkVectorEnv(Lanes):
-    """Lanes of signalised traffic; the junctions of a lane are agents that share one network. Same-step autoreset.
+class NetworkVectorEnv(SimulatedLanes):
+    """Lanes of signalised traffic; the junctions of a lane are agents that share one network.
 
-    Observation (junctions, D) float32 a lane. For up to A approaches: filling of its last 50 m, of the next 100 and of
-    the rest, what stands there, vehicles waiting outside / 10, is it green, filling that may come through an open and
-    through a closed stop line; up to A exits: filling of the three zones; then the phase (one-hot), its age / 60 s,
-    whether a request counts now and, up to 16 junctions, which junction it is (one-hot). Action: the phase of every
-    junction, asked for each `interval` seconds. Reward: minus the delay (veh s) of the interval; local_reward is that
+    Observation (junctions, D) float32 a lane. For up to A approaches: filling of its last 50 m, of
+    the next 100 and of the rest, what stands there, vehicles waiting outside / 10, is it green,
+    filling that may come through an open and through a closed stop line; up to A exits: filling of
+    the three zones; then the phase (one-hot), its age / 60 s, whether a request counts now and, up
+    to 16 junctions, which junction it is (one-hot). Action: the phase of every junction, asked for
+    each `interval` seconds. Reward: minus the delay (veh s) of the interval; local_reward is that
     of each junction: of the segments that end there, and of exits that begin there.
     """
 
     SAVED = (  # all that a resumed run needs
-        "rho_m", "rho_c", "mom_m", "mom_c", "phase", "age", "queue", "zones", "level", "lane_id",
-        "episode_id", "decision", "broken", "totals", "finals", "obs")
+        "rho_m",
+        "rho_c",
+        "mom_m",
+        "mom_c",
+        "phase",
+        "age",
+        "queue",
+        "zones",
+        "level",
+        "lane_id",
+        "episode_id",
+        "decision",
+        "broken",
+        "totals",
+        "finals",
+        "obs",
+    )
+    WORST = "mass_error", "max_cfl"
     traced = 0
 
     def __init__(
@@ -1135,7 +1209,7 @@ class NetworkVectorEnv(Lanes):
         interval: float = 5.0,
         seconds: float = 450.0,
         level: tuple[float, float] = (1.0, 1.0),
-        pressure: str = "power",
+        pressure: str = "gap",
         dx: float = CELL_LENGTH,
         dtype: str = "float32",
         seed: int = 1,
@@ -1151,21 +1225,25 @@ class NetworkVectorEnv(Lanes):
         self.decision_interval, self.length = interval, round(seconds / interval)
         self.agents, phases = len(net.nodes), int(net.n_phases.max())
         real = np.dtype(dtype)
-        self.roads = roads_of(net, real)
-        self.phase_at = 13 * self.roads.approach.shape[1]  # column where the phase begins
-        self.row_obs = self.phase_at + phases + 2 + (self.agents if self.agents <= 16 else 0)
-        observation = gym.spaces.Box(-np.inf, np.inf, (self.agents, self.row_obs), np.float32)
-        super().__init__(
-            num_envs, observation, gym.spaces.MultiDiscrete(net.n_phases), backend, seed
-        )
+        self.roads = roads_of(net, net.demand_table(interval, self.length), real)
+        # column where the phase begins
+        self.phase_at = 13 * self.roads.approach.shape[1]
+        self.row_obs = self.phase_at + phases + 2
+        if self.agents <= 16:
+            self.row_obs += self.agents
+        shape = self.agents, self.row_obs
+        observation = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        action = gym.spaces.MultiDiscrete(net.n_phases)
+        super().__init__(num_envs, observation, action, backend, seed)
         self.take_all(real)
         self.law = Law(*map(real.type, PRESSURES[pressure]))
         self.times = interval, net.all_red, net.min_green, *variation, fill
         self.block = block or min(BLOCK, -(-num_envs // nb.get_num_threads()))
-        self.kernels, self.longest_call, self.timed = (decide_cpu, begin_cpu), 0.0, False
+        self.kernels = decide_cpu, begin_cpu
         if backend == "cuda":
             self.roads = Roads(*map(cuda.to_device, self.roads))
-            self.kernels = tuple(kernel[(num_envs + 63) // 64, 64] for kernel in cuda_kernels())
+            grid = (num_envs + 63) // 64, 64
+            self.kernels = on_gpu(decide_nb)[grid], on_gpu(begin_nb)[grid]
         self.splits, self.n_phases = {}, self.on_device(net.n_phases)
         lane_id = lane0 + np.arange(num_envs)
         levels = np.repeat(np.array(level, float)[:, None], num_envs, 1)
@@ -1174,102 +1252,60 @@ class NetworkVectorEnv(Lanes):
         self.assign(lane_id, levels)
 
     def on_device(self, array) -> torch.Tensor:
-        return torch.tensor(array, device=self.torch_device)
+        return torch.tensor(np.asarray(array), device=self.torch_device)
 
     def take_all(self, real):
         """State and scratch of the kernels, from the pool."""
-        n, g, d = self.num_envs, self.agents, self.row_obs
-        cells, s, e = int(self.network.first[-1]), len(self.network.ends), self.network.base.shape[1]
-        wide, whole = np.float64, np.int64
-        shapes = {
-            real: {
-                **{name: (cells, n) for name in Cells._fields},
-                "gate": (s, n),
-                "fits": (s, n),
-                "out": (2, s, n),
-                "into": (2, s, n),
-                "into_mom": (2, s, n),
-                "face": (2, n),
-                "left": (2, n),
-                "left_mom": (2, n),
-                "lost": (2, n),
-                "gain": (2, n),
-                "total": (3, n),
-                "dt": (n,),
-                "rest": (n,),
-                "speed": (n,),
-                "zones": (6, s, n),
-            },
-            wide: {
-                "rate": (2, e, n),
-                "age": (g, n),
-                "queue": (2, e, n),
-                "delay": (s, n),
-                "level": (2, n),
-                "local_reward": (n, g),
-                "totals": (ROWS, n),
-                "finals": (ROWS, n),
-            },
-            whole: {
-                "phase": (g, n),
-                "lane_id": (n,),
-                "episode_id": (n,),
-                "decision": (n,),
-                "broken": (n,),
-                "action": (n, g),
-            },
-            np.float32: {"obs": (n, g, d), "final_obs": (n, g, d)},
-            np.bool_: {"flags": (2, n)},
-        }
-        for dtype, named in shapes.items():
-            for name, shape in named.items():
-                self.take(name, shape, dtype)
+        sizes = {"N": self.num_envs, "G": self.agents, "D": self.row_obs, "R": ROWS}
+        sizes |= {"C": int(self.network.first[-1]), "S": len(self.network.ends)}
+        sizes |= {"E": self.network.base.shape[2]}
+        for shape, names, kind in ARRAYS:
+            shape = tuple(sizes.get(axis) or int(axis) for axis in shape)
+            for name in names.split():
+                self.take(name, shape, kind or real)
         self.records = [
             kind(*(self.arrays[name] for name in kind._fields))
             for kind in (Cells, Scratch, Street, Result)
         ]
 
     def assign(self, lane_id, levels):
-        """Numbers of the lanes in the random numbers (N,), and their ranges of the demand level (2, N)."""
+        """Numbers of the lanes in the random numbers (N,), their ranges of the level (2, N)."""
         self.lane_id.copy_(torch.as_tensor(lane_id))
         self.level.copy_(torch.as_tensor(levels))
 
     def launch(self, kernel, argument):
-        """kernel on all lanes; on a CPU with no more threads than there are blocks."""
+        """kernel on all lanes, in blocks."""
         rules = Rules(self.seed, self.length, *self.times)
-        threads, blocks = nb.get_num_threads(), -(-self.num_envs // self.block)
-        nb.set_num_threads(min(threads, blocks))
-        try:
-            kernel(self.block, argument, self.roads, *self.records, rules, self.law)
-        finally:
-            nb.set_num_threads(threads)
+        blocks = -(-self.num_envs // self.block)
+        records = self.roads, *self.records, rules, self.law
+        self.simulate(kernel, blocks, self.block, argument, *records)
 
     def reset_lanes(self, first: bool, options: dict):
-        """options {"stagger": True}: first episodes of every length, so that every rollout holds every part of one."""
+        """options {"stagger": True}: first episodes of every length.
+
+        So every rollout holds every part of one.
+        """
         self.finals.zero_()
-        self.episode_id.copy_(
-            torch.zeros_like(self.episode_id) if first else self.episode_id + 1
-        )
+        if first:
+            self.episode_id.zero_()
+        else:
+            self.episode_id += 1
         self.launch(self.kernels[1], int(options.get("stagger", False)))
 
     def step_lanes(self, action):
-        """action (N, junctions) int64 -> reward (N,), terminated, truncated; local_reward (N, junctions), obs too."""
-        began = time.perf_counter()
+        """action (N, junctions) int64 -> reward (N,), terminated, truncated.
+
+        local_reward (N, junctions) and obs are new too.
+        """
         self.action.copy_(action)
         self.launch(self.kernels[0], self.arrays["action"])
-        if self.timed and self.backend == "cuda":  # a launch returns at once
-            torch.cuda.synchronize()
-        self.longest_call = max(self.longest_call, time.perf_counter() - began)
         return self.local_reward.sum(1), self.flags[0], self.flags[1]
 
     def observe(self):
         return self.obs
 
-    def observe_final(self, lanes):
-        return self.final_obs[lanes]
-
     def last_observations(self):
-        """(N, junctions, D): of the lanes whose episode ended in this step, the last one of that episode."""
+        """(N, junctions, D): of lanes whose episode ended in this step, its last one."""
         return self.final_obs
 
     def stats(self, name: str = "totals") -> dict[str, torch.Tensor]:
@@ -1279,7 +1315,8 @@ class NetworkVectorEnv(Lanes):
             totals[row : row + 2] for row in range(STARTED, ROWS, 2)
         )
         came = started + arrived
-        error = (stored + departed - came - lost).abs().sum(0) / came.sum(0).clamp(min=1e-9)
+        error = (stored + departed - came - lost).abs().sum(0)
+        error = error / came.sum(0).clamp(min=1e-9)
         return {
             "episode_return": -totals[DELAY],
             "delay_veh_s": totals[DELAY],
@@ -1291,27 +1328,14 @@ class NetworkVectorEnv(Lanes):
             "episode_length": totals[DECISIONS],
         }
 
-    def episode(self) -> dict[str, torch.Tensor]:
-        stats = self.stats("finals")
-        return stats | {"r": stats["episode_return"], "l": stats["episode_length"]}
-
-    def check_action(self, actions) -> torch.Tensor:
-        actions = super().check_action(actions)
-        if ((actions < 0) | (actions >= self.n_phases)).any():
-            raise ValueError(
-                f"actions: phases must be from 0 and below {self.network.n_phases}"
-            )
-        return actions
-
     def check_state(self):
         """Raises CheckFailed where a number was not finite; reads from the device."""
         broken = self.broken.cpu()
         if broken.any():
             lane = int(broken.argmax())
             ends = self.network.ends[int(broken[lane]) - 1]
-            raise CheckFailed(
-                f"lane {lane}, segment {' > '.join(ends)}: the delay is not finite"
-            )
+            where = f"lane {lane}, segment {' > '.join(ends)}"
+            raise CheckFailed(f"{where}: the delay is not finite")
 
     def counts(self, standing: bool = False) -> torch.Tensor:
         """Vehicles (or of those, what stands) on each segment, (S, N)."""
@@ -1321,18 +1345,17 @@ class NetworkVectorEnv(Lanes):
 
     def trace(self) -> dict:
         """What a picture of lane 0 needs: phase of each junction, vehicles inside and outside."""
-        phase = dict(
-            zip((f"phase_{node}" for node in self.network.nodes), self.phase[:, 0].tolist())
-        )
+        row = {}
+        for node, phase in zip(self.network.nodes, self.phase[:, 0].tolist()):
+            row[f"phase_{node}"] = phase
         outside = self.queue[:, :, 0].sum()
-        return phase | {
-            "inside_veh": float(self.totals[STORED:, 0].sum() - outside),
-            "outside_veh": float(outside),
-        }
+        row["inside_veh"] = float(self.totals[STORED:, 0].sum() - outside)
+        row["outside_veh"] = float(outside)
+        return row
 
 
 def check_network(net: Network, interval: float, seconds: float):
-    """Raises NetworkError where there is nothing to control, or the decisions do not fit the signals' times."""
+    """Raises NetworkError where nothing can be controlled or times do not fit."""
     steps, red = seconds / interval, net.all_red
     for wrong, why in (
         (
@@ -1344,22 +1367,32 @@ def check_network(net: Network, interval: float, seconds: float):
             f"--decision-interval {interval}: at least all_red ({red} s), or a part of it",
         ),
         (not len(net.nodes), f"{net.name}: no signal to control"),
-        (not net.base.any(), f"{net.name}: demand is 0 everywhere: no vehicle ever arrives"),
+        (
+            not net.base.any(),
+            f"{net.name}: demand is 0 everywhere: no vehicle ever arrives",
+        ),
+        (
+            net.change_at[-1] >= seconds,
+            f"{net.name}: demand changes at minute {net.change_at[-1] / 60:g}, after the end of an "
+            f"episode: raise --episode-seconds {seconds:g}",
+        ),
     ):
         if wrong:
             raise NetworkError(why)
 
 
 def eval_cases(n: int) -> tuple:
-    """A fifth of the lanes to choose by, then two fifths of other seeds at each of 1.0 and 1.3 times the demand."""
+    """A fifth of the lanes to choose by, two fifths of other seeds at each demand level."""
     k = n // 5
     if n < 5 or n % 5:
         raise ValueError(
-            f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 demand x1.0, 2 demand x1.3)"
+            f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 x1.0, 2 x1.3)"
         )
     unseen = (1 << 20) + np.arange(2 * k)
     lane_id = (1 << 32) + np.r_[np.arange(k), unseen, unseen]
-    level = np.r_[np.where(np.arange(k) % 2, LEVELS[1], LEVELS[0]), np.repeat(LEVELS, 2 * k)]
+    level = np.r_[
+        np.where(np.arange(k) % 2, LEVELS[1], LEVELS[0]), np.repeat(LEVELS, 2 * k)
+    ]
     return (
         lane_id,
         np.stack((level, level)),
@@ -1368,30 +1401,42 @@ def eval_cases(n: int) -> tuple:
 
 
 def make_vec(num_envs: int = 1, **kwargs) -> NetworkVectorEnv:
-    """gymnasium.make_vec("cleanrl_crypto/Network-v0", num_envs=8, network="town3", interval=5.0, ...)."""
+    """gymnasium.make_vec("cleanrl_crypto/Network-v0", num_envs=8, network="town3", ...)."""
     return NetworkVectorEnv(num_envs, **kwargs)
 
 
 register("cleanrl_crypto/Network-v0", make_vec)
 
 
-# ------------------------------------------------------------------------------------------------------ baselines
-# A controller is make(env, **constants) -> act(obs) -> (N, junctions); constants are tensors (N,): every lane its own.
-def flow_ratios(net: Network) -> np.ndarray:
-    """Critical flow of every phase over jam density times limit, (G, phases): Webster's y for a saturation of 1."""
-    flows = mean_flows(net) / (net.jam * net.limit[1])
-    ratio = np.zeros((len(net.nodes), int(net.n_phases.max())))
-    for s in np.flatnonzero(net.signal >= 0):
-        for p in range(net.n_phases[net.signal[s]]):
-            if net.green[s] >> p & 1:
-                ratio[net.signal[s], p] = max(ratio[net.signal[s], p], flows[s])
-    return ratio
+# ---------------------------------------------------------------------------------------- baselines
+# A controller is make(env, **constants) -> act(obs) -> (N, junctions); constants are tensors (N,):
+# every lane its own.
+def served(net: Network) -> np.ndarray:
+    """(G, phases, S) bool: the segments that each phase serves."""
+    phases = np.arange(net.n_phases.max())[:, None]
+    junctions = np.arange(len(net.nodes))[:, None]
+    is_green = net.green >> phases & 1 == 1
+    ends_there = net.signal == junctions
+    return ends_there[:, None] & is_green
 
 
-def mean_flows(net: Network) -> np.ndarray:
-    """Mean flow (veh/s) of every segment when nothing queues for ever: entries' demand passed on by turning shares."""
+def flow_ratios(env) -> np.ndarray:
+    """Critical flow of every phase over jam density times limit, (G, phases).
+
+    Webster's y for a saturation of 1, of the mean demand of an episode.
+    """
+    net = env.network
+    demand = net.demand_table(env.decision_interval * env.length, 1)[0]
+    return (served(net) * mean_flows(net, demand) / (net.jam * net.limit[1])).max(2)
+
+
+def mean_flows(net: Network, demand: np.ndarray) -> np.ndarray:
+    """Mean flow (veh/s) of every segment when nothing queues for ever.
+
+    The entries' demand (2, E), passed on by turning shares.
+    """
     source = np.zeros(len(net.ends))
-    source[net.entry >= 0] = net.base.sum(0)[net.entry[net.entry >= 0]]
+    source[net.entry >= 0] = demand.sum(0)[net.entry[net.entry >= 0]]
     total = source.copy()
     for _ in range(10 * len(net.ends)):
         after = source.copy()
@@ -1403,9 +1448,11 @@ def mean_flows(net: Network) -> np.ndarray:
 
 
 def webster_plan(flows, saturation: float, lost: float) -> tuple[float, np.ndarray]:
-    """Webster (1958): critical flow ratios y_i = flows / saturation (phases,), lost time (s) -> cycle, greens (s).
+    """Webster (1958): cycle and greens (s).
 
-    C0 = (1.5 L + 5) / (1 - Y), g_i = y_i / Y (C0 - L); no flow: equal greens. ValueError where Y >= 1.
+    Critical flow ratios y_i = flows / saturation (phases,), lost time L (s):
+    C0 = (1.5 L + 5) / (1 - Y), g_i = y_i / Y (C0 - L); no flow: equal greens.
+    ValueError where Y >= 1.
     """
     y = np.asarray(flows, float) / saturation
     if y.sum() >= 1:
@@ -1418,10 +1465,10 @@ def webster_plan(flows, saturation: float, lost: float) -> tuple[float, np.ndarr
 
 
 def serve_in_turn(env, slots: np.ndarray, speed):
-    """Phases in turn for slots (G, phases, N) seconds, each at least all-red and minimum green, one cycle for all.
+    """Phases in turn for slots (G, phases, N) seconds, one cycle for all.
 
-    A junction with a shorter cycle gets the rest in proportion; a green wave of `speed` (m/s, 0: all together) runs
-    along the junctions' order.
+    Each lasts at least all-red and minimum green; a junction with a shorter cycle gets the rest in
+    proportion. A green wave of `speed` (m/s, 0: all together) runs along the junctions' order.
     """
     net = env.network
     interval = env.decision_interval
@@ -1449,47 +1496,53 @@ def serve_in_turn(env, slots: np.ndarray, speed):
 
 
 def fixed_cycle(env, cycle, skew, speed):
-    """Greens in proportion to the critical flows to the power `skew` (0: equal), a cycle of `cycle` s."""
-    net, ratio = env.network, flow_ratios(env.network)
+    """A cycle of `cycle` s, greens in proportion to the critical flows to the power `skew`."""
+    net, ratio = env.network, flow_ratios(env)
     exists = np.arange(ratio.shape[1]) < net.n_phases[:, None]
     ratio = np.maximum(ratio, 0.05 * ratio.max(1, keepdims=True) + 1e-9)
-    weight = (ratio * exists)[..., None] ** skew.cpu().numpy() * exists[..., None]
+    weight = (ratio * exists)[..., None] ** skew.cpu().numpy()
+    weight = weight * exists[..., None]
     share = weight / weight.sum(1, keepdims=True)
     return serve_in_turn(env, share * cycle.cpu().numpy(), speed)
 
 
 def webster(env, saturation, speed):
-    """Webster's plan for the mean demand; saturation: flow of a green over jam density times limit."""
-    net, ratio = env.network, flow_ratios(env.network)
+    """Webster's plan for the mean demand.
+
+    saturation: flow of a green over jam density times limit.
+    """
+    net, ratio = env.network, flow_ratios(env)
     slots = np.zeros((*ratio.shape, env.num_envs))
     flows, which = np.unique(saturation.cpu().numpy(), return_inverse=True)
     for k, g in product(range(len(flows)), range(env.agents)):
         y = ratio[g, : net.n_phases[g]] / flows[k]
-        y = y * min(1.0, 0.9 / max(y.sum(), 1e-9))  # beyond it the formula's cycle has no end
+        # beyond .9 the formula's cycle has no end
+        y = y * min(1.0, 0.9 / max(y.sum(), 1e-9))
         _, greens = webster_plan(y, 1.0, net.all_red * len(y))
         slots[g, : len(y), which == k] = greens + net.all_red
     return serve_in_turn(env, slots, speed)
 
 
 def served_segments(env) -> torch.Tensor:
-    """(G, phases, approaches) segments that a phase serves, one of them again to fill the row; -1: no phase."""
-    net = env.network
-    rows = [
-        [s for s in np.flatnonzero(net.signal == g) if net.green[s] >> p & 1]
-        for g in range(env.agents)
-        for p in range(int(net.n_phases.max()))
-    ]
+    """(G, phases, approaches) segments that a phase serves, the first again to fill the row.
+
+    -1: there is no such phase.
+    """
+    table = served(env.network)
+    rows = [np.flatnonzero(row) for row in table.reshape(-1, table.shape[2])]
     width = max(map(len, rows))
-    table = [row + (row[:1] or [-1]) * (width - len(row)) for row in rows]
-    return torch.as_tensor(np.array(table), device=env.torch_device).reshape(
-        env.agents, -1, width
-    )
+    segments = np.full((len(rows), width), -1)
+    for line, row in zip(segments, rows):
+        if len(row):
+            line[:] = row[0]
+            line[: len(row)] = row
+    return env.on_device(segments.reshape(*table.shape[:2], width))
 
 
 def actuated(env, gap, longest):
-    """Green goes on while the last 50 m of an approach it serves are filled above `gap`, up to `longest` s.
+    """Green goes on while an approach it serves is filled above `gap`, up to `longest` s.
 
-    Then the next phase that has traffic.
+    Filled: its last 50 m. Then the next phase that has traffic.
     """
     served, phases = served_segments(env), env.n_phases[:, None]
     empty = (served[..., 0] < 0)[..., None]
@@ -1511,36 +1564,45 @@ def actuated(env, gap, longest):
     return act
 
 
-class Pressures:
-    """Varaiya's pressure of every phase, (G, phases, N): saturation x (upstream - share-weighted downstream)."""
+def phase_pressures(env, standing):
+    """Varaiya's pressure of every phase: pressures() -> (G, phases, N).
 
-    def __init__(self, env):
-        net, self.env = env.network, env
-        self.entries = env.on_device(np.flatnonzero(net.entry >= 0))
-        self.queues = env.on_device(net.entry[net.entry >= 0])
-        self.move_from, self.move_to = env.on_device(net.move_from), env.on_device(net.move_to)
-        self.share = env.on_device(-net.share)[:, None]
-        self.saturation = env.on_device(net.jam * net.limit[1])[:, None]
-        serves = np.zeros((env.agents, int(net.n_phases.max()), len(net.ends)))
-        for s in np.flatnonzero(net.signal >= 0):
-            serves[net.signal[s], :, s] = net.green[s] >> np.arange(serves.shape[1]) & 1
-        self.serves = env.on_device(serves)
-        self.no_phase = env.on_device(serves.sum(2) == 0)[..., None]
+    saturation x (upstream - share-weighted downstream), of vehicles that stand or (standing 0) all.
+    """
+    net, table = env.network, served(env.network)
+    at_entry = net.entry >= 0
+    entries, queues = (
+        env.on_device(np.flatnonzero(at_entry)),
+        env.on_device(net.entry[at_entry]),
+    )
+    move_from, move_to = env.on_device(net.move_from), env.on_device(net.move_to)
+    share = env.on_device(-net.share)[:, None]
+    saturation = env.on_device(net.jam * net.limit[1])[:, None]
+    serves, no_phase = (
+        env.on_device(table * 1.0),
+        env.on_device(~table.any(2))[..., None],
+    )
 
-    def __call__(self, standing):
+    def pressures():
         # (S, N) vehicles
-        x = torch.where(standing > 0, self.env.counts(True), self.env.counts())
-        x[self.entries] += self.env.queue.sum(0)[self.queues]
-        gap = x.index_add(0, self.move_from, x[self.move_to] * self.share) * self.saturation
-        return (self.serves @ gap).masked_fill(self.no_phase, -math.inf)
+        x = torch.where(standing > 0, env.counts(True), env.counts())
+        x[entries] += env.queue.sum(0)[queues]
+        gap = x.index_add(0, move_from, x[move_to] * share) * saturation
+        return (serves @ gap).masked_fill(no_phase, -math.inf)
+
+    return pressures
 
 
 def max_pressure(env, period, standing, margin):
-    """Every `period` s the phase of the largest pressure; the one that is green keeps it up to `margin` (vehicles)."""
-    unit, pressures = float(np.median(env.network.jam * env.network.limit[1])), Pressures(env)
+    """Every `period` s the phase of the largest pressure.
+
+    The one that is green has a `margin` (vehicles).
+    """
+    unit = float(np.median(env.network.jam * env.network.limit[1]))
+    pressures = phase_pressures(env, standing)
 
     def act(obs):
-        value = pressures(standing)
+        value = pressures()
         present = value.gather(1, env.phase[:, None]) + margin * unit
         value = value.scatter(1, env.phase[:, None], present)
         # the first decision of each period
@@ -1557,13 +1619,11 @@ def always_switch(env):
 
 
 CONTROLLERS = {
-    "fixed_cycle": fixed_cycle,
-    "webster": webster,
-    "actuated": actuated,
-    "max_pressure": max_pressure,
-    "always_switch": always_switch,
+    make.__name__: make
+    for make in (fixed_cycle, webster, actuated, max_pressure, always_switch)
 }
-START = {  # where the search begins, and what it tries of each constant: seconds, powers, m/s, filling, vehicles
+# where the search begins, and what it tries of each constant: s, powers, m/s, filling, vehicles
+START = {
     "actuated": {"gap": 0.175, "longest": 25.0},
     "max_pressure": {"period": 15.0, "standing": 1.0, "margin": 1.0},
     "webster": {"saturation": 0.225, "speed": 12.0},
@@ -1583,19 +1643,13 @@ GRIDS = {
 TUNING_LANES = 16  # training lanes that judge one set of constants
 
 
-def play(env, act, deadline: float) -> bool:
-    """One episode of all lanes under act(obs); False if the deadline (time.monotonic) came first."""
-    for _ in range(env.length):
-        env.step_lanes(act(env.observe()))
-        if time.monotonic() > deadline:
-            return False
-    return True
-
-
 def delays(
     env, name: str, rows: list[dict], levels: list[float], deadline: float
 ) -> np.ndarray | None:
-    """Mean delay of every row of constants at its demand level, on training lanes 0, 1, ...; None: out of time."""
+    """Mean delay of every row of constants at its demand level, on training lanes 0, 1, ...
+
+    None: out of time.
+    """
     n = min(TUNING_LANES, env.num_envs)
     seats = max(1, env.num_envs // n)  # rows tried at once
     found = []
@@ -1604,24 +1658,28 @@ def delays(
         level = np.array(levels)[at]
         env.assign(np.arange(env.num_envs) % n, np.stack((level, level)))
         env.reset_lanes(True, {})
-        constants = {
-            key: torch.as_tensor(np.array([rows[i][key] for i in at]), device=env.torch_device)
-            for key in rows[0]
-        }
-        if not play(env, CONTROLLERS[name](env, **constants), deadline):
-            return None
+        act = controller(env, name, [rows[i] for i in at])
+        for _ in range(env.length):
+            env.step_lanes(act(env.observe()))
+            if time.monotonic() > deadline:
+                return None
         delay = env.stats("finals")["delay_veh_s"].cpu().numpy()
-        found += [delay[at == i].mean() for i in range(first, min(first + seats, len(rows)))]
+        found += [
+            delay[at == i].mean() for i in range(first, min(first + seats, len(rows)))
+        ]
     return np.array(found)
 
 
 def tune(env, seconds: float = math.inf) -> tuple[dict, int]:
-    """Constants of every controller for each demand level, by coordinate search on training lanes of this network.
+    """Constants of every controller for each demand level -> {name: {level: constants}}, sweeps.
 
-    Two sweeps over the constants, as far as `seconds` allow -> {name: {level: constants}}, finished sweeps.
+    Coordinate search on training lanes of this network: two sweeps over the constants, or as many
+    as `seconds` allow.
     """
     deadline = time.monotonic() + seconds
-    best = {name: {level: dict(start) for level in LEVELS} for name, start in START.items()}
+    best = {
+        name: {level: dict(start) for level in LEVELS} for name, start in START.items()
+    }
     for sweep in range(2):
         for name, tuned in best.items():
             for key in START[name]:
@@ -1637,21 +1695,22 @@ def tune(env, seconds: float = math.inf) -> tuple[dict, int]:
     return best, 2
 
 
-def controller(env, name: str, tuned: dict):
-    """The controller `name`; every lane takes the constants of the demand level nearest to its own."""
-    level = env.level.mean(0).cpu().numpy()
-    nearest = np.abs(level[:, None] - np.array(list(tuned))).argmin(1)
-    rows = list(tuned.values())
-    constants = {
-        key: torch.as_tensor(
-            np.array([rows[i][key] for i in nearest]), device=env.torch_device
-        )
-        for key in rows[0]
-    }
+def controller(env, name: str, rows: list[dict]):
+    """The controller `name` with the constants of rows, one row a lane."""
+    constants = {key: env.on_device([row[key] for row in rows]) for key in rows[0]}
     return CONTROLLERS[name](env, **constants)
 
 
-# ------------------------------------------------------------------------------------------------------- networks
+def tuned_controller(env, name: str, tuned: dict):
+    """Every lane takes the constants of the demand level nearest to its own."""
+    rows = []
+    for own in env.level.mean(0).tolist():
+        nearest = min(tuned, key=lambda level: abs(level - own))
+        rows.append(tuned[nearest])
+    return controller(env, name, rows)
+
+
+# ----------------------------------------------------------------------------------------- networks
 def layer(inputs: int, outputs: int, gain: float = math.sqrt(2)) -> nn.Linear:
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
@@ -1672,7 +1731,8 @@ def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
 class Agent(nn.Module):
     """Actor and critic that all junctions share. Observations are clipped at 10.
 
-    phase_at: column of the observation where the phase begins: one-hot, its age, whether a request counts now.
+    phase_at: column of the observation where the phase begins: one-hot, its age, whether a request
+    counts now.
     """
 
     def __init__(self, observations: int, phases: int, hidden: int, phase_at: int):
@@ -1688,14 +1748,20 @@ class Agent(nn.Module):
         return self.critic(x)[:, 0]
 
     def logits(self, x):
-        """The actor's output; where no request counts, that of the phase that is on, whatever the weights: a decision
-        that decides nothing would only add noise to the gradient and to the entropy."""
+        """The actor's output; where no request counts, that of the phase that is on.
+
+        Whatever the weights: a decision that decides nothing would only add noise to the gradient
+        and to the entropy.
+        """
         phase = x[:, self.phase_at : self.phase_at + self.phases]
         free = x[:, self.phase_at + self.phases + 1, None] > 0.5
         return torch.where(free, self.actor(x), 20.0 * phase)
 
     def act(self, x, noise=None):
-        """Greedy phase (B,) of normalised observations, or a sample: noise (B, phases) is uniform in (0, 1)."""
+        """Greedy phase (B,) of normalised observations, or a sample.
+
+        noise (B, phases): uniform in (0, 1).
+        """
         logits = self.logits(x)
         if noise is not None:
             logits = logits - (-noise.log()).log()  # Gumbel's trick
@@ -1711,7 +1777,7 @@ class Agent(nn.Module):
         return *self.log_prob_entropy(x, action), self.value(x)
 
 
-# ------------------------------------------------------------------------------------------------------ algorithm
+# ---------------------------------------------------------------------------------------- algorithm
 def categorical_log_prob_entropy(logits, action):
     """logits (B, phases), action (B,) int64 -> (B,), (B,)."""
     log_p = logits.log_softmax(-1)
@@ -1757,40 +1823,32 @@ def normalised(advantage, size: int):
 
 
 class RewardScale:
-    """Divides rewards by the running standard deviation of the discounted return: they are vehicle seconds."""
+    """Divides rewards, which are vehicle seconds, by the running std of the discounted return."""
 
     per_rank = True  # every process follows the returns of its own lanes
 
     def __init__(self, rows: int, gamma: float, device):
         self.gamma = gamma
         self.running = torch.zeros(rows, dtype=torch.float64, device=device)
-        # count, mean, sum of squared deviations
-        self.moments = torch.zeros(3, dtype=torch.float64, device=device)
+        # of all returns so far: how many, their sum, the sum of their squares
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def __call__(self, rewards, ends):  # (T, rows)
         for reward, ended in zip(rewards, ends):
             self.running = self.running * self.gamma + reward
-            rows = torch.stack([torch.ones_like(self.running), self.running, self.running**2])
-            self.merge(*reduce_sum(rows.sum(1)))
+            powers = self.running ** torch.arange(3, device=ends.device)[:, None]
+            self.sums = self.sums + reduce_sum(powers.sum(1))
             self.running = self.running.masked_fill(ended, 0.0)
-        count, _, squares = self.moments
-        return rewards * (squares / count + 1e-8).rsqrt().float()
-
-    def merge(self, count, total, square):
-        """The moments joined with those of new rows (Chan 1979)."""
-        before, mean, squares = self.moments
-        delta = total / count - mean
-        spread = square - total**2 / count + delta * delta * before * count / (before + count)
-        self.moments = torch.stack(
-            [before + count, mean + delta * count / (before + count), squares + spread]
-        )
+        count, total, squares = self.sums
+        variance = squares / count - (total / count) ** 2
+        return rewards * (variance + 1e-8).rsqrt().float()
 
     def state_dict(self) -> dict:
-        return {"running": self.running.cpu(), "moments": self.moments.cpu()}
+        return {"running": self.running.cpu(), "sums": self.sums.cpu()}
 
     def load_state_dict(self, state: dict):
         device = self.running.device
-        self.running, self.moments = state["running"].to(device), state["moments"].to(device)
+        self.running, self.sums = state["running"].to(device), state["sums"].to(device)
 
 
 class Schedule:
@@ -1809,24 +1867,23 @@ class Schedule:
             self.run.charts(loop)
         if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
             pace = (loop.global_step - self.first_step) / (now - self.began)
-            end = loop.global_step + pace * max(
-                self.run.guard.remaining() - self.run.reserve(), 0.0
-            )
+            left = self.run.guard.remaining() - self.run.reserve()
+            end = loop.global_step + pace * max(left, 0.0)
             # every process has its own clock, the learning rate is one
-            end = reduce_sum(
-                torch.tensor(
-                    end if self.run.rank == 0 else 0.0, device=self.run.device
-                )
-            )
+            end = end if self.run.rank == 0 else 0.0
+            end = reduce_sum(torch.tensor(end, device=self.run.device))
             self.end = min(args.total_timesteps, int(end))
         share = loop.global_step / max(self.end, 1) if args.anneal_lr else 0.0
         self.latest = args.learning_rate * max(0.0, 1 - share)
         return self.latest
 
 
-# ---------------------------------------------------------------------------------------- evaluation, diagnostics
+# -------------------------------------------------------------------------- evaluation, diagnostics
 class Greedy:
-    """act(obs): the agent's deterministic policy; `states` keeps some of what it saw, for diagnose()."""
+    """act(obs): the agent's deterministic policy.
+
+    `states` keeps some of what it saw, for diagnose().
+    """
 
     def __init__(self, agent: Agent):
         self.agent, self.states = agent, []
@@ -1842,7 +1899,10 @@ class Greedy:
 
 
 def check_env(envs):
-    """Real checks of the training environment, which is used and then handed on. Raises CheckFailed."""
+    """Real checks of the training environment, which is used and then handed on.
+
+    Raises CheckFailed.
+    """
     still, decisions = torch.zeros_like(envs.action), min(envs.length, 12)
     envs.reset(seed=1)
     first, state = envs.observe().clone(), envs.state_dict()
@@ -1869,7 +1929,11 @@ def check_env(envs):
     bound = 100 * eps * max(1.0, math.sqrt(steps / 1000))  # sums round at every step
     for good, expected, found in (
         (gap > 1e-6, "two actions to give two states", f"observations {gap} apart"),
-        (moved > 1e-6, "a constant action to change the observation", f"a change of {moved}"),
+        (
+            moved > 1e-6,
+            "a constant action to change the observation",
+            f"a change of {moved}",
+        ),
         (
             abs(inflow - interval) < 1e-3 * interval,
             f"the demand of {interval} s to arrive in a decision of --decision-interval",
@@ -1896,23 +1960,25 @@ def check_env(envs):
             f"a relative error of {error:.1e}",
         ),
         (courant <= CFL * (1 + 1e-6), f"Courant numbers up to {CFL}", f"{courant:.3f}"),
-        (float(stats["throughput_veh"].min()) > 0, "vehicles to leave over some exit", "none"),
+        (
+            float(stats["throughput_veh"].min()) > 0,
+            "vehicles to leave over some exit",
+            "none",
+        ),
     ):
         if not good:
             raise CheckFailed(f"sanity: expected {expected}, found {found}")
 
 
 @torch.no_grad()
-def evaluate(
-    make, envs, seconds: float = math.inf, trace: bool = False
-) -> tuple[dict, dict, bool]:
+def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tuple:
     """One episode of every lane of an evaluation environment, under make(envs) -> act(obs) ->
     actions.
 
-    Returns {split: {statistic: mean over its lanes}}, the columns of the traced lane, and whether
+    Returns {split: {statistic: mean over its lanes}}, the rows of the traced lane, and whether
     the time was up first: then the statistics are those of the episodes so far.
     """
-    began, columns, cut = time.monotonic(), [], False
+    began, rows, cut = time.monotonic(), [], False
     envs.reset(seed=EVAL_SEED)
     act = make(envs)
     for k in range(envs.length):
@@ -1920,32 +1986,18 @@ def evaluate(
         row = {"time_s": k * envs.decision_interval} | envs.trace() if trace else {}
         reward, *_ = envs.step_lanes(action)
         if trace:
-            row |= {
-                f"action_{i}": float(a) for i, a in enumerate(action[envs.traced])
-            }
-            columns.append(row | {"reward": float(reward[envs.traced])})
+            numbers = enumerate(action[envs.traced].tolist())
+            row |= {f"action_{i}": a for i, a in numbers}
+            rows.append(row | {"reward": float(reward[envs.traced])})
         cut = time.monotonic() - began > seconds and k + 1 < envs.length
         if cut:
             break
     envs.check_state()
-    ended, running = envs.stats("finals"), envs.stats()
-    done = ended["episode_length"] > 0
-    stats = {
-        k: torch.where(done, x, running[k]).double().cpu() for k, x in ended.items()
-    }
-    result = {
-        split: {
-            k: float(x[lanes].max() if k in WORST else x[lanes].mean())
-            for k, x in stats.items()
-        }
-        | {"std": float(stats["episode_return"][lanes].std(correction=0))}
-        for split, lanes in envs.splits.items()
-    }
-    return (
-        result,
-        {k: [row[k] for row in columns] for k in (columns[0] if columns else ())},
-        cut,
-    )
+    stats, result = envs.latest(), {}
+    for split, lanes in envs.splits.items():
+        std = stats["episode_return"][lanes].std(correction=0)
+        result[split] = envs.summary(stats, lanes) | {"std": float(std)}
+    return result, rows, cut
 
 
 @torch.no_grad()
@@ -1963,7 +2015,9 @@ def diagnose(agent: Agent, obs) -> dict[str, float]:
     }
 
 
-def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[str, list[str]]:
+def verdict(
+    audit: dict, result: dict, baselines: dict, updates: int
+) -> tuple[str, list[str]]:
     """untrained, undecided, collapsed, constant_is_right, undertrained or healthy, and why.
 
     result, baselines: of the split that chooses.
@@ -1977,8 +2031,9 @@ def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[s
     delays = {name: metrics["delay_veh_s"] for name, metrics in baselines.items()}
     name, best = min(delays.items(), key=lambda item: item[1])
     percent = 100 * (1 - delay / best)
-    beside = f"the best tuned controller, {name}, has {best:.0f}: the agent's is {abs(percent):.1f} % "
-    beside += "lower" if percent >= 0 else "higher"
+    side = "lower" if percent >= 0 else "higher"
+    rival = f"the best tuned controller, {name}, has {best:.0f}"
+    beside = f"{rival}: the agent's is {abs(percent):.1f} % {side}"
     if not dependence >= 0.01:
         return ("constant_is_right" if percent >= -1 else "collapsed"), [
             f"one phase in every state: {found}",
@@ -1993,9 +2048,10 @@ def verdict(audit: dict, result: dict, baselines: dict, updates: int) -> tuple[s
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
-    """policy(obs) -> actions from a checkpoint file alone: the deterministic policy that evaluation reports.
+    """policy(obs) -> actions: the deterministic policy of a checkpoint, from its file alone.
 
-    obs (..., junctions, D) NumPy, the environment's own -> (..., junctions) int64, phases. Raises CheckpointError.
+    obs (..., junctions, D) NumPy, the environment's own -> (..., junctions) int64, phases.
+    Raises CheckpointError.
     """
     state = load_run(checkpoint, Path(__file__), SCHEMA, device)
     agent = Agent(**state["config"]).to(device).eval().requires_grad_(False)
@@ -2003,7 +2059,7 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     return lambda obs: Greedy(agent)(obs).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 COLUMNS = (
     "episode_return",
     "std",
@@ -2026,26 +2082,35 @@ class Loop:
 
 
 def make_envs(
-    args: Args, backend: str, num_envs: int = EVAL_LANES, lane0: int = 0, cases: str | None = None
+    args: Args,
+    backend: str,
+    num_envs: int = EVAL_LANES,
+    lane0: int = 0,
+    cases: str | None = None,
 ):
     """The training environment, or with cases="eval" the evaluation one."""
     envs = NetworkVectorEnv(
-        num_envs, args.scenario, args.decision_interval, args.episode_seconds, LEVELS,
-        args.pressure, args.cell_length, seed=args.seed, backend=backend, lane0=lane0, cases=cases)
+        num_envs,
+        args.scenario,
+        args.decision_interval,
+        args.episode_seconds,
+        LEVELS,
+        args.pressure,
+        args.cell_length,
+        seed=args.seed,
+        backend=backend,
+        lane0=lane0,
+        cases=cases,
+    )
     envs.timed = args.sim_timeout is not None
     return envs
 
 
 def describe(run: Run, envs) -> dict:
-    """What the run is about, for its checkpoints: the network that was read or made, and what an evaluation draws."""
-    net = envs.network
-    content = hashlib.sha256(repr((net.ends, net.nodes, net.all_red, net.min_green)).encode())
-    for array in vars(net).values():
-        if isinstance(array, np.ndarray):
-            content.update(np.ascontiguousarray(array))
+    """What the run is about: the network, and what an evaluation draws."""
     return {
         "spec": run.args.scenario,
-        "sha256": content.hexdigest(),
+        "sha256": envs.network.sha256(),
         "levels": LEVELS,
         "variation": VARIATION,
         "eval_seed": EVAL_SEED,
@@ -2054,7 +2119,10 @@ def describe(run: Run, envs) -> dict:
 
 
 def agent_config(run: Run, envs) -> dict:
-    """Plain values that rebuild the agent from a checkpoint alone. Raises UsageError if the checkpoint's differ."""
+    """Plain values that rebuild the agent from a checkpoint alone.
+
+    Raises UsageError if the checkpoint's differ.
+    """
     config = {
         "observations": envs.row_obs,
         "phases": int(envs.network.n_phases.max()),
@@ -2063,7 +2131,9 @@ def agent_config(run: Run, envs) -> dict:
     }
     there = run.state["config"] if run.state else config
     other = [
-        f"{k} {there.get(k)} there, {v} here" for k, v in config.items() if there.get(k) != v
+        f"{k} {there.get(k)} there, {v} here"
+        for k, v in config.items()
+        if there.get(k) != v
     ]
     refuse((other, f"{run.source} does not fit these flags: {'; '.join(other)}"))
     return config
@@ -2075,25 +2145,31 @@ def check_network_env(run: Run, envs):
         print(f"note: {note}")
     envs.reset(seed=run.args.seed)
     envs.step_lanes(torch.zeros_like(envs.action))
-    began = time.monotonic()  # the first calls compiled
+    envs.longest_call = 0.0  # that was the compiler's
+    began = time.monotonic()
     envs.step_lanes(torch.zeros_like(envs.action))
     seconds = (time.monotonic() - began) * 15
     if seconds > run.eval_limit(0.2):
         print(f"sanity: no time for its checks, which take {seconds:.0f} s")
         return
     check_env(envs)
-    envs.longest_call = 0.0
-    print(f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s")
+    print(
+        f"sanity: the environment passed its checks in {time.monotonic() - began:.1f} s"
+    )
 
 
 def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
-    """Results of the controllers, tuned on training lanes within a share of the time; whether one was cut short."""
+    """Results of the controllers; whether one was cut short.
+
+    They are tuned on training lanes within a share of the time.
+    """
     run.phase("baselines")
     lanes, levels = envs.lane_id.clone(), envs.level.clone()
     tuned, sweeps = tune(envs, run.eval_limit(TUNING_SHARE))
     envs.assign(lanes, levels)
     print(
-        f"baselines: constants tuned on {min(TUNING_LANES, envs.num_envs)} training lanes, {sweeps} of 2 sweeps"
+        f"baselines: constants tuned on {min(TUNING_LANES, envs.num_envs)} training lanes, "
+        f"{sweeps} of 2 sweeps"
         + ("" if sweeps == 2 else f" in {100 * TUNING_SHARE:g} % of the time")
     )
     results, short = {}, False
@@ -2104,7 +2180,7 @@ def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
             if row
         ]
         print(f"baseline {name}: {'; '.join(words) or 'nothing to tune'}")
-        make = partial(controller, name=name, tuned=levels)
+        make = partial(tuned_controller, name=name, tuned=levels)
         results[name], _, cut = evaluate(make, eval_envs, run.eval_limit(0.05))
         short |= cut
     return results, short
@@ -2116,14 +2192,12 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     result, _, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.5))
     states = torch.cat(policy.states)
     audit = diagnose(agent, states[:: max(1, len(states) // 4096)])
-    record = {
-        f"eval/{split}/{k}": v
-        for split, metrics in result.items()
-        for k, v in metrics.items()
-    }
-    record |= {"value/v_mean": audit.pop("v_mean")} | {
-        f"policy/{k}": v for k, v in audit.items()
-    }
+    record = {"value/v_mean": audit.pop("v_mean")}
+    record |= {f"policy/{k}": v for k, v in audit.items()}
+    returns = ""
+    for split, metrics in result.items():
+        record |= {f"eval/{split}/{k}": v for k, v in metrics.items()}
+        returns += f"{split} {metrics['episode_return']:.0f}  "
     loop.evaluated = loop.global_step
     score = next(iter(result.values()))["episode_return"]
     if cut:
@@ -2132,32 +2206,10 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
         run.keep_best(score, loop)
     print(
         f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  "
-        f"{loop.updates:>6} updates  "
-        + "  ".join(
-            f"{split} {metrics['episode_return']:.0f}"
-            for split, metrics in result.items()
-        )
-        + f"  state_dependence {audit['state_dependence']:.2f}",
+        f"{loop.updates:>6} updates  {returns}state_dependence {audit['state_dependence']:.2f}",
         flush=True,
     )
     return record
-
-
-def episode_record(envs) -> dict[str, float]:
-    """Statistics of every lane's last ended episode, of the lanes that have one."""
-    envs.check_state()
-    stats = envs.stats("finals")
-    done = stats["episode_length"] > 0
-    if not done.any():
-        return {}
-    mean = {
-        k: float(x[done].max() if k in WORST else x[done].double().mean())
-        for k, x in stats.items()
-    }
-    charts = {
-        f"charts/episodic_{k}": mean.pop(f"episode_{k}") for k in ("return", "length")
-    }
-    return charts | {f"env/{k}": v for k, v in mean.items()}
 
 
 def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short):
@@ -2166,10 +2218,10 @@ def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, shor
 
     policy = Greedy(agent)
     limit = run.eval_limit(0.8)
-    result, columns, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
-    (run.dir / "traces").mkdir(exist_ok=True)
+    result, rows, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
     path = run.dir / "traces" / f"{eval_envs.network.name}.parquet"
-    pd.DataFrame(columns).to_parquet(path)
+    path.parent.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_parquet(path)
     results = {}
     for split, metrics in result.items():
         others = {name: baseline[split] for name, baseline in baselines.items()}
@@ -2180,9 +2232,8 @@ def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, shor
         }
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
-    audit["verdict"], audit["reasons"] = verdict(
-        audit, chosen["agent"], chosen["baselines"], loop.updates
-    )
+    metrics, rivals = chosen["agent"], chosen["baselines"]
+    audit["verdict"], audit["reasons"] = verdict(audit, metrics, rivals, loop.updates)
     return results, audit
 
 
@@ -2321,8 +2372,9 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
             record["losses/explained_variance"] = explained
             record["charts/learning_rate"] = schedule.latest
             run.phase("eval")
+            envs.check_state()
             if run.rank == 0:
-                record |= run.charts(loop, loop.updates * size) | episode_record(envs)
+                record |= run.charts(loop, loop.updates * size) | envs.episode_record()
                 run.log(record | validate(run, loop, agent, eval_envs), loop)
         run.checkpoint(loop)
 

@@ -1,4 +1,4 @@
-"""Static data of signalised road networks: read from files, or made (a corridor, a town), validated, never changed.
+"""Static data of signalised road networks: read from files or made, validated, never changed.
 
 from common.networks import find_network
 net = find_network("corridor")  # or "town5", or "roads.csv" with roads.json beside it
@@ -6,6 +6,7 @@ net = find_network("corridor")  # or "town5", or "roads.csv" with roads.json bes
 
 import csv
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from common.gpu_pool import pool
 KMH = 1.0 / 3.6
 CLASSES = ("motorcycle", "car")
 TOP_SPEED = (100 * KMH, 120 * KMH)  # m/s, of a class on an empty road without a limit
-RHO_JAM = 0.2  # veh/m and lane
+RHO_JAM = 0.15  # veh/m and lane: a green discharges 1 875 veh/h and lane at 50 km/h
 ROADS = {  # km/h where a segment gives no limit; a class that ends in _link has that of its road
     "motorway": 120.0,
     "trunk": 100.0,
@@ -46,7 +47,10 @@ class NetworkError(ValueError):
 
 @dataclass(frozen=True)
 class Network:
-    """Static data of a network: S segments, M moves over junctions, G signals, E entries. Shared, read-only."""
+    """Static data of a network, shared and read-only.
+
+    S segments, M moves over junctions, G signals, E entries, B bins of the mean demand.
+    """
 
     name: str
     ends: tuple  # (from, to) of every segment
@@ -62,13 +66,15 @@ class Network:
     green: np.ndarray  # (S,) bit p: green in phase p
     n_phases: np.ndarray  # (G,)
     nodes: tuple  # names of the signalised junctions
-    base: np.ndarray  # (2, E) mean demand, veh/s
+    change_at: np.ndarray  # (B,) s of an episode when the mean demand changes, first 0
+    base: np.ndarray  # (B, 2, E) mean demand from then on, veh/s
     zone_of: np.ndarray  # (cells,) 0 near, 1, 2 far from the stop line
     zone_share: np.ndarray  # (cells,) of its zone
     zone_length: np.ndarray  # (3, S) m
     all_red: float  # s after every phase
     min_green: float  # s before a phase may end
     notes: tuple  # lines: what is allowed but looks like a slip
+    shapes: tuple  # ((x, y), ...) m of every segment, for a picture; () if unknown
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,45 +84,116 @@ class Network:
         """(S,) whether anything leads out of a segment; where not, it is an exit."""
         return np.isin(np.arange(len(self.ends)), self.move_from)
 
+    def demand_table(self, interval: float, count: int) -> np.ndarray:
+        """Mean demand (veh/s) of `count` intervals of `interval` s, (count, 2, E).
+
+        One row stands for all where the demand never changes.
+        """
+        if len(self.change_at) == 1:
+            return self.base
+        edges = interval * np.arange(count + 1)[:, None]
+        lasts = np.diff(self.change_at, append=np.inf)
+        before = np.clip(edges - self.change_at, 0.0, lasts)
+        seconds = np.diff(before, axis=0)  # (count, B) of every bin in every interval
+        return np.einsum("nb,bke->nke", seconds, self.base) / interval
+
+    def sha256(self) -> str:
+        """Of all that the physics reads."""
+        plain = self.ends, self.nodes, self.all_red, self.min_green
+        content = hashlib.sha256(repr(plain).encode())
+        for array in vars(self).values():
+            if isinstance(array, np.ndarray):
+                content.update(np.ascontiguousarray(array))
+        return content.hexdigest()
+
 
 def near(name: str, names) -> str:
     found = difflib.get_close_matches(str(name), [str(n) for n in names], 1)
     return f", did you mean {found[0]}?" if found else ""
 
 
-# ---------------------------------------------------------------------------------------------------- the plan
-SHAPES = {
-    "signals": (dict, list, list, str),
-    "demand": (dict, dict, float),
-    "turns": (dict, dict, dict, float),
-    "all_red": (float,),
-    "min_green": (float,),
+# ----------------------------------------------------------------------------------------- the plan
+def is_number(value) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
+
+
+def is_amount(value) -> bool:
+    return is_number(value) and value >= 0
+
+
+def is_pair(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+def is_flow(value) -> bool:
+    return is_amount(value) or (isinstance(value, list) and len(value) > 0)
+
+
+KINDS = {
+    "object": (lambda value: isinstance(value, dict), "an object"),
+    "list": (lambda value: isinstance(value, list), "a list"),
+    "name": (lambda value: isinstance(value, str), "a node's name"),
+    "amount": (is_amount, "a number >= 0"),
+    "flow": (is_flow, "a number >= 0 or [[minute, veh/h from then on], ...]"),
+    "point": (is_pair, "[x, y], two numbers"),
 }
-MEANING = {dict: "an object", list: "a list", str: "a node's name", float: "a number >= 0"}
+SHAPES = {
+    "signals": ("object", "list", "list", "name"),
+    "demand": ("object", "object", "flow"),
+    "turns": ("object", "object", "object", "amount"),
+    "all_red": ("amount",),
+    "min_green": ("amount",),
+    "nodes": ("object", "point"),
+    "lines": ("object", "object", "list", "point"),
+}
 
 
 def check_shape(value, shape: tuple, at: str):
-    """Raises NetworkError where value is not what `shape` says, level by level, and names the place."""
+    """Raises NetworkError where value is not what `shape` says, level by level."""
     kind, *inner = shape
-    if kind is float:
-        good = (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and 0 <= value < math.inf
-        )
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        raise NetworkError(f"{at}: {value!r:.80} must be {MEANING[kind]}")
-    parts = value.items() if kind is dict else enumerate(value, 1) if kind is list else ()
+    is_good, meaning = KINDS[kind]
+    if not is_good(value):
+        raise NetworkError(f"{at}: {value!r:.80} must be {meaning}")
+    parts = ()
+    if kind == "flow" and isinstance(value, list):
+        check_over_time(value, at)
+    elif inner:
+        parts = value.items() if kind == "object" else enumerate(value, 1)
     for key, part in parts:
         check_shape(part, inner, f"{at}: {key}")
 
 
-class Builder:
-    """Segments and a plan on their way to a Network; every method raises NetworkError with the file and the place."""
+def check_over_time(pairs: list, at: str):
+    """Raises NetworkError where pairs are not [minute, flow] with minutes that rise from 0."""
+    before = None
+    for k, pair in enumerate(pairs, 1):
+        if not is_pair(pair) or min(pair) < 0:
+            raise NetworkError(
+                f"{at}: {k}: {pair!r:.80} must be [minute, veh/h], both >= 0"
+            )
+        minute = pair[0]
+        if before is None and minute != 0:
+            raise NetworkError(
+                f"{at}: {k}: begins at minute {minute:g}, must begin at 0"
+            )
+        if before is not None and minute <= before:
+            raise NetworkError(
+                f"{at}: {k}: minute {minute:g} comes after {before:g}: must rise"
+            )
+        before = minute
 
-    def __init__(self, segments: list[dict], plan: dict, dx: float, where: tuple[str, str]):
+
+class Builder:
+    """Segments and a plan on their way to a Network.
+
+    Every method raises NetworkError with the file and the place.
+    """
+
+    def __init__(
+        self, segments: list[dict], plan: dict, dx: float, where: tuple[str, str]
+    ):
         self.table, self.text = where
         for key, value in plan.items():
             if key not in SHAPES:
@@ -155,7 +232,9 @@ class Builder:
         self.dx, self.jam, self.limit = np.zeros(n), np.zeros(n), np.zeros((2, n))
         self.zone_length, counts, zone_of, zone_share = np.zeros((3, n)), [], [], []
         for s, row in enumerate(self.rows):
-            speed = (row.get("limit") or ROADS[row["class"].removesuffix("_link")]) * KMH
+            speed = (
+                row.get("limit") or ROADS[row["class"].removesuffix("_link")]
+            ) * KMH
             self.limit[:, s] = [min(speed, top) for top in TOP_SPEED]
             count = max(1, round(row["length_m"] / dx))
             self.jam[s], self.dx[s] = RHO_JAM * row["lanes"], row["length_m"] / count
@@ -167,7 +246,7 @@ class Builder:
             zone_share.append(self.dx[s] / self.zone_length[zone, s])
             if row["length_m"] < SHORT:
                 self.notes.append(
-                    f"{self.name_of(s)} is {row['length_m']:g} m long: every time step shrinks with it"
+                    f"{self.name_of(s)} is {row['length_m']:g} m long: time steps shrink with it"
                 )
         self.first = np.r_[0, np.cumsum(counts)].astype(np.int64)
         self.zone_of = np.concatenate(zone_of).astype(np.int64)
@@ -189,7 +268,9 @@ class Builder:
         for s, (start, node) in enumerate(self.ends):
             given = turns.get(node, {}).get(start)
             share = (
-                self.usual_shares(s) if given is None else self.given_shares(given, node, start)
+                self.usual_shares(s)
+                if given is None
+                else self.given_shares(given, node, start)
             )
             total = sum(share.values())
             for j in self.out_of[node]:
@@ -206,21 +287,31 @@ class Builder:
     def usual_shares(self, s: int) -> dict:
         """In proportion to lanes times limit, never back."""
         start, node = self.ends[s]
-        return {j: self.capacity[j] for j in self.out_of[node] if self.ends[j][1] != start}
+        return {
+            j: self.capacity[j] for j in self.out_of[node] if self.ends[j][1] != start
+        }
 
     def given_shares(self, given: dict, node: str, start: str) -> dict:
-        at, ways = f"turns: {node}: {start}", {self.ends[j][1]: j for j in self.out_of[node]}
+        at, ways = (
+            f"turns: {node}: {start}",
+            {self.ends[j][1]: j for j in self.out_of[node]},
+        )
         for to in given:
             if to not in ways:
-                raise NetworkError(f"{self.text}: {at}: no segment {node} > {to}{near(to, ways)}")
+                raise NetworkError(
+                    f"{self.text}: {at}: no segment {node} > {to}{near(to, ways)}"
+                )
         total = sum(given.values())
         if abs(total - 1) > 0.0101:  # thirds may be written .33
-            raise NetworkError(f"{self.text}: {at}: the shares add up to {total:g}, must be 1")
+            raise NetworkError(
+                f"{self.text}: {at}: the shares add up to {total:g}, must be 1"
+            )
         return {ways[to]: share for to, share in given.items()}
 
     def fill(self):
         """Entries, and the mean demand of each."""
         demand, led_into = self.plan.get("demand", {}), set(self.move_to.tolist())
+        self.find_changes(demand)
         entries = [s for s in range(len(self.ends)) if s not in led_into]
         if not entries:
             raise NetworkError(
@@ -234,31 +325,78 @@ class Builder:
                     raise NetworkError(f"{self.text}: demand: {node}: {hint}")
             if not set(self.out_of[node]) & set(entries):
                 raise NetworkError(
-                    f"{self.text}: demand: {node}: no entry begins there (nothing leads into an entry)"
+                    f"{self.text}: demand: {node}: no entry begins there "
+                    "(nothing leads into an entry)"
                 )
         self.entry, base = np.full(len(self.ends), -1, np.int64), []
         for s in entries:
             start = self.ends[s][0]
             if start not in demand:
                 raise NetworkError(
-                    f"{self.name_of(s)} is an entry (nothing leads into it) but {self.text}: demand has "
-                    f"no {start}: give its flows, 0 to close it"
+                    f"{self.name_of(s)} is an entry (nothing leads into it) but "
+                    f"{self.text}: demand has no {start}: give its flows, 0 to close it"
                 )
             together = sum(self.capacity[j] for j in self.out_of[start] if j in entries)
             share = self.capacity[s] / together
             self.entry[s] = len(base)
-            base.append([demand[start].get(kind, 0) / 3600 * share for kind in CLASSES])
-            if sum(base[-1]) > self.capacity[s] / 4:
-                wants, most = 3600 * sum(base[-1]), 900 * self.capacity[s]
+            flows = [
+                self.flow_over_time(demand[start].get(kind, 0)) for kind in CLASSES
+            ]
+            base.append(np.array(flows) / 3600 * share)  # (2, B)
+            largest = base[-1].sum(0).max()
+            if largest > self.capacity[s] / 4:
+                wants, most = 3600 * largest, 900 * self.capacity[s]
                 self.notes.append(
                     f"{self.name_of(s)} has a demand of {wants:.0f} veh/h but carries {most:.0f}"
                 )
         self.base = np.array(base).T.copy()
 
+    def find_changes(self, demand: dict):
+        """The minutes and seconds at which any flow changes."""
+        flows = [flow for by_class in demand.values() for flow in by_class.values()]
+        minutes = {
+            minute for flow in flows if isinstance(flow, list) for minute, _ in flow
+        }
+        self.minutes = sorted(minutes | {0})
+        self.change_at = 60.0 * np.array(self.minutes, float)
+
+    def flow_over_time(self, flow) -> list:
+        """veh/h of every bin between two changes."""
+        if not isinstance(flow, list):
+            return [flow] * len(self.minutes)
+        return [[x for at, x in flow if at <= minute][-1] for minute in self.minutes]
+
+    def draw(self):
+        """Polylines of the segments: as given, else straight between known nodes."""
+        points, lines = self.plan.get("nodes", {}), self.plan.get("lines", {})
+        for node in points:
+            self.check_node(node, "nodes")
+        for start in lines:
+            self.check_node(start, "lines")
+            for node, line in lines[start].items():
+                at = f"lines: {start}: {node}"
+                self.check_node(node, f"lines: {start}")
+                self.find_segment(start, node, at)
+                if len(line) < 2:
+                    raise NetworkError(
+                        f"{self.text}: {at}: {len(line)} points, needs 2 or more"
+                    )
+        self.shapes = []
+        for start, node in self.ends:
+            straight = [
+                points[end]
+                for end in (start, node)
+                if start in points and node in points
+            ]
+            line = lines.get(start, {}).get(node, straight)
+            self.shapes.append(tuple((float(x), float(y)) for x, y in line))
+
     def light(self):
         """Signals and their phases."""
         signals = self.plan.get("signals", {})
-        self.signal, self.green = (np.full(len(self.ends), value, np.int64) for value in (-1, 0))
+        self.signal, self.green = (
+            np.full(len(self.ends), value, np.int64) for value in (-1, 0)
+        )
         for g, (node, phases) in enumerate(signals.items()):
             at = f"signals: {node}"
             self.check_node(node, "signals")
@@ -272,7 +410,9 @@ class Builder:
                         f"{self.text}: {at}: phase {p + 1} is empty: name the nodes it serves"
                     )
                 for start in starts:
-                    self.green[self.find_segment(start, node, f"{at}: phase {p + 1}")] |= 1 << p
+                    self.green[
+                        self.find_segment(start, node, f"{at}: phase {p + 1}")
+                    ] |= 1 << p
             for s in self.into[node]:
                 self.signal[s] = g
                 if not self.green[s]:
@@ -280,7 +420,9 @@ class Builder:
                         f"{self.text}: {at}: {self.ends[s][0]} > {node} is green in no phase"
                     )
             if not self.out_of[node]:
-                self.notes.append(f"{self.text}: {at}: no segment leaves it: a signal at an exit")
+                self.notes.append(
+                    f"{self.text}: {at}: no segment leaves it: a signal at an exit"
+                )
         self.n_phases = np.array([len(phases) for phases in signals.values()], np.int64)
 
     def look_for_islands(self):
@@ -300,7 +442,8 @@ class Builder:
         apart = [s for s, (start, _) in enumerate(self.ends) if part[start] != largest]
         if apart:
             self.notes.append(
-                f"{self.name_of(apart[0])} and {len(apart) - 1} more have no connection with the rest"
+                f"{self.name_of(apart[0])} and {len(apart) - 1} more have no connection "
+                "with the rest"
             )
 
 
@@ -311,17 +454,22 @@ def build_network(
     dx: float = CELL_LENGTH,
     where: tuple[str, str] = ("segments", "plan"),
 ) -> Network:
-    """Records of segments (from, to, length_m, class, lanes, limit km/h or None for the class's) and a plan -> Network.
+    """Records of segments and a plan -> Network.
 
-    plan: signals {node: [[from, ...] a phase]}; demand {node: {motorcycle, car: veh/h}}, joined by every entry; turns
-    {node: {from: {to: share}}}, by default in proportion to lanes * limit, never back; all_red, min_green (s). A
-    segment that leads nowhere is an exit, one that nothing leads into an entry. where: names of both for messages.
+    segments: from, to, length_m, class, lanes, limit (km/h, None for the class's).
+    plan: signals {node: [[from, ...] a phase]}; demand {node: {motorcycle, car: flow}}, shared by
+    the entries that begin there, a flow veh/h or [[minute, veh/h from then on], ...]; turns {node:
+    {from: {to: share}}}, by default in proportion to lanes * limit, never back; all_red, min_green
+    (s); for pictures nodes {node: [x, y]} in m and lines {from: {to: [[x, y], ...]}}. A segment
+    that leads nowhere is an exit, one that nothing leads into an entry. where: names of both for
+    messages.
     """
     b = Builder(segments, plan, dx, where)
     b.join()
     b.fill()
     b.light()
     b.look_for_islands()
+    b.draw()
     net = Network(
         name,
         tuple(b.ends),
@@ -337,6 +485,7 @@ def build_network(
         b.green,
         b.n_phases,
         tuple(plan.get("signals", {})),
+        b.change_at,
         b.base,
         b.zone_of,
         b.zone_share,
@@ -344,6 +493,7 @@ def build_network(
         float(plan.get("all_red", ALL_RED)),
         float(plan.get("min_green", MIN_GREEN)),
         tuple(b.notes),
+        tuple(b.shapes),
     )
     for array in vars(net).values():
         if isinstance(array, np.ndarray):
@@ -351,8 +501,15 @@ def build_network(
     return net
 
 
-# ------------------------------------------------------------------------------------------------------- files
-COLUMNS = {"from": str, "to": str, "length_m": float, "class": str, "lanes": int, "limit": float}
+# -------------------------------------------------------------------------------------------- files
+COLUMNS = {
+    "from": str,
+    "to": str,
+    "length_m": float,
+    "class": str,
+    "lanes": int,
+    "limit": float,
+}
 ALLOWED = {
     "length_m": (0.1, 1e5),
     "lanes": (1, 100),
@@ -366,17 +523,22 @@ def unique(where: Path, pairs: list) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise NetworkError(f"{where}: the key {max(keys, key=keys.count)!r} is there twice")
+        raise NetworkError(
+            f"{where}: the key {max(keys, key=keys.count)!r} is there twice"
+        )
     return found
 
 
 def read_text(path: Path) -> str:
     if not path.is_file():
         raise NetworkError(
-            f"{path}: no such file (a network is NAME.csv with its segments and NAME.json beside it)"
+            f"{path}: no such file (a network is NAME.csv with its segments and "
+            "NAME.json beside it)"
         )
     if path.stat().st_size > LARGEST:
-        raise NetworkError(f"{path}: {path.stat().st_size} bytes, at most {LARGEST} are read")
+        raise NetworkError(
+            f"{path}: {path.stat().st_size} bytes, at most {LARGEST} are read"
+        )
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -402,7 +564,9 @@ def check_columns(path: Path, columns: list):
             )
     for column in columns:
         if column not in COLUMNS:
-            raise NetworkError(f"{path}: unknown column {column!r}{near(column, COLUMNS)}")
+            raise NetworkError(
+                f"{path}: unknown column {column!r}{near(column, COLUMNS)}"
+            )
 
 
 def read_value(column: str, text: str, at: str):
@@ -434,7 +598,9 @@ def read_segments(path: Path) -> list[dict]:
             if None in raw:
                 raise NetworkError(f"{at}: more values than the {len(COLUMNS)} columns")
             row = {
-                column: read_value(column, (raw[column] or "").strip(), f"{at}: {column}")
+                column: read_value(
+                    column, (raw[column] or "").strip(), f"{at}: {column}"
+                )
                 for column in COLUMNS
             }
             pair = row["from"], row["to"]
@@ -477,7 +643,7 @@ def read_plan(path: Path) -> dict:
 
 
 def load_network(path: str, dx: float = CELL_LENGTH) -> Network:
-    """A segments CSV (from, to, length_m, class, lanes, limit km/h or empty) and the JSON of that stem."""
+    """A CSV of segments (from, to, length_m, class, lanes, limit) and the JSON of that stem."""
     table = Path(path)
     text = table.with_suffix(".json")
     return build_network(
@@ -485,14 +651,17 @@ def load_network(path: str, dx: float = CELL_LENGTH) -> Network:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- made
+# --------------------------------------------------------------------------------------------- made
 def both_ways(a, b, length, road, lanes, limit=None) -> list[dict]:
     row = {"length_m": length, "class": road, "lanes": lanes, "limit": limit}
     return [{"from": a, "to": b, **row}, {"from": b, "to": a, **row}]
 
 
 def corridor_network(dx: float = CELL_LENGTH) -> Network:
-    """5 signalised junctions on an arterial of two lanes a direction, side streets of one: 32 segments, 12 entries."""
+    """5 signalised junctions on an arterial of two lanes a direction.
+
+    Side streets of one lane: 32 segments, 12 entries.
+    """
     segments, plan = [], {"signals": {}, "demand": {}, "turns": {}}
     chain = ["W", "J1", "J2", "J3", "J4", "J5", "E"]
     for a, b, length in zip(chain, chain[1:], (300, 300, 225, 350, 250, 300)):
@@ -508,16 +677,19 @@ def corridor_network(dx: float = CELL_LENGTH) -> Network:
             north: {south: 0.4, west: 0.3, east: 0.3},
             south: {north: 0.4, west: 0.3, east: 0.3},
         }
-        side = (340, 460, 300, 520, 400)[g]
+        side = (204, 276, 180, 312, 240)[g]
         for start in (north, south):
             plan["demand"][start] = {"motorcycle": 0.4 * side, "car": 0.6 * side}
     for start in ("W", "E"):
-        plan["demand"][start] = {"motorcycle": 600, "car": 900}
+        plan["demand"][start] = {"motorcycle": 360, "car": 540}
     return build_network("corridor", segments, plan, dx)
 
 
 def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
-    """A grid of n x n signalised junctions 200 m apart with an entry and an exit at every end of a street."""
+    """A grid of n x n signalised junctions 200 m apart.
+
+    An entry and an exit at every end of a street.
+    """
     segments, plan = [], {"signals": {}, "demand": {}}
     inside = {(i, j): f"J{i}_{j}" for i in range(n) for j in range(n)}
 
@@ -535,7 +707,7 @@ def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
             [name(i - 1, j), name(i + 1, j)],
         ]
     for node in sorted({row["from"] for row in segments} - set(inside.values())):
-        plan["demand"][node] = {"motorcycle": 100, "car": 150}
+        plan["demand"][node] = {"motorcycle": 60, "car": 90}
     return build_network(f"town{n}", segments, plan, dx)
 
 
@@ -550,6 +722,7 @@ def find_network(spec, dx: float = CELL_LENGTH) -> Network:
         return pool.static(("network", spec, dx), lambda: town_network(int(size), dx))
     if not spec.endswith(".csv"):
         raise NetworkError(
-            f"--scenario {spec}: must be corridor, townN such as town5 (at most 50), or a segments CSV"
+            f"--scenario {spec}: must be corridor, townN such as town5 (at most 50), "
+            "or a segments CSV"
         )
     return load_network(spec, dx)

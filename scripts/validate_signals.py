@@ -1,12 +1,12 @@
-"""Is the network simulator of ppo_arz_signals.py right? Three answers that are known, and one that should settle.
+"""Is the network simulator of ppo_arz_signals.py right? Three known answers, one that settles.
 
     python scripts/validate_signals.py          # a minute or two on one core
     python scripts/validate_signals.py --quick
 
-A smooth wave of cars on a street (its error falls with the order of the scheme), the delay of one red light, and the
-saturation flow of a green; then the corridor's delay under one fixed cycle on finer and finer cells. The
-equilibrium-gap pressure with w = the limit is LWR with Greenshields' speed, whose solutions are exact. Exit code 1 if
-a check fails.
+A smooth wave of cars on a street (its error falls with the order of the scheme), the delay of one
+red light, and the saturation flow of a green; then the corridor's delay under a fixed cycle and
+under actuated control on finer and finer cells. The equilibrium-gap pressure with w = the limit is
+LWR with Greenshields' speed, whose solutions are exact. Exit code 1 if a check fails.
 """
 
 import sys
@@ -23,9 +23,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from cleanrl_crypto import ppo_arz_signals as arz  # noqa: E402
-from common.networks import build_network  # noqa: E402
+from common.networks import RHO_JAM, build_network  # noqa: E402
 
-RED = 25 / 3  # veh s: q r^2 / (2 (1 - q / q_m)) of q .1, q_m .25 veh/s and r 10 s
+# veh s: q r^2 / (2 (1 - q / q_m)) of q .1 veh/s, r 10 s and q_m a quarter of jam density x 5 m/s
+RED = 0.1 * 10.0**2 / (2 * (1 - 0.1 / (RHO_JAM * 5.0 / 4)))
+CONTROLLERS = {
+    "fixed_cycle": {"cycle": 45.0, "skew": 0.75, "speed": 12.0},
+    "actuated": {"gap": 0.15, "longest": 25.0},
+}
+SATURATION = 1750.0, 2000.0  # veh/h and lane at 50 km/h, as in streets
+SETTLED = 0.05  # of the delay on the finest cells
 STEADY = dict(variation=(1.0, 1.0, 0.0), fill=0.0, pressure="gap")
 
 
@@ -63,13 +70,17 @@ def street(
         "min_green": 0,
     }
     net = build_network("street", rows, plan, dx)
-    envs = arz.NetworkVectorEnv(1, net, interval, seconds, **STEADY | {"pressure": pressure})
+    envs = arz.NetworkVectorEnv(
+        1, net, interval, seconds, **STEADY | {"pressure": pressure}
+    )
     envs.reset(seed=0)
     return envs
 
 
 def smooth_street(dx: float) -> float:
-    """L1 error (m of jam) of a smooth wave of cars before it breaks: rho is constant along x + V (1 - 2 rho) t."""
+    """L1 error (m of jam) of a smooth wave of cars before it breaks: rho is constant along x + V (1
+    - 2 rho) t.
+    """
     seconds, top = 20.0, 10.0
     envs = street(dx, 800.0, 1e-6, 36.0, seconds)
     cells, jam = slice(*envs.network.first[:2]), envs.network.jam[0]
@@ -117,12 +128,11 @@ def saturation_flow(limit: float, pressure: str) -> float:
     return 3600 * (left[3] - left[11]) / 40  # from 20 to 60 s after the green began
 
 
-def corridor(dx: float, pressure: str, lanes: int = 16) -> float:
-    """Mean delay (veh s) of `lanes` episodes of the corridor under one fixed cycle."""
+def corridor(dx: float, pressure: str, name: str, lanes: int = 16) -> float:
+    """Mean delay (veh s) of `lanes` episodes of the corridor under one controller."""
     envs = arz.NetworkVectorEnv(lanes, "corridor", 5.0, 450.0, pressure=pressure, dx=dx)
     envs.reset(seed=5)
-    constants = {"cycle": 40.0, "skew": 0.5, "speed": 12.0}
-    act = arz.fixed_cycle(envs, **{k: torch.full((lanes,), v) for k, v in constants.items()})
+    act = arz.controller(envs, name, [CONTROLLERS[name]] * lanes)
     for _ in range(envs.length):
         envs.step_lanes(act(None))
     return float(envs.stats("finals")["delay_veh_s"].mean())
@@ -145,19 +155,16 @@ def main(argv: list[str] | None = None) -> dict:
     reds = [red_light(dx) for dx in red_dx]
     show("smooth wave, L1 error, m of jam; dx, m", wave_dx, wave, ".4f")
     show(f"one red of 10 s, veh s (LWR: {RED:.4f})", red_dx, reds, ".4f")
-    flows, delays = {}, {}
+    flows, delays, limits = {}, {}, (30.0, 40.0, 50.0, 60.0)
     for pressure in arz.PRESSURES:
-        flows[pressure] = [
-            saturation_flow(limit, pressure) for limit in (30.0, 40.0, 50.0, 60.0)
-        ]
-        show(
-            f"saturation flow, veh/h, {pressure}; km/h",
-            (30, 40, 50, 60),
-            flows[pressure],
-            ".0f",
-        )
-        delays[pressure] = [corridor(dx, pressure) for dx in fine]
-        show(f"corridor's delay, veh s, {pressure}; dx, m", fine, delays[pressure], ".0f")
+        flows[pressure] = [saturation_flow(limit, pressure) for limit in limits]
+        title = f"saturation flow, veh/h, {pressure}; km/h"
+        show(title, limits, flows[pressure], ".0f")
+        for name in CONTROLLERS:
+            row = delays[f"{pressure} {name}"] = [
+                corridor(dx, pressure, name) for dx in fine
+            ]
+            show(f"corridor's delay, {pressure}, {name}; dx, m", fine, row, ".0f")
     failed = []
     if not ((orders > 0.8) & (orders < 1.2)).all():
         failed.append(
@@ -165,9 +172,23 @@ def main(argv: list[str] | None = None) -> dict:
         )
     if not abs(reds[-1] - RED) < 0.1:
         failed.append(f"one red costs {reds[-1]:.3f} veh s, expected {RED:.3f}")
+    default = arz.Args.pressure
+    flow = flows[default][limits.index(50.0)]
+    if not SATURATION[0] <= flow <= SATURATION[1]:
+        failed.append(f"saturation flow {flow:.0f} veh/h, expected {SATURATION}")
+    for name in CONTROLLERS:
+        delay = np.array(delays[f"{default} {name}"])
+        if not np.allclose(delay, delay[-1], rtol=SETTLED):
+            failed.append(f"delays of {name} do not settle: {delay.round().tolist()}")
     if failed:
         raise CheckFailed("; ".join(failed))
-    return {"exit_code": 0, "wave": wave, "red": reds, "saturation": flows, "delay": delays}
+    return {
+        "exit_code": 0,
+        "wave": wave,
+        "red": reds,
+        "saturation": flows,
+        "delay": delays,
+    }
 
 
 if __name__ == "__main__":

@@ -34,6 +34,20 @@ def repo() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small arrays: threads of several workers would only wait for each other."""
+    import numba
+    import torch
+
+    threads = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    numba.set_num_threads(threads[1])
+
+
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     """A run directory of the test's own that does not exist yet."""

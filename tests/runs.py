@@ -51,6 +51,14 @@ def load_summary(run_dir) -> dict:
     return json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
 
 
+def write_network(folder, table, plan) -> str:
+    """net.csv with the segments, net.json with the plan: text, bytes or what JSON can say."""
+    plan = plan if isinstance(plan, (str, bytes)) else json.dumps(plan)
+    for name, text in (("net.csv", table), ("net.json", plan)):
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(folder / "net.csv")
+
+
 def assert_same(a, b, where=""):
     """Equal to the bit, NaN to NaN, with the place of the first difference."""
     assert type(a) is type(b), where

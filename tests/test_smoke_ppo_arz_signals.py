@@ -8,15 +8,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numba as nb
 import numpy as np
 import pytest
 import torch
 
 from cleanrl_crypto import ppo_arz_signals as arz
 from common.run import CheckFailed, UsageError
-from common.timeout_guard import CheckpointError, load_checkpoint
-from runs import SUMMARY, assert_same, flags_of, records, wait_until
+from common.timeout_guard import load_checkpoint
+from runs import SUMMARY, assert_same, flags_of, records, wait_until, write_network
 
 SCRIPT = Path(arz.__file__)
 TINY = dict(
@@ -38,15 +37,7 @@ PROGRAM = f"import sys; sys.path.insert(0, {str(SCRIPT.parents[1])!r}); " \
 flags = partial(flags_of, TINY)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These arrays are small: threads of several workers would only wait for each other."""
-    threads = torch.get_num_threads(), nb.get_num_threads()
-    torch.set_num_threads(1)
-    nb.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads[0])
-    nb.set_num_threads(threads[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +45,6 @@ def finished(tmp_path_factory):
     """A run of the default flags at tiny size: its directory and its summary."""
     run_dir = tmp_path_factory.mktemp("signals") / "run"
     return run_dir, arz.main(flags(run_dir))
-
-
-def own_network(folder: Path, plan=PLAN) -> Path:
-    (folder / "roads.csv").write_text(ROADS)
-    (folder / "roads.json").write_text(json.dumps(plan))
-    return folder / "roads.csv"
 
 
 def last(run_dir) -> dict:
@@ -87,14 +72,6 @@ def test_a_run_and_what_it_leaves(finished):
 def test_the_last_weights_are_evaluated(tmp_path):
     arz.main(flags(tmp_path / "run", eval_interval=100, total_timesteps=80))
     assert [r["global_step"] for r in records(tmp_path / "run") if "eval/eval/std" in r] == [80]
-
-
-def test_environments_of_the_tests_own(tmp_path):
-    make = partial(arz.NetworkVectorEnv, network="town1", seconds=50.0)
-    envs, eval_envs = make(4, level=arz.LEVELS), make(5, cases="eval")
-    summary = arz.main(flags(tmp_path / "run"), envs=envs, eval_envs=eval_envs)
-    assert summary["updates"] == 24 and summary["env_builds"] == 0
-    assert len(eval_envs.lane_id) == 5 and summary["eval"]["x1.0"]["agent"]["delay_veh_s"] > 0
 
 
 def test_the_learning_rate_falls_and_target_kl_stops_epochs(tmp_path):
@@ -158,18 +135,10 @@ def test_a_policy_from_its_file_alone_acts_as_evaluated(finished, tmp_path):
         arz.main(flags(tmp_path / "other", eval_only=True, checkpoint=path, scenario="town2"))
 
 
-def test_files_that_are_no_checkpoint_of_this_script(finished, tmp_path):
-    torch.save({"schema": 1, "script": "other"}, tmp_path / "other.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    for name in ("other.pt", "text.pt", "nothing.pt"):
-        with pytest.raises(CheckpointError, match=name):
-            arz.load_policy(tmp_path / name)
-
-
 def test_a_network_whose_file_changed_is_not_resumed(tmp_path):
-    path = own_network(tmp_path)
+    path = write_network(tmp_path, ROADS, PLAN)
     arz.main(flags(tmp_path / "run", scenario=path, total_timesteps=20))
-    own_network(tmp_path, PLAN | {"demand": {"A": {"car": 400}, "B": {"car": 200}}})
+    write_network(tmp_path, ROADS, PLAN | {"demand": {"A": {"car": 400}, "B": {"car": 200}}})
     with pytest.raises(UsageError, match="sha256"):
         arz.main(flags(tmp_path / "run", scenario=path, total_timesteps=40, resume="auto"))
 
