@@ -310,6 +310,7 @@ class Run:
         self._saved, self._due = time.monotonic(), False
         self._evaluations, self.eval_seconds, self._eval_began = evaluations, 0.0, None
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
+        self._piece = {"work": "", "began": 0.0, "longest": 0.0}
         from_start = None if argv is None else False
         self.guard = TimeoutGuard(self.args.timeout, from_process_start=from_start)
         self.guard.mark("setup")
@@ -820,12 +821,15 @@ def ask_deadline(work: str, rows: int):
     """
     if Run.current is None or rows < LONG:
         return
-    guard = Run.current.guard
+    guard, piece, now = Run.current.guard, Run.current._piece, time.monotonic()
+    if piece["work"] == work:
+        piece["longest"] = max(piece["longest"], now - piece["began"])
+    piece["work"], piece["began"] = work, now
     if guard.signal is not None:
         stop = OutOfTime(f"interrupted in {work}")
         stop.exit_code = guard.exit_code
         raise stop
-    if guard.remaining() < EXIT_SECONDS:
+    if guard.remaining() < EXIT_SECONDS + piece["longest"]:
         limit = f"--timeout {guard.timeout:g} is too short for {work} of {rows} rows"
         raise OutOfTime(f"{limit}: give more time, or fewer bars")
 
