@@ -24,6 +24,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -34,7 +35,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.data import COLUMNS, Bars, iso, load_bars, utc_times  # noqa: E402
+from common.data import COLUMNS, Bars, load_bars, utc_times  # noqa: E402
 from common.run import UsageError, exit_with  # noqa: E402
 
 OWN_BARS = "synthetic:noise?bars=1500"  # with holes and silent bars, see rough()
@@ -44,18 +45,18 @@ EDITS = {
     "prices": "later prices are edited",
     "volumes": "later volumes are edited",
 }
-KINDS = tuple(EDITS)
 FIT_SHARES = (0.4, 0.6, 0.8)  # of the bars: the values of fit_until that are tried
 ROUNDING = 1e-6  # of a column's spread: a smaller difference is rounding
-Z = 7.0  # standard errors of a rank correlation that chance does not reach in a few hundred tests
+Z = 7.0  # standard errors that chance does not reach in a few hundred tests
+TABLES = pd.Series, pd.DataFrame
 FEW = 100  # rows that a rank correlation needs
 
 SEEDS = 3  # episodes that are walked
-STEPS = 300  # of an episode, at most
 PAYOFF = 32  # steps over which the rewards of one action are added up
-CUTS = 8  # bars of each episode after which the future is edited
+CUTS = 8  # bars within each episode after which the future is edited
 AGAIN = 6  # other edits of the same bars, before it is said that an observation did not change
 SLACK = 3  # bars by which an observation may show a new bar late
+FAR = 64  # bars: where the search for how far an environment looks ahead ends
 
 
 # ------------------------------------------------------------------------------------------- bars
@@ -64,19 +65,23 @@ def rough(bars: Bars, rng) -> Bars:
     rows = len(bars.timestamp)
     keep = np.ones(rows, bool)
     for start in rng.integers(20, rows - 20, rows // 120):
-        keep[start : start + rng.integers(1, 6)] = False
+        stop = start + rng.integers(1, 6)
+        keep[start:stop] = False
     ohlcv = bars.ohlcv.copy()
-    silent = rng.integers(20, rows - 20, rows // 50)
-    ohlcv[:, silent, :4] = ohlcv[:, silent - 1, 3:4]
-    ohlcv[:, silent, 4] = 0.0
-    return replace(part(bars, np.flatnonzero(keep), ohlcv), truth=None)
+    for row in rng.integers(20, rows - 20, rows // 50):
+        ohlcv[:, row, :4] = ohlcv[:, row - 1, 3:4]
+        ohlcv[:, row, 4] = 0.0
+    return part(replace(bars, ohlcv=ohlcv, truth=None), keep)
 
 
-def part(bars: Bars, rows, ohlcv=None) -> Bars:
-    """Some rows of bars; `ohlcv` (A, T, 5) instead of their own."""
-    ohlcv = bars.ohlcv if ohlcv is None else ohlcv
-    cut = {"timestamp": bars.timestamp[rows], "filled": bars.filled[:, rows]}
-    return replace(bars, ohlcv=ohlcv[:, rows], **cut)
+def part(bars: Bars, rows) -> Bars:
+    """Some rows of bars."""
+    return replace(
+        bars,
+        timestamp=bars.timestamp[rows],
+        ohlcv=bars.ohlcv[:, rows],
+        filled=bars.filled[:, rows],
+    )
 
 
 def edited(bars: Bars, cut: int, kind: str, rng) -> Bars:
@@ -86,51 +91,64 @@ def edited(bars: Bars, cut: int, kind: str, rng) -> Bars:
     ohlcv = bars.ohlcv.copy()
     timestamp = bars.timestamp.copy()
     after = ohlcv[:, cut + 1 :]
+    size = after.shape[:2]
     if kind in ("rows", "prices"):
-        wild = rng.normal(0, rng.choice([0.003, 0.03, 0.3]), after.shape[:2] + (4,))
-        level = rng.normal(0, rng.choice([0.0, 0.3, 1.0]))
-        prices = after[..., :4] * np.exp(wild + level)
+        wild = rng.choice([0.003, 0.03, 0.3])
+        level = rng.choice([0.0, 0.3, 1.0]) * rng.normal()
+        moves = rng.normal(level, wild, (*size, 4))
+        prices = after[..., :4] * np.exp(moves)
         after[..., :4] = prices
         after[..., 1] = prices.max(-1)
         after[..., 2] = prices.min(-1)
     if kind in ("rows", "volumes"):
-        after[..., 4] *= np.exp(rng.normal(0, 0.5, after.shape[:2]) + rng.normal(0, 1.0))
-        after[..., 4] *= rng.random(after.shape[:2]) > 0.05
+        moves = rng.normal(rng.normal(), 0.5, size)
+        traded = rng.random(size) > 0.05
+        after[..., 4] *= traded * np.exp(moves)
     if kind == "rows":
-        timestamp[cut + 1 :] += np.median(np.diff(timestamp)) * rng.integers(0, 200)
+        step = np.median(np.diff(timestamp))
+        timestamp[cut + 1 :] += step * rng.integers(0, 200)
     return replace(bars, ohlcv=ohlcv, timestamp=timestamp)
 
 
 def shuffled(bars: Bars, rng) -> Bars:
     """The same kind of bars in a random order: nothing at a row tells anything of the next one."""
     rows = len(bars.timestamp)
-    before = np.concatenate([bars.ohlcv[:, :1, 0], bars.ohlcv[:, :-1, 3]], 1)  # (A, T)
-    shape = bars.ohlcv[..., :4] / before[..., None]
     order = rng.integers(1, rows, rows)
-    shape = shape[:, order]
-    close = bars.ohlcv[:, :1, 3] * np.exp(np.cumsum(np.log(shape[..., 3]), 1))
+    before = bars.ohlcv[:, order - 1, 3:4]
     ohlcv = bars.ohlcv[:, order].copy()
-    ohlcv[..., :4] = shape * (close / shape[..., 3])[..., None]
+    shape = ohlcv[..., :4] / before  # (A, T, 4), over the last close
+    growth = np.cumsum(np.log(shape[..., 3]), 1)
+    close = bars.ohlcv[:, :1, 3] * np.exp(growth)
+    last = close / shape[..., 3]
+    ohlcv[..., :4] = shape * last[..., None]
     return replace(bars, ohlcv=ohlcv)
 
 
 def mirrored(bars: Bars, last: int) -> Bars:
     """Every rise up to the close of row `last` is a fall; that close and all later rows stay."""
     ohlcv = bars.ohlcv.copy()
-    past = ohlcv[:, : last + 1, :4]
-    pivot = past[:, -1:, 3:4] ** 2
-    ohlcv[:, : last + 1, :4] = pivot / past[..., [0, 2, 1, 3]]
+    opn, high, low, close = (bars.ohlcv[:, : last + 1, c] for c in range(4))
+    pivot = close[:, -1:] ** 2
+    for c, price in enumerate((opn, low, high, close)):
+        ohlcv[:, : last + 1, c] = pivot / price
     return replace(bars, ohlcv=ohlcv)
 
 
 def frame_of(bars: Bars) -> pd.DataFrame:
     """What a user's function gets: open .. volume by opening time; of further assets NAME_open .."""
-    index = utc_times(bars.timestamp.copy()).rename("timestamp")
-    parts = {}
+    columns = {}
     for name, ohlcv in zip(bars.names, bars.ohlcv):
-        prefix = f"{name}_" if parts else ""
-        parts |= {prefix + column: ohlcv[:, c].copy() for c, column in enumerate(COLUMNS[1:])}
-    return pd.DataFrame(parts, index=index)
+        prefix = f"{name}_" if columns else ""
+        for column, values in zip(COLUMNS[1:], ohlcv.T):
+            columns[prefix + column] = values.copy()
+    index = utc_times(bars.timestamp.copy())
+    return pd.DataFrame(columns, index=index.rename("timestamp"))
+
+
+def row_at(bars: Bars, time) -> int:
+    """The last row that opens at a time or before it."""
+    time = np.datetime64(time, "ns")
+    return int(np.searchsorted(bars.timestamp, time, "right")) - 1
 
 
 # ----------------------------------------------------------------------------------------- targets
@@ -147,7 +165,7 @@ class Target:
     call: Callable
     fits: tuple[int, ...] = ()
     fresh: Callable | None = None
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = tuple(EDITS)
 
 
 @dataclass
@@ -165,17 +183,15 @@ class Audit:
     """What was found and what was tried."""
 
     args: argparse.Namespace
-    findings: dict = field(default_factory=dict)
+    findings: dict = field(default_factory=dict)  # what -> (bars ahead, size, how)
     tried: list = field(default_factory=list)
     not_judged: list = field(default_factory=list)
 
-    def rng(self):
-        return np.random.default_rng(self.args.seed)
-
-    def report(self, what: str, ahead: int, size: float, how: str):
+    def report(self, what: str, ahead, size, how: str):
         """Of several findings about one thing the farthest look ahead stays."""
-        if what not in self.findings or ahead > self.findings[what][0]:
-            self.findings[what] = ahead, size, how
+        before = self.findings.get(what)
+        if before is None or ahead > before[0]:
+            self.findings[what] = int(ahead), float(size), how
 
 
 def import_target(spec: str, fresh: bool = False):
@@ -183,24 +199,27 @@ def import_target(spec: str, fresh: bool = False):
     where, _, name = spec.rpartition(":")
     try:
         if where.endswith(".py"):
-            path = Path(where).resolve()
-            sys.path.insert(0, str(path.parent))
-            loader = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(loader)
-            if not fresh:
-                sys.modules[path.stem] = module
-            loader.loader.exec_module(module)
+            found = import_file(Path(where).resolve(), fresh)
         else:
             sys.path.insert(0, str(Path.cwd()))
-            module = importlib.import_module(where)
+            found = importlib.import_module(where)
     except (Exception, SystemExit) as e:
         raise UsageError(f"{spec}: cannot import {where}: {first_line(e)}") from e
-    found = module
     for attribute in name.split("."):
         found = getattr(found, attribute, None)
     if not callable(found):
         raise UsageError(f"{spec}: {where} has no function {name}")
     return found
+
+
+def import_file(path: Path, fresh: bool):
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    if not fresh:
+        sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def user_target(spec: str, bars: Bars) -> Target:
@@ -210,21 +229,21 @@ def user_target(spec: str, bars: Bars) -> Target:
     except ValueError:  # a builtin tells nothing
         takes_fit = False
 
-    def call(function, bars, row):
-        more = {}
-        if row is not None and takes_fit:
-            more["fit_until"] = pd.Timestamp(bars.timestamp[row]).tz_localize("UTC")
-        return function(frame_of(bars), **more)
-
-    fits = ()
-    if takes_fit:
-        fits = tuple(int(share * len(bars.timestamp)) for share in FIT_SHARES)
+    def call(bars, row, function=function):
+        if not takes_fit:
+            return function(frame_of(bars))
+        time = pd.Timestamp(bars.timestamp[row], tz="UTC")
+        return function(frame_of(bars), fit_until=time)
 
     def first_call(bars, row):
-        return call(import_target(spec, fresh=True), bars, row)
+        return call(bars, row, import_target(spec, fresh=True))
 
-    from_file = spec.rpartition(":")[0].endswith(".py")
-    return Target(spec, lambda *a: call(function, *a), fits, first_call if from_file else None)
+    target = Target(spec, call)
+    if takes_fit:
+        target.fits = tuple(int(share * len(bars.timestamp)) for share in FIT_SHARES)
+    if spec.rpartition(":")[0].endswith(".py"):
+        target.fresh = first_call
+    return target
 
 
 def first_line(e) -> str:
@@ -244,23 +263,22 @@ def quietly(function, *args):
             return function(*args)
 
 
-def show(target: Target, bars: Bars, row, call=None) -> Shown:
-    return shown_of(quietly(call or target.call, bars, row), bars, target.name)
-
-
-def shown_of(result, bars: Bars, name: str) -> Shown:
+# ------------------------------------------------------------------------------- what columns show
+def shown_by(target: Target, bars: Bars, row) -> Shown:
+    """One call: columns, (columns, fitted), {split: columns} or an object with transform(bars)."""
+    result = quietly(target.call, bars, row)
     fitted, model = {}, None
     if isinstance(result, tuple) and len(result) == 2:
         result, fitted = result
-    elif hasattr(result, "transform") and not isinstance(result, (pd.DataFrame, pd.Series)):
+    elif hasattr(result, "transform") and not isinstance(result, TABLES):
         model = fitted = result
         result = quietly(model.transform, frame_of(bars))
     splits = result if isinstance(result, dict) else {"": result}
-    frames, rounding = {}, {}
+    shown = Shown({}, {}, flat(fitted), model)
     for split, values in splits.items():
-        frames[str(split)], more = numbers_of(by_time(values, bars, name))
-        rounding |= more
-    return Shown(frames, rounding, flat(fitted), model)
+        frame = by_time(values, bars, target.name)
+        shown.frames[str(split)] = numbers_of(frame, shown.rounding)
+    return shown
 
 
 def by_time(values, bars: Bars, name: str) -> pd.DataFrame:
@@ -273,9 +291,7 @@ def by_time(values, bars: Bars, name: str) -> pd.DataFrame:
             kind = type(values).__name__
             raise UsageError(f"{name}: returned {kind}, not columns or an environment")
         values = pd.DataFrame(array.reshape(len(array), -1))
-    values = values.set_axis([str(column) for column in values.columns], axis=1)
-    index = values.index
-    levels = [index.get_level_values(k) for k in range(index.nlevels)]
+    levels = [values.index.get_level_values(k) for k in range(values.index.nlevels)]
     times = [level for level in levels if isinstance(level, pd.DatetimeIndex)]
     if times:
         index = times[0]
@@ -289,38 +305,36 @@ def by_time(values, bars: Bars, name: str) -> pd.DataFrame:
     if index.tz is not None:
         index = index.tz_convert("UTC").tz_localize(None)
     index = index.as_unit("ns")
-    twins = pd.Series(index).groupby(np.asarray(index)).cumcount().to_numpy()
-    return values.set_axis(index + pd.to_timedelta(twins, "ns"), axis=0).sort_index()
+    twin = pd.Series(index).groupby(index.to_numpy()).cumcount()
+    index += pd.to_timedelta(twin.to_numpy(), "ns")
+    return values.set_axis(index, axis=0).sort_index()
 
 
-def numbers_of(frame: pd.DataFrame):
-    """The columns as float64, and the relative rounding of each one's type."""
-    columns, rounding = {}, {}
-    for name in dict.fromkeys(frame.columns):
-        values = frame[name]
-        if isinstance(values, pd.DataFrame):  # two columns of one name
-            values = values.iloc[:, -1]
+def numbers_of(frame: pd.DataFrame, rounding: dict) -> pd.DataFrame:
+    """The columns as float64; `rounding` gets the relative rounding of each one's type."""
+    columns = {}
+    for k, name in enumerate(frame.columns):
+        values = frame.iloc[:, k]
         kind = values.dtype
-        rounding[name] = 8 * np.finfo(np.float64).eps
-        if pd.api.types.is_float_dtype(kind) and kind.itemsize < 8:
-            rounding[name] = 8 * np.finfo(np.float32).eps
+        single = pd.api.types.is_float_dtype(kind) and kind.itemsize < 8
+        precision = np.float32 if single else np.float64
+        rounding[str(name)] = 8 * np.finfo(precision).eps
         if pd.api.types.is_datetime64_any_dtype(kind):
             values = values.astype("int64")
         elif not pd.api.types.is_numeric_dtype(kind):
-            values = pd.util.hash_array(values.astype(str).to_numpy(object)) % 2**32
-        columns[name] = np.asarray(values, np.float64)
-    return pd.DataFrame(columns, index=frame.index), rounding
+            text = values.astype(str).to_numpy(object)
+            values = pd.util.hash_array(text) % 2**32
+        columns[str(name)] = np.asarray(values, np.float64)
+    return pd.DataFrame(columns, index=frame.index)
 
 
 def flat(values, name: str = "", depth: int = 6) -> dict[str, np.ndarray]:
     """Every number in nested dicts, lists and objects, by its path."""
-    if isinstance(values, (bool, int, float, np.number)):
-        return {name: np.atleast_1d(np.float64(values))}
     if isinstance(values, str) or values is None or depth == 0:
         return {}
-    if isinstance(values, (pd.Series, pd.DataFrame)):
+    if isinstance(values, TABLES):
         values = values.to_numpy()
-    if isinstance(values, (list, tuple, np.ndarray)):
+    if isinstance(values, (bool, int, float, np.number, list, tuple, np.ndarray)):
         with contextlib.suppress(ValueError, TypeError):
             return {name: np.asarray(values, np.float64).ravel()}
         values = dict(enumerate(values))
@@ -328,597 +342,603 @@ def flat(values, name: str = "", depth: int = 6) -> dict[str, np.ndarray]:
         values = getattr(values, "__dict__", {})
     found = {}
     for key, value in values.items():
-        found |= flat(value, f"{name}.{key}" if name else str(key), depth - 1)
+        path = f"{name}.{key}" if name else str(key)
+        found |= flat(value, path, depth - 1)
     return found
 
 
+def moved(x, y, spread, level) -> np.ndarray:
+    """Whether two arrays differ by more than rounding; NaN is equal to NaN."""
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(x - y) <= ROUNDING * spread + level
+    return ~(same | near)
+
+
 # ----------------------------------------------------------------------------------------- columns
-def audit_columns(audit: Audit, target: Target, bars: Bars):
+class ColumnAudit:
     """A function of bars: two calls on the same bars, edits of the future, shuffled bars."""
-    rng = audit.rng()
-    bases = base_calls(target, bars)
-    fits = list(bases)
-    skip = set(audit.args.labels)
-    shown = bases[fits[0]]
-    columns = [column for frame in shown.frames.values() for column in frame]
-    unknown = ", ".join(sorted(skip - set(columns)))
-    if unknown:
-        raise UsageError(f"--labels {unknown}: not among the columns {', '.join(columns)[:200]}")
-    skip |= random_columns(audit, target, bars, fits[0], shown)
-    if skip >= set(columns):
-        raise UsageError(f"{target.name}: every column is random or a label: nothing to judge")
-    kinds = target.kinds
-    start = None
-    splits = list(shown.frames)
-    if len(splits) > 1:  # fitted on the first one; its share of the rows moves with their number
-        kinds = tuple(kind for kind in kinds if kind != "length")
-        fits = fits[:1]
-        start = max(last_row(shown.frames[splits[0]], bars), fits[0] or 0)
-        compare_splits(audit, target, bars, shown, fits[0], rng)
 
-    counts = dict.fromkeys(kinds, 0)
-    failures = []
-    for fit in fits:
-        edits = audit.args.edits // len(fits)
-        for cut, kind in plan(bars, start or fit, edits, kinds, rng):
-            other = edited(bars, cut, kind, rng)
+    def __init__(self, audit: Audit, target: Target, bars: Bars, edits: int):
+        self.audit, self.target, self.bars, self.edits = audit, target, bars, edits
+        self.rng = np.random.default_rng(audit.args.seed)
+        self.bases = self.first_calls()  # row up to which it fits, or None -> Shown
+        self.fit, self.base = next(iter(self.bases.items()))
+        self.columns = [name for frame in self.base.frames.values() for name in frame]
+        self.skip = self.columns_to_skip()
+
+    def run(self):
+        self.compare_splits()
+        self.edit_the_future()
+        self.edit_under_a_held_fit()
+        self.call_a_new_import()
+        self.shuffle()
+
+    def first_calls(self) -> dict:
+        """One call for each row up to which it may fit. UsageError if none works."""
+        bases, error = {}, None
+        for fit in self.target.fits or (None,):
             try:
-                after = show(target, other, fit)
-            except Exception as e:
-                failures.append(first_line(e))
-                continue
-            counts[kind] += 1
-            compare(audit, bases[fit], after, bars, cut, kind, skip)
-            if fit is not None:
-                compare_fitted(audit, bases[fit].fitted, after.fitted, cut, kind, fit)
-    if not sum(counts.values()):
-        raise UsageError(f"{target.name}: fails on every edit of the bars: {failures[0]}")
-    silent = [kind for kind, count in counts.items() if not count]
-    if silent:
-        audit.not_judged.append(f"edits of {', '.join(silent)} (it fails: {failures[0]})")
-    done = ", ".join(f"{kind} {count}" for kind, count in counts.items())
-    audit.tried.append(f"{len(columns)} columns of {len(bars.timestamp)} bars, edits: {done}")
-    compare_transform(audit, target, bars, bases[fits[0]], skip, rng)
-    compare_first_import(audit, target, bars, bases, skip, rng)
-    look_for_shadows(audit, target, bars, fits[-1], start, skip)
+                bases[fit] = shown_by(self.target, self.bars, fit)
+            except UsageError:
+                raise
+            except (Exception, SystemExit) as e:
+                error = e
+        if not bases:
+            raise UsageError(f"{self.target.name}: {first_line(error)}") from error
+        return bases
 
+    def columns_to_skip(self) -> set[str]:
+        """Labels, and columns that are not the same in a second call on the same bars."""
+        args = self.audit.args
+        unknown = set(args.labels + args.earned) - set(self.columns)
+        if unknown:
+            names = ", ".join(self.columns)[:200]
+            raise UsageError(f"no column {', '.join(sorted(unknown))}: there are {names}")
+        again = shown_by(self.target, self.bars, self.fit)
+        odd = set()
+        for split, frame in self.base.frames.items():
+            other = again.frames[split]
+            for name in frame:
+                if not np.array_equal(frame[name], other[name], equal_nan=True):
+                    odd.add(name)
+        if odd:
+            names = ", ".join(sorted(odd)[:5])
+            self.audit.not_judged.append(f"{names} (random: two calls on the same bars differ)")
+        if odd >= set(self.columns):
+            raise UsageError(f"{self.target.name}: every column is random: nothing to judge")
+        return odd | set(args.labels)
 
-def base_calls(target: Target, bars: Bars) -> dict:
-    """{row up to which it fits, or None: what is shown of the bars}. UsageError if none works."""
-    bases, error = {}, None
-    for fit in target.fits or (None,):
-        try:
-            bases[fit] = show(target, bars, fit)
-        except UsageError:
-            raise
-        except Exception as e:
-            error = e
-    if not bases:
-        raise UsageError(f"{target.name}: {first_line(error)}") from error
-    return bases
+    def compare_splits(self):
+        """Nothing of a split, its labels neither, may depend on a bar of a later split: purge."""
+        self.start = self.fit
+        frames = self.base.frames
+        if len(frames) == 1:
+            return
+        firsts = {}
+        for split, frame in frames.items():
+            firsts[split] = row_at(self.bars, frame.index[0])
+        train = min(firsts, key=firsts.get)
+        self.start = max(row_at(self.bars, frames[train].index[-1]), self.fit or 0)
+        self.bases = {self.fit: self.base}
+        for border in sorted(firsts.values())[1:]:
+            earlier = {split: frames[split] for split in frames if firsts[split] < border}
+            before = replace(self.base, frames=earlier)
+            for kind in ("rows", "prices"):
+                after = self.show(border - 1, kind, self.fit)
+                self.compare(before, after, border - 1, kind, skip=(), whole=True)
+        self.audit.tried.append(f"{len(firsts)} splits, labels too")
 
+    def kinds(self) -> list[str]:
+        """Of edits; a split's share of the rows moves with their number."""
+        several = len(self.base.frames) > 1
+        return [kind for kind in self.target.kinds if not (several and kind == "length")]
 
-def random_columns(audit, target, bars, fit, shown) -> set[str]:
-    """Columns that are not the same in a second call on the same bars."""
-    again = show(target, bars, fit)
-    twice = Audit(audit.args)
-    compare(twice, shown, again, bars, len(bars.timestamp) - 1, "", set())
-    names = {what.split("'")[1] for what in twice.findings}
-    if names:
-        text = ", ".join(sorted(names)[:5])
-        audit.not_judged.append(f"{text} (random: two calls on the same bars differ)")
-    return names
+    def show(self, cut, kind, fit, target=None) -> Shown:
+        bars = edited(self.bars, cut, kind, self.rng)
+        return shown_by(target or self.target, bars, fit)
 
+    def edit_the_future(self):
+        counts = dict.fromkeys(self.kinds(), 0)
+        failures = []
+        for fit, base in self.bases.items():
+            start = self.start if len(self.bases) == 1 else fit
+            for cut, kind in self.plan(start, self.edits // len(self.bases)):
+                try:
+                    after = self.show(cut, kind, fit)
+                except Exception as e:  # too few bars for it, or bars that it refuses
+                    failures.append(first_line(e))
+                    continue
+                counts[kind] += 1
+                self.compare(base, after, cut, kind, self.skip)
+                if fit is not None:
+                    compare_fitted(self.audit, base.fitted, after.fitted, cut + 1 - fit, kind)
+        if not any(counts.values()):
+            raise UsageError(f"{self.target.name}: fails on edited bars: {failures[0]}")
+        for kind, count in counts.items():
+            if not count:
+                self.audit.not_judged.append(f"edits of {kind} (it fails: {failures[0]})")
+        done = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+        rows = len(self.bars.timestamp)
+        self.audit.tried.append(f"{len(self.columns)} columns of {rows} bars, edits: {done}")
 
-def last_row(frame: pd.DataFrame, bars: Bars) -> int:
-    return int(np.searchsorted(bars.timestamp, frame.index[-1].to_datetime64(), "right")) - 1
+    def plan(self, start, edits: int) -> list[tuple[int, str]]:
+        """(row after which the future is edited, kind of edit), about `edits` of them.
 
+        Leaks that show at few rows need edits there: in the warm-up, at silent bars, before holes,
+        and right after the last row that was fitted on.
+        """
+        last = len(self.bars.timestamp) - 2
+        if start is None:
+            first = 0
+            special = np.geomspace(1, last // 10, edits // 6 + 1).astype(int).tolist()
+        else:
+            first = min(start, last)
+            special = [first] * (edits // 4 + 1)
+        steps = np.diff(self.bars.timestamp)
+        hole = steps > 1.5 * np.median(steps)
+        silent = self.bars.ohlcv[0, :-1, 4] == 0
+        odd = np.flatnonzero((hole | silent)[first:last]) + first
+        special += self.rng.permutation(odd)[: edits // 5].tolist()
+        kinds = self.kinds()
+        plan = [(cut, "rows") for cut in special]
+        edges = np.linspace(first, last + 1, max(edits - len(special), len(kinds)) + 1)
+        for k, edge in enumerate(edges[:-1]):
+            stop = max(edges[k + 1], edge + 1)
+            cut = int(self.rng.integers(edge, stop))
+            plan.append((min(cut, last), kinds[k % len(kinds)]))
+        return plan
 
-def plan(bars: Bars, fit, edits: int, kinds, rng) -> list[tuple[int, str]]:
-    """(row after which the future is edited, kind of the edit): `edits` of them.
+    def compare(self, before, after, cut, kind, skip, whole=False):
+        """Report every column that an edit after row `cut` changed at rows up to it.
 
-    Leaks that show at few rows need edits there: in the warm-up, at silent bars, before holes, and
-    right after the last row that was fitted on.
-    """
-    first, last = (0 if fit is None else fit), len(bars.timestamp) - 2
-    if fit is None:
-        special = np.geomspace(1, max(last // 10, 2), max(edits // 6, 1)).astype(int).tolist()
-    else:
-        special = [fit] * max(edits // 4, 1)
-    steps = np.diff(bars.timestamp)
-    odd = (bars.ohlcv[0, :-1, 4] == 0) | (steps > 1.5 * np.median(steps))
-    odd = np.flatnonzero(odd[: last + 1])
-    odd = odd[odd >= first]
-    special += rng.permutation(odd)[: edits // 5].tolist()
-    spread = np.linspace(first, last + 1, edits - len(special) + 1)
-    anywhere = [int(rng.integers(a, max(b, a + 1))) for a, b in zip(spread[:-1], spread[1:])]
-    cuts = [(cut, "rows") for cut in special if "rows" in kinds]
-    return cuts + [(min(cut, last), kinds[k % len(kinds)]) for k, cut in enumerate(anywhere)]
+        whole: all rows of these frames, whatever their times.
+        """
+        end = np.append(self.bars.timestamp, np.datetime64("2262-01-01", "ns"))[cut + 1]
+        for split, everything in before.frames.items():
+            old, new = everything, after.frames.get(split, everything[:0])
+            if not whole:
+                old, new = old[old.index < end], new[new.index < end]
+            both = old.index.intersection(new.index)
+            self.compare_rows(split, old, new, cut, kind)
+            for name in old.columns.difference([*skip], sort=False):
+                what = column(split, name)
+                if name not in new:
+                    how = f"there is no such column when {EDITS[kind]}"
+                    self.audit.report(what, cut + 1, np.inf, how)
+                    continue
+                x, y = old.loc[both, name].to_numpy(), new.loc[both, name].to_numpy()
+                known = everything[name].to_numpy()
+                known = known[np.isfinite(known)]
+                spread, level = (known.std(), np.abs(known).max()) if len(known) else (0.0, 0.0)
+                changed = moved(x, y, spread, before.rounding[name] * level)
+                if changed.any():
+                    size = np.abs(x - y)[changed] / (spread or level or 1.0)
+                    size = np.nan_to_num(size, nan=np.inf).max()
+                    time = both[changed.argmax()]
+                    self.report_row(what, time, cut, size, f"changes when {EDITS[kind]}")
 
-
-def compare(audit, before: Shown, after: Shown, bars, cut, kind, skip, whole=False):
-    """Report every column that an edit after row `cut` changed at rows up to it.
-
-    whole: all rows of these frames, whatever their times.
-    """
-    rows = len(bars.timestamp)
-    end = bars.timestamp[cut + 1] if cut + 1 < rows else bars.timestamp[-1] + np.timedelta64(1, "us")
-    for split, old in before.frames.items():
-        new = after.frames.get(split, old.iloc[:0])
-        old = old if whole else old[old.index < end]
-        new = new if whole else new[new.index < end]
-        both = old.index.intersection(new.index)
-        names = [name for name in old if name not in skip]
+    def compare_rows(self, split, old, new, cut, kind):
+        """Rows that come or go, those within a hole aside; labels may take the last ones away."""
         missing = old.index.symmetric_difference(new.index)
-        missing = missing[np.isin(missing, bars.timestamp[: cut + 1])]  # not those within a hole
-        if len(missing) and not audit.args.labels:
-            ahead = ahead_of(missing[0], bars, cut)
-            audit.report(column(split, names[0]), ahead, np.inf, where(missing[0], kind, "row"))
-        for name in names:
-            if name not in new:
-                audit.report(column(split, name), cut + 1, np.inf, where(end, kind, "column"))
-                continue
-            x = old[name].reindex(both).to_numpy()
-            y = new[name].reindex(both).to_numpy()
-            size = difference(x, y, before.frames[split][name].to_numpy(), before.rounding[name])
-            changed = np.flatnonzero(size > 0)
-            if len(changed):
-                first = both[changed[0]]
-                text = where(first, kind, "value")
-                audit.report(column(split, name), ahead_of(first, bars, cut), size.max(), text)
+        missing = missing[np.isin(missing, self.bars.timestamp[: cut + 1])]
+        if len(missing) and not self.audit.args.labels:
+            what = column(split, old.columns[0])
+            self.report_row(what, missing[0], cut, np.inf, f"comes or goes when {EDITS[kind]}")
+
+    def report_row(self, what, time, cut, size, how):
+        ahead = cut + 1 - row_at(self.bars, time)
+        when = time.strftime("%Y-%m-%d %H:%M")
+        self.audit.report(what, max(ahead, 1), size, f"row {when} {how}")
+
+    def edit_under_a_held_fit(self):
+        """A model that has its own transform() is held to every row, those of its fit too."""
+        model = self.base.model
+        if model is None:
+            return
+        held = Target(self.target.name, lambda bars, _: model.transform(frame_of(bars)))
+        base = shown_by(held, self.bars, None)
+        plan = self.plan(None, self.edits)
+        for cut, kind in plan:
+            with contextlib.suppress(Exception):  # too few bars for it
+                after = self.show(cut, kind, None, held)
+                self.compare(base, after, cut, kind, self.skip)
+        self.audit.tried.append(f"transform() alone, {len(plan)} edits")
+
+    def call_a_new_import(self):
+        """What a module fitted at its first call and keeps shows only in a new import."""
+        if self.target.fresh is None:
+            return
+        target = replace(self.target, call=self.target.fresh)
+        cut = self.start or len(self.bars.timestamp) // 2
+        after = self.show(cut, "rows", self.fit, target)
+        self.compare(self.base, after, cut, "rows", self.skip)
+
+    def shuffle(self):
+        """On bars in a random order no column tells the next one: if it does, it has seen it.
+
+        This is how smoothing within the train rows shows, which edits after them cannot move. And
+        nobody earns anything there, but who trades on the bar that he is filled at.
+        """
+        bars = shuffled(self.bars, self.rng)
+        try:
+            frames = shown_by(self.target, bars, self.fit).frames
+        except Exception as e:
+            self.audit.not_judged.append(f"shuffled bars ({first_line(e)})")
+            return
+        known = next_bar(bars)
+        border = bars.timestamp[self.start or 0]
+        for split, frame in frames.items():
+            for early in (True, False):
+                chosen = frame[(frame.index <= border) == early]
+                rows = [row_at(bars, time) for time in chosen.index]
+                for name in chosen.columns.difference([*self.skip], sort=False):
+                    z, of = rank_z(chosen[name].to_numpy(), known.iloc[rows])
+                    if z > Z:
+                        how = f"on shuffled bars it knows the next {of}, {z:.0f} standard errors"
+                        how += ", in the rows of the fit" * (early and bool(self.start))
+                        size = z / np.sqrt(len(chosen))
+                        self.audit.report(column(split, name), 1, size, how)
+            self.compare_earnings(split, frame)
+        self.audit.tried.append("next bar of shuffled bars")
+
+    def compare_earnings(self, split, frame):
+        for name in self.audit.args.earned:
+            x = frame[name].dropna().to_numpy()
+            z = x.mean() / (x.std() or 1.0) * np.sqrt(len(x))
+            if z > Z:
+                how = f"it earns on shuffled bars, {z:.0f} standard errors: a fill at a known price"
+                self.audit.report(column(split, name), 1, z / np.sqrt(len(x)), how)
 
 
 def column(split: str, name: str) -> str:
     return f"column '{name}'" + (f" of {split}" if split else "")
 
 
-def where(time, kind: str, what: str) -> str:
-    edit = EDITS.get(kind, "")
-    when = pd.Timestamp(time).strftime("%Y-%m-%d %H:%M")
-    if what == "value":
-        return f"row {when} changes when {edit}"
-    return f"the {what} of {when} comes or goes when {edit}"
-
-
-def ahead_of(time, bars, cut) -> int:
-    """Bars from a row to the first edited one."""
-    row = int(np.searchsorted(bars.timestamp, np.datetime64(time), "right")) - 1
-    return max(cut + 1 - row, 1)
-
-
-def difference(x, y, whole, rounding) -> np.ndarray:
-    """|x - y| over the column's spread where it is more than rounding, inf for a NaN, else 0."""
-    known = whole[np.isfinite(whole)]
-    spread = known.std() if len(known) else 0.0
-    level = np.abs(known).max() if len(known) else 0.0
-    with np.errstate(invalid="ignore"):
-        size = np.abs(x - y)
-    same = (x == y) | (np.isnan(x) & np.isnan(y))
-    size[same | (size <= ROUNDING * spread + rounding * level)] = 0.0
-    size[np.isnan(size)] = np.inf
-    return size / (spread or level or 1.0)
-
-
-def compare_fitted(audit, before: dict, after: dict, cut, kind, fit, rtol=ROUNDING):
+def compare_fitted(audit, before: dict, after: dict, ahead, kind, rtol=ROUNDING):
+    """Report fitted parameters that an edit after the last row of the fit changed."""
     for name in before | after:
-        old, new = before.get(name), after.get(name)
         what = f"fitted parameter '{name}'"
-        how = f"it changes when {EDITS.get(kind)}, after the last row to fit on"
+        how = f"it changes when {EDITS[kind]}, after the last row to fit on"
+        old, new = before.get(name), after.get(name)
         if old is None or new is None or old.shape != new.shape:
-            audit.report(what, cut + 1 - fit, np.inf, how)
+            audit.report(what, ahead, np.inf, how)
         elif not np.allclose(old, new, rtol, 1e-12, equal_nan=True):
-            spread = np.nanmax(np.abs(old)) or 1.0
-            audit.report(what, cut + 1 - fit, np.nanmax(np.abs(old - new)) / spread, how)
+            level = np.nanmax(np.abs(old)) or 1.0
+            size = np.nanmax(np.abs(old - new)) / level
+            audit.report(what, ahead, size, how)
 
 
-def compare_splits(audit, target, bars, shown, fit, rng):
-    """Nothing of a split, its labels neither, may depend on a bar of a later split: purge."""
-    firsts = {}
-    for split, frame in shown.frames.items():
-        if len(frame):
-            firsts[split] = int(np.searchsorted(bars.timestamp, frame.index[0].to_datetime64()))
-    for border in sorted(firsts.values())[1:]:
-        earlier = [split for split, row in firsts.items() if row < border]
-        before = replace(shown, frames={split: shown.frames[split] for split in earlier})
-        for kind in ("rows", "prices"):
-            other = show(target, edited(bars, border - 1, kind, rng), fit)
-            compare(audit, before, other, bars, border - 1, kind, set(), whole=True)
-    audit.tried.append(f"{len(firsts)} splits, labels too")
-
-
-def compare_transform(audit, target, bars, shown, skip, rng):
-    """What was fitted stays; a model that has its own transform() is held to every row, train too."""
-    if shown.model is None:
-        return
-    model = shown.model
-    held = Target(target.name, lambda bars, _: model.transform(frame_of(bars)))
-    base = show(held, bars, None)
-    cuts = plan(bars, None, audit.args.edits, KINDS, rng)
-    for cut, kind in cuts:
-        with contextlib.suppress(Exception):  # too few bars for it
-            after = show(held, edited(bars, cut, kind, rng), None)
-            compare(audit, base, after, bars, cut, kind, skip)
-    audit.tried.append(f"transform() alone, edits {len(cuts)}")
-
-
-def compare_first_import(audit, target, bars, bases, skip, rng):
-    """What a module fitted at its first call and keeps shows only in a new import."""
-    if target.fresh is None:
-        return
-    fit = list(bases)[0]
-    cut = fit or len(bars.timestamp) // 2
-    other = edited(bars, cut, "rows", rng)
-    compare(audit, bases[fit], show(target, other, fit, target.fresh), bars, cut, "rows", skip)
-
-
-def look_for_shadows(audit, target, bars, fit, start, skip):
-    """On bars in a random order no column tells the next one: if it does, it has seen it.
-
-    This is how smoothing within the train rows shows, which edits after them cannot move.
-    """
-    other = shuffled(bars, audit.rng())
-    try:
-        frames = show(target, other, fit).frames
-    except Exception as e:
-        audit.not_judged.append(f"shuffled bars ({first_line(e)})")
-        return
-    known = next_bar(other)
-    train = start or fit or 0
-    border = other.timestamp[train]
-    for split, frame in frames.items():
-        rows = np.searchsorted(other.timestamp, frame.index.to_numpy(), "right") - 1
-        clean = frame.drop(columns=[name for name in frame if name in skip])
-        for early in (True, False):
-            chosen = (frame.index <= border) == early
-            for name, values in clean[chosen].items():
-                z, of = rank_z(values.to_numpy(), {k: x[rows[chosen]] for k, x in known.items()})
-                if z > Z:
-                    how = f"on shuffled bars it knows the next {of}, {z:.0f} standard errors"
-                    if train and early:
-                        how += ", in the rows that were fitted on"
-                    audit.report(column(split, name), 1, z / np.sqrt(len(values)), how)
-    audit.tried.append("next bar of shuffled bars")
-
-
-def next_bar(bars: Bars) -> dict[str, np.ndarray]:
+def next_bar(bars: Bars) -> pd.DataFrame:
+    """What can be known of the next bar, NaN in the last row."""
     _, high, low, close, volume = bars.ohlcv[0].T
-    move = np.diff(np.log(close))
+    move = np.diff(np.log(close), prepend=np.nan)
     parts = {
         "return": move,
         "size of the return": np.abs(move),
-        "range": np.log(high / low)[1:],
-        "volume": volume[1:],
+        "range": np.log(high / low),
+        "volume": volume,
     }
-    return {name: np.append(x, np.nan) for name, x in parts.items()}
+    return pd.DataFrame(parts).shift(-1)
 
 
-def rank_z(values, known) -> tuple[float, str]:
+def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
     """Largest |rank correlation| in standard errors, of the column or its changes; with what."""
     from scipy.stats import rankdata
 
     best = 0.0, ""
     for x in (values, np.diff(values, prepend=np.nan)):
-        for of, y in known.items():
+        for of in known:
+            y = known[of].to_numpy()
             both = np.isfinite(x) & np.isfinite(y)
-            if both.sum() < FEW:
+            count = both.sum()
+            if count < FEW or np.ptp(x[both]) == 0:
                 continue
             a, b = rankdata(x[both]), rankdata(y[both])
-            spread = a.std() * b.std()
-            if spread > 0:
-                rho = np.mean((a - a.mean()) * (b - b.mean())) / spread
-                best = max(best, (abs(rho) * np.sqrt(both.sum()), of))
+            z = abs(np.corrcoef(a, b)[0, 1]) * np.sqrt(count)
+            best = max(best, (z, of))
     return best
 
 
 # ------------------------------------------------------------------------------------- environments
 @dataclass
 class Walk:
-    obs: np.ndarray  # (n + 1, d) float64
+    obs: np.ndarray  # (n + 1, d) float64; without the last one where the episode ended
     rewards: np.ndarray  # (n,)
 
 
+@dataclass
+class First:
+    """What an edit of the bars after `cut` changed first; None: nothing."""
+
+    cut: int
+    step: int | None  # of the observation
+    reward: int | None
+    which: str  # number of the observation
+
+
 def is_env(x) -> bool:
-    return hasattr(x, "reset") and hasattr(x, "step") and hasattr(x, "action_space")
+    return all(hasattr(x, name) for name in ("reset", "step", "action_space"))
 
 
-def flat_obs(obs, lane) -> dict[str, np.ndarray]:
+def flat_obs(obs, lane: bool, name: str = "") -> dict[str, np.ndarray]:
     """{part of the observation: its numbers}; of a batched environment those of lane 0."""
-    if isinstance(obs, dict):
-        parts = {key: flat_obs(x, lane) for key, x in obs.items()}
-        return {f"{a}{b}": x for a, inner in parts.items() for b, x in inner.items()}
     if isinstance(obs, tuple):
-        return flat_obs({str(k): x for k, x in enumerate(obs)}, lane)
+        obs = {str(k): x for k, x in enumerate(obs)}
+    if isinstance(obs, dict):
+        found = {}
+        for key, x in obs.items():
+            found |= flat_obs(x, lane, name + key)
+        return found
     array = np.asarray(obs, np.float64)
-    return {"": array[0].ravel() if lane else array.ravel()}
-
-
-class Episodes:
-    """Episodes of one target with the same seeds and actions, over bars that are edited."""
-
-    def __init__(self, target: Target, bars: Bars, fit, steps: int):
-        self.target, self.bars, self.fit = target, bars, fit
-        env = self.build(bars)
-        self.lane = hasattr(env, "num_envs")
-        space = env.action_space
-        space.seed(0)
-        self.actions = [space.sample() for _ in range(steps + PAYOFF)]
-        self.ends = extremes(space)
-        self.steps = steps
-        self.names = []
-        self.base = [self.walk(env, seed) for seed in range(SEEDS)]
-        again = self.build(bars)
-        self.random = np.zeros(len(self.names), bool)
-        self.random_reward = False
-        for seed, walk in enumerate(self.base):
-            other = self.walk(again, seed)
-            n = min(len(walk.obs), len(other.obs))
-            self.random |= self.changed(walk.obs[:n], other.obs[:n]).any(0)
-            m = min(n, len(walk.rewards))
-            self.random_reward |= not np.allclose(walk.rewards[:m], other.rewards[:m])
-
-    def build(self, bars):
-        env = quietly(self.target.call, bars, self.fit)
-        if not is_env(env):
-            raise UsageError(f"{self.target.name}: made an environment once, and then none")
-        return env
-
-    def walk(self, env, seed, steps=None, flip=None, end=0) -> Walk:
-        """An episode; flip: a step that takes the extreme action `end` instead of its own."""
-        steps = self.steps if steps is None else steps
-        return quietly(self._walk, env, seed, steps, flip, end)
-
-    def _walk(self, env, seed, steps, flip, end):
-        obs, _ = env.reset(seed=seed)
-        parts = flat_obs(obs, self.lane)
-        if not self.names:
-            self.names = [f"{k}[{i}]" for k, x in parts.items() for i in range(len(x))]
-        seen, rewards = [np.concatenate(list(parts.values()))], []
-        for k in range(steps):
-            action = self.ends[end] if k == flip else self.actions[k]
-            obs, reward, terminated, truncated, _ = env.step(action)
-            rewards.append(float(np.ravel(reward)[0]))
-            if np.ravel(terminated)[0] or np.ravel(truncated)[0]:
-                break  # what is shown now may be the next episode
-            seen.append(np.concatenate(list(flat_obs(obs, self.lane).values())))
-        return Walk(np.array(seen), np.array(rewards))
-
-    def changed(self, x, y) -> np.ndarray:
-        """(n, d) bool: more than the rounding of float32."""
-        with np.errstate(invalid="ignore"):
-            size = np.abs(x - y)
-        spread = np.concatenate([walk.obs for walk in self.base]).std(0)
-        level = np.abs(x).max(0)
-        same = (x == y) | (np.isnan(x) & np.isnan(y))
-        return ~same & ~(size <= ROUNDING * spread + 1e-6 * level)
-
-    def firsts(self, seed, other: Walk):
-        """First observation and first reward that are not those of the base; None if none is.
-
-        And which number of the observation it was.
-        """
-        base = self.base[seed]
-        n = min(len(base.obs), len(other.obs))
-        changed = self.changed(base.obs[:n], other.obs[:n]) & ~self.random
-        rows = np.flatnonzero(changed.any(1))
-        obs = int(rows[0]) if len(rows) else None
-        which = self.names[int(changed[obs].argmax())] if len(rows) else ""
-        m = min(len(base.rewards), len(other.rewards))
-        a, b = base.rewards[:m], other.rewards[:m]
-        spread = base.rewards.std()
-        moved = np.flatnonzero(~(np.abs(a - b) <= ROUNDING * spread + 1e-9 * np.abs(a)))
-        reward = int(moved[0]) if len(moved) and not self.random_reward else None
-        return obs, reward, which
+    return {name: np.ravel(array[0] if lane else array)}
 
 
 def extremes(space) -> tuple:
     """Two actions that are as different as the space allows."""
     import gymnasium as gym
 
-    spaces = gym.spaces
-    if isinstance(space, spaces.Discrete):
+    if isinstance(space, gym.spaces.Box):
+        low = np.where(np.isfinite(space.low), space.low, -1.0)
+        high = np.where(np.isfinite(space.high), space.high, 1.0)
+        return low.astype(space.dtype), high.astype(space.dtype)
+    if isinstance(space, gym.spaces.Discrete):
         return space.start, space.start + space.n - 1
-    if isinstance(space, spaces.Box):
-        low = np.where(np.isfinite(space.low), space.low, -1.0).astype(space.dtype)
-        high = np.where(np.isfinite(space.high), space.high, 1.0).astype(space.dtype)
-        return low, high
-    if isinstance(space, spaces.MultiDiscrete):
+    if isinstance(space, gym.spaces.MultiDiscrete):
         return space.start.copy(), space.start + space.nvec - 1
-    if isinstance(space, spaces.MultiBinary):
-        return np.zeros(space.shape, space.dtype), np.ones(space.shape, space.dtype)
-    if isinstance(space, spaces.Dict):
-        both = {key: extremes(x) for key, x in space.spaces.items()}
-        return tuple({key: x[end] for key, x in both.items()} for end in (0, 1))
-    if isinstance(space, spaces.Tuple):
-        both = [extremes(x) for x in space.spaces]
-        return tuple(tuple(x[end] for x in both) for end in (0, 1))
-    raise UsageError(f"action space {type(space).__name__}: unknown kind")
+    raise UsageError(f"action space {type(space).__name__}: must be Box, Discrete or MultiDiscrete")
 
 
-def audit_env(audit: Audit, target: Target, bars: Bars):
-    """A factory of environments: what observations and rewards depend on, what an action earns."""
-    rng = audit.rng()
-    bars = shuffled(bars, rng)
-    fit = target.fits[0] if target.fits else None
-    try:
-        episodes = Episodes(target, bars, fit, audit.args.steps)
-    except UsageError:
-        raise
-    except Exception as e:
-        raise UsageError(f"{target.name}: {first_line(e)}") from e
-    names = [name for name, odd in zip(episodes.names, episodes.random) if odd]
-    if names or episodes.random_reward:
-        text = ", ".join(names[:5]) or "the reward"
-        audit.not_judged.append(f"{text} (random: two episodes of one seed differ)")
-    if len(names) == len(episodes.names):
-        raise UsageError(f"{target.name}: every observation is random: nothing to judge")
+class EnvAudit:
+    """A factory of environments: what observations and rewards depend on, what an action earns.
 
-    count = 0
-    pairs = []
-    for seed in range(SEEDS):
-        firsts = {}
-        for cut in cuts_of(episodes, seed, fit or 0, rng):
-            env = episodes.build(edited(bars, cut, "rows", rng))
-            firsts[cut] = episodes.firsts(seed, episodes.walk(env, seed))
-        count += len(firsts)
-        observations_advance(audit, episodes, seed, firsts, rng)
-        rewards_are_known(audit, episodes, seed, firsts, rng)
-        pairs += [(seed, cut, first[0]) for cut, first in firsts.items() if first[0] is not None]
-    steps = sum(len(walk.rewards) for walk in episodes.base)
-    if not pairs:
-        raise UsageError(
-            f"{target.name}: no edited bar reached an observation in {steps} steps: more --steps, or "
-            f"the environment does not read the bars"
-        )
-    audit.tried.append(f"{SEEDS} episodes, {steps} steps, edits: rows {count}")
-    if not audit.findings:
-        actions_earn_what_comes(audit, episodes, pairs)
-    length_tells_nothing(audit, episodes)
-
-
-def cuts_of(episodes: Episodes, seed: int, low: int, rng) -> list[int]:
-    """Rows after which to edit: around the bars that the episode walks over, and far behind them.
-
-    The newest bar of the first observation is found by bisection.
+    Every episode has the same seed and the same random actions, over bars that are edited.
     """
-    rows = len(episodes.bars.timestamp)
-    base = episodes.base[seed]
 
-    def first_sees(cut):
-        env = episodes.build(edited(episodes.bars, cut, "rows", rng))
-        other = episodes.walk(env, seed, steps=0)
-        return (episodes.changed(base.obs[:1], other.obs) & ~episodes.random).any()
-
-    a, b = low - 1, rows - 1  # it sees edits after a, none after b
-    while b - a > 1:
-        middle = (a + b) // 2
-        if first_sees(middle):
-            a = middle
-        else:
-            b = middle
-    end = min(b + len(base.rewards), rows - 1)
-    around = np.linspace(b, end, CUTS + 1)
-    cuts = [int(rng.integers(x, max(y, x + 1))) for x, y in zip(around[:-1], around[1:])]
-    cuts += [max(a, low), max(a, low) + 1, (end + rows) // 2, rows - 2]
-    return sorted({min(max(cut, low), rows - 2) for cut in cuts})
-
-
-def observations_advance(audit, episodes, seed, firsts, rng):
-    """An observation that shows bar c shows bar c + m at most m steps later, and the file is long
-    enough for the steps that follow: else it has shown bar c too early."""
-    rows = len(episodes.bars.timestamp)
-    last = len(episodes.base[seed].obs) - 2  # the last one may repeat the one before
-    for cut, (step, _, which) in firsts.items():
-        if step is None:
-            continue
-        what = f"observation '{which}'"
-        early = cut + 1 + (last - step) - (rows - 1)
-        how = f"at step {step} of {last + 1} it depends on bar {cut + 1} of {rows}"
-        if early > 0:
-            audit.report(what, early, 1.0, how)
-        for later, (then, *_) in firsts.items():
-            due = step + (later - cut) + SLACK
-            if later <= cut or due > last or (then is not None and then <= due):
-                continue
-            if not sees(episodes, seed, later, due, rng):
-                ahead = last - due if then is None else then - due + SLACK
-                how = f"at step {step} it depends on bar {cut + 1}, at step {due} not on {later + 1}"
-                audit.report(what, max(ahead, 1), 1.0, how)
-
-
-def sees(episodes, seed, cut, step, rng) -> bool:
-    """Whether an observation up to `step` depends on a bar after `cut`, asked with several edits."""
-    for _ in range(AGAIN):
-        env = episodes.build(edited(episodes.bars, cut, "rows", rng))
-        first = episodes.firsts(seed, episodes.walk(env, seed, steps=step))[0]
-        if first is not None:
-            return True
-    return False
-
-
-def rewards_are_known(audit, episodes, seed, firsts, rng):
-    """What a reward depends on is shown by the observation that comes with it, or one bar later."""
-    last = len(episodes.base[seed].obs) - 2
-    for cut, (step, reward, _) in firsts.items():
-        if reward is None or reward + 2 > last or (step is not None and step <= reward + 2):
-            continue
-        if not sees(episodes, seed, cut, reward + 2, rng):
-            ahead = (last if step is None else step) - reward - 1
-            how = f"at step {reward} it depends on bar {cut + 1}, which no observation shows by then"
-            audit.report("reward", ahead, 1.0, how)
-
-
-def payoffs(episodes, bars, pairs) -> np.ndarray:
-    """What the rewards gain by one extreme action instead of the other, at the step of each pair."""
-    env = episodes.build(bars)
-    found = []
-    for seed, _, step in pairs:
-        walks = [episodes.walk(env, seed, step + PAYOFF, step, end).rewards for end in (0, 1)]
-        n = min(map(len, walks))
-        found.append(walks[1][step:n].sum() - walks[0][step:n].sum())
-    return np.array(found)
-
-
-def kept_by_mirror(episodes, pairs, back=0) -> float | None:
-    """Cosine between payoffs and those after every bar up to the shown one is mirrored.
-
-    1: nothing that was shown is earned; -1: nothing else is. None: actions earn nothing.
-    """
-    same, other = [], []
-    for cut in {cut for _, cut, _ in pairs}:
-        chosen = [pair for pair in pairs if pair[1] == cut]
-        same.append(payoffs(episodes, episodes.bars, chosen))
-        bars = mirrored(episodes.bars, max(cut + 1 - back, 0))
-        other.append(payoffs(episodes, bars, chosen))
-    a, b = np.concatenate(same), np.concatenate(other)
-    size = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / size) if size > 0 else None
-
-
-def actions_earn_what_comes(audit, episodes, pairs):
-    """A policy that trades on the sign of a bar that it sees must not earn this bar."""
-    longest = {seed: len(walk.rewards) for seed, walk in enumerate(episodes.base)}
-    pairs = [pair for pair in pairs if pair[2] < longest[pair[0]] - 1]
-    kept = kept_by_mirror(episodes, pairs) if pairs and not episodes.random_reward else None
-    if kept is None:
-        audit.not_judged.append("same-bar fills (an action changes no reward)")
-        return
-    audit.tried.append(f"what {len(pairs)} actions earn with the bars that they saw mirrored")
-    if kept < 0.5:
-        back = 0
-        while back < 64 and kept_by_mirror(episodes, pairs, back + 1) < 0.5:
-            back += 1
-        share = (1 - kept) / 2
-        how = f"an action earns a bar that its observation shows ({share:.0%} of what it earns)"
-        audit.report("reward", back + 1, share, how)
-
-
-def length_tells_nothing(audit, episodes):
-    """A shorter file gives the same episode, unless it begins elsewhere."""
-    rows = len(episodes.bars.timestamp)
-    moved = True
-    for share in (0.95, 0.9, 0.8):
-        bars = part(episodes.bars, slice(0, int(share * rows)))
-        if episodes.fit is not None and episodes.fit >= len(bars.timestamp):
-            continue
+    def __init__(self, audit: Audit, target: Target, bars: Bars):
+        self.audit, self.target = audit, target
+        self.rng = np.random.default_rng(audit.args.seed)
+        self.bars = shuffled(bars, self.rng)
+        self.rows = len(bars.timestamp)
+        self.fit = target.fits[0] if target.fits else None
+        self.names = []
         try:
-            env = episodes.build(bars)
-            other = episodes.walk(env, 0)
-        except Exception:
-            continue
-        base = episodes.base[0]
-        n = min(len(base.obs), len(other.obs)) - 2
-        if n < 2:
-            continue
-        changed = (episodes.changed(base.obs[:n], other.obs[:n]) & ~episodes.random).any(0)
-        walks = base.obs[:n].std(0) > 0
-        if (changed & walks).sum() > 0.5 * walks.sum():
-            continue  # another first row
-        moved = False
-        for name in np.array(episodes.names)[changed]:
-            ahead = rows - len(bars.timestamp)
-            audit.report(f"observation '{name}'", ahead, 1.0, "it tells how long the file is")
-    text = "edits of length (a shorter file begins elsewhere)"
-    audit.not_judged.append(text) if moved else audit.tried.append("shorter files")
+            self.walk_twice()
+        except UsageError:
+            raise
+        except Exception as e:
+            raise UsageError(f"{target.name}: {first_line(e)}") from e
+
+    def walk_twice(self):
+        """The episodes; numbers that two episodes of one seed do not share are random."""
+        env = self.build(self.bars)
+        steps = self.audit.args.steps
+        self.lane = hasattr(env, "num_envs")
+        env.action_space.seed(0)
+        self.actions = [env.action_space.sample() for _ in range(steps + PAYOFF)]
+        self.ends = extremes(env.action_space)
+        self.base = [self.walk(env, seed, steps) for seed in range(SEEDS)]
+        self.spread = np.concatenate([walk.obs for walk in self.base]).std(0)
+        self.random = np.zeros(len(self.names), bool)
+        self.random_reward = False
+        env = self.build(self.bars)
+        for seed, base in enumerate(self.base):
+            again = self.walk(env, seed, steps)
+            n = min(len(base.obs), len(again.obs))
+            self.random |= self.changed(base.obs[:n], again.obs[:n]).any(0)
+            n = min(len(base.rewards), len(again.rewards))
+            self.random_reward |= not np.allclose(base.rewards[:n], again.rewards[:n])
+        odd = [name for name, random in zip(self.names, self.random) if random]
+        if self.random_reward:
+            odd.append("the reward")
+        if odd:
+            names = ", ".join(odd[:5])
+            self.audit.not_judged.append(f"{names} (random: two episodes of one seed differ)")
+        if self.random.all():
+            raise UsageError(f"{self.target.name}: every observation is random: nothing to judge")
+
+    def build(self, bars):
+        return quietly(self.target.call, bars, self.fit)
+
+    def edit(self, cut):
+        return self.build(edited(self.bars, cut, "rows", self.rng))
+
+    def walk(self, env, seed, steps, flip=None, end=0) -> Walk:
+        """An episode; flip: a step that takes the extreme action `end` instead of its own."""
+        return quietly(self.walk_aloud, env, seed, steps, flip, end)
+
+    def walk_aloud(self, env, seed, steps, flip, end):
+        obs, _ = env.reset(seed=seed)
+        parts = flat_obs(obs, self.lane)
+        if not self.names:
+            self.names = [f"{k}[{i}]" for k, x in parts.items() for i in range(len(x))]
+        obs_so_far = [np.concatenate([*parts.values()])]
+        rewards = []
+        for k in range(steps):
+            action = self.ends[end] if k == flip else self.actions[k]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            rewards.append(float(np.ravel(reward)[0]))
+            if np.any(terminated) or np.any(truncated):
+                break  # what is shown now may be the next episode
+            parts = flat_obs(obs, self.lane)
+            obs_so_far.append(np.concatenate([*parts.values()]))
+        return Walk(np.array(obs_so_far), np.array(rewards))
+
+    def changed(self, x, y) -> np.ndarray:
+        """(n, d) bool: more than the rounding of float32, random numbers aside."""
+        level = 1e-6 * np.abs(x).max(0)
+        return moved(x, y, self.spread, level) & ~self.random
+
+    def first(self, cut, seed, other: Walk) -> First:
+        base = self.base[seed]
+        n = min(len(base.obs), len(other.obs))
+        changed = self.changed(base.obs[:n], other.obs[:n])
+        found = First(cut, None, None, "")
+        if changed.any():
+            found.step = int(changed.any(1).argmax())
+            found.which = self.names[changed[found.step].argmax()]
+        n = min(len(base.rewards), len(other.rewards))
+        level = 1e-9 * np.abs(base.rewards[:n])
+        changed = moved(base.rewards[:n], other.rewards[:n], base.rewards.std(), level)
+        if changed.any() and not self.random_reward:
+            found.reward = int(changed.argmax())
+        return found
+
+    def run(self):
+        pairs = []  # (seed, cut, step whose observation shows a bar after the cut)
+        count = 0
+        for seed, base in enumerate(self.base):
+            firsts = []
+            for cut in self.cuts(seed):
+                other = self.walk(self.edit(cut), seed, len(base.rewards))
+                firsts.append(self.first(cut, seed, other))
+            self.observations_advance(seed, firsts)
+            self.rewards_are_known(seed, firsts)
+            last = len(base.rewards) - 1
+            count += len(firsts)
+            for found in firsts:
+                if found.step is not None and found.step < last:
+                    pairs.append((seed, found.cut, found.step))
+        steps = sum(len(walk.rewards) for walk in self.base)
+        if not pairs:
+            why = "more --steps, or the environment does not read the bars"
+            raise UsageError(f"{self.target.name}: no edit reached one of {steps} steps: {why}")
+        self.audit.tried.append(f"{SEEDS} episodes, {steps} steps, edits: rows {count}")
+        if not self.audit.findings:
+            self.actions_earn_what_comes(pairs)
+        self.length_tells_nothing()
+
+    def cuts(self, seed) -> list[int]:
+        """Rows after which to edit: around the bars that the episode walks over, and far behind.
+
+        The newest bar of the first observation is found by bisection.
+        """
+        low = self.fit or 0
+        shows, hides = low - 1, self.rows - 1  # rows: an edit after it is in the observation, or not
+        while hides - shows > 1:
+            middle = (shows + hides) // 2
+            other = self.walk(self.edit(middle), seed, 0)
+            if self.changed(self.base[seed].obs[:1], other.obs).any():
+                shows = middle
+            else:
+                hides = middle
+        end = min(hides + len(self.base[seed].rewards), self.rows - 1)
+        edges = np.linspace(hides, end, CUTS + 1)
+        cuts = [shows, shows + 1, (end + self.rows) // 2, self.rows - 2]
+        for start, stop in zip(edges[:-1], edges[1:]):
+            cuts.append(int(self.rng.integers(start, max(stop, start + 1))))
+        return sorted({min(max(cut, low), self.rows - 2) for cut in cuts})
+
+    def observations_advance(self, seed, firsts):
+        """An observation that shows bar c shows bar c + m at most m steps later, and the file is
+        long enough for the steps that follow: else it has shown bar c too early."""
+        last = len(self.base[seed].obs) - 2  # the last one may repeat the one before
+        for found in firsts:
+            if found.step is None:
+                continue
+            bar = found.cut + 1
+            what = f"observation '{found.which}'"
+            early = bar + (last - found.step) - (self.rows - 1)
+            if early > 0:
+                how = f"at step {found.step} of {last + 1} it depends on bar {bar} of {self.rows}"
+                self.audit.report(what, early, 1.0, how)
+            for later in firsts:
+                due = found.step + later.cut - found.cut + SLACK
+                then = last if later.step is None else later.step
+                if later.cut <= found.cut or due > last or then <= due:
+                    continue
+                if not self.shows(seed, later.cut, due):
+                    how = f"at step {found.step} it depends on bar {bar}, "
+                    how += f"but at step {due} not on bar {later.cut + 1}"
+                    self.audit.report(what, then - due + SLACK, 1.0, how)
+
+    def shows(self, seed, cut, step) -> bool:
+        """Whether an observation up to `step` depends on a bar after `cut`, asked several times."""
+        for _ in range(AGAIN):
+            other = self.walk(self.edit(cut), seed, step)
+            if self.first(cut, seed, other).step is not None:
+                return True
+        return False
+
+    def rewards_are_known(self, seed, firsts):
+        """What a reward depends on is in the observation that comes with it, or one bar later."""
+        last = len(self.base[seed].obs) - 2
+        for found in firsts:
+            if found.reward is None:
+                continue
+            due = found.reward + 2
+            then = last if found.step is None else found.step
+            if then > due and due <= last and not self.shows(seed, found.cut, due):
+                how = f"at step {found.reward} it depends on bar {found.cut + 1}, "
+                how += "which no observation shows by then"
+                self.audit.report("reward", then - due + 1, 1.0, how)
+
+    def payoffs(self, bars, pairs) -> list[float]:
+        """What the rewards gain by one extreme action instead of the other, at each pair's step."""
+        env = self.build(bars)
+        found = []
+        for seed, _, step in pairs:
+            low, high = (self.walk(env, seed, step + PAYOFF, step, end).rewards for end in (0, 1))
+            n = min(len(low), len(high))
+            gain = high[step:n] - low[step:n]
+            found.append(gain.sum())
+        return found
+
+    def kept_by_mirror(self, pairs, back=0) -> float | None:
+        """Cosine between payoffs and those after every bar up to the shown one is mirrored.
+
+        1: nothing that was shown is earned; -1: nothing else is. None: actions earn nothing.
+        """
+        before, after = [], []
+        for cut in {cut for _, cut, _ in pairs}:
+            some = [pair for pair in pairs if pair[1] == cut]
+            bars = mirrored(self.bars, max(cut + 1 - back, 0))
+            before += self.payoffs(self.bars, some)
+            after += self.payoffs(bars, some)
+        size = np.linalg.norm(before) * np.linalg.norm(after)
+        return float(np.dot(before, after) / size) if size > 0 else None
+
+    def actions_earn_what_comes(self, pairs):
+        """A policy that trades on the sign of a bar that it sees must not earn this bar."""
+        kept = None if self.random_reward else self.kept_by_mirror(pairs)
+        if kept is None:
+            self.audit.not_judged.append("same-bar fills (an action changes no reward)")
+            return
+        self.audit.tried.append(f"{len(pairs)} actions with the bars that they saw mirrored")
+        if kept < 0.5:
+            back = 1
+            while back < FAR and self.kept_by_mirror(pairs, back) < 0.5:
+                back += 1
+            share = (1 - kept) / 2
+            how = f"an action earns a bar that its observation shows ({share:.0%} of what it earns)"
+            self.audit.report("reward", back, share, how)
+
+    def length_tells_nothing(self):
+        """A shorter file gives the same episode, unless it begins elsewhere."""
+        base = self.base[0]
+        compared = False
+        for share in (0.95, 0.9, 0.8):
+            rows = int(share * self.rows)
+            try:
+                env = self.build(part(self.bars, slice(0, rows)))
+                other = self.walk(env, 0, len(base.rewards))
+            except Exception:
+                continue
+            n = min(len(base.obs), len(other.obs)) - 2
+            if n < 2:
+                continue
+            changed = self.changed(base.obs[:n], other.obs[:n]).any(0)
+            varies = base.obs[:n].std(0) > 0
+            if (changed & varies).sum() > 0.5 * varies.sum():
+                continue  # another first row
+            compared = True
+            for k in np.flatnonzero(changed):
+                what = f"observation '{self.names[k]}'"
+                self.audit.report(what, self.rows - rows, 1.0, "it tells how long the file is")
+        if compared:
+            self.audit.tried.append("shorter files")
+        else:
+            self.audit.not_judged.append("edits of length (a shorter file begins elsewhere)")
 
 
 # ---------------------------------------------------------------------------------- run directories
@@ -931,63 +951,60 @@ def audit_run(audit: Audit, folder: Path):
     except (OSError, ValueError) as e:
         raise UsageError(f"{folder}: not a run directory: args.json: {first_line(e)}") from e
     path = folder / "checkpoints" / "best.pt"
-    path = path if path.exists() else find_last(folder)
+    if not path.exists():
+        path = find_last(folder)
     if path is None:
         raise UsageError(f"{folder}: holds no checkpoint")
     state = load_checkpoint(path)
-    run = SimpleNamespace(state=state, flags=SimpleNamespace(**flags), data=state.get("data", {}))
     audits = {"tqc_film_batch": audit_tqc, "dqn_forex_subproc": audit_dqn}
     script = state.get("script")
     if script not in audits:
         raise UsageError(f"{folder}: a run of {script}: only {', '.join(audits)} have bars")
-    audit.args.labels = []
-    audits[script](audit, run)
+    audits[script](audit, SimpleNamespace(**flags), state)
+
+
+def check_data(flags, here, there):
+    if here != there:
+        raise UsageError(f"--data {flags.data}: is not what the run read (another sha256)")
 
 
 def check_stored(audit, stored: dict, refitted: dict):
     """The parameters of a checkpoint are those that its train rows give."""
     changed = Audit(audit.args)
-    stored, refitted = flat(stored), flat(refitted)
-    compare_fitted(changed, stored, refitted, 0, "", 0, rtol=1e-3)
+    stored = flat(stored)
+    compare_fitted(changed, stored, flat(refitted), 1, "rows", rtol=1e-3)
     for what, (_, size, _) in changed.findings.items():
-        audit.report(f"{what} of the checkpoint", 1, size, "the train rows give another one")
+        audit.report(f"{what} of the checkpoint", 1, size, "the train rows give another value")
     audit.tried.append(f"{len(stored)} stored parameters against a new fit")
 
 
 def check_purge(audit, rows: dict, window: int, name: str):
     """rows {split: (start, stop)} of decisions; row t earns bar t + 1 and sees `window` bars."""
-    order = [split for split in ("train", "eval", "test") if split in rows]
-    for before, after in zip(order[:-1], order[1:]):
-        free = rows[after][0] - window + 1 - (rows[before][1] + 1)
-        if free < 0:
+    for before, after in (("train", "eval"), ("eval", "test")):
+        newest_earned = rows[before][1]
+        oldest_shown = rows[after][0] - window + 1
+        if oldest_shown <= newest_earned:
             how = f"its first window holds bars that {before} earned"
-            audit.report(f"split '{after}' of {name}", -free, 1.0, how)
+            ahead = newest_earned - oldest_shown + 1
+            audit.report(f"split '{after}' of {name}", ahead, 1.0, how)
     audit.tried.append(f"purge of {name}")
 
 
-def same_data(flags, found, stored):
-    if stored and found != stored:
-        raise UsageError(f"--data {flags.data}: is not what the run read (another sha256)")
-
-
-def audit_tqc(audit, run):
+def audit_tqc(audit, flags, state):
     from cleanrl_crypto import tqc_film_batch as tqc
     from common.features import FeatureModel
 
-    flags = run.flags
     bars = load_bars(flags.data, flags.fill_limit)
-    same_data(flags, bars.sha256, run.data.get("sha256"))
-    model = FeatureModel.from_state_dict(run.state["features"])
+    check_data(flags, bars.sha256, state["data"]["sha256"])
+    model = FeatureModel.from_state_dict(state["features"])
+    same = {name: getattr(flags, name) for name in ("split", "window", "seed", "hmm", "screen")}
 
-    def load(bars, features=None):
-        a = flags.split, flags.window, flags.fill_limit, flags.seed, flags.hmm
+    def load(bars, features=None, forecast=False):
         with patch.object(tqc, "load_bars", lambda *_: bars):
-            return tqc.load_market(
-                flags.data, *a, features, screen=flags.screen, forecast=flags.forecast
-            )
+            return tqc.load_market(flags.data, **same, features=features, forecast=forecast)
 
     def refit(bars, _):
-        market = load(bars)
+        market = load(bars, None, flags.forecast)
         frame = pd.DataFrame(market.table, columns=market.features.columns)
         return frame.assign(forecast=market.forecast), market.features.state_dict()
 
@@ -996,55 +1013,45 @@ def audit_tqc(audit, run):
 
     def environment(bars, _):
         market = load(bars, model)
-        a = flags
-        rules = a.episode_length, a.fee_bps, a.slippage_bps, a.funding_bps, a.position_mode
-        lanes = tqc.MarketVectorEnv(market, market.rows["test"], 1, *rules)
-        return tqc.OneLane(lanes) if hasattr(tqc, "OneLane") else lanes
+        rules = {name: getattr(flags, name) for name in tqc.ENV_FLAGS.split()}
+        return tqc.MarketVectorEnv(market, market.rows["test"], **rules | {"num_envs": 1})
 
-    market = quietly(load, bars)
-    check_stored(audit, run.state["features"], market.features.state_dict())
+    market = quietly(load, bars, None, flags.forecast)
+    check_stored(audit, state["features"], market.features.state_dict())
     check_purge(audit, market.rows, flags.window, bars.names[0])
-    audit.args.edits = min(audit.args.edits, 24)
+    ColumnAudit(audit, Target("transform", transform), bars, 24).run()
+    fits = (market.rows["train"][1],)  # the bar that the last train decision earns
     kinds = ("rows", "prices", "volumes")  # the split's shares move with the length
-    fits = (market.rows["train"][1] - 1,)
-    held = Target("transform", transform)
-    audit_columns(audit, held, bars)
-    audit.args.edits = 6
-    audit_columns(audit, Target("fit", refit, fits, kinds=kinds), bars)
-    audit_env(audit, Target("environment", environment), replace(bars, truth=None))
+    ColumnAudit(audit, Target("fit", refit, fits, kinds=kinds), bars, 6).run()
+    EnvAudit(audit, Target("environment", environment), replace(bars, truth=None)).run()
 
 
-def audit_dqn(audit, run):
+def audit_dqn(audit, flags, state):
     from cleanrl_crypto import dqn_forex_subproc as dqn
 
-    if run.flags.env_fn:
+    if flags.env_fn:
         raise UsageError("a run of --env-fn has no bars: give its factory as TARGET")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(run.flags).items()}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
     flags = dqn.Args(**fields)
     series = dqn.load_series(flags)
-    found = [bars.sha256 for bars in series.values()]
-    same_data(flags, found, list(run.data.get("sha256", [])))
-    stored = run.state["config"]["models"]
+    check_data(flags, [bars.sha256 for bars in series.values()], list(state["data"]["sha256"]))
+    stored = state["config"]["models"]
     pairs = quietly(dqn.load_pairs, flags)
     check_stored(audit, stored, pairs.models)
-    edits = audit.args.edits
+
+    def columns(bars, row, name):
+        model = stored[name] if row is None else None
+        stop = None if row is None else row + 1
+        model, values = dqn.fit(flags, bars, stop, model)
+        return pd.DataFrame(values, columns=model.columns), model.state_dict()
+
     for k, (name, bars) in enumerate(series.items()):
-        rows = {split: pairs.rows[split][k] - pairs.first[k] for split in pairs.rows}
+        rows = {split: of[k] - pairs.first[k] for split, of in pairs.rows.items()}
         check_purge(audit, rows, 1, name)
-
-        def refit(bars, row, name=name):
-            model, columns = dqn.fit(flags, bars, row + 1, None)
-            return pd.DataFrame(columns, columns=model.columns), model.state_dict()
-
-        def transform(bars, _, name=name):
-            model, columns = dqn.fit(flags, bars, None, stored[name])
-            return pd.DataFrame(columns, columns=model.columns)
-
-        fits = (int(rows["train"][1]) - 1,)
-        audit.args.edits = max(edits // 2, 8)
-        audit_columns(audit, Target(f"transform of {name}", transform), bars)
-        audit.args.edits = 8
-        audit_columns(audit, Target(f"fit of {name}", refit, fits), bars)
+        target = Target(name, partial(columns, name=name))
+        ColumnAudit(audit, target, bars, 16).run()
+        fitted = replace(target, fits=(int(rows["train"][1]) - 1,))
+        ColumnAudit(audit, fitted, bars, 8).run()
 
     first = next(iter(series))
 
@@ -1054,7 +1061,7 @@ def audit_dqn(audit, run):
         rules = {name: getattr(flags, name) for name in dqn.RULES}
         return dqn.ForexVectorEnv(loaded, "test", len(series), vec_mode="single", **rules)
 
-    audit_env(audit, Target("environment", environment), series[first])
+    EnvAudit(audit, Target("environment", environment), series[first]).run()
 
 
 # ------------------------------------------------------------------------------------------- verdict
@@ -1065,36 +1072,51 @@ def verdict(audit: Audit) -> str:
         return f"no leak found in {'; '.join(audit.tried)}{rest}"
     what, (ahead, size, how) = next(iter(audit.findings.items()))
     bars = "1 bar" if ahead == 1 else f"{ahead} bars"
-    text = "" if not np.isfinite(size) else f", size {size:.2g}"
-    more = f"; {len(audit.findings) - 1} more" if len(audit.findings) > 1 else ""
-    return f"leak: {what}, {bars} ahead{text}: {how}{more}{rest}"
+    text = f", size {size:.2g}" if np.isfinite(size) else ""
+    more = len(audit.findings) - 1
+    others = f"; {more} more" if more else ""
+    return f"leak: {what}, {bars} ahead{text}: {how}{others}{rest}"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: (_ for _ in ()).throw(UsageError(message))
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
     add("target", metavar="TARGET", help="module:function, file.py:function or a run directory")
-    add("--data", help="bars: a file or synthetic:MARKET (default: noise with holes)")
-    add("--bars", type=int, default=3000, help="use the last N of them (default: %(default)s)")
+    add("--data", help="bars: files or synthetic:MARKET (default: noise with holes)")
+    add("--bars", type=int, default=3000, help="use the last N of --data (default: %(default)s)")
     add("--edits", type=int, default=40, help="edits of the future (default: %(default)s)")
-    add("--steps", type=int, default=STEPS, help="steps of an episode (default: %(default)s)")
+    add("--steps", type=int, default=300, help="steps of an episode (default: %(default)s)")
     add("--labels", nargs="+", default=[], help="columns that may look ahead: what is forecast")
+    add("--earned", nargs="+", default=[], help="columns of what a backtest earned in each bar")
     add("--seed", type=int, default=1, help="of the bars and the edits (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name, least in (("bars", 200), ("edits", 4), ("steps", 10), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    for name, least in {"bars": 200, "edits": 4, "steps": 10, "seed": 0}.items():
+        value = getattr(args, name)
+        if value < least:
+            raise UsageError(f"--{name} {value}: must be {least} or more")
     return args
 
 
 def read_bars(args) -> Bars:
-    bars = load_bars(args.data or f"{OWN_BARS}&seed={args.seed}")
     if args.data is None:
+        bars = load_bars(f"{OWN_BARS}&seed={args.seed}")
         return rough(bars, np.random.default_rng(args.seed))
-    return replace(part(bars, slice(-args.bars, None)), truth=None)
+    bars = replace(load_bars(args.data), truth=None)
+    return part(bars, slice(-args.bars, None))
+
+
+def makes_env(target: Target, bars: Bars) -> bool:
+    fit = target.fits[0] if target.fits else None
+    try:
+        return is_env(quietly(target.call, bars, fit))
+    except (Exception, SystemExit):
+        return False  # ColumnAudit tries other rows, and says why it fails
 
 
 def main(argv=None) -> dict:
@@ -1107,14 +1129,12 @@ def main(argv=None) -> dict:
     else:
         bars = read_bars(args)
         target = user_target(args.target, bars)
-        try:
-            fit = target.fits[0] if target.fits else None
-            environment = is_env(quietly(target.call, bars, fit))
-        except (Exception, SystemExit):
-            environment = False  # audit_columns tries other rows, and says why it fails
-        (audit_env if environment else audit_columns)(audit, target, bars)
-    for what, (ahead, size, how) in list(audit.findings.items())[:20]:
-        print(f"{what:<40} {ahead:>6} bars ahead  size {size:<8.2g} {how}")
+        if makes_env(target, bars):
+            EnvAudit(audit, target, bars).run()
+        else:
+            ColumnAudit(audit, target, bars, args.edits).run()
+    for what, (ahead, size, how) in audit.findings.items():
+        print(f"{what:<32} {ahead:>5} bars ahead, size {size:<7.2g} {how}")
     print(verdict(audit))
     return {"exit_code": int(bool(audit.findings)), "findings": audit.findings}
 
