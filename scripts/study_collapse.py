@@ -35,7 +35,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.run import answer_help, check, exit_with, flag, parse_args, refuse  # noqa: E402
+from common.run import (  # noqa: E402
+    UsageError,
+    answer_help,
+    check,
+    exit_with,
+    flag,
+    parse_args,
+    refuse,
+)
 
 answer_help(__name__, __file__)
 
@@ -43,7 +51,7 @@ import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
 from scipy.stats import bootstrap, trim_mean  # noqa: E402
 
 from cleanrl_crypto import tqc_film_batch as tqc  # noqa: E402
@@ -154,6 +162,7 @@ FROM_TODAY = {
 }
 SLOW_ALPHA = {"ent_coef_lr": 6e-3, "ent_coef_min": 0.01}
 FROM_ACTOR = {
+    "counterfactuals": ("no counterfactual exposures", {"counterfactuals": 0}),
     "reward_.06": ("rewards of std .06", {"reward_std": 0.06}),
     "alpha": ("slow alpha with a floor of .01", SLOW_ALPHA),
     "drop_2": ("2 of 25 quantiles dropped", {"top_quantiles_to_drop_per_net": 2}),
@@ -177,14 +186,15 @@ PEER_SAME = """batch_size tau gamma ent_coef target_entropy sde_sample_freq
 COLUMNS = """cell seed score grid_score actor_score train_score size spread attribution
     attribution_position state_dependence saturation alpha entropy alpha_entropy sigma updates
     transitions samples_per_transition verdict seconds settings""".split()
-MEASURED = """grid_score actor_score train_score size spread alpha alpha_entropy entropy_share soft
+MEASURED = """grid_score actor_score train_score size spread spread_std alpha alpha_entropy entropy_share soft
     state_dependence saturation attribution attribution_position entropy sigma updates transitions
     samples_per_transition seconds""".split()
 HEADS = {
     "grid_score": "greedy on its critic",
+    "attribution": "attribution",
     "state_dependence": "state dependence",
     "saturation": "saturation",
-    "spread": "spread of values",
+    "spread_std": "spread of values, reward std",
     "alpha": "alpha",
     "entropy_share": "alpha x entropy / spread",
     "soft": "soft size",
@@ -252,8 +262,9 @@ def all_cells() -> list[Cell]:
             cells.append(Cell(f"{table}_{name}", table, text, base | changes, a_step))
     for h in ENTROPIES:
         cells.append(Cell(f"entropy_{h:g}", "entropy", f"{h:g}", before | {"target_entropy": h}))
+    defaults = SMALL | SHARED | {"reward_std": 0.006}  # as the environment gives them
     cells.append(Cell("peer_earlier", "peer", "at the earlier settings", earlier))
-    cells.append(Cell("peer_defaults", "peer", "at its defaults, one lane", SMALL | SHARED))
+    cells.append(Cell("peer_defaults", "peer", "at its defaults, one lane", defaults))
     for name, base, a_step in (("earlier", earlier, 1), ("today", today, 10)):
         wide = {k: v for k, v in base.items() if k not in SMALL} | LARGE
         wide["batch_size"] = 4 * base["batch_size"]
@@ -522,14 +533,26 @@ def peer_path(peer, market) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------- runs.csv
 def load_rows(path: Path) -> list[dict]:
-    """Finished runs; a line that kill -9 tore is cut off."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return list(csv.DictReader(io.StringIO(whole)))
+    """Finished runs."""
+    return list(csv.DictReader(io.StringIO(whole_lines(path))))
+
+
+def whole_lines(path: Path) -> str:
+    """Without the line that kill -9 tore."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
+
+
+@contextlib.contextmanager
+def locked(out: Path):
+    """One process writes into a folder."""
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UsageError(f"--out {out}: another process writes into it") from e
+    with lock:
+        yield
 
 
 def append_row(path: Path, row: dict):
@@ -572,6 +595,17 @@ def finished_runs(left: list[tuple], jobs: int) -> Iterator[dict]:
             yield future.result()
 
 
+def run_rest(cells: list[Cell], path: Path, args: Args):
+    """Runs without a line in runs.csv, each of which brings one."""
+    if path.exists():
+        path.write_text(whole_lines(path))
+    left = runs_left(cells, load_rows(path), args)
+    for k, row in enumerate(finished_runs(left, args.jobs), 1):
+        append_row(path, row)
+        said = f"{row['cell']} seed {row['seed']}: score {row['score']:.3f}"
+        print(f"{k}/{len(left)} {said}, {row['seconds']:.0f} s {row['verdict']}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------- results
 def interval(values) -> tuple[float, float, float]:
     """Interquartile mean over seeds, and the ends of its 95 % bootstrap interval."""
@@ -595,10 +629,11 @@ def soft_size(ratio: float) -> float:
 def summarise(rows: list[dict]) -> pd.DataFrame:
     """A line a cell: interquartile means, intervals of the score and of its difference from the
     table's first cell, seed by seed."""
-    texts = {"": math.nan}
-    runs = pd.DataFrame(rows).replace(texts)
-    names = [n for n in COLUMNS if n not in ("cell", "verdict", "settings")]
-    runs[names] = runs[names].astype(float)
+    runs = pd.DataFrame(rows)
+    texts = runs[["cell", "verdict", "settings"]]
+    runs = runs.drop(columns=texts.columns).apply(pd.to_numeric, errors="coerce").join(texts)
+    stds = [json.loads(text).get("reward_std", 1.0) for text in runs["settings"]]
+    runs["spread_std"] = runs["spread"] / stds
     runs["entropy_share"] = runs["alpha_entropy"] / runs["spread"]
     ratios = runs["spread"] / runs["alpha"].clip(1e-9)
     runs["soft"] = [soft_size(x) for x in ratios]
@@ -711,18 +746,15 @@ def main(argv: list[str] | None = None) -> dict:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "runs.csv"
-    with FileLock(out / ".lock", timeout=0):
-        left = [] if args.show else runs_left(cells, load_rows(path), args)
-        for k, row in enumerate(finished_runs(left, args.jobs), 1):
-            append_row(path, row)
-            said = f"{row['cell']} seed {row['seed']}: score {row['score']:.3f}"
-            print(f"{k}/{len(left)} {said}, {row['seconds']:.0f} s {row['verdict']}", flush=True)
-        rows = load_rows(path)
-        refuse((not rows, f"{path}: no finished run"))
-        table = summarise(rows)
-        table.to_csv(out / "table.csv", index=False, float_format="%.5g")
-        (out / "table.md").write_text(markdown(table))
-        draw(table, out / "picture.png")
+    if not args.show:
+        with locked(out):
+            run_rest(cells, path, args)
+    rows = load_rows(path)
+    refuse((not rows, f"{path}: no finished run"))
+    table = summarise(rows)
+    table.to_csv(out / "table.csv", index=False, float_format="%.5g")
+    (out / "table.md").write_text(markdown(table))
+    draw(table, out / "picture.png")
     print(f"{out}: runs.csv, table.csv, table.md, picture.png")
     return {"runs": len(rows), "exit_code": 0}
 
