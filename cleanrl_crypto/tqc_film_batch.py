@@ -43,7 +43,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from common.run import CheckFailed, Run, RunArgs, answer_help, check, exit_with, experiment, load_run, refuse
+    from common.run import (
+        CheckFailed,
+        Run,
+        RunArgs,
+        answer_help,
+        check,
+        differences,
+        exit_with,
+        experiment,
+        load_run,
+        refuse,
+    )
 except ModuleNotFoundError as e:
     if e.name != "common":
         raise
@@ -62,9 +73,16 @@ import torch.nn.functional as F
 from numba import cuda
 
 from common import markets
-from common.data import Bars, iso, load_bars, print_facts, split_rows, utc_times
+from common.data import (
+    Bars,
+    iso,
+    load_bars,
+    load_funding,
+    print_facts,
+    split_rows,
+    utc_times,
+)
 from common.features import CLIP, FeatureModel, fit_features, with_products
-from common.gpu_pool import pool
 from common.lanes import Lanes, register
 from common.scoring import (
     BP,
@@ -80,15 +98,11 @@ from common.scoring import (
 )
 from common.timeout_guard import CheckpointError, load_checkpoint, save_atomic
 
-SCHEMA = 3  # of the checkpoint
-LOADING = "split", "window", "fill_limit", "hmm", "screen", "forecast"  # arguments of load_market
-NO_COSTS = 0.0, 0.0, False
+SCHEMA = 4  # of the checkpoint
 FEW_UPDATES = 100  # an agent of fewer is not judged
 MODES = ("rebalance", "drift")
 POLICIES = ("critic_grid", "actor")
 PRECISIONS = ("auto", "bf16", "fp32")
-ENV_FLAGS = """num_envs episode_length fee_bps slippage_bps funding_bps position_mode
-    turnover_penalty_bps seed"""
 NETWORK_FLAGS = """window d_model recency fusion_width hidden dropout n_critics n_quantiles log_std_init
     reward_scaling gamma"""
 TABLE = """score mean_expected_bps mean_reward_bps sharpe max_drawdown turnover exposure trades"""
@@ -98,15 +112,16 @@ HMM_COLUMNS = 5  # 4 filtered state posteriors and their entropy
 HORIZON = 1  # bars between a decision and the end of its reward
 RUIN = 1e-6  # floor of a bar's growth and of what a fee leaves
 LOST = 3e-6  # growth that ends the episode: above RUIN, a fee may hit the floor in a rising bar
-LEVELS = np.linspace(-1, 1, 21)  # exposures among which the best constant is found
-GRID = 10  # exposures on each side of flat among which the greedy policy chooses
+LEVELS = np.linspace(-1, 1, 21)  # exposures of the greedy policy and of the best constant
 
 # encoder: the shape that the scores in docs/results.md were measured with
 HEADS, LAYERS = 4, 2
 MASKED = 0.3  # share of a window's bars that pre-training hides
 MAE_BATCH = 64  # windows a pre-training step
 MAE_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
-BLOCK = 32  # rows encoded at once: one size, so that a row's bits do not depend on the others
+BLOCK = (
+    32  # rows encoded at once: one size, so that a row's bits do not depend on the others
+)
 
 # shares of the time that is left; learning needs the rest
 FIT_SHARE = 0.15  # the HMM of a long history
@@ -115,11 +130,15 @@ CACHE_SHARE = 0.3  # rows that are not encoded by then are left out, the oldest 
 
 # optimisation
 BUFFER = 2_000_000  # transitions in the replay: 32 MB, 30 times what a default run makes
-SCHEDULE = 65_536  # transitions over which learning rates fall, unless --total-timesteps says
+SCHEDULE = (
+    65_536  # transitions over which learning rates fall, unless --total-timesteps says
+)
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
 MAX_GRAD_NORM = 10.0  # a hundred times a usual gradient: only accidents are clipped
-REWARD_CLIP = 10.0  # standard deviations of the full position's reward; what is beyond is logged
+REWARD_CLIP = (
+    10.0  # standard deviations of the full position's reward; what is beyond is logged
+)
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -159,6 +178,9 @@ class Args(RunArgs):
     funding_bps: float = 0.0
     """bp a bar that a full long position pays and a full short one receives; negative: the other
     way round"""
+    funding: str | None = None
+    """csv or parquet file of funding payments as exchanges give them (fundingTime, fundingRate),
+    added to --funding-bps"""
     position_mode: str = "rebalance"
     """rebalance: exposure stays at the target between decisions; drift: it moves with the price"""
     turnover_penalty_bps: float = 5.0
@@ -260,8 +282,7 @@ class Args(RunArgs):
         ranges = {
             (0, 1): "eval_w_cost learning_rate learning_rate_fusion learning_rate_film tau",
             (0, 0.9999): "gamma average dropout",
-            (0, 10): "ent_coef_lr weight_decay",
-            (0, 1000): "fee_bps slippage_bps turnover_penalty_bps",
+            (0, 1000): "fee_bps slippage_bps turnover_penalty_bps ent_coef_lr weight_decay",
             (0, 1023): "counterfactuals updates_per_step top_quantiles_to_drop_per_net",
             (0, 10**6): "fill_limit mae_steps patience",
             (0, 10**12): "total_timesteps learning_starts w_cost_curriculum",
@@ -278,44 +299,55 @@ class Args(RunArgs):
         check(self, choices, ranges)
         drop = self.top_quantiles_to_drop_per_net
         floor = self.ent_coef_min
-        _, alpha = parse_ent_coef(self.ent_coef)
+        alpha = initial_alpha(self.ent_coef)
         refuse(
-            (self.batch_size % self.segment,
-             f"--batch-size {self.batch_size} must be a multiple of --segment {self.segment}"),
-            (self.d_model % HEADS,
-             f"--d-model {self.d_model} must be a multiple of {HEADS} attention heads"),
-            (drop >= self.n_quantiles,
-             f"--top-quantiles-to-drop-per-net {drop} leaves none of --n-quantiles {self.n_quantiles}"),
+            (
+                self.batch_size % self.segment,
+                f"--batch-size {self.batch_size} must be a multiple of --segment {self.segment}",
+            ),
+            (
+                self.d_model % HEADS,
+                f"--d-model {self.d_model} must be a multiple of {HEADS} attention heads",
+            ),
+            (
+                drop >= self.n_quantiles,
+                f"--top-quantiles-to-drop-per-net {drop} leaves none of --n-quantiles {self.n_quantiles}",
+            ),
             (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"),
-            (not 0 <= floor <= alpha,
-             f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}"),
+            (
+                not 0 <= floor <= alpha,
+                f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}",
+            ),
         )
 
+    @property
+    def costs(self):
+        """Costs as kernels take them."""
+        return (self.fee_bps + self.slippage_bps) * BP, self.position_mode == "drift"
 
-def parse_ent_coef(text):
-    """`auto`, `auto_0.5` or a number -> (is it learned, initial value), as Stable-Baselines3
-    reads it."""
-    learned = text == "auto" or text.startswith("auto_")
+
+def initial_alpha(text):
+    """`auto`, `auto_0.5` or a number -> initial entropy coefficient, as Stable-Baselines3 reads it."""
     try:
         value = 1.0 if text == "auto" else float(text.removeprefix("auto_"))
     except ValueError:
         value = -1.0
-    good = 0 < value < math.inf or (value == 0 and not learned)
+    good = 0 < value < math.inf or (value == 0 and "auto" not in text)
     why = "must be a number >= 0, auto, or auto_VALUE with VALUE > 0"
     refuse((not good, f"--ent-coef {text}: {why}"))
-    return learned, value
+    return value
 
 
 # ------------------------------------------------------------------------------------------ kernels
 # Tuples that kernels take:
-#   costs: cost (fraction of equity per unit of |change|), funding (fraction a bar that a full long
-#   pays), drift (whether the exposure moves with the price)
+#   costs: cost (fraction of equity per unit of |change|), drift (whether the exposure moves with
+#   the price)
 #   rules: start, stop (decision rows), length (bars an episode), w_max, penalty (per unit of
 #   |change| at w_cost 1), seed
-#   lanes: ints, floats, reward (N,), flags (2, N: terminated, truncated), and in last_ints and
-#   last_floats the state before the reset of lanes that a flag was ever set for
-ROW, CLOCK, EPISODE = range(3)  # rows of ints (3, lanes) int64
-POSITION, W_COST, EQUITY, RETURN, TURNOVER = range(5)  # rows of floats (5, lanes) float64
+#   lanes: state, last (the state before the reset of lanes whose episode ever ended), reward (N,),
+#   flags (2, N: terminated, truncated)
+# rows of state (8, N) float64
+ROW, CLOCK, EPISODE, POSITION, W_COST, EQUITY, RETURN, TURNOVER = range(8)
 
 
 @nb.njit(cache=True)
@@ -338,7 +370,7 @@ def uniform_nb(seed, lane, episode, draw):
 def fee_nb(position, target, costs):
     """Fee as a share of equity. Drifting: on what is really traded to hold `target` of what the
     fee leaves."""
-    cost, _, drift = costs
+    cost, drift = costs
     change = target - position
     fee = cost * abs(change)
     if drift:
@@ -347,14 +379,14 @@ def fee_nb(position, target, costs):
 
 
 @nb.njit(cache=True)
-def trade_nb(position, target, ret, costs):
+def trade_nb(position, target, ret, funding, costs):
     """One decision and the bar it earns: ONE lane, all scalars, float64.
 
-    position, target: exposure before and after the trade, share of equity; ret: simple return of
-    the next bar. equity *= (1 - fee) (1 + target ret - funding target). Returns (growth of equity,
+    position, target: exposure before and after the trade, share of equity; of the next bar ret:
+    simple return, funding: fraction that a full long pays. equity *= (1 - fee) (1 + target ret - funding target). Returns (growth of equity,
     exposure at the next decision).
     """
-    _, funding, drift = costs
+    _, drift = costs
     growth = 1.0 + target * ret - funding * target
     growth = growth if growth > RUIN else RUIN  # Numba's CUDA target does not know max()
     left = 1.0 - fee_nb(position, target, costs)
@@ -363,61 +395,53 @@ def trade_nb(position, target, ret, costs):
 
 
 @nb.njit(cache=True)
-def begin_nb(i, rules, ints, floats):
-    """Lane i to the first row of episode ints[EPISODE, i]; its w_cost is 0 or w_max in 20 %
+def begin_nb(i, rules, state):
+    """Lane i to the first row of episode state[EPISODE, i]; its w_cost is 0 or w_max in 20 %
     each, else uniform."""
     start, stop, _, w_max, _, seed = rules
-    episode = ints[EPISODE, i]
+    episode = np.int64(state[EPISODE, i])
+    for k in range(state.shape[0]):
+        state[k, i] = 0.0
     u = uniform_nb(seed, i, episode, 1)
-    ints[ROW, i] = start + np.int64(uniform_nb(seed, i, episode, 0) * (stop - start))
-    ints[CLOCK, i] = 0
-    for k in range(5):
-        floats[k, i] = 0.0
-    floats[W_COST, i] = w_max * (0.0 if u < 0.2 else 1.0 if u > 0.8 else (u - 0.2) / 0.6)
-    floats[EQUITY, i] = 1.0
+    state[ROW, i] = start + np.int64(uniform_nb(seed, i, episode, 0) * (stop - start))
+    state[EPISODE, i] = episode
+    state[W_COST, i] = w_max * (0.0 if u < 0.2 else 1.0 if u > 0.8 else (u - 0.2) / 0.6)
+    state[EQUITY, i] = 1.0
 
 
-@nb.njit(cache=True)
-def begin_all_nb(rules, ints, floats):
-    for i in range(ints.shape[1]):
-        begin_nb(i, rules, ints, floats)
-
-
-def lane_py(i, action, ret, costs, rules, lanes):
+def lane_py(i, action, ret, funding, costs, rules, lanes):
     """Step lane i in place; compiled for the CPU and, unchanged, as a CUDA device function."""
-    ints, floats, reward, flags, last_ints, last_floats = lanes
+    state, last, reward, flags = lanes
     _, stop, length, _, penalty, _ = rules
-    row = ints[ROW, i]
-    position = floats[POSITION, i]
+    row = np.int64(state[ROW, i])
+    position = state[POSITION, i]
     target = -1.0 if action[i] < -1.0 else 1.0 if action[i] > 1.0 else action[i]
     change = abs(target - position)
-    growth, after = trade_nb(position, target, ret[row], costs)
-    reward[i] = math.log(growth) - floats[W_COST, i] * penalty * change
-    ints[ROW, i] = row + 1
-    ints[CLOCK, i] += 1
-    floats[POSITION, i] = after
-    floats[EQUITY, i] *= growth
-    floats[RETURN, i] += reward[i]
-    floats[TURNOVER, i] += change
+    growth, after = trade_nb(position, target, ret[row], funding[row], costs)
+    reward[i] = math.log(growth) - state[W_COST, i] * penalty * change
+    state[ROW, i] += 1
+    state[CLOCK, i] += 1
+    state[POSITION, i] = after
+    state[EQUITY, i] *= growth
+    state[RETURN, i] += reward[i]
+    state[TURNOVER, i] += change
     flags[0, i] = growth <= LOST
-    flags[1, i] = not flags[0, i] and (ints[CLOCK, i] >= length or row + 1 >= stop)
+    flags[1, i] = not flags[0, i] and (state[CLOCK, i] >= length or row + 1 >= stop)
     if flags[0, i] or flags[1, i]:
-        for k in range(3):
-            last_ints[k, i] = ints[k, i]
-        for k in range(5):
-            last_floats[k, i] = floats[k, i]
-        ints[EPISODE, i] += 1
-        begin_nb(i, rules, ints, floats)
+        for k in range(state.shape[0]):
+            last[k, i] = state[k, i]
+        state[EPISODE, i] += 1
+        begin_nb(i, rules, state)
 
 
 lane_nb = nb.njit(lane_py)
 
 
 @nb.njit(parallel=True, cache=True)
-def step_cpu(action, ret, costs, rules, lanes):
+def step_cpu(action, ret, funding, costs, rules, lanes):
     """Step all lanes."""
     for i in nb.prange(action.size):
-        lane_nb(i, action, ret, costs, rules, lanes)
+        lane_nb(i, action, ret, funding, costs, rules, lanes)
 
 
 @functools.cache  # one compilation a process
@@ -426,16 +450,16 @@ def cuda_step():
     lane = cuda.jit(device=True)(lane_py)
 
     @cuda.jit
-    def step_cuda(action, ret, costs, rules, lanes):
+    def step_cuda(action, ret, funding, costs, rules, lanes):
         i = cuda.grid(1)
         if i < action.size:
-            lane(i, action, ret, costs, rules, lanes)
+            lane(i, action, ret, funding, costs, rules, lanes)
 
     return step_cuda
 
 
 @nb.njit(cache=True)
-def walk_nb(target, ret, expected, costs):
+def walk_nb(target, ret, funding, expected, costs):
     """Trade the exposures `target` (n,) along returns `ret` (n,), flat before the first.
 
     Returns (reward, expected reward, |change|, target) (n,): log growth net of costs; and target
@@ -449,14 +473,15 @@ def walk_nb(target, ret, expected, costs):
     position = 0.0
     for t in range(n):
         change[t] = abs(target[t] - position)
-        mean[t] = target[t] * (expected[t] - costs[1]) - fee_nb(position, target[t], costs)
-        growth, position = trade_nb(position, target[t], ret[t], costs)
+        paid = fee_nb(position, target[t], costs)
+        mean[t] = target[t] * (expected[t] - funding[t]) - paid
+        growth, position = trade_nb(position, target[t], ret[t], funding[t], costs)
         reward[t] = math.log(growth)
     return reward, mean, change, target.copy()
 
 
 @nb.njit(cache=True)
-def greedy_walk_nb(value, grid, scale, penalty, ret, costs):
+def greedy_walk_nb(value, grid, scale, penalty, ret, funding, costs):
     """Greedy exposures (n,) of an afterstate critic: value (n, A) of holding grid[j], before the
     cost of getting there.
 
@@ -479,7 +504,7 @@ def greedy_walk_nb(value, grid, scale, penalty, ret, costs):
                 best_q = q
                 best_change = change
         target[t] = grid[best]
-        _, position = trade_nb(position, grid[best], ret[t], costs)
+        _, position = trade_nb(position, grid[best], ret[t], funding[t], costs)
     return target
 
 
@@ -492,10 +517,13 @@ class Market:
     features: FeatureModel
     table: np.ndarray  # (T, n_tech + 5) float32: technical columns, then the HMM's
     ret: np.ndarray  # (T,) float64 simple return of the next bar, 0 in the last row
-    expected: np.ndarray  # (T,) float64 its known conditional mean, NaN on real bars
+    funding: np.ndarray  # (T,) float64 fraction that a full long pays in the next bar
+    expected: np.ndarray  # (T,) float64 known conditional mean of ret, NaN on real bars
     rows: dict  # split -> (start, stop), half-open decision rows
     window: int
-    forecast: np.ndarray  # (T,) float32 the lasso's, out of fold on train rows
+    costs: tuple
+    funding_sha256: str | None = None  # of --funding
+    forecast: np.ndarray = None  # (T,) float32 the lasso's, out of fold on train rows
 
     def identity(self):
         """What a checkpoint must agree with."""
@@ -503,6 +531,7 @@ class Market:
             "spec": self.bars.spec,
             "sha256": self.bars.sha256,
             "names": self.bars.names,
+            "funding_sha256": self.funding_sha256,
             "bars": len(self.ret),
             "rows": self.rows,
             "columns": self.features.columns,
@@ -517,36 +546,51 @@ class Market:
     def n_tech(self):
         return self.table.shape[1] - HMM_COLUMNS
 
+    def walk(self, target, start, stop):
+        """walk_nb along rows [start, stop)."""
+        rows = slice(start, stop)
+        known = self.ret[rows], self.funding[rows], self.expected[rows]
+        return walk_nb(target, *known, self.costs)
 
-def load_market(
-    data,
-    split="0.70/0.15/0.15",
-    window=64,
-    fill_limit=24,
-    seed=1,
-    hmm=True,
-    features=None,
-    seconds=math.inf,
-    screen=True,
-    forecast=True,
-):
+    @property
+    def series(self):
+        """The market as scoring sees it."""
+        x = with_products(self.table, self.n_tech)
+        known = self.bars.truth is not None
+        return Series(x, self.ret, self.rows, self.walk, known)
+
+    @functools.cached_property
+    def rival(self):
+        """Exposures (T,) of the cheap rival."""
+        return sparse_linear([self.series])[0]
+
+
+def load_market(args, features=None, seconds=math.inf):
     """Bars -> splits -> columns, fitted on train rows, for `seconds` at most, unless `features`
     are given. Raises DataError (one line)."""
-    bars = load_bars(data, fill_limit)
-    purge = window + HORIZON
-    train_stop = split_rows(bars.timestamp, split, purge)["train"][1]
+    bars = load_bars(args.data, args.fill_limit)
+    purge = args.window + HORIZON
+    train_stop = split_rows(bars.timestamp, args.split, purge)["train"][1]
     fit = features is None
     if fit:
-        features = fit_features(bars, train_stop, seed, seconds, screen)
+        features = fit_features(bars, train_stop, args.seed, seconds, args.screen)
     table = features.transform(bars)
-    rows = split_rows(bars.timestamp, split, purge, first=features.warmup + window - 1)
-    if not hmm:
+    first = features.warmup + args.window - 1
+    rows = split_rows(bars.timestamp, args.split, purge, first)
+    if not args.hmm:
         table[:, -HMM_COLUMNS:] = 0.0
     # the last row has no next bar and is never a decision row
     ret = np.nan_to_num(bars.next_return)
+    funding = np.full(len(ret), args.funding_bps * BP)
     expected = bars.truth.expected if bars.truth else np.full(len(ret), np.nan)
-    market = Market(bars, features, table, ret, expected, rows, window, np.zeros(len(ret)))
-    if forecast and (fit or features.linear):
+    market = Market(
+        bars, features, table, ret, funding, expected, rows, args.window, args.costs
+    )
+    if args.funding:
+        paid, market.funding_sha256 = load_funding(args.funding, bars)
+        funding[:-1] += paid[1:]
+    market.forecast = np.zeros(len(ret))
+    if args.forecast and (fit or features.linear):
         read_linearly(market, fit)
     return market
 
@@ -555,13 +599,13 @@ def read_linearly(market, fit):
     """The lasso's forecast of every row. On the rows that it was fitted on it is out of fold, as
     the agent would else learn to trust it too much."""
     features = market.features
-    start, stop = market.rows["train"]
-    linear, out_of_fold = fit_linear(series_of(market, NO_COSTS))
+    linear, out_of_fold = fit_linear(market.series)
     if fit:
         features.linear = linear
     market.forecast = features.forecast(market.table)
     if features.linear == linear:
-        market.forecast[start:stop] = out_of_fold.clip(-CLIP, CLIP)
+        train = slice(*market.rows["train"])
+        market.forecast[train] = out_of_fold.clip(-CLIP, CLIP)
 
 
 class MarketVectorEnv(Lanes):
@@ -572,60 +616,39 @@ class MarketVectorEnv(Lanes):
     equity net of costs, minus w_cost * penalty * |change|.
     """
 
-    SAVED = ("ints", "floats", "last_ints", "last_floats")
+    SAVED = ("state", "last")
 
-    def __init__(
-        self,
-        market,
-        rows,
-        num_envs=1,
-        episode_length=128,
-        fee_bps=4.0,
-        slippage_bps=1.0,
-        funding_bps=0.0,
-        position_mode="rebalance",
-        turnover_penalty_bps=5.0,
-        seed=1,
-        backend="cpu",
-    ):
-        self.start, self.stop = rows
-        self.length = episode_length
-        first = market.window - 1
-        last = len(market.ret)
-        if position_mode not in MODES:
-            raise ValueError(f"position_mode {position_mode!r}: must be one of {', '.join(MODES)}")
-        if not first <= self.start < self.stop < last:
-            raise ValueError(f"rows {rows}: need {first} <= start < stop < {last}")
-        columns = market.table.shape[1]
-        box = gym.spaces.Box
-        observation = {
-            "market": box(-np.inf, np.inf, (market.window, columns)),
-            "position": box(-np.inf, np.inf, (1,)),
-            "w_cost": box(0.0, 1.0, (1,)),
-        }
-        observation = gym.spaces.Dict(observation)
-        action = box(-1.0, 1.0, (1,))
-        super().__init__(num_envs, observation, action, backend, seed)
+    def __init__(self, market, rows, args, backend="cpu"):
+        lanes = args.num_envs
         self.market = market
-        self.penalty = turnover_penalty_bps * BP
-        self.w_max = 1.0
-        cost = (fee_bps + slippage_bps) * BP
-        funding = funding_bps * BP
-        self.costs = cost, funding, position_mode == "drift"
-        self.take("ints", (3, num_envs), np.int64)
-        self.take("floats", (5, num_envs), np.float64)
-        self.take("reward", (num_envs,), np.float64)
-        self.take("flags", (2, num_envs), np.bool_)
-        self.take("last_ints", (3, num_envs), np.int64)
-        self.take("last_floats", (5, num_envs), np.float64)
+        self.costs = args.costs
+        self.penalty = args.turnover_penalty_bps * BP
+        self.length = args.episode_length
+        self.w_max = float(not args.w_cost_curriculum)
+        self.start, self.stop = rows
+        if not market.window <= self.start + 1 <= self.stop < len(market.ret):
+            first = market.window - 1
+            raise ValueError(
+                f"rows {rows}: need {first} <= start < stop < {len(market.ret)}"
+            )
+        box = gym.spaces.Box
+        observation = gym.spaces.Dict(
+            market=box(-np.inf, np.inf, (market.window, market.table.shape[1])),
+            position=box(-np.inf, np.inf, (1,)),
+            w_cost=box(0.0, 1.0, (1,)),
+        )
+        super().__init__(lanes, observation, box(-1.0, 1.0, (1,)), backend, args.seed)
+        self.take("state", (8, lanes), np.float64)
+        self.take("last", (8, lanes), np.float64)
+        self.take("reward", (lanes,), np.float64)
+        self.take("flags", (2, lanes), np.bool_)
         self.lanes = tuple(self.arrays.values())
-        self.take("action", (num_envs,), np.float64)
+        self.take("action", (lanes,), np.float64)
         self.kernel = step_cpu
-        self.ret = market.ret
+        self.bars = market.ret, market.funding
         if backend == "cuda":
-            self.kernel = cuda_step()[(num_envs + 127) // 128, 128]
-            key = "ret", market.bars.sha256
-            self.ret = pool.static(key, lambda: cuda.to_device(market.ret))
+            self.kernel = cuda_step()[(lanes + 127) // 128, 128]
+            self.bars = tuple(cuda.to_device(x) for x in self.bars)
         self.table = torch.as_tensor(market.table, device=self.torch_device)
         self.offsets = torch.arange(1 - market.window, 1, device=self.torch_device)
 
@@ -634,58 +657,57 @@ class MarketVectorEnv(Lanes):
         return self.start, self.stop, self.length, self.w_max, self.penalty, self.seed
 
     def reset_lanes(self, first, options):
-        ints = self.ints.cpu().numpy()  # on a CPU the same memory
-        floats = self.floats.cpu().numpy()
-        ints[EPISODE] = 0 if first else ints[EPISODE] + 1
-        begin_all_nb(self.rules, ints, floats)
-        self.ints.copy_(torch.from_numpy(ints))
-        self.floats.copy_(torch.from_numpy(floats))
+        state = self.state.cpu().numpy()  # on a CPU the same memory
+        state[EPISODE] = 0 if first else state[EPISODE] + 1
+        rules = self.rules
+        for i in range(self.num_envs):
+            begin_nb(i, rules, state)
+        self.state.copy_(torch.from_numpy(state))
 
     def step_lanes(self, action):
         """action (N,) or (N, 1) -> reward (N,) float64, terminated, truncated (N,): overwritten
         by the next call."""
         self.action.copy_(action.reshape(-1))
-        self.kernel(self.arrays["action"], self.ret, self.costs, self.rules, self.lanes)
+        self.kernel(self.arrays["action"], *self.bars, self.costs, self.rules, self.lanes)
         return self.reward, *self.flags
 
     def observe(self):
-        return self.window_of(self.ints, self.floats)
+        return self.window_of(self.state)
 
     def observe_final(self, lanes):
-        return self.window_of(self.last_ints[:, lanes], self.last_floats[:, lanes])
+        return self.window_of(self.last[:, lanes])
 
-    def window_of(self, ints, floats):
-        market = self.table[ints[ROW][:, None] + self.offsets]  # (N, window, columns)
+    def window_of(self, state):
+        rows = state[ROW].long()[:, None] + self.offsets
         return {
-            "market": market,
-            "position": floats[POSITION][:, None].float(),
-            "w_cost": floats[W_COST][:, None].float(),
+            "market": self.table[rows],  # (N, window, columns)
+            "position": state[POSITION][:, None].float(),
+            "w_cost": state[W_COST][:, None].float(),
         }
 
     def episode(self):
-        last = self.last_floats
         return {
-            "r": last[RETURN],
-            "l": self.last_ints[CLOCK],
-            "equity": last[EQUITY],
-            "turnover": last[TURNOVER],
+            "r": self.last[RETURN],
+            "l": self.last[CLOCK].long(),
+            "equity": self.last[EQUITY],
+            "turnover": self.last[TURNOVER],
         }
 
     def charts(self):
         """Means over the lanes' last ended episodes; NaN while none has ended."""
-        ended = self.ints[EPISODE] > 0
+        last = self.last[:, self.state[EPISODE] > 0]
         return {
-            "charts/episodic_return": self.last_floats[RETURN][ended].mean(),
-            "charts/episodic_length": self.last_ints[CLOCK][ended].double().mean(),
+            "charts/episodic_return": last[RETURN].mean(),
+            "charts/episodic_length": last[CLOCK].mean(),
         }
 
 
-def make_vec(num_envs=1, data="synthetic:regime", split_name="train", **kwargs):
-    """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, data=..., split_name="train",
-    fee_bps=4, ...)."""
-    loading = {k: kwargs.pop(k) for k in LOADING if k in kwargs}
-    market = load_market(data, **loading)
-    return MarketVectorEnv(market, market.rows[split_name], num_envs, **kwargs)
+def make_vec(num_envs=1, split_name="train", backend="cpu", **flags):
+    """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, split_name="train", data=...,
+    fee_bps=4, ...): any flag of the script."""
+    args = Args(num_envs=num_envs, **flags)
+    market = load_market(args)
+    return MarketVectorEnv(market, market.rows[split_name], args, backend)
 
 
 register("cleanrl_crypto/Market-v0", make_vec)
@@ -705,8 +727,15 @@ class CryptoMAE(nn.Module):
         super().__init__()
         self.embed = nn.Linear(columns, d_model)
         block = functools.partial(
-            nn.TransformerEncoderLayer, d_model, HEADS, 4 * d_model,
-            dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer,
+            d_model,
+            HEADS,
+            4 * d_model,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
         self.blocks = nn.Sequential(*(block() for _ in range(LAYERS)))
         self.norm = nn.LayerNorm(d_model)
         self.decode = nn.Linear(d_model, columns)
@@ -720,19 +749,20 @@ class CryptoMAE(nn.Module):
         self.register_buffer("std", torch.ones(d_model))
         self.register_buffer("gain", torch.exp(-age / recency))
 
-    def encode(self, x, mask=None):  # (B, T, columns), (B, T) bool -> (B, T, d)
-        x = self.embed(x)
-        if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        return self.norm(self.blocks(x + self.positions))
+    def encode(self, embedded):  # (B, T, d) -> (B, T, d)
+        return self.norm(self.blocks(embedded + self.positions))
 
     def loss(self, x, mask):
-        """Mean squared error of the reconstruction at the masked steps."""
-        return F.mse_loss(self.decode(self.encode(x, mask))[mask].float(), x[mask])
+        """Mean squared error of the reconstruction at the masked steps (B, T)."""
+        embedded = self.embed(x)
+        token = self.mask_token.to(embedded.dtype)
+        z = self.encode(torch.where(mask[..., None], token, embedded))
+        return F.mse_loss(self.decode(z)[mask].float(), x[mask])
 
     @torch.no_grad()
     def context(self, x):  # (B, T, columns) -> (B, T, d)
-        return (self.encode(x).float() - self.mean) / self.std * self.gain
+        z = self.encode(self.embed(x)).float()
+        return (z - self.mean) / self.std * self.gain
 
 
 class FoundationFeatureExtractor(nn.Module):
@@ -748,8 +778,8 @@ class FoundationFeatureExtractor(nn.Module):
         self.film = nn.Linear(HMM_COLUMNS, 2 * d_model)
         self.market = nn.Linear(window * d_model, width)
         self.dropout = dropout
-        nn.init.zeros_(self.film.weight)  # identity at initialisation (Perez et al. 2018)
-        nn.init.zeros_(self.film.bias)
+        for p in self.film.parameters():
+            nn.init.zeros_(p)  # identity at initialisation (Perez et al. 2018)
 
     # (B, T, d), (B, 5), (B, 1) -> (B, width + 1) float32: the linear forecast stands last
     def forward(self, z, hmm, forecast):
@@ -801,7 +831,9 @@ class Critic(nn.Module):
     def forward(self, market, after, w_cost):
         x = self.fusion(market, after, w_cost)
         linear = self.slope * after * market[:, -1:]
-        return torch.stack([net(x) for net in self.nets], 2).float() + linear[..., None, None]
+        return (
+            torch.stack([net(x) for net in self.nets], 2).float() + linear[..., None, None]
+        )
 
 
 class Actor(nn.Module):
@@ -829,17 +861,19 @@ class Agent(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        self.costs = c["cost"], c["funding"], c["drift"]
+        self.costs = c["costs"]
         width = c["fusion_width"]
         hidden = c["hidden"]
         critic = width, hidden, c["n_critics"], c["n_quantiles"]
-        self.extractor = FoundationFeatureExtractor(c["window"], c["d_model"], width, c["dropout"])
+        self.extractor = FoundationFeatureExtractor(
+            c["window"], c["d_model"], width, c["dropout"]
+        )
         self.critic = Critic(*critic)
         self.target = Critic(*critic).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
         self.actor = Actor(width, hidden, c["log_std_init"])
         self.log_alpha = nn.Parameter(torch.tensor(math.log(max(c["alpha"], 1e-30))))
-        self.register_buffer("grid", torch.arange(-GRID, GRID + 1) / GRID)
+        self.register_buffer("grid", torch.tensor(LEVELS).float())
         # sums of 1, reward and reward^2
         self.register_buffer("reward_sums", torch.zeros(3, dtype=torch.float64))
 
@@ -848,8 +882,15 @@ class Agent(nn.Module):
         return self.log_alpha.detach().exp()
 
     def trade_reward(self, position, after, w_cost):
-        """What a trade costs at the agent's fees and penalty (<= 0), not yet scaled."""
-        return trade_reward(position, after, self.costs, self.config["penalty"] * w_cost)
+        """log(1 - fee) - w_cost penalty |change| of going from position to after (<= 0), not yet
+        scaled; broadcasts. Same formula as fee_nb."""
+        cost, drift = self.costs
+        change = after - position
+        fee = cost * change.abs()
+        if drift:
+            fee = fee / (1 + cost * after * torch.where(change > 0, 1.0, -1.0))
+        penalty = self.config["penalty"] * w_cost
+        return torch.log1p(-fee.clamp_max(1 - RUIN)) - penalty * change.abs()
 
     def watch_rewards(self, rewards):
         """Statistics of the full position's rewards, which no policy can shrink."""
@@ -874,25 +915,24 @@ def quantile_huber_loss(current, target):
     """
     n = current.shape[-1]
     tau = (torch.arange(n, device=current.device, dtype=current.dtype) + 0.5) / n
-    pair = current[..., None], target.detach()[:, None, None]
-    ours, theirs = torch.broadcast_tensors(*pair)  # (B, C, N, M)
-    weight = (tau[:, None] - (theirs < ours).to(current.dtype)).abs()
+    ours = current[..., None].expand(*current.shape, target.shape[1])  # (B, C, N, M)
+    theirs = target.detach()[:, None, None].expand_as(ours)
+    weight = (tau[:, None] - (theirs < ours).float()).abs()
     return (weight * F.huber_loss(ours, theirs, reduction="none")).mean()
 
 
-def truncate(quantiles, drop):
-    """Pool the critics' atoms (B, C, N), sort, drop `drop` a critic from the top (Kuznetsov et
-    al. 2020): (B, M)."""
-    b, c, n = quantiles.shape
-    pooled = quantiles.reshape(b, c * n)
-    return pooled.sort(dim=1).values[:, : c * (n - drop)] if drop else pooled
-
-
 def tqc_target(next_quantiles, reward, done, gamma, alpha, next_log_prob, drop):
-    """r + gamma (1 - done) (Z' - alpha log pi'): next_quantiles (B, C, N), the rest (B,) -> (B,
-    M)."""
-    kept = truncate(next_quantiles, drop) - (alpha * next_log_prob)[:, None]
-    return reward[:, None] + gamma * (1 - done)[:, None] * kept
+    """r + gamma (1 - done) (Z' - alpha log pi'): next_quantiles (B, C, N), the rest (B,) -> (B, M).
+
+    Z' are the critics' atoms, pooled and sorted, without the `drop` highest a critic (Kuznetsov et
+    al. 2020).
+    """
+    _, critics, n = next_quantiles.shape
+    atoms = next_quantiles.flatten(1)
+    if drop:
+        atoms = atoms.sort().values[:, : critics * (n - drop)]
+    soft = atoms - (alpha * next_log_prob)[:, None]
+    return reward[:, None] + gamma * (1 - done)[:, None] * soft
 
 
 def squashed_log_prob(mean, std, u):
@@ -915,26 +955,11 @@ def sample_action(actor, market, position, w_cost, noise=None):
     return u.tanh(), squashed_log_prob(mean, std, u), std
 
 
-def bar_growth(exposure, ret, funding):
-    """Growth of equity in a bar at `exposure`, before the cost of getting there; broadcasts."""
-    return (1 + exposure * ret - funding * exposure).clamp_min(RUIN)
-
-
-def next_position(exposure, ret, costs):
-    """Exposure at the next decision; broadcasts."""
-    _, funding, drift = costs
-    return exposure * (1 + ret) / bar_growth(exposure, ret, funding) if drift else exposure
-
-
-def trade_reward(position, after, costs, penalty):
-    """log(1 - fee) - penalty |change| of going from position to after (<= 0); broadcasts. Same
-    formula as fee_nb."""
-    cost, _, drift = costs
-    change = after - position
-    fee = cost * change.abs()
-    if drift:
-        fee = fee / (1 + cost * after * torch.where(change > 0, 1.0, -1.0))
-    return torch.log1p(-fee.clamp_max(1 - RUIN)) - penalty * change.abs()
+def hold(exposure, ret, funding, drift):
+    """A bar at `exposure`, before the cost of getting there: growth of equity, exposure at the next
+    decision; broadcasts. Same formula as trade_nb."""
+    growth = (1 + exposure * ret - funding * exposure).clamp_min(RUIN)
+    return growth, exposure * (1 + ret) / growth if drift else exposure
 
 
 def greedy_next(agent, market, held, w_cost, scale):
@@ -991,14 +1016,15 @@ class Contexts:
         self.device = device
         self.dtype = dtype
         self.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        tensor = functools.partial(torch.as_tensor, device=device)
-        self.table = tensor(market.table)
-        self.ret = tensor(market.ret).float()
-        self.forecast = tensor(market.forecast).float()[:, None]
+        self.tensor = functools.partial(torch.as_tensor, device=device)
+        self.table = self.tensor(market.table)
+        self.ret = self.tensor(market.ret).float()
+        self.funding = self.tensor(market.funding).float()
+        self.forecast = self.tensor(market.forecast).float()[:, None]
         # a bad tick must not shrink all other rewards
         limit = usual_limit(market.ret[slice(*market.rows["train"])])
         full = np.log1p(np.clip(market.ret, max(-limit, RUIN - 1), limit))
-        self.full_reward = tensor(full)  # (T,) float64, of a full long position
+        self.full_reward = self.tensor(full)  # (T,) float64, of a full long position
         self.offsets = torch.arange(1 - market.window, 1, device=device)
         shape = len(market.table), *encoder.positions.shape  # (bars, T, d)
         self.cache = torch.empty(shape, dtype=dtype, device=device) if keep else None
@@ -1012,6 +1038,11 @@ class Contexts:
         """Technical columns of the bars up to each row: (B,) -> (B, T, n_tech)."""
         return self.table[rows[:, None] + self.offsets, : self.market.n_tech]
 
+    def train_windows(self, n):
+        return self.windows(
+            torch.randint(*self.market.rows["train"], (n,), device=self.device)
+        )
+
     @torch.no_grad()
     def encode(self, rows):
         with self.autocast():
@@ -1022,7 +1053,7 @@ class Contexts:
         one pace, until `seconds` are over or stop(); at least a block each. Returns split ->
         [first encoded row, stop]."""
         if self.cache is None:
-            return {name: list(span) for name, span in splits.items()}
+            return splits
         until = time.monotonic() + seconds
         blocks = []
         for name, (first, last) in splits.items():
@@ -1043,16 +1074,6 @@ class Contexts:
     def __call__(self, rows):
         z = self.encode(rows) if self.cache is None else self.cache[rows]
         return z, self.table[rows, self.market.n_tech :], self.forecast[rows]
-
-
-@dataclass
-class Batch:
-    """What is drawn for an update: G stretches of S consecutive rows, B = G S samples."""
-
-    rows: torch.Tensor  # (G, S + 1) int64, the row after the last too
-    position: torch.Tensor  # (B, 1) exposure before the stored trade
-    after: torch.Tensor  # (B, K) exposures trained: the stored one first
-    w_cost: torch.Tensor  # (B, 1)
 
 
 class Replay:
@@ -1076,22 +1097,27 @@ class Replay:
     def __len__(self):
         return min(self.total, self.size)
 
-    def add(self, row, position, action, w_cost):
+    def add(self, state, action):
+        """The lanes' state before they took `action` (N,)."""
         at = (self.total + self.lane) % self.size
-        self.row[at] = row.int()
-        self.floats[:, at] = torch.stack([position, action, w_cost]).float()
+        self.row[at] = state[ROW].int()
+        self.floats[:, at] = torch.stack([state[POSITION], action, state[W_COST]]).float()
         self.total += self.lanes
 
     def sample(self, n, segment, counterfactuals, stop):
-        """n / segment stretches of one lane, and uniform random exposures beside the stored
-        ones. stop: first row that is not a decision row."""
+        """n / segment = G stretches of S = segment consecutive rows of a lane: B = n samples.
+
+        stop: first row that is not a decision row. Returns rows (G, S + 1) int64, the row after the
+        last too; exposures before the stored trades (B, 1); exposures to train (B, K), the stored
+        ones first, uniform random ones beside them; w_cost (B, 1).
+        """
         steps = torch.arange(segment + 1, device=self.device)
         start = torch.randint(len(self), (n // segment, 1), device=self.device)
         at = (start + steps[:-1] * self.lanes) % len(self)  # (G, S)
-        position, action, w_cost = self.floats[:, at.flatten(), None]  # (B, 1) each
+        before, action, w_cost = self.floats[:, at.flatten(), None]  # (B, 1) each
         rows = self.row[start].long().clamp_max(stop - segment) + steps
         other = 2 * torch.rand(n, counterfactuals, device=self.device) - 1
-        return Batch(rows, position, torch.cat([action, other], 1), w_cost)
+        return rows, before, torch.cat([action, other], 1), w_cost
 
     def state_dict(self):
         n = len(self)
@@ -1109,14 +1135,12 @@ class Replay:
 
 
 @torch.no_grad()
-def explore(agent, contexts, row, position, w_cost, matrix, redraw):
+def explore(agent, contexts, state, matrix, redraw):
     """The actor's exposures (N,) in a rollout. matrix (N, hidden): every lane's gSDE noise, kept
     for some steps."""
-    agent.eval()
-    position = position.float()[:, None]
-    w_cost = w_cost.float()[:, None]
+    market = latents_of(agent, contexts, state[ROW].long())
+    position, w_cost = state[[POSITION, W_COST], :, None].float()
     with contexts.autocast():
-        market = agent.extractor(*contexts(row))
         mean, latent = agent.actor(market, position, w_cost)
     if redraw:
         matrix.copy_(torch.randn_like(matrix) * agent.actor.log_std.exp())
@@ -1149,22 +1173,20 @@ def latents_of(agent, contexts, rows, until=math.inf):
 
 
 @torch.no_grad()
-def afterstate_values(agent, latents, after, w_cost):
-    """Mean atom of G: (n, width), exposures (n, A), (n, 1) -> (n, A), scaled reward."""
+def afterstate_values(agent, latents, w_cost, after=None):
+    """Mean atom of G: (n, width), (n, 1), exposures (n, A), else the grid -> (n, A), scaled reward."""
+    if after is None:
+        after = agent.grid.expand(len(latents), -1)
     blocks = zip(latents.split(512), after.split(512), w_cost.split(512))
     return torch.cat([agent.critic(*block).mean((2, 3)) for block in blocks])
 
 
-def grid_values(agent, latents, w_cost):
-    """afterstate_values at every grid position: (n, width), (n, 1) -> (n, A)."""
-    return afterstate_values(agent, latents, agent.grid.expand(len(latents), -1), w_cost)
-
-
-def action_values(agent, latents, position, w_cost, after):
-    """Q of trading from position (n, 1) to exposures (n, A) at w_cost (n, 1) -> (n, A), scaled
-    reward."""
-    paid = agent.trade_reward(position, after, w_cost)
-    return afterstate_values(agent, latents, after, w_cost) + agent.reward_scale * paid
+def action_values(agent, latents, position, w_cost, after=None):
+    """Q of trading from position (n, 1) to exposures (n, A), else the grid, at w_cost (n, 1) ->
+    (n, A), scaled reward."""
+    values = afterstate_values(agent, latents, w_cost, after)
+    after = agent.grid if after is None else after
+    return values + agent.reward_scale * agent.trade_reward(position, after, w_cost)
 
 
 @torch.no_grad()
@@ -1172,61 +1194,44 @@ def act(agent, latents, position, w_cost):
     """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1)."""
     if agent.config["policy"] == "actor":
         return agent.actor(latents, position, w_cost)[0].tanh()
-    q = action_values(agent, latents, position, w_cost, agent.grid.expand(len(latents), -1))
-    return agent.grid[q.argmax(1)]
+    return agent.grid[action_values(agent, latents, position, w_cost).argmax(1)]
 
 
 @torch.no_grad()
-def target_path(agent, latents, ret, w_cost, policy):
-    """Deterministic exposures (n,) float64 along consecutive rows, flat before the first."""
+def target_path(agent, latents, market, start, w_cost, policy):
+    """Deterministic exposures (n,) float64 along rows from `start` on, flat before the first."""
+    span = slice(start, start + len(latents))
+    ret = market.ret[span]
+    funding = market.funding[span]
     if policy == "critic_grid":
-        value = grid_values(agent, latents, w_cost).double().cpu().numpy()
+        value = afterstate_values(agent, latents, w_cost).double().cpu().numpy()
         grid = agent.grid.double().cpu().numpy()
         scale = float(agent.reward_scale)
         penalty = agent.config["penalty"] * float(w_cost[0])
-        return greedy_walk_nb(value, grid, scale, penalty, ret, agent.costs)
+        return greedy_walk_nb(value, grid, scale, penalty, ret, funding, agent.costs)
     target = np.empty(len(ret))
     position = 0.0
     for t in range(len(ret)):
         held = torch.full((1, 1), position, device=latents.device)
         target[t] = agent.actor(latents[t : t + 1], held, w_cost[t : t + 1])[0].tanh()
-        _, position = trade_nb(position, target[t], ret[t], agent.costs)
+        _, position = trade_nb(position, target[t], ret[t], funding[t], agent.costs)
     return target
 
 
-def series_of(market, costs):
-    """The market as scoring sees it."""
-    known = market.bars.truth is not None
-    own_walk = functools.partial(walk, market, costs)
-    x = with_products(market.table, market.n_tech)
-    return Series(x, market.ret, market.rows, own_walk, known)
-
-
 @functools.lru_cache(8)
-def rival_path(market, costs):
-    """Exposures (T,) of the cheap rival."""
-    return sparse_linear([series_of(market, costs)])[0]
-
-
-def walk(market, costs, target, start, stop):
-    """walk_nb along rows [start, stop)."""
-    return walk_nb(target, market.ret[start:stop], market.expected[start:stop], costs)
-
-
-@functools.lru_cache(8)
-def fixed_paths(market, costs, start, stop):
+def fixed_paths(market, start, stop):
     """Exposures (n,) on rows [start, stop) of those beside the agent who do not depend on it."""
     n = stop - start
-    constant = best_constant(series_of(market, costs), LEVELS)
     paths = {
         "flat": np.zeros(n),
         "buy_and_hold": np.ones(n),
-        "best_constant": np.full(n, constant),
-        "sparse_linear": rival_path(market, costs)[start:stop],
+        "best_constant": np.full(n, best_constant(market.series, LEVELS)),
+        "sparse_linear": market.rival[start:stop],
     }
     truth = market.bars.truth
     if truth:
-        cost, funding, _ = costs
+        funding = market.funding[start:stop].mean()  # of a file the optimum knows no more
+        cost, _ = market.costs
         paths["optimum"] = markets.optimum_path(truth, cost, start, stop, funding=funding)
     return paths
 
@@ -1235,11 +1240,10 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
     """Deterministic walk over a split's rows, flat before the first, and the baselines on the same
     bars.
 
-    Returns {policy: metrics, "agent": the acting policy's, "baselines", "rows", "partial"}, and the
-    columns of a trace.
+    Returns {policy: metrics, "agent": the acting policy's, "baselines", "rows", "partial"}, the
+    columns of a trace, and everyone's exposures.
     """
     market = contexts.market
-    costs = agent.costs
     acting = agent.config["policy"]
     bars = market.bars
     truth = bars.truth
@@ -1248,40 +1252,41 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
     rows = torch.arange(start, last, device=contexts.device)
     latents = latents_of(agent, contexts, rows, until)
     stop = start + len(latents)
-    w_cost = torch.full((len(latents), 1), args.eval_w_cost, device=contexts.device)
-    ret = market.ret[start:stop]
+    w_cost = torch.full_like(latents[:, :1], args.eval_w_cost)
     paths = {}
     for policy in policies:
         if policy == acting or time.monotonic() < until:
-            paths[policy] = target_path(agent, latents, ret, w_cost, policy)
+            paths[policy] = target_path(agent, latents, market, start, w_cost, policy)
     walked = list(paths)
-    turnover = walk(market, costs, paths[acting], start, stop)[2].mean()
-    paths |= fixed_paths(market, costs, start, stop)
+    turnover = market.walk(paths[acting], start, stop)[2].mean()
+    paths |= fixed_paths(market, start, stop)
     paths["random_same_turnover"] = random_path(stop - start, turnover, args.seed)
 
-    table = {
-        "timestamp": utc_times(bars.timestamp),
-        "close": bars.close,
-        "next_return": market.ret,
+    span = slice(start, stop)
+    columns = {
+        "timestamp": utc_times(bars.timestamp)[span],
+        "close": bars.close[span],
+        "next_return": market.ret[span],
+        "funding": market.funding[span],
     }
     if truth:
-        table |= {
-            "expected": market.expected,
-            "signal": truth.signal,
-            "regime": truth.regime,
-        }
-    columns = {name: values[start:stop] for name, values in table.items()}
+        columns["expected"] = market.expected[span]
+        columns["signal"] = truth.signal[span]
+        columns["regime"] = truth.regime[span]
     everyone = {}
     for name, target in paths.items():
-        earned = walk(market, costs, target, start, stop)
+        earned = market.walk(target, start, stop)
         everyone[name], equity = path_metrics(*earned, bars.bars_per_year)
         who = "" if name == acting else f"_{name}"
         columns |= {f"position{who}": target, f"equity{who}": equity}
-    q = grid_values(agent, latents, w_cost)
+    q = afterstate_values(agent, latents, w_cost)
     columns["q_spread"] = (q.amax(1) - q.amin(1)).cpu().numpy()
 
     whole = [start, stop] == list(market.rows[split]) and len(walked) == len(policies)
     out = {"rows": [start, stop], "partial": not whole, "baselines": everyone}
+    out["overestimation"] = overestimation(
+        agent, market, start, latents, w_cost, paths[acting]
+    )
     out |= {name: everyone.pop(name) for name in walked}
     out["agent"] = out[acting]
     if truth:
@@ -1289,7 +1294,7 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
         for name in walked:
             expected = out[name]["mean_expected_bps"]
             out[name]["score"] = expected / best if best >= 0.05 else None
-    return out, columns
+    return out, columns, paths | {"agent": paths[acting]}
 
 
 @torch.no_grad()
@@ -1297,12 +1302,10 @@ def diagnose(agent, contexts, n=256):
     """What the deterministic policy depends on, on n rows of the eval split (the same at
     every call), by metric."""
     rng = np.random.default_rng(0)
-    device = contexts.device
-    rows = np.sort(rng.choice(np.arange(*contexts.rows["eval"]), n))
-    drawn = rows, rng.permutation(n), rng.uniform(-1, 1, (n, 1)), rng.uniform(0, 1, (n, 1))
-    rows, mix, position, w_cost = (torch.as_tensor(x, device=device) for x in drawn)
-    position = position.float()
-    w_cost = w_cost.float()
+    rows = contexts.tensor(np.sort(rng.choice(np.arange(*contexts.rows["eval"]), n)))
+    mix = contexts.tensor(rng.permutation(n))
+    position = contexts.tensor(rng.uniform(-1, 1, (n, 1))).float()
+    w_cost = contexts.tensor(rng.uniform(0, 1, (n, 1))).float()
     z, hmm, forecast = contexts(rows)
     agent.eval()
     with contexts.autocast():
@@ -1315,20 +1318,18 @@ def diagnose(agent, contexts, n=256):
     flat = torch.zeros_like(position)  # the market alone varies
     fixed = torch.stack([act(agent, latents, flat + p, flat) for p in (-1.0, 0.0, 1.0)])
     shuffled = {
-        "technical": (other_tech, position, w_cost),
-        "hmm": (other_hmm, position, w_cost),
-        "position": (latents, position[mix], w_cost),
-        "w_cost": (latents, position, w_cost[mix]),
+        "technical": act(agent, other_tech, position, w_cost),
+        "hmm": act(agent, other_hmm, position, w_cost),
+        "position": act(agent, latents, position[mix], w_cost),
+        "w_cost": act(agent, latents, position, w_cost[mix]),
     }
 
-    generator = torch.Generator(device.type).manual_seed(0)
-    noise = torch.randn(n, generator=generator, device=device)
+    generator = torch.Generator(contexts.device.type).manual_seed(0)
+    noise = torch.randn(n, generator=generator, device=contexts.device)
     sampled, log_prob, std = sample_action(agent.actor, *there, noise)
-    q = action_values(agent, *there, agent.grid.expand(n, -1))  # (n, A)
-    q_greedy = action_values(agent, *there, greedy[:, None])
-    q_sampled = action_values(agent, *there, sampled[:, None])
-    fused = agent.critic.fusion(latents, greedy[:, None], w_cost)[:, 0]
-    quantiles = torch.stack([net(fused) for net in agent.critic.nets])  # (C, n, N)
+    q = action_values(agent, *there)  # (n, A)
+    q_greedy, q_sampled = action_values(agent, *there, torch.stack([greedy, sampled], 1)).T
+    quantiles = agent.critic(latents, greedy[:, None], w_cost)  # (n, 1, C, N)
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
     entropy = -log_prob.mean()
     alpha = agent.alpha
@@ -1344,15 +1345,14 @@ def diagnose(agent, contexts, n=256):
         "policy/sigma": std.mean(),
         "policy/entropy_rms": discounted_alpha * log_prob.square().mean().sqrt(),
         "policy/log_std_mean": agent.actor.log_std.mean(),
-        "policy/dead_units": (agent.critic.nets[0][:2](fused) <= 0).all(0).float().mean(),
         "value/q_mean": q.mean(),
         "value/q_action_spread": (q.amax(1) - q.amin(1)).mean(),
-        "value/quantile_spread": (quantiles.amax(2) - quantiles.amin(2)).mean(),
+        "value/quantile_spread": (quantiles.amax(3) - quantiles.amin(3)).mean(),
         "value/alpha_entropy": alpha * entropy.abs(),
         "env/clipped_rewards": (full_reward > REWARD_CLIP).float().mean(),
     }
     for name, other in shuffled.items():
-        found[f"policy/attribution_{name}"] = (act(agent, *other) - greedy).abs().mean()
+        found[f"policy/attribution_{name}"] = (other - greedy).abs().mean()
     return {name: float(x) for name, x in found.items()}
 
 
@@ -1369,37 +1369,30 @@ def alarms(found, samples_per_transition):
     }
 
 
-def overestimation(agent, contexts, n=2048):
-    """Mean of (predicted - realised) discounted value along the acting policy's path on
-    eval rows, scaled reward.
+def overestimation(agent, market, start, latents, w_cost, target):
+    """Mean of (predicted - realised) discounted value along the exposures `target` (n,) from row
+    `start` on, scaled reward.
 
     Of what follows the trade: the cost of the trade itself is not predicted.
     """
-    market = contexts.market
-    device = contexts.device
-    start, stop = contexts.rows["eval"]
-    stop = min(start + n, stop)
-    rows = torch.arange(start, stop, device=device)
-    latents = latents_of(agent, contexts, rows)
-    ret = market.ret[start:stop]
-    w_cost = torch.zeros(len(rows), 1, device=device)
-    target = target_path(agent, latents, ret, w_cost, agent.config["policy"])
-    after = torch.as_tensor(target[:, None], device=device).float()
-    value = afterstate_values(agent, latents, after, w_cost)[:, 0].cpu().numpy()
-    reward, *_ = walk(market, agent.costs, target, start, stop)
-    _, funding, _ = agent.costs
-    realised = np.log(np.maximum(1 + target * (ret - funding), RUIN))
+    n = len(target)
+    span = slice(start, start + n)
+    after = torch.as_tensor(target[:, None], device=latents.device).float()
+    value = afterstate_values(agent, latents, w_cost, after)[:, 0].cpu().numpy()
+    reward, *_ = market.walk(target, start, start + n)
+    earned = target * (market.ret[span] - market.funding[span])
+    realised = np.log(np.maximum(1 + earned, RUIN))
     gamma = agent.config["gamma"]
     tail = 0.0
-    for t in reversed(range(len(ret))):
+    for t in reversed(range(n)):
         realised[t] += gamma * tail
         tail = reward[t] + gamma * tail
     # the last ones see too little of their future
-    known = max(len(ret) - int(5 / (1 - gamma)), 1)
+    known = max(n - int(5 / (1 - gamma)), 1)
     return float((value - float(agent.reward_scale) * realised)[:known].mean())
 
 
-def load_policy(checkpoint: str | Path, device: str = "cpu"):
+def load_policy(checkpoint, device="cpu"):
     """policy(obs) -> actions (B, 1) float32 from a checkpoint file alone: the policy that
     evaluation reports.
 
@@ -1408,22 +1401,21 @@ def load_policy(checkpoint: str | Path, device: str = "cpu"):
     """
     state = load_run(checkpoint, Path(__file__), SCHEMA, device)
     config = state["config"]
-    encoder = build_encoder(config).to(device).eval().requires_grad_(False)
+    encoder = build_encoder(config).to(device).eval()
     encoder.load_state_dict(state["encoder"])
-    agent = Agent(config).to(device).eval().requires_grad_(False)
+    agent = Agent(config).to(device).eval()
     agent.load_state_dict(state["agent"])
     features = FeatureModel.from_state_dict(state["features"])
+    tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def policy(obs: dict):
-        shown = {name: np.asarray(x, np.float32) for name, x in obs.items()}
-        forecast = features.forecast(shown["market"][:, -1])[:, None]
-        forecast = torch.as_tensor(forecast, device=device)
-        names = ("market", "position", "w_cost")
-        market, position, w_cost = (torch.as_tensor(shown[k], device=device) for k in names)
+    def policy(obs):
+        market = tensor(obs["market"])
         tech, hmm = market.split([config["columns"], HMM_COLUMNS], -1)
+        forecast = tensor(features.forecast(obs["market"][:, -1]))[:, None]
         latents = agent.extractor(encoder.context(tech), hmm[:, -1], forecast)
-        return act(agent, latents, position, w_cost)[:, None].cpu().numpy()
+        position = tensor(obs["position"])
+        return act(agent, latents, position, tensor(obs["w_cost"]))[:, None].cpu().numpy()
 
     return policy
 
@@ -1436,10 +1428,10 @@ def build_encoder(config):
 def check_dimensions(path, found, expected):
     """Every dimension of the encoder that disagrees with the flags stands in one error line."""
     names = ("columns", "window", "d_model", "n_heads", "n_layers")
-    pairs = [(name, found.get(name), expected[name]) for name in names]
-    wrong = [f"{name} {a} found, {b} expected" for name, a, b in pairs if a != b]
+    wrong = [name for name in names if found.get(name) != expected[name]]
     if wrong:
-        raise CheckpointError(f"{path} does not fit the flags and data: {'; '.join(wrong)}")
+        why = differences(found, expected, wrong)
+        raise CheckpointError(f"{path} does not fit the flags and data: {why}")
 
 
 def load_encoder(path, config, market):
@@ -1473,17 +1465,18 @@ def pretrain(contexts, run, loop):
     """Masked reconstruction on windows that end in train rows, then the context's statistics."""
     encoder = contexts.encoder
     steps = run.args.mae_steps
-    rows = contexts.market.rows["train"]
     optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, MAE_LEARNING_RATE, total_steps=steps + 1)
+        optimizer, MAE_LEARNING_RATE, total_steps=steps + 1
+    )
     until = time.monotonic() + PRETRAIN_SHARE * run.guard.remaining()
     while loop.mae_steps < steps and not run.out_of_time():
         if time.monotonic() > until:
-            cut = f"{loop.mae_steps} of {steps} steps"
-            print(f"pre-training cut to {cut}: learning needs time too")
+            print(
+                f"pre-training: only {loop.mae_steps} of {steps} steps, learning needs time too"
+            )
             break
-        x = contexts.windows(torch.randint(*rows, (MAE_BATCH,), device=contexts.device))
+        x = contexts.train_windows(MAE_BATCH)
         mask = torch.rand(x.shape[:2], device=x.device) < MASKED
         with contexts.autocast():
             loss = encoder.loss(x, mask)
@@ -1495,8 +1488,9 @@ def pretrain(contexts, run, loop):
             run.log({"losses/mae": loss.detach()}, loop)
         loop.mae_steps += 1
     with torch.no_grad(), contexts.autocast():
-        x = contexts.windows(torch.randint(*rows, (1024,), device=contexts.device))
-        z = torch.cat([encoder.encode(part).float().flatten(0, 1) for part in x.split(128)])
+        parts = contexts.train_windows(1024).split(128)
+        z = torch.cat([encoder.encode(encoder.embed(part)) for part in parts])
+    z = z.float().flatten(0, 1)
     encoder.mean.copy_(z.mean(0))
     encoder.std.copy_(z.std(0) + 1e-6)
 
@@ -1512,43 +1506,28 @@ class Loop:
     explored: int = 0  # vector steps in which the actor acted
     evaluated: int = 0  # updates at the last evaluation
     stale: int = 0  # evaluations since the best one
-    recent: list = field(default_factory=list)  # the last three evaluations of trained agents
+    recent: list = field(
+        default_factory=list
+    )  # the last three evaluations of trained agents
     rows: dict = field(default_factory=dict)  # split -> rows that were encoded
     mae_steps: int = 0
 
 
 def open_market(run):
     """Bars and columns, said aloud; a checkpoint keeps its own fits."""
-    a = run.args
+    data = run.args.data
     fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
-    seconds = FIT_SHARE * run.guard.remaining()
-    loading = {name: getattr(a, name) for name in LOADING}
-    market = load_market(a.data, seed=a.seed, features=fitted, seconds=seconds, **loading)
-    print(f"{a.data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} of the HMM")
+    market = load_market(run.args, fitted, FIT_SHARE * run.guard.remaining())
+    print(
+        f"{data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} of the HMM"
+    )
     for split, (start, stop) in market.rows.items():
         print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
     print_facts(market.bars)
-    print_screen(market.features)
+    if market.bars.truth and run.args.funding:
+        print("the optimum counts the mean of --funding, not its changes")
+    print(market.features.describe_screen())
     return market
-
-
-def screen_of(features):
-    """Evidence of every technical column, and how much was needed (None: no column has enough)."""
-    evidence = dict(zip(features.columns, features.evidence))
-    return {"evidence": evidence, "least": features.least_evidence}
-
-
-def print_screen(features):
-    """Which technical columns say something about the next return, and how strongly."""
-    if not features.evidence:
-        return
-    order = [k for k in np.argsort(features.evidence)[::-1] if features.passed[k]]
-    names = [f"{features.columns[k]} {features.evidence[k]:.1f}" for k in order[:5]]
-    print(f"screen: {len(order)} of {features.n_tech} technical columns show evidence on train rows")
-    if names:
-        print(f"the strongest, with |t| (at least {features.least_evidence:.1f}): {', '.join(names)}")
-    else:
-        print("so not trading may well be the right answer")
 
 
 def agent_config(run, market):
@@ -1558,16 +1537,10 @@ def agent_config(run, market):
         "columns": market.n_tech,
         "n_heads": HEADS,
         "n_layers": LAYERS,
-        "alpha": parse_ent_coef(a.ent_coef)[1],
+        "alpha": initial_alpha(a.ent_coef),
         "trained_until": market.features.train_dates[1],
     }
-    costs = {
-        "cost": (a.fee_bps + a.slippage_bps) * BP,
-        "funding": a.funding_bps * BP,
-        "drift": a.position_mode == "drift",
-        "penalty": a.turnover_penalty_bps * BP,
-        "policy": a.policy,
-    }
+    costs = {"costs": a.costs, "penalty": a.turnover_penalty_bps * BP, "policy": a.policy}
     if run.state:  # as it is, at the costs and by the policy that are asked for
         check_dimensions(run.source, run.state["config"], network)
         network = run.state["config"]
@@ -1588,8 +1561,9 @@ def open_contexts(run, market, config):
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
     keep = need < 0.5 * free
-    sizes = f"{need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
-    print(f"embedding cache {'on' if keep else 'off'}: {sizes}")
+    print(
+        f"embedding cache: {need / 2**20:.0f} MiB of {free / 2**20:.0f}{'' if keep else ', off'}"
+    )
     return Contexts(build_encoder(config).to(device), market, device, dtype, keep)
 
 
@@ -1614,8 +1588,7 @@ def freeze_contexts(contexts, weights, config, run, loop):
         pretrain(contexts, run, loop)
     encoder.eval().requires_grad_(False)
     weights = {k: v.cpu() for k, v in encoder.state_dict().items()}
-    columns = list(market.features.columns)
-    state = {"config": config, "encoder": weights, "columns": columns}
+    state = {"config": config, "encoder": weights, "columns": market.features.columns}
     save_atomic(state, run.dir / "encoder.pt")
 
     run.phase("cache")
@@ -1631,20 +1604,32 @@ def freeze_contexts(contexts, weights, config, run, loop):
             print(f"{split}: only the last {stop - first} of {whole} bars (time)")
 
 
+def make_agents(config, device):
+    """What learns, and the average of its weights, which is evaluated and saved."""
+    agent = Agent(config).to(device)
+    averaged = Agent(config).to(device).requires_grad_(False)
+    averaged.load_state_dict(agent.state_dict())
+    return agent, averaged
+
+
 def make_optimizers(agent, args):
     """By name. "rate" times learning_rate_share() is what the first two step by."""
-    film = agent.extractor.film
     market = agent.extractor.market
-    fusion = {"params": [market.weight], "weight_decay": args.weight_decay}
+    film = agent.extractor.film
+    fusion = {"params": [market.weight], "rate": args.learning_rate_fusion}
     groups = [
-        fusion | {"rate": args.learning_rate_fusion},
+        {**fusion, "weight_decay": args.weight_decay},
         {"params": film.parameters(), "rate": args.learning_rate_film},
         {"params": [market.bias, *agent.critic.parameters()], "rate": args.learning_rate},
     ]
     actor = [{"params": agent.actor.parameters(), "rate": args.learning_rate}]
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
     alpha = torch.optim.Adam([agent.log_alpha], lr=args.ent_coef_lr, fused=True)
-    return {"q_optimizer": adamw(groups), "actor_optimizer": adamw(actor), "alpha_optimizer": alpha}
+    return {
+        "q_optimizer": adamw(groups),
+        "actor_optimizer": adamw(actor),
+        "alpha_optimizer": alpha,
+    }
 
 
 def compile_parts(agent, args):
@@ -1657,30 +1642,31 @@ def compile_parts(agent, args):
     return torch.compile(quantile_huber_loss, **how)
 
 
-def last_step(args):
-    """Transitions at which training ends; time given is time used."""
-    if args.eval_only:
-        return 0
-    if args.total_timesteps is not None:
-        return args.total_timesteps
-    return math.inf if args.timeout else SCHEDULE
+def go_on(run, loop):
+    """Whether to train on; time given is time used."""
+    args = run.args
+    limit = args.total_timesteps
+    if limit is None:
+        limit = math.inf if args.timeout else SCHEDULE
+    more = loop.global_step < limit and loop.stale < (args.patience or math.inf)
+    return more and not args.eval_only and not run.out_of_time()
 
 
 def judge(agent, contexts, run, loop):
     """Evaluate on the eval split, log, keep the best agent, and count evaluations without a
     better one."""
     market = contexts.market
-    acting = (agent.config["policy"],)
-    result, _ = evaluate(agent, contexts, "eval", run.args, run.eval_limit(), acting)
+    result, *_ = evaluate(
+        agent, contexts, "eval", run.args, run.eval_limit(), [run.args.policy]
+    )
     found = diagnose(agent, contexts)
     metrics = result["agent"]
     alarm = alarms(found, loop.samples / max(loop.global_step, 1))
     run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
 
     score = metrics[market.judged_by]
-    raised = []
+    raised = [name for name, on in alarm.items() if on and loop.updates]
     if loop.updates:
-        raised = [name for name, on in alarm.items() if on]
         loop.recent = [*loop.recent, score][-3:]
         if not market.bars.truth:  # one realised mean is noise
             score = sum(loop.recent) / len(loop.recent)
@@ -1711,12 +1697,8 @@ def look_last(averaged, contexts, run, loop):
     may be the best."""
     if run.args.eval_only:
         return
-    why = "all of them"
-    if run.guard.signal is not None:
-        why = "interrupted"
-    elif run.guard.expired:
-        why = "the time is over"
-    elif run.args.patience and loop.stale >= run.args.patience:
+    why = run.guard.status  # finished, timeout or interrupted
+    if loop.stale >= (run.args.patience or math.inf):
         why = f"no better agent in {loop.stale} evaluations (--patience)"
     print(f"training ends at {loop.global_step} transitions: {why}")
     if run.guard.signal is None and loop.updates > loop.evaluated:
@@ -1725,42 +1707,40 @@ def look_last(averaged, contexts, run, loop):
 
 
 def evaluate_splits(agent, contexts, run):
-    """The agent beside the baselines on every split, and traces/{split}.parquet; exposures on eval."""
+    """The agent beside the baselines on every split, and traces/{split}.parquet; by split: results
+    and everyone's exposures."""
     results = dict.fromkeys(contexts.rows)
     paths = {}
     folder = run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
-        seconds = run.eval_limit(0.3)
-        result, columns = evaluate(agent, contexts, split, run.args, seconds)
-        results[split] = result
-        if result["partial"]:
+        found = evaluate(agent, contexts, split, run.args, run.eval_limit(0.3))
+        results[split], columns, paths[split] = found
+        if results[split]["partial"]:
             print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
-        if split == "eval":
-            paths["agent"] = [columns["position"]]
-            for name in result["baselines"]:
-                paths[name] = [columns[f"position_{name}"]]
     return results, paths
 
 
 def audit_of(agent, contexts, run, loop, results, paths):
     """diagnose(), overestimation, edges over the best constant and the verdict; logs what the loop
-    did not. paths: exposures of everyone on the eval split."""
-    record = {"value/overestimation": overestimation(agent, contexts)}
+    did not. paths: everyone's exposures by split."""
+    record = {"value/overestimation": results["eval"]["overestimation"]}
     found = diagnose(agent, contexts) | record
     audit = {name.split("/")[1]: x for name, x in found.items()}
     names = ("technical", "hmm", "position", "w_cost")
     audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
     result = results["eval"]
     market = contexts.market
-    series = series_of(market, agent.costs)
+    series = market.series
     series.rows = series.rows | {"eval": result["rows"]}
-    audit |= edges([series], paths, LEVELS, market.bars.bars_per_year)
+    eval_paths = {name: [path] for name, path in paths["eval"].items()}
+    audit |= edges([series], eval_paths, LEVELS, market.bars.bars_per_year)
     improving = loop.stale == 0 and run.guard.status != "finished"
     rows = int(np.ptp(result["rows"]))
     audit["verdict"], audit["reasons"] = verdict(
-        audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving)
+        audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving
+    )
     for split in ("train", "test"):
         record |= {f"eval/{split}/{name}": x for name, x in results[split]["agent"].items()}
     run.log(record, loop)
@@ -1778,51 +1758,47 @@ def main(argv=None):
     refuse((args.cudagraphs and device.type != "cuda", "--cudagraphs: no CUDA device"))
     market = open_market(run)
     config = agent_config(run, market)
-    weights = run.state["encoder"] if run.state else load_encoder(args.encoder, config, market)
+    weights = (
+        run.state["encoder"] if run.state else load_encoder(args.encoder, config, market)
+    )
     run.open("+".join(market.bars.names).replace(":", "-"), market.identity())
     contexts = open_contexts(run, market, config)
     freeze_contexts(contexts, weights, config, run, loop)
 
     run.phase("setup")
-    agent = Agent(config).to(device)
-    averaged = Agent(config).to(device)
-    averaged.requires_grad_(False).load_state_dict(agent.state_dict())
+    agent, averaged = make_agents(config, device)
     optimizers = make_optimizers(agent, args)
     q_optimizer, actor_optimizer, alpha_optimizer = optimizers.values()
     q_parameters = [*agent.extractor.parameters(), *agent.critic.parameters()]
+    actor_parameters = list(agent.actor.parameters())
     rb = Replay(BUFFER, args.num_envs, device)
     noise = nn.Module()
     noise.register_buffer("matrix", torch.zeros(args.num_envs, args.hidden, device=device))
-    settings = {name: getattr(args, name) for name in ENV_FLAGS.split()}
-    envs = MarketVectorEnv(market, contexts.rows["train"], backend=run.backend, **settings)
-    run.closing(envs)
-    envs.w_max = float(not args.w_cost_curriculum)
+    envs = run.closing(MarketVectorEnv(market, contexts.rows["train"], args, run.backend))
     envs.reset(seed=args.seed)
     policy = dict(encoder=contexts.encoder, agent=averaged, features=market.features)
     parts = dict(learner=agent, envs=envs, rb=rb, noise=noise, **optimizers)
     loop = run.restore(loop, config, policy, **parts)
     critic_loss = compile_parts(agent, args)
+    cost, drift = args.costs
     look_ahead = greedy_next if args.policy == "critic_grid" else sampled_next
-    limit = last_step(args)
-    patience = args.patience or math.inf
     look_first(averaged, contexts, run, loop)
 
-    while loop.global_step < limit and loop.stale < patience and not run.out_of_time():
+    while go_on(run, loop):
         # ALGO LOGIC: action
         run.phase("rollout")
-        row = envs.ints[ROW].clone()
-        position, w_cost, *_ = envs.floats.clone()
+        state = envs.state.clone()
         if args.w_cost_curriculum:
             envs.w_max = min(1.0, loop.global_step / args.w_cost_curriculum)
         if loop.global_step < args.learning_starts:
             action = 2 * torch.rand(args.num_envs, device=device) - 1
         else:
             redraw = loop.explored % args.sde_sample_freq == 0
-            action = explore(agent, contexts, row, position, w_cost, noise.matrix, redraw)
+            action = explore(agent, contexts, state, noise.matrix, redraw)
             loop.explored += 1
         envs.step_lanes(action)
-        rb.add(row, position, action, w_cost)
-        agent.watch_rewards(contexts.full_reward[row])
+        rb.add(state, action)
+        agent.watch_rewards(contexts.full_reward[state[ROW].long()])
         loop.global_step += args.num_envs
 
         # ALGO LOGIC: training
@@ -1838,26 +1814,38 @@ def main(argv=None):
                     group["lr"] = group["rate"] * share
                 if args.cudagraphs:
                     torch.compiler.cudagraph_mark_step_begin()
-                batch = rb.sample(
-                    args.batch_size, args.segment, args.counterfactuals, envs.stop)
-                ret = contexts.ret[batch.rows[:, :-1].flatten()][:, None]  # (B, 1)
+                rows, before, after, w_cost = rb.sample(
+                    args.batch_size, args.segment, args.counterfactuals, envs.stop
+                )
+                row = rows[:, :-1].flatten()
+                ret, funding = (
+                    contexts.ret[row, None],
+                    contexts.funding[row, None],
+                )  # (B, 1)
 
                 # critic: quantiles of holding each exposure; the cost of getting there is exact
                 with contexts.autocast():
                     latents, next_latents = encode_stretches(
-                        agent.extractor, contexts, batch.rows)
+                        agent.extractor, contexts, rows
+                    )
                     with torch.no_grad():
-                        growth = bar_growth(batch.after, ret, config["funding"])  # (B, K)
+                        growth, held = hold(after, ret, funding, drift)  # (B, K)
                         reward = (scale * growth.log()).clamp(-REWARD_CLIP, REWARD_CLIP)
                         done = (growth <= LOST).float()
-                        held = next_position(batch.after, ret, agent.costs)
                         next_quantiles, next_log_prob = look_ahead(
-                            agent, next_latents, held, batch.w_cost, scale)
+                            agent, next_latents, held, w_cost, scale
+                        )
                         target = tqc_target(
-                            next_quantiles, reward.flatten(), done.flatten(), args.gamma,
-                            agent.alpha, next_log_prob, args.top_quantiles_to_drop_per_net)
+                            next_quantiles,
+                            reward.flatten(),
+                            done.flatten(),
+                            args.gamma,
+                            agent.alpha,
+                            next_log_prob,
+                            args.top_quantiles_to_drop_per_net,
+                        )
                     # (B, K, C, N)
-                    quantiles = agent.critic(latents, batch.after, batch.w_cost)
+                    quantiles = agent.critic(latents, after, w_cost)
                     qf_loss = critic_loss(quantiles.flatten(0, 1), target)
                 q_optimizer.zero_grad()
                 qf_loss.backward()
@@ -1865,19 +1853,16 @@ def main(argv=None):
                 q_optimizer.step()
 
                 # actor: it collects transitions, and is scored beside the greedy policy
-                agent.critic.requires_grad_(False)
                 with contexts.autocast():
                     latents = latents.detach()
-                    pi, log_prob, _ = sample_action(
-                        agent.actor, latents, batch.position, batch.w_cost)
+                    pi, log_prob, _ = sample_action(agent.actor, latents, before, w_cost)
                     pi = pi[:, None]  # (B, 1)
-                    paid = scale * agent.trade_reward(batch.position, pi, batch.w_cost)
-                    q = agent.critic(latents, pi, batch.w_cost).mean((2, 3)) + paid
+                    paid = scale * agent.trade_reward(before, pi, w_cost)
+                    q = agent.critic(latents, pi, w_cost).mean((2, 3)) + paid
                     actor_loss = (agent.alpha * log_prob - q[:, 0]).mean()
                 actor_optimizer.zero_grad()
-                actor_loss.backward()
+                actor_loss.backward(inputs=actor_parameters)  # not the critic's
                 actor_optimizer.step()
-                agent.critic.requires_grad_(True)
 
                 # entropy coefficient
                 if args.ent_coef.startswith("auto"):
@@ -1896,10 +1881,12 @@ def main(argv=None):
         # evaluate, log, keep the best
         if loop.updates and run.every(args.eval_interval, loop.global_step):
             if not qf_loss.isfinite():
-                why = f"critic not finite after {loop.updates} updates"
-                raise CheckFailed(f"{why}: lower --learning-rate or --learning-rate-fusion")
+                raise CheckFailed(
+                    f"critic not finite after {loop.updates} updates: lower --learning-rate or "
+                    f"--learning-rate-fusion"
+                )
             run.phase("eval")
-            change = (action - position).abs().mean()
+            change = (action - state[POSITION]).abs().mean()
             record = {
                 "losses/qf_loss": qf_loss.detach(),
                 "losses/actor_loss": actor_loss.detach(),
@@ -1907,7 +1894,7 @@ def main(argv=None):
                 "losses/target_mean": target.mean(),
                 "env/reward_std": reward.std(),
                 "env/turnover": change,
-                "env/costs": change * config["cost"] / BP,
+                "env/costs": change * cost / BP,
                 "env/exposure": action.mean(),
                 "charts/learning_rate": args.learning_rate * share,
             }
@@ -1921,7 +1908,7 @@ def main(argv=None):
     results, paths = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results, paths)
     bars = market.bars
-    size = 0 if contexts.cache is None else contexts.cache.nbytes
+    size = getattr(contexts.cache, "nbytes", 0)
     return run.finish(
         loop,
         results,
@@ -1932,10 +1919,11 @@ def main(argv=None):
         samples_per_transition=loop.samples / max(loop.global_step, 1),
         device={"precision": contexts.precision, "embedding_cache_bytes": size},
         data={
-            "gaps": list(bars.gaps),
-            "facts": list(bars.facts),
-            "screen": screen_of(market.features),
-        })
+            "gaps": bars.gaps,
+            "facts": bars.facts,
+            "screen": market.features.screen,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -139,8 +139,7 @@ class PeerCritic(policies.Critic):
             {**obs, "position": action}, self.features_extractor
         )
         quantiles = torch.stack([qf(features) for qf in self.q_networks], 1)  # (B, C, N)
-        penalty = self.config["penalty"] * obs["w_cost"]
-        paid = tqc.trade_reward(obs["position"], action, self.costs, penalty)
+        paid = self.trade_reward(obs["position"], action, obs["w_cost"])
         linear = self.slope * action * obs["forecast"]
         return quantiles + (linear + self.reward_scale * paid)[..., None]
 
@@ -158,7 +157,7 @@ class PeerPolicy(policies.TQCPolicy):
         # the action stands in the position's column of the fusion layer, not behind it
         kwargs["features_dim"] -= 1
         critic = PeerCritic(**kwargs)
-        critic.config, critic.costs = self.agent.config, self.agent.costs
+        critic.trade_reward = self.agent.trade_reward
         critic.reward_scale = self.agent.reward_scale
         critic.slope = nn.Parameter(self.agent.critic.slope.detach().clone())
         return critic.to(self.device)
@@ -210,7 +209,7 @@ class PeerLanes(VecEnv):
         return self.shown(self.env.reset(seed=1)[0])
 
     def shown(self, obs: dict) -> dict:
-        return obs | {"forecast": self.forecast[self.env.ints[tqc.ROW]][:, None]}
+        return obs | {"forecast": self.forecast[self.env.state[tqc.ROW].long()][:, None]}
 
     def step_async(self, actions):
         self.actions = actions
@@ -219,7 +218,7 @@ class PeerLanes(VecEnv):
         obs, reward, terminated, truncated, info = self.env.step(self.actions)
         infos = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(terminated | truncated):
-            row = self.env.last_ints[tqc.ROW, i]
+            row = int(self.env.last[tqc.ROW, i])
             infos[i] = {
                 "terminal_observation": info["final_obs"][i]
                 | {"forecast": self.forecast[row : row + 1]},
@@ -316,24 +315,29 @@ def sde_noise(actor, matrix, market, position, w_cost) -> torch.Tensor:
 @torch.no_grad()
 def noises(agent, contexts, batch, matrix) -> tuple[torch.Tensor, torch.Tensor]:
     """SB3's noise (hidden, 1) at every row and at the next one."""
-    rows = tqc.encode_stretches(agent.extractor, contexts, batch.rows)
-    ret = contexts.ret[batch.rows[:, 0]][:, None]
-    held = tqc.next_position(batch.after, ret, agent.costs)
-    both = zip(rows, (batch.position, held))
-    return tuple(sde_noise(agent.actor, matrix, z, p, batch.w_cost) for z, p in both)
+    rows, before, after, w_cost = batch
+    latents = tqc.encode_stretches(agent.extractor, contexts, rows)
+    _, held = hold(agent, contexts, rows, after)
+    both = zip(latents, (before, held))
+    return tuple(sde_noise(agent.actor, matrix, z, p, w_cost) for z, p in both)
+
+
+def hold(agent, contexts, rows, after):
+    """Growth and next exposure of the bars that the first of `rows` (n, 2) earn."""
+    bar = rows[:, :1]
+    return tqc.hold(after, contexts.ret[bar], contexts.funding[bar], agent.costs[1])
 
 
 @torch.no_grad()
 def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
     """The losses of one update by the script's own functions."""
     c, scale = agent.config, agent.reward_scale
-    ret = contexts.ret[batch.rows[:, 0]][:, None]
-    held = tqc.next_position(batch.after, ret, agent.costs)
-    growth = tqc.bar_growth(batch.after, ret, c["funding"])
+    rows, before, after, w_cost = batch
+    growth, held = hold(agent, contexts, rows, after)
     with contexts.autocast():
-        latents, following = tqc.encode_stretches(agent.extractor, contexts, batch.rows)
+        latents, following = tqc.encode_stretches(agent.extractor, contexts, rows)
         next_quantiles, next_log_prob = tqc.sampled_next(
-            agent, following, held, batch.w_cost, scale, next_noise
+            agent, following, held, w_cost, scale, next_noise
         )
         target = tqc.tqc_target(
             next_quantiles,
@@ -344,11 +348,9 @@ def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
             next_log_prob,
             0,
         )
-        quantiles = agent.critic(latents, batch.after, batch.w_cost).flatten(0, 1)
-        pi, log_prob, _ = tqc.sample_action(
-            agent.actor, latents, batch.position, batch.w_cost, noise
-        )
-        q = tqc.action_values(agent, latents, batch.position, batch.w_cost, pi[:, None])
+        quantiles = agent.critic(latents, after, w_cost).flatten(0, 1)
+        pi, log_prob, _ = tqc.sample_action(agent.actor, latents, before, w_cost, noise)
+        q = tqc.action_values(agent, latents, before, w_cost, pi[:, None])
         losses = {
             "critic_loss": tqc.quantile_huber_loss(quantiles, target),
             "actor_loss": (agent.alpha * log_prob - q[:, 0]).mean(),
@@ -357,10 +359,10 @@ def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
     return {k: v.item() for k, v in losses.items()}
 
 
-def one_step(peer, env, action: np.ndarray, scale: float) -> tqc.Batch:
-    """Step all lanes once, give the transitions to the peer's buffer; as a batch of ours."""
-    row = env.ints[tqc.ROW].clone()
-    position, w_cost = env.floats[[tqc.POSITION, tqc.W_COST]].float()
+def one_step(peer, env, action: np.ndarray, scale: float) -> tuple:
+    """Step all lanes once, give the transitions to the peer's buffer; as our Replay draws them."""
+    row = env.state[tqc.ROW].long()
+    before, w_cost = env.state[[tqc.POSITION, tqc.W_COST], :, None].float()
     lanes = PeerLanes(env)
     obs = lanes.shown(to_numpy(env.observe()))
     next_obs, reward, done, infos = lanes.step(action)
@@ -369,15 +371,15 @@ def one_step(peer, env, action: np.ndarray, scale: float) -> tqc.Batch:
     peer._store_transition(peer.replay_buffer, action, next_obs, stored, done, infos)
     after = torch.from_numpy(action)
     rows = torch.stack([row, row + 1], 1)
-    return tqc.Batch(rows, position[:, None], after, w_cost[:, None])
+    return rows, before, after, w_cost
 
 
 def compare(agent, encoder, market, args: Args, precisions) -> dict:
     """Trainable parameters and the losses of a first update, both sides."""
     rng, n = np.random.default_rng(0), args.batch_size
-    env = tqc.MarketVectorEnv(market, market.rows["train"], n, seed=0)
+    env = tqc.MarketVectorEnv(market, market.rows["train"], tqc.Args(num_envs=n))
     env.reset(seed=0)
-    env.floats[tqc.POSITION] = torch.from_numpy(rng.uniform(-1, 1, n))
+    env.state[tqc.POSITION] = torch.from_numpy(rng.uniform(-1, 1, n))
     peer = make_peer(agent, encoder, env, n, InOrder)
     parameters = {"ours": count(p for p in agent.parameters() if p.requires_grad)}
     groups = [g for o in optimizers_of(peer) for g in o.param_groups]
@@ -406,7 +408,7 @@ def compare(agent, encoder, market, args: Args, precisions) -> dict:
     return {
         "parameters": parameters,
         "rows": n,
-        "forecast_std": exact.forecast[batch.rows].std().item(),
+        "forecast_std": exact.forecast[batch[0]].std().item(),
         "losses": losses,
         "tolerance": tolerance,
     }
@@ -496,7 +498,7 @@ class Clock(BaseCallback):
 
 def run_peer(agent, encoder, market, args: Args) -> dict:
     """Transitions a second of SB3's learn(), one update a vector step; updates of its train()."""
-    env = tqc.MarketVectorEnv(market, market.rows["train"], args.num_envs, seed=1)
+    env = tqc.MarketVectorEnv(market, market.rows["train"], tqc.Args(num_envs=args.num_envs))
     peer = make_peer(agent, encoder, env, args.batch_size)
     clock, n = Clock(), args.peer_updates
     peer.learn((n + 1) * args.num_envs, callback=clock)
@@ -527,7 +529,7 @@ def run_env(market, args: Args, observations: bool) -> dict:
     """Lane-steps a second under random actions. A second walk, counted, must end in the same
     state."""
     n, steps = args.num_envs, max(args.env_steps // (100 if observations else 1), 2)
-    env = tqc.MarketVectorEnv(market, market.rows["train"], n, seed=1)
+    env = tqc.MarketVectorEnv(market, market.rows["train"], tqc.Args(num_envs=n))
     actions = np.random.default_rng(0).uniform(-1, 1, (16, n, 1))
     tensors = torch.from_numpy(actions)
     rates = []
@@ -540,17 +542,15 @@ def run_env(market, args: Args, observations: bool) -> dict:
             else:
                 env.step_lanes(tensors[t % 16])
         rates.append(length * n / (time.perf_counter() - began))
-    end = env.ints.clone(), env.floats.clone()
+    end = env.state.clone()
     env.reset(seed=1)
     bars, traded = 0, torch.zeros(n, dtype=torch.bool)
     for t in range(steps):
         reward, terminated, truncated = env.step_lanes(tensors[t % 16])
-        bars += int(env.last_ints[tqc.CLOCK][terminated | truncated].sum())
+        bars += int(env.last[tqc.CLOCK][terminated | truncated].sum())
         traded |= reward != 0
-    bars += int(env.ints[tqc.CLOCK].sum())
-    env_state = env.ints, env.floats
-    same = all(torch.equal(a, b) for a, b in zip(end, env_state))
-    check(same, "the same walk through the environment ended elsewhere")
+    bars += int(env.state[tqc.CLOCK].sum())
+    check(torch.equal(end, env.state), "the same walk through the environment ended elsewhere")
     check(bars == steps * n, "the lanes' clocks do not add up to the steps made")
     check(bool(traded.all()), "a lane never traded")
     env.close()
@@ -614,7 +614,7 @@ def measure(result: dict, args: Args, precisions, folder: Path):
         runs[p].append(ours(f"{p}_first", flags, folder, args, threads))
     state = load_checkpoint(folder / "fp32_first" / "checkpoints" / "last.pt")
     config = state["config"]
-    market = tqc.load_market(args.data, window=config["window"])
+    market = tqc.load_market(tqc.Args(data=args.data, window=config["window"]))
     encoder = tqc.build_encoder(config).eval().requires_grad_(False)
     encoder.load_state_dict(state["encoder"])
     torch.manual_seed(1)

@@ -997,11 +997,11 @@ def audit_tqc(audit, flags, state):
     bars = load_bars(flags.data, flags.fill_limit)
     check_data(flags, bars.sha256, state["data"]["sha256"])
     model = FeatureModel.from_state_dict(state["features"])
-    same = {name: getattr(flags, name) for name in ("split", "window", "seed", "hmm", "screen")}
+    flags = tqc.Args(**vars(flags))
 
     def load(bars, features=None, forecast=False):
         with patch.object(tqc, "load_bars", lambda *_: bars):
-            return tqc.load_market(flags.data, **same, features=features, forecast=forecast)
+            return tqc.load_market(replace(flags, forecast=forecast), features)
 
     def refit(bars, _):
         market = load(bars, None, flags.forecast)
@@ -1013,8 +1013,7 @@ def audit_tqc(audit, flags, state):
 
     def environment(bars, _):
         market = load(bars, model)
-        rules = {name: getattr(flags, name) for name in tqc.ENV_FLAGS.split()}
-        return tqc.MarketVectorEnv(market, market.rows["test"], **rules | {"num_envs": 1})
+        return tqc.MarketVectorEnv(market, market.rows["test"], replace(flags, num_envs=1))
 
     market = quietly(load, bars, None, flags.forecast)
     check_stored(audit, state["features"], market.features.state_dict())

@@ -60,7 +60,6 @@ LANES = 256
 IDLE = 8  # vector steps with random actions; the last of them makes the first update
 NEVER = 10**9  # transitions: evaluated once, with what training ends with
 PEER_BUFFER = 32_768  # transitions: an observation is a window, 3.5 KB
-COSTS = 5e-4, 0.0, False  # the script's defaults: per unit of change, funding, drift
 DRAWS = 10_000  # bootstrap resamples
 
 # networks that learn in seconds, and what every run of the study shares
@@ -364,8 +363,17 @@ def as_flag(item: tuple) -> str:
     return f"{flag(name)}={value}"
 
 
-# the rival and the optimum are computed once a market, not once a run
-cached_market = functools.lru_cache(32)(tqc.load_market)
+def cached_market(args, *_):
+    """The rival and the optimum are computed once a market, not once a run."""
+    a = args
+    key = a.data, a.split, a.window, a.seed, a.hmm, a.screen, a.forecast, a.funding_bps, a.costs
+    if key not in MARKETS:
+        MARKETS[key] = load_market(args)
+    return MARKETS[key]
+
+
+MARKETS = {}
+load_market = tqc.load_market
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -411,8 +419,9 @@ def peer_run(cell: Cell, settings: dict) -> dict:
     lanes = s["num_envs"] if cell.name == "peer_earlier" else 1
     torch.manual_seed(s["seed"])
     torch.set_num_threads(1)
-    market = cached_market(s["data"], window=s["window"], seed=s["seed"], forecast=False)
-    with replaced(tqc, "load_market", lambda *args, **kwargs: market):
+    flags = {name: s[name] for name in ("data", "window", "seed")}
+    market = cached_market(tqc.Args(**flags, forecast=False))
+    with replaced(tqc, "load_market", lambda *_: market):
         env = gym.make_vec(
             "cleanrl_crypto/Market-v0", num_envs=lanes, data=s["data"], seed=s["seed"]
         )
@@ -494,8 +503,8 @@ def peer_measures(peer, market) -> dict:
 
     path = peer_path(peer, market)
     start, stop = market.rows["test"]
-    best = tqc.fixed_paths(market, COSTS, start, stop)["optimum"]
-    earned, most = (tqc.walk(market, COSTS, x, start, stop)[1].mean() for x in (path, best))
+    best = tqc.fixed_paths(market, start, stop)["optimum"]
+    earned, most = (market.walk(x, start, stop)[1].mean() for x in (path, best))
     return {
         "score": earned / most,
         "actor_score": earned / most,

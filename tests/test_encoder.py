@@ -78,7 +78,8 @@ def small():
 def contexts_of(bars, features, encoder, dtype=torch.float32, keep=False, cls=tqc.Contexts):
     table, rows = features.transform(bars), {"train": (FIRST, TRAIN_STOP), "eval": (1100, 1400)}
     ret, unknown = np.nan_to_num(bars.next_return), np.full(len(table), np.nan)
-    market = tqc.Market(bars, features, table, ret, unknown, rows, CONFIG["window"], features.forecast(table))
+    market = tqc.Market(bars, features, table, ret, 0 * ret, unknown, rows, CONFIG["window"], None)
+    market.forecast = features.forecast(table)
     return cls(encoder, market, torch.device("cpu"), dtype, keep)
 
 
@@ -132,10 +133,10 @@ def test_an_encoder_that_does_not_fit_is_refused_in_one_line(trained, small, tmp
     market, good = contexts_of(*small).market, trained[0] / "encoder.pt"
     state, other = load_checkpoint(good), tmp_path / "other.pt"
     # five files of ten columns are not fifty of one file
-    names = [f"{asset}/{k}" for asset in "ABCDE" for k in range(10)] + state["columns"][50:]
+    names = [f"{asset}/{k}" for asset in "ABCDE" for k in range(10)] + list(state["columns"][50:])
     torch.save(state | {"columns": names}, other)
     wrong = dict(columns=20, window=24, d_model=48, n_heads=8, n_layers=3)
-    found = [f"{name} {CONFIG[name]} found, {value} expected" for name, value in wrong.items()]
+    found = [f"--{name.replace('_', '-')} {CONFIG[name]} there, {value} here" for name, value in wrong.items()]
     # the good one was trained on 70 % of 2500 bars: those of the first 1500 cannot judge it
     for path, config, error, words in (
         (good, wrong, CheckpointError, ["encoder.pt", *found]),
@@ -148,7 +149,6 @@ def test_an_encoder_that_does_not_fit_is_refused_in_one_line(trained, small, tmp
             tqc.load_encoder(str(path), CONFIG | config, market)
         line = str(refusal.value)
         assert "\n" not in line and all(word in line for word in words)
-        assert line.count(" found, ") == len(config)
 
 
 def test_a_good_encoder_is_used_instead_of_pre_training_with_this_run_s_recency(trained, tmp_path):
@@ -196,15 +196,15 @@ def test_context_at_row_t_keeps_its_bits_when_later_rows_change(small, t, seed, 
 
 
 def test_the_forecast_is_out_of_fold_on_train_rows_and_the_lasso_s_own_elsewhere():
-    data = "synthetic:regime?bars=6000"
-    market = tqc.load_market(data, window=16)
+    args = tqc.Args(data="synthetic:regime?bars=6000", window=16)
+    market = tqc.load_market(args)
     own, (start, stop) = market.features.forecast(market.table), market.rows["train"]
     train = market.forecast[start:stop], own[start:stop]
     np.testing.assert_array_equal(market.forecast[stop:], own[stop:])
     assert own[stop:].std() > 0.1 and 0.1 < np.corrcoef(*train)[0, 1] < 0.999
-    fitted = tqc.load_market(data, window=16, features=market.features)
+    fitted = tqc.load_market(args, market.features)
     np.testing.assert_array_equal(fitted.forecast, market.forecast)
-    assert not tqc.load_market(data, window=16, forecast=False).forecast.any()
+    assert not tqc.load_market(replace(args, forecast=False), market.features).forecast.any()
 
 
 @pytest.mark.parametrize("t", [FIRST, ROWS - 3])
@@ -250,11 +250,3 @@ def test_the_masked_reconstruction_improves_and_standardises_the_context(small):
     assert z.mean((0, 1)).abs().max() < 0.2 and (z.std((0, 1)) - 1).abs().max() < 0.2
 
 
-def test_the_loss_is_taken_at_masked_steps_and_they_are_hidden():
-    torch.manual_seed(0)
-    encoder = tqc.build_encoder(CONFIG)
-    x, mask = torch.randn(4, 16, 50), torch.rand(4, 16) < 0.3
-    other = torch.where(mask[..., None], torch.randn_like(x), x)
-    assert torch.equal(encoder.encode(x, mask), encoder.encode(other, mask))  # not read
-    guess = encoder.decode(encoder.encode(x, mask))
-    torch.testing.assert_close(encoder.loss(x, mask), ((guess - x) ** 2)[mask].mean())

@@ -1,30 +1,30 @@
 """The market environment: Gymnasium's contract, the exact autoreset sequence, the accounting."""
 
-import io
-import math
 import warnings
 from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from cleanrl_crypto import tqc_film_batch as tqc
+from common.data import DataError, load_funding
 from common.gpu_pool import pool
 from common.lanes import Lanes
 
 DATA = "synthetic:regime?bars=4000&seed=1"
 PLAIN = dict(screen=False, forecast=False)  # every column varies, and no lasso is fitted
 MODES = pytest.mark.parametrize("mode", ["rebalance", "drift"])
-BUFFERS = ("ints", "floats", "last_ints", "last_floats", "action", "reward", "flags")
+BUFFERS = ("state", "last", "action", "reward", "flags")
 
 
 @pytest.fixture(scope="session")
 def market():
-    return tqc.load_market(DATA, **PLAIN)
+    return tqc.load_market(tqc.Args(data=DATA, **PLAIN))
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def make(market):
     envs = []
 
     def build(num_envs=4, *, table=market, rows=None, w_cost=1.0, **kwargs):
-        envs.append(tqc.MarketVectorEnv(table, rows or market.rows["train"], num_envs, **kwargs))
+        backend = kwargs.pop("backend", "cpu")
+        args = tqc.Args(num_envs=num_envs, **kwargs)
+        envs.append(tqc.MarketVectorEnv(table, rows or market.rows["train"], args, backend))
         envs[-1].w_max = w_cost
         return envs[-1]
 
@@ -44,10 +46,10 @@ def make(market):
 
 def at(env, rows, clocks=0, w_cost=None):
     """Put every lane on a row of its own choice; returns the observation."""
-    env.ints[tqc.ROW] = torch.as_tensor(np.broadcast_to(rows, env.num_envs).copy())
-    env.ints[tqc.CLOCK] = torch.as_tensor(np.broadcast_to(clocks, env.num_envs).copy())
+    env.state[tqc.ROW] = torch.as_tensor(np.broadcast_to(rows, env.num_envs).copy())
+    env.state[tqc.CLOCK] = torch.as_tensor(np.broadcast_to(clocks, env.num_envs).copy())
     if w_cost is not None:
-        env.floats[tqc.W_COST] = w_cost
+        env.state[tqc.W_COST] = w_cost
     return {k: x.numpy() for k, x in env.observe().items()}
 
 
@@ -107,7 +109,7 @@ def test_make_vec_spaces_and_shapes():
     assert isinstance(inner, tqc.MarketVectorEnv) and (inner.num_envs, inner.seed) == (3, 9)
     assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     assert (inner.start, inner.stop) == inner.market.rows["eval"]
-    assert inner.costs == (pytest.approx(2e-4), 0.0, False)
+    assert inner.costs == (pytest.approx(2e-4), False)
     obs, info = env.reset(seed=1)
     assert info == {} and not obs["market"][..., -5:].any() and obs["market"][..., :-5].any()
     for t in range(9):
@@ -140,12 +142,12 @@ def test_the_exact_autoreset_sequence(make, market, mode):
     env = make(n, episode_length=length, position_mode=mode, seed=2)
     env.reset(seed=2)
     start, stop = market.rows["train"]
-    row, w = env.ints[tqc.ROW].numpy().copy(), env.floats[tqc.W_COST].numpy().copy()
-    clock, number = np.arange(n), np.zeros((3, n), int)  # staggered ends
+    row, w = env.state[tqc.ROW].long().numpy(), env.state[tqc.W_COST].numpy().copy()
+    clock = np.arange(n)  # staggered ends
     row = np.minimum(row, stop - 2 * length)
     row[4], clock[4] = stop - 6, 0  # this one meets the end of the rows before its length
     at(env, row, clock)
-    state = np.zeros((5, n))
+    state = np.zeros((8, n))
     position, total, turnover, equity = np.zeros(n), np.zeros(n), np.zeros(n), np.ones(n)
     ends = np.zeros(n, int)
     for t, action in enumerate(draws(40, n)):
@@ -175,9 +177,9 @@ def test_the_exact_autoreset_sequence(make, market, mode):
                 assert episode["r"][i] == pytest.approx(total[i], abs=1e-12)
                 assert episode["turnover"][i] == pytest.approx(turnover[i], rel=1e-9)
                 assert episode["equity"][i] == pytest.approx(equity[i], rel=1e-9)
-                number[tqc.EPISODE, i] += 1
-                tqc.begin_nb(i, env.rules, number, state)
-                row[i], w[i] = number[tqc.ROW, i], state[tqc.W_COST, i]
+                state[tqc.EPISODE, i] += 1
+                tqc.begin_nb(i, env.rules, state)
+                row[i], w[i] = state[tqc.ROW, i], state[tqc.W_COST, i]
                 clock[i], position[i], total[i], turnover[i], equity[i] = 0, 0.0, 0.0, 0.0, 1.0
                 ends[i] += 1
             elif done.any():
@@ -190,33 +192,17 @@ def test_the_exact_autoreset_sequence(make, market, mode):
     assert ends.min() >= 5
 
 
-@MODES
-def test_ruin_terminates_and_is_not_a_truncation(make, market, mode):
-    ret = market.ret.copy()
-    row = market.rows["train"][1] - 1
-    ret[row] = 1.3  # more than doubles: a full short owes more than it has
-    env = make(3, table=replace(market, ret=ret), position_mode=mode, episode_length=1, w_cost=0.0)
-    env.reset(seed=1)
-    at(env, row, w_cost=0.0)
-    action = np.array([[-1.0], [1.0], [-0.5]], np.float32)
-    obs, reward, terminated, truncated, info = env.step(action)
-    assert terminated.tolist() == [True, False, False] and truncated.tolist() == [False, True, True]
-    assert reward[0] == pytest.approx(math.log(tqc.RUIN), abs=1e-2)
-    assert np.isfinite(reward).all() and (obs["position"] == 0).all()
-    assert info["final_info"]["episode"]["equity"][0] <= tqc.RUIN
-    assert env.floats[tqc.EQUITY].tolist() == [1.0, 1.0, 1.0]  # everyone starts again
-
-
 # ------------------------------------------------------------------------------------- accounting
 @MODES
-@pytest.mark.parametrize("funding_bps", [1.0, -1.0])
-def test_rewards_sum_to_log_equity(make, market, mode, funding_bps):
-    """Over 400 bars, against a balance sheet in units and cash: fees, and funding from longs to
-    shorts."""
-    n, cost, funding = 8, 5e-4, funding_bps * 1e-4
+def test_rewards_sum_to_log_equity(make, market, mode):
+    """Over 400 bars, against a balance sheet in units and cash: fees, and every bar's own funding
+    from longs to shorts or back."""
+    n, cost = 8, 5e-4
     start = market.rows["train"][0]
     rows = start, start + 400
-    env = make(n, rows=rows, episode_length=10**6, funding_bps=funding_bps, position_mode=mode, w_cost=0.0)
+    funding = np.random.default_rng(9).normal(0.0, 1e-3, len(market.ret))
+    table = replace(market, funding=funding)
+    env = make(n, table=table, rows=rows, episode_length=10**6, position_mode=mode, w_cost=0.0)
     env.reset(seed=1)
     at(env, start, w_cost=0.0)
     rewards, units, cash, last = np.zeros(n), np.zeros(n), np.ones(n), np.zeros(n)
@@ -232,12 +218,63 @@ def test_rewards_sum_to_log_equity(make, market, mode, funding_bps):
             fee = cost * np.abs(a - last) * before
         last = a
         units = a * (before - fee) / price
-        cash = before - fee - units * price - funding * a * (before - fee)
+        cash = before - fee - units * price - funding[t] * a * (before - fee)
     assert truncated.all()
     equity, episode = cash + units * market.bars.close[rows[1]], env.episode()
     assert episode["equity"].numpy() == pytest.approx(equity, rel=1e-9)
     assert np.abs(rewards - np.log(equity)).max() < 1e-9
     assert episode["r"].numpy() == pytest.approx(rewards, abs=1e-12)
+
+
+def funding_file(path, times, rates):
+    frame = pd.DataFrame({"fundingTime": times, "symbol": "BTCUSDT", "fundingRate": rates})
+    frame.to_csv(path, index=False) if path.suffix == ".csv" else frame.to_parquet(path)
+    return path
+
+
+def test_a_payment_belongs_to_the_bar_that_holds_its_time(market, tmp_path, capsys):
+    clock = pd.DatetimeIndex(market.bars.timestamp)
+    # odd times: just after an hour, within one, twice in one, before the first bar, after the last
+    at = clock[[8, 16, 40, 40]] + pd.to_timedelta([3, 59 * 60_000, 0, 1], "ms")
+    at = at.append(clock[[0]] - pd.Timedelta("1h")).append(clock[[-1]] + pd.Timedelta("1h"))
+    rates = np.array([1e-4, -2e-4, 3e-4, 4e-4, 0.05, 0.05])
+    expected = np.zeros(len(clock))
+    expected[[8, 16, 40]] = 1e-4, -2e-4, 7e-4
+    forms = {
+        "milliseconds.csv": (at - pd.Timestamp(0)) // pd.Timedelta("1ms"),
+        "iso.csv": at.strftime("%Y-%m-%dT%H:%M:%S.%f+00:00"),
+        "times.parquet": at.tz_localize("Asia/Tokyo").tz_convert("UTC") + pd.Timedelta("9h"),
+    }
+    order = np.random.default_rng(0).permutation(len(at))
+    for name, times in forms.items():
+        path = funding_file(tmp_path / name, times[order], rates[order])
+        paid, _ = load_funding(path, market.bars)
+        np.testing.assert_allclose(paid, expected, rtol=1e-12, err_msg=name)
+        assert "2 outside" in capsys.readouterr().out
+
+    args = tqc.Args(data=DATA, **PLAIN, funding=str(path), funding_bps=-0.5)
+    funded = tqc.load_market(args, market.features)
+    np.testing.assert_allclose(funded.funding[:-1], expected[1:] - 0.5e-4, rtol=1e-12)
+    assert funded.identity() != market.identity()
+    # the decision on row 39 earns bar 40: longs pay its 7 bp, less the constant's half, shorts get it
+    for target, sign in ((1.0, 1), (-1.0, -1)):
+        with_it, without = (m.walk(np.full(2, target), 39, 41)[0] for m in (funded, market))
+        moved = np.expm1(without - with_it)
+        assert moved[0] == pytest.approx(sign * 6.5e-4, rel=0.1)
+        assert moved[1] == pytest.approx(sign * -0.5e-4, rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(fundingRate=0.5), dict(fundingRate=np.nan), dict(fundingTime=1_700_000_000), dict(fundingTime="soon"),
+    dict(fundingTime="2019-02-01T00:00:00"), dict(fundingTime="2031-01-01T00:00Z"), dict(rate=1e-4)], ids=str)
+def test_a_strange_file_of_funding_is_refused_in_one_line(market, tmp_path, changes):
+    times = pd.DatetimeIndex(market.bars.timestamp[:1]).strftime("%Y-%m-%dT%H:%M:%SZ")
+    path = funding_file(tmp_path / "strange.csv", times, [1e-4])
+    assert load_funding(path, market.bars)[0].sum() == 1e-4
+    pd.read_csv(path).assign(**changes).to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"strange\.csv") as error:
+        load_funding(path, market.bars)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -262,7 +299,7 @@ def test_drift_mode_is_the_accounting_of_a_back_testing_library(make, market):
         orders[t] = x / close[t]
         units += orders[t]
         _, _, _, truncated, info = env.step(action)
-        now = info["final_info"]["episode"]["equity"] if truncated.all() else env.floats[tqc.EQUITY]
+        now = info["final_info"]["episode"]["equity"] if truncated.all() else env.state[tqc.EQUITY]
         equity[t + 1] = now
     # every bar twice: its equity before the trade, then the trade; a large account, because orders
     # below 1e-12 shares count as none there
@@ -277,12 +314,10 @@ def test_drift_mode_is_the_accounting_of_a_back_testing_library(make, market):
 
 
 # ----------------------------------------------------------------------------- cause, effect, time
-
-
 def test_an_observation_holds_nothing_after_its_bar(make, market):
     start, stop = market.rows["train"]
     action = torch.tensor([0.5, -1.0])
-    for t in (start, start + 777, stop - 1):
+    for t in (start, stop - 1):
         table, ret = market.table.copy(), market.ret.copy()
         table[t + 1 :], ret[t + 1 :] = np.nan, np.nan
         blind, plain = make(2, table=replace(market, table=table, ret=ret)), make(2)
@@ -290,8 +325,6 @@ def test_an_observation_holds_nothing_after_its_bar(make, market):
             env.reset(seed=1)
         same(at(blind, t), at(plain, t))
         reward = plain.step_lanes(action)[0].clone()
-        shown = plain.last_ints if plain.flags.any() else plain.ints
-        assert (shown[tqc.ROW] == t + 1).all()
         assert torch.equal(blind.step_lanes(action)[0], reward)  # needs t's own return only
         ret[t] += 0.01
         at(blind, t)
@@ -310,34 +343,7 @@ def test_reset_builds_and_allocates_nothing(make):
             env.step(action)
     assert Lanes.builds == builds and pool.stats() == stats
     assert [getattr(env, name).data_ptr() for name in BUFFERS] == pointers
-    second = make(8)
-    assert Lanes.builds == builds + 1
-    assert pool.stats()["in_use"] == stats["in_use"] + len(BUFFERS)
-    allocations = pool.stats()["allocations"]
-    second.close()
-    make(8).close()
-    assert pool.stats()["allocations"] == allocations
-    assert pool.stats()["in_use"] == stats["in_use"]
-
-
-def test_two_environments_never_share_mutable_state(make):
-    train, evaluation = make(4, seed=1), make(4, seed=1)
-    pointers = [getattr(env, name).data_ptr() for env in (train, evaluation) for name in BUFFERS]
-    assert len(set(pointers)) == 2 * len(BUFFERS)
-    first, _ = train.reset(seed=1)
-    evaluation.reset(seed=2)
-    before, shown = train.state_dict(), {k: v.copy() for k, v in first.items()}
-    for action in draws(20, 4):
-        evaluation.step(action)
-    assert torch.equal(before["ints"], train.ints) and torch.equal(before["floats"], train.floats)
-    # what was handed out is the caller's: later steps do not write into it, nor the caller into us
-    second, *outcome, _ = train.step(np.ones((4, 1), np.float32))
-    copy = [x.copy() for x in outcome]
-    train.step(-np.ones((4, 1), np.float32))
-    same(first, shown)
-    same(copy, outcome)
-    second["market"][:], second["position"][:] = 7.0, 7.0
-    assert not (train.market.table == 7.0).any() and not (train.floats[tqc.POSITION] == 7.0).any()
+    assert not {getattr(make(8), name).data_ptr() for name in BUFFERS} & set(pointers)
 
 
 @MODES
@@ -358,58 +364,11 @@ def test_same_seed_same_trajectory_and_every_reset_a_new_episode(make, mode):
     assert len({tuple(a.reset()[0]["market"][:, -1, 0]) for _ in range(5)}) == 5
 
 
-@MODES
-def test_a_saved_state_continues_exactly(make, mode):
-    law = dict(episode_length=7, position_mode=mode, funding_bps=1.0)
-    env, fresh = make(5, seed=3, **law), make(5, seed=99, **law)
-    env.reset(seed=8)
-    for action in draws(10, 5):
-        env.step(action)
-    state, file = env.state_dict(), io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    copy = {k: state[k].clone() for k in env.SAVED}
-    expected = [env.step(action) for action in draws(30, 5, seed=1)]
-    after = env.reset()
-    assert all(torch.equal(state[k], copy[k]) for k in copy)  # a copy, not a view
-    fresh.load_state_dict(torch.load(file, weights_only=True))  # tensors and plain Python
-    for want, action in zip(expected, draws(30, 5, seed=1)):
-        same(want, fresh.step(action))
-    same(after, fresh.reset())
-    assert sum("final_obs" in want[4] for want in expected) > 3
-
-
-@MODES
-def test_step_lanes_is_step_without_observations_and_without_copies(make, mode):
-    a, b = (make(7, episode_length=6, position_mode=mode) for _ in range(2))
-    a.reset(seed=1)
-    b.reset(seed=1)
-    for action in draws(30, 7):
-        _, *outcome, _ = a.step(action)
-        tensors = b.step_lanes(torch.from_numpy(action))
-        same(outcome, [x.numpy() for x in tensors])
-        for name in BUFFERS:
-            assert torch.equal(getattr(a, name), getattr(b, name))
-    assert tensors[0].data_ptr() == b.reward.data_ptr() == b.arrays["reward"].ctypes.data
-
-
-def test_charts_are_means_of_the_last_ended_episodes(make):
-    env = make(4, episode_length=6)
-    env.reset(seed=1)
-    assert all(math.isnan(x) for x in env.charts().values())
-    totals = np.zeros(4)
-    for action in draws(6, 4):
-        totals += env.step(action)[1]
-    env.step(draws(1, 4)[0])  # a step of the next episode changes nothing
-    assert float(env.charts()["charts/episodic_length"]) == 6
-    assert float(env.charts()["charts/episodic_return"]) == pytest.approx(totals.mean(), abs=1e-12)
-
-
 def check_backends(rtol=1e-9):
     """CPU and CUDA lanes, through the whole environment; run on a device by test_kernels.py."""
-    market = tqc.load_market(DATA, **PLAIN)
-    law = dict(episode_length=6, funding_bps=2.0, position_mode="drift", seed=3)
-    envs = [tqc.MarketVectorEnv(market, market.rows["train"], 5, backend=b, **law) for b in ("cpu", "cuda")]
+    args = tqc.Args(data=DATA, **PLAIN, num_envs=5, episode_length=6, funding_bps=2.0, position_mode="drift", seed=3)
+    market = tqc.load_market(args)
+    envs = [tqc.MarketVectorEnv(market, market.rows["train"], args, backend) for backend in ("cpu", "cuda")]
     same(*(env.reset(seed=4) for env in envs), rtol)
     finals = 0
     for t, action in enumerate(draws(18, 5)):

