@@ -159,15 +159,6 @@ def test_pages_become_a_file_that_the_scripts_read(serve, tmp_path):
     assert data.load_bars(str(out)).names == ("BTCUSDT_1h",)
 
 
-def test_until_is_exclusive_since_may_lie_within(serve, tmp_path):
-    bars = make_bars(300)
-    server, out = serve(bars), tmp_path / "a.parquet"
-    span = {"since": "2024-01-02T03:00Z", "until": "2024-01-09T05:00:00+02:00", "limit": 9999}
-    download_data.main(flags(server, out, **span))
-    assert_holds(out, {ms: bars[ms] for ms in at(*range(27, 8 * 24 + 3))})
-    assert server.asked == at(27)  # a page of the exchange's own size
-
-
 def test_empty_pages_before_a_listing_and_in_a_silence(serve, tmp_path, capsys):
     bars = make_bars(900, start=START + 250 * HOUR, holes=range(200, 500))
     server, out = serve(bars), tmp_path / "a.parquet"

@@ -1,7 +1,6 @@
 """Columns of the market table: names, values by hand, scaling, degenerate bars, the HMM's findings."""
 
 import json
-import logging
 import math
 import re
 import warnings
@@ -360,14 +359,6 @@ def test_a_known_chain_is_recovered_calm_first_and_made_sticky(backwards, monkey
     np.testing.assert_allclose(hmm["mean"], MEAN, atol=0.06)
     np.testing.assert_allclose(np.sqrt(hmm["var"]), STD, atol=0.04)
     np.testing.assert_allclose(hmm["trans"], 0.9 * MOVES + 0.1 * np.eye(4), atol=0.04)
-
-
-def test_fit_is_seeded_quiet_and_gives_the_log_level_back(capfd, caplog):
-    caplog.set_level(logging.INFO, "hmmlearn")
-    x = np.random.default_rng(0).normal(-5, 0.01, 300)  # so tight that hmmlearn would warn
-    assert fit_hmm(x, 3) == fit_hmm(x, 3) != fit_hmm(x, 4)
-    assert capfd.readouterr() == ("", "") and not caplog.records
-    assert logging.getLogger("hmmlearn").level == logging.INFO
 
 
 # ------------------------------------------------------------------------------------ long histories

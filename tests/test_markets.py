@@ -250,20 +250,6 @@ def test_bad_specs_are_refused_in_one_line(spec, words):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_bad_arguments_are_refused():
-    law = parse_law("synthetic:signal?bars=500")
-    truth = generate(law)[2]
-    for call, words in (
-        (lambda: optimum(law, math.nan), "nan"),
-        (lambda: optimum(law, 1e-4, actions=[1.0, 0.0]), "increasing"),
-        (lambda: optimum_path(truth, 1e-4, 400, 501), r"\[400, 501\).*500 bars"),
-        (lambda: mean_reward(law, 1e-4, np.zeros((1, 21, 20), int)), r"\(1, 21, 20\)"),
-        (lambda: generate(parse_law("synthetic:drift?bars=200000&sigma=.1&drift=.1")), "price"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            call()
-
-
 # ---------------------------------------------------------------------------------- how it is judged
 def series_of(spec, cost=1e-4):
     """A market with plain accounting: position times return, less cost times change."""

@@ -445,30 +445,6 @@ def test_cut_last_line_is_left_out_aloud(tmp_path):
     assert record.notes[0] in page_of(run)
 
 
-def test_null_and_nan_are_dashes_and_holes(tmp_path):
-    run = make_run(tmp_path / "run", bars=80, points=6)
-    summary = json.loads((run / "summary.json").read_text())
-    for split in summary["eval"].values():
-        split["agent"] |= {"score": None, "sharpe": float("nan")}
-        split["partial"] = True
-    summary |= {"sps": None, "best_step": None, "phases": {"learn": None, "eval": 1.0}}
-    summary["audit"] |= {"attribution": {"technical": None}, "reasons": []}
-    (run / "summary.json").write_text(json.dumps(summary))
-    frame = pd.read_parquet(run / "traces" / "test.parquet")
-    frame["equity_actor"] = np.nan
-    frame.loc[40:, "equity"] = 0.0
-    frame.loc[:, "signal"] = np.nan
-    frame.to_parquet(run / "traces" / "test.parquet")
-    row = {"global_step": 99, "policy/alpha": None, "losses/qf_loss": float("inf")}
-    with open(run / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
-    page = page_of(run)
-    assert "–</td>" in page and "PARTIAL" in page
-    assert ">nan<" not in page.lower() and ">none<" not in page.lower()
-    figures = report.build(report.read_run(run)).figures
-    assert "against_signal" not in figures and "against_past_24" in figures
-
-
 def test_run_without_traces_or_with_unknown_columns(tmp_path):
     run = make_run(tmp_path / "run", points=3, traces=False)
     pd.DataFrame({"position": np.empty(0)}).to_parquet(run / "traces" / "test.parquet")  # no rows
