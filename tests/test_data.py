@@ -191,7 +191,8 @@ def test_files_that_are_no_files(tmp_path, kind):
     path.unlink()
     path.mkdir()
     assert refusal(load_bars, path).startswith(f"{path}: ")
-    for spec in ("a.txt", "regime", "", ",a.csv", "a.csv,", "a.csv,,b.csv"):
+    mixed = "synthetic:regime,a.csv"
+    for spec in ("a.txt", "regime", "", ",a.csv", "a.csv,,b.csv", "synthetic:regime?bar=5", mixed):
         refusal(load_bars, spec)
 
 
@@ -331,18 +332,6 @@ def test_the_same_file_twice(tmp_path):
     shutil.copy(one, tmp_path / "B.csv")
     for two in (one, tmp_path / "." / "A.csv", tmp_path / "B.csv"):
         assert refusal(load_bars, f"{one},{two}").startswith(f"{two}: ")
-
-
-# ---------------------------------------------------------------------------------------- synthetic
-def test_synthetic_bars():
-    bars = load_bars("synthetic:regime?bars=500&seed=3")
-    assert bars.names == ("synthetic:regime",) and bars.ohlcv.shape == (1, 500, 5)
-    assert bars.bars_per_year == pytest.approx(8766.0) and bars.gaps[0]["count"] == 0
-    assert bars.truth.expected.shape == (500,) and bars.truth.law.seed == 3
-    assert load_bars("synthetic:regime?bars=500&seed=3").sha256 == bars.sha256
-    assert load_bars("synthetic:regime?bars=500&seed=4").sha256 != bars.sha256
-    for spec in ("synthetic:regime?bar=5", "synthetic:", "synthetic:regime,a.csv"):
-        refusal(load_bars, spec)
 
 
 # ------------------------------------------------------------------------------------------- splits

@@ -350,11 +350,9 @@ def known_chain(rows=6000):
     return rng.normal(MEAN[states], STD[states])
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_a_known_chain_is_recovered_calm_first_and_made_sticky(backwards, monkeypatch):
-    """Also where EM numbers its states the other way round."""
-    if backwards:
-        monkeypatch.setattr(features, "start_means", lambda x, start, rng: MEAN[::-1].copy())
+def test_a_known_chain_is_recovered_calm_first_and_made_sticky(monkeypatch):
+    """Where EM numbers its states the other way round."""
+    monkeypatch.setattr(features, "start_means", lambda x, start, rng: MEAN[::-1].copy())
     hmm = fit_hmm(known_chain(), 0)
     np.testing.assert_allclose(hmm["mean"], MEAN, atol=0.06)
     np.testing.assert_allclose(np.sqrt(hmm["var"]), STD, atol=0.04)
