@@ -56,7 +56,7 @@ from common.timeout_guard import (
 
 REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
 LONG = 100_000  # rows of a history from which on the work before the loop asks the deadline
-EXIT_SECONDS = 3.0  # of a process that ends there
+EXIT_SECONDS = 5.0  # of a process that ends there
 GRACE = 15.0  # seconds after --timeout (or a tenth of it) that a call may hang before all ends
 # A resumed run may change these; every other flag shapes the agent or what it is judged by.
 MAY_CHANGE = {
