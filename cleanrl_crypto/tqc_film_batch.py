@@ -136,6 +136,7 @@ SCHEDULE = (
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
 MAX_GRAD_NORM = 10.0  # a hundred times a usual gradient: only accidents are clipped
+MEAN_LIMIT = 5.0  # of the actor before its tanh: an exposure of .9999
 REWARD_CLIP = (
     10.0  # standard deviations of the full position's reward; what is beyond is logged
 )
@@ -236,7 +237,7 @@ class Args(RunArgs):
     """width of the two hidden layers of every head"""
     learning_rate: float = 3e-3
     """of the heads (AdamW)"""
-    learning_rate_fusion: float = 3e-4
+    learning_rate_fusion: float = 3e-5
     """of the fusion layer's 16384 market columns"""
     learning_rate_film: float = 1e-2
     """of FiLM"""
@@ -255,11 +256,11 @@ class Args(RunArgs):
     """of the gSDE weights"""
     ent_coef: str = "auto_0.5"
     """entropy coefficient of the actor: a number, auto, or auto_0.5 = learned from 0.5 on"""
-    ent_coef_lr: float = 3e-2
+    ent_coef_lr: float = 0.1
     """learning rate of log alpha: at 3e-4 the initial 0.5 is still .37 after 1000 updates"""
     ent_coef_min: float = 0.0
     """floor of the entropy coefficient"""
-    target_entropy: float = -1.0
+    target_entropy: float = -3.0
     """of the squashed Gaussian (its maximum is .684)"""
 
     # evaluation
@@ -283,13 +284,11 @@ class Args(RunArgs):
             (0, 1): "eval_w_cost learning_rate learning_rate_fusion learning_rate_film tau",
             (0, 0.9999): "gamma average dropout",
             (0, 1000): "fee_bps slippage_bps turnover_penalty_bps ent_coef_lr weight_decay",
-            (0, 1023): "counterfactuals updates_per_step top_quantiles_to_drop_per_net",
-            (0, 10**6): "fill_limit mae_steps patience",
-            (0, 10**12): "total_timesteps learning_starts w_cost_curriculum",
+            (0, 10**12): """total_timesteps learning_starts w_cost_curriculum fill_limit mae_steps
+                patience counterfactuals updates_per_step top_quantiles_to_drop_per_net""",
             (1, BLOCK - 1): "segment",
-            (1, 1024): "n_critics n_quantiles",
-            (1, 2**20): "d_model fusion_width hidden num_envs batch_size",
-            (1, 10**12): "episode_length sde_sample_freq eval_interval",
+            (1, 10**12): """n_critics n_quantiles d_model fusion_width hidden num_envs batch_size
+                episode_length sde_sample_freq eval_interval""",
             (2, 4096): "window",
             (1e-3, 1e9): "recency",
             (-20, 5): "log_std_init",
@@ -444,18 +443,15 @@ def step_cpu(action, ret, funding, costs, rules, lanes):
         lane_nb(i, action, ret, funding, costs, rules, lanes)
 
 
-@functools.cache  # one compilation a process
-def cuda_step():
+lane_cuda = cuda.jit(device=True)(lane_py)
+
+
+@cuda.jit
+def step_cuda(action, ret, funding, costs, rules, lanes):
     """The same lane on the GPU, one thread a lane."""
-    lane = cuda.jit(device=True)(lane_py)
-
-    @cuda.jit
-    def step_cuda(action, ret, funding, costs, rules, lanes):
-        i = cuda.grid(1)
-        if i < action.size:
-            lane(i, action, ret, funding, costs, rules, lanes)
-
-    return step_cuda
+    i = cuda.grid(1)
+    if i < action.size:
+        lane_cuda(i, action, ret, funding, costs, rules, lanes)
 
 
 @nb.njit(cache=True)
@@ -647,7 +643,7 @@ class MarketVectorEnv(Lanes):
         self.kernel = step_cpu
         self.bars = market.ret, market.funding
         if backend == "cuda":
-            self.kernel = cuda_step()[(lanes + 127) // 128, 128]
+            self.kernel = step_cuda[(lanes + 127) // 128, 128]
             self.bars = tuple(cuda.to_device(x) for x in self.bars)
         self.table = torch.as_tensor(market.table, device=self.torch_device)
         self.offsets = torch.arange(1 - market.window, 1, device=self.torch_device)
@@ -847,10 +843,10 @@ class Actor(nn.Module):
         self.mu = nn.Linear(hidden, 1)
         self.log_std = nn.Parameter(torch.full((hidden,), log_std_init))
 
-    # (B, width), (B, 1), (B, 1) -> mean (B,), latent (B, hidden)
+    # (B, width), (B, K), (B, 1) -> mean (B, K), latent (B, K, hidden)
     def forward(self, market, position, w_cost):
-        latent = self.latent(self.fusion(market, position, w_cost)[:, 0]).float()
-        return F.hardtanh(self.mu(latent)[:, 0].float(), -2.0, 2.0), latent
+        latent = self.latent(self.fusion(market, position, w_cost)).float()
+        return F.hardtanh(self.mu(latent)[..., 0].float(), -MEAN_LIMIT, MEAN_LIMIT), latent
 
 
 class Agent(nn.Module):
@@ -942,13 +938,13 @@ def squashed_log_prob(mean, std, u):
 
 
 def gsde_std(latent, log_std):
-    """Std (B,) of latent (B, H) @ E, E ~ N(0, exp(log_std)^2) entry by entry."""
+    """Std (B, K) of latent (B, K, H) @ E, E ~ N(0, exp(log_std)^2) entry by entry."""
     return (latent**2 @ (2 * log_std).exp() + 1e-6).sqrt()
 
 
 def sample_action(actor, market, position, w_cost, noise=None):
-    """gSDE sample for an update, its noise drawn anew for every row. Returns action (B,),
-    log_prob (B,), std (B,)."""
+    """gSDE sample for an update at positions (B, K), its noise drawn anew for each. Returns action,
+    log_prob, std, (B, K) each."""
     mean, latent = actor(market, position, w_cost)
     std = gsde_std(latent, actor.log_std)
     u = mean + std * (torch.randn_like(std) if noise is None else noise)
@@ -977,14 +973,10 @@ def greedy_next(agent, market, held, w_cost, scale):
 
 def sampled_next(agent, market, held, w_cost, scale, noise=None):
     """TQC's: the actor's sample at the next row, the trade to it paid; shapes as in greedy_next."""
-    k = held.shape[1]
-    market = market.repeat_interleave(k, 0)
-    w_cost = w_cost.repeat_interleave(k, 0)
-    held = held.reshape(-1, 1)
     action, log_prob, _ = sample_action(agent.actor, market, held, w_cost, noise)
-    action = action[:, None]
-    paid = scale * agent.trade_reward(held, action, w_cost)  # (B K, 1)
-    return agent.target(market, action, w_cost)[:, 0] + paid[..., None], log_prob
+    paid = scale * agent.trade_reward(held, action, w_cost)  # (B, K)
+    quantiles = agent.target(market, action, w_cost) + paid[..., None, None]
+    return quantiles.flatten(0, 1), log_prob.flatten()
 
 
 @torch.no_grad()
@@ -1144,7 +1136,7 @@ def explore(agent, contexts, state, matrix, redraw):
         mean, latent = agent.actor(market, position, w_cost)
     if redraw:
         matrix.copy_(torch.randn_like(matrix) * agent.actor.log_std.exp())
-    return (mean + (latent * matrix).sum(1)).tanh().float()
+    return (mean[:, 0] + (latent[:, 0] * matrix).sum(1)).tanh().float()
 
 
 def encode_stretches(extractor, contexts, rows):
@@ -1193,7 +1185,7 @@ def action_values(agent, latents, position, w_cost, after=None):
 def act(agent, latents, position, w_cost):
     """Deterministic exposure (n,) at (n, width), (n, 1), (n, 1)."""
     if agent.config["policy"] == "actor":
-        return agent.actor(latents, position, w_cost)[0].tanh()
+        return agent.actor(latents, position, w_cost)[0][:, 0].tanh()
     return agent.grid[action_values(agent, latents, position, w_cost).argmax(1)]
 
 
@@ -1325,10 +1317,10 @@ def diagnose(agent, contexts, n=256):
     }
 
     generator = torch.Generator(contexts.device.type).manual_seed(0)
-    noise = torch.randn(n, generator=generator, device=contexts.device)
+    noise = torch.randn(n, 1, generator=generator, device=contexts.device)
     sampled, log_prob, std = sample_action(agent.actor, *there, noise)
     q = action_values(agent, *there)  # (n, A)
-    q_greedy, q_sampled = action_values(agent, *there, torch.stack([greedy, sampled], 1)).T
+    q_greedy, q_sampled = action_values(agent, *there, torch.stack([greedy, sampled[:, 0]], 1)).T
     quantiles = agent.critic(latents, greedy[:, None], w_cost)  # (n, 1, C, N)
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
     entropy = -log_prob.mean()
@@ -1354,6 +1346,23 @@ def diagnose(agent, contexts, n=256):
     for name, other in shuffled.items():
         found[f"policy/attribution_{name}"] = (other - greedy).abs().mean()
     return {name: float(x) for name, x in found.items()}
+
+
+def w_cost_sweep(agent, contexts, args):
+    """What the acting policy earns and trades on the eval split at w_cost 0 to 1."""
+    market = contexts.market
+    start, stop = contexts.rows["eval"]
+    rows = torch.arange(start, stop, device=contexts.device)
+    latents = latents_of(agent, contexts, rows)
+    sweep = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        w_cost = torch.full_like(latents[:, :1], share)
+        target = target_path(agent, latents, market, start, w_cost, args.policy)
+        earned = market.walk(target, start, stop)
+        metrics, _ = path_metrics(*earned, market.bars.bars_per_year)
+        names = "mean_reward_bps", "mean_expected_bps", "turnover"
+        sweep.append({"w_cost": share} | {name: metrics.get(name) for name in names})
+    return sweep
 
 
 def alarms(found, samples_per_transition):
@@ -1662,6 +1671,9 @@ def judge(agent, contexts, run, loop):
     found = diagnose(agent, contexts)
     metrics = result["agent"]
     alarm = alarms(found, loop.samples / max(loop.global_step, 1))
+    rival = result["baselines"]["sparse_linear"][market.judged_by]
+    still = found["policy/state_dependence"] < 0.02 and loop.updates >= FEW_UPDATES
+    alarm["alarm/collapsed"] = still and rival > max(0.0, metrics[market.judged_by])
     run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
 
     score = metrics[market.judged_by]
@@ -1741,6 +1753,7 @@ def audit_of(agent, contexts, run, loop, results, paths):
     audit["verdict"], audit["reasons"] = verdict(
         audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving
     )
+    audit["w_cost_sweep"] = w_cost_sweep(agent, contexts, run.args)
     for split in ("train", "test"):
         record |= {f"eval/{split}/{name}": x for name, x in results[split]["agent"].items()}
     run.log(record, loop)
@@ -1855,11 +1868,11 @@ def main(argv=None):
                 # actor: it collects transitions, and is scored beside the greedy policy
                 with contexts.autocast():
                     latents = latents.detach()
+                    before = torch.cat([before, after], 1)  # (B, K + 1) exposures to trade from
                     pi, log_prob, _ = sample_action(agent.actor, latents, before, w_cost)
-                    pi = pi[:, None]  # (B, 1)
                     paid = scale * agent.trade_reward(before, pi, w_cost)
                     q = agent.critic(latents, pi, w_cost).mean((2, 3)) + paid
-                    actor_loss = (agent.alpha * log_prob - q[:, 0]).mean()
+                    actor_loss = (agent.alpha * log_prob - q).mean()
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)  # not the critic's
                 actor_optimizer.step()
