@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 
 from scripts import report, report_market, report_traffic
 
@@ -330,8 +331,8 @@ def test_screen_and_sweep_carry_the_data(full):
     ax = figures["screen"].axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["log_volume", "ret_1", "rsi_14"]
     assert [bar.get_width() for bar in ax.patches] == [9.5, 4.5, 1.0]
-    colors = [bar.get_facecolor() for bar in ax.patches]
-    assert colors[0] == colors[1] != colors[2]  # the third lies below what is needed
+    blue = [to_hex(bar.get_facecolor()) == report_market.LONG for bar in ax.patches]
+    assert blue == [True, True, False]  # the third lies below what is needed
     assert set(ax.lines[0].get_xdata()) == {4.0} and "2 of 3 technical" in page
     ax = figures["sweep"].axes[0]
     x, y = ax.lines[0].get_data()
