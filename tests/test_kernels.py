@@ -290,8 +290,7 @@ warnings.simplefilter("ignore")  # Numba's word on small grids
 import test_kernels as k
 from numba import cuda
 tqc, rtol = k.tqc, float(sys.argv[1])
-kernel, bars, threads = tqc.cuda_step(), (k.returns(), k.payments()), 16
-assert tqc.cuda_step() is kernel  # compiled once a process
+kernel, bars, threads = tqc.step_cuda, (k.returns(), k.payments()), 16
 for drift in (False, True):
     host = k.fresh()
     device = k.fresh()  # the simulator does not unwrap device arrays in a tuple
@@ -329,5 +328,5 @@ from cleanrl_crypto import tqc_film_batch as tqc
 i, f = 5, np.zeros(9)
 state, flags = np.zeros((8, 3)), np.zeros((2, 3), bool)
 rules = (i, i, i, 1.0, 1.0, i)
-emit(tqc.cuda_step(), f, f, f, (1.0, True), rules, (state, state, f, flags))
+emit(tqc.step_cuda, f, f, f, (1.0, True), rules, (state, state, f, flags))
 """, 1)
