@@ -432,7 +432,18 @@ def clean_filled_across_splits(bars):
     return {"train": x[:border], "test": x[border:]}
 
 
-LABELS = {"no_purge": ["label"]}
+def leak_backtest(bars):
+    """In the market over every bar that rises, as if its close were known at its open."""
+    ret = log_returns(bars)
+    return pd.DataFrame({"long": ret > 0, "pnl": ret.where(ret > 0, 0.0)})
+
+
+def clean_backtest(bars):
+    ret = log_returns(bars)
+    return pd.DataFrame({"long": ret > 0, "pnl": ret.where(ret.shift(1) > 0, 0.0)})
+
+
+FLAGS = {"no_purge": ["--labels", "label"], "backtest": ["--earned", "pnl"]}
 
 
 # ------------------------------------------------------------------------------------- environments
