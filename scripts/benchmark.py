@@ -268,6 +268,7 @@ def make_peer(agent, encoder, env, batch_size: int, buffer=DictReplayBuffer):
         "net_arch": [c["hidden"]] * 2,
         "activation_fn": nn.ReLU,
         "log_std_init": c["log_std_init"],
+        "clip_mean": tqc.MEAN_LIMIT,
         "n_quantiles": c["n_quantiles"],
         "n_critics": c["n_critics"],
     }
@@ -307,9 +308,9 @@ def peer_losses(peer, batch_size: int) -> dict[str, float]:
 
 
 def sde_noise(actor, matrix, market, position, w_cost) -> torch.Tensor:
-    """xi (B,) with std * xi = latent @ matrix: SB3's one noise matrix a batch, as ours takes it."""
+    """xi (B, 1) with std * xi = latent @ matrix: SB3's one noise matrix a batch, as ours takes it."""
     _, latent = actor(market, position, w_cost)
-    return (latent @ matrix)[:, 0] / tqc.gsde_std(latent, actor.log_std)
+    return (latent @ matrix)[..., 0] / tqc.gsde_std(latent, actor.log_std)
 
 
 @torch.no_grad()
@@ -350,10 +351,10 @@ def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
         )
         quantiles = agent.critic(latents, after, w_cost).flatten(0, 1)
         pi, log_prob, _ = tqc.sample_action(agent.actor, latents, before, w_cost, noise)
-        q = tqc.action_values(agent, latents, before, w_cost, pi[:, None])
+        q = tqc.action_values(agent, latents, before, w_cost, pi)
         losses = {
             "critic_loss": tqc.quantile_huber_loss(quantiles, target),
-            "actor_loss": (agent.alpha * log_prob - q[:, 0]).mean(),
+            "actor_loss": (agent.alpha * log_prob - q).mean(),
             "ent_coef_loss": -(agent.log_alpha * (log_prob + TARGET_ENTROPY)).mean(),
         }
     return {k: v.item() for k, v in losses.items()}
