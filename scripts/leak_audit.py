@@ -53,6 +53,7 @@ FEW = 100  # rows that a rank correlation needs
 
 SEEDS = 3  # episodes that are walked
 PAYOFF = 32  # steps over which the rewards of one action are added up
+ACTIONS = 16  # whose payoff is compared
 CUTS = 8  # bars within each episode after which the future is edited
 AGAIN = 6  # other edits of the same bars, before it is said that an observation did not change
 SLACK = 3  # bars by which an observation may show a new bar late
@@ -499,27 +500,36 @@ class ColumnAudit:
         """
         end = np.append(self.bars.timestamp, np.datetime64("2262-01-01", "ns"))[cut + 1]
         for split, everything in before.frames.items():
-            old, new = everything, after.frames.get(split, everything[:0])
+            old = everything
+            new = after.frames.get(split, everything[:0])
             if not whole:
-                old, new = old[old.index < end], new[new.index < end]
-            both = old.index.intersection(new.index)
+                old = old[old.index < end]
+                new = new[new.index < end]
             self.compare_rows(split, old, new, cut, kind)
-            for name in old.columns.difference([*skip], sort=False):
-                what = column(split, name)
-                if name not in new:
+            names = []
+            for name in old:
+                if name in new:
+                    names.append(name)
+                elif name not in skip:
                     how = f"there is no such column when {EDITS[kind]}"
-                    self.audit.report(what, cut + 1, np.inf, how)
+                    self.audit.report(column(split, name), cut + 1, np.inf, how)
+            both = old.index.intersection(new.index)
+            x = old.loc[both, names].to_numpy()
+            y = new.loc[both, names].to_numpy()
+            known = np.ma.masked_invalid(everything[names].to_numpy())
+            spread = known.std(0).filled(0.0)
+            level = np.abs(known).max(0).filled(0.0)
+            rounding = np.array([before.rounding[name] for name in names])
+            changed = moved(x, y, spread, rounding * level)
+            for k in np.flatnonzero(changed.any(0)):
+                if names[k] in skip:
                     continue
-                x, y = old.loc[both, name].to_numpy(), new.loc[both, name].to_numpy()
-                known = everything[name].to_numpy()
-                known = known[np.isfinite(known)]
-                spread, level = (known.std(), np.abs(known).max()) if len(known) else (0.0, 0.0)
-                changed = moved(x, y, spread, before.rounding[name] * level)
-                if changed.any():
-                    size = np.abs(x - y)[changed] / (spread or level or 1.0)
-                    size = np.nan_to_num(size, nan=np.inf).max()
-                    time = both[changed.argmax()]
-                    self.report_row(what, time, cut, size, f"changes when {EDITS[kind]}")
+                rows = changed[:, k]
+                size = np.abs(x[rows, k] - y[rows, k]) / (spread[k] or level[k] or 1.0)
+                size = np.nan_to_num(size, nan=np.inf).max()
+                time = both[rows.argmax()]
+                how = f"changes when {EDITS[kind]}"
+                self.report_row(column(split, names[k]), time, cut, size, how)
 
     def compare_rows(self, split, old, new, cut, kind):
         """Rows that come or go, those within a hole aside; labels may take the last ones away."""
@@ -574,7 +584,7 @@ class ColumnAudit:
         for split, frame in frames.items():
             for early in (True, False):
                 chosen = frame[(frame.index <= border) == early]
-                rows = [row_at(bars, time) for time in chosen.index]
+                rows = np.searchsorted(bars.timestamp, chosen.index.to_numpy(), "right") - 1
                 for name in chosen.columns.difference([*self.skip], sort=False):
                     z, of = rank_z(chosen[name].to_numpy(), known.iloc[rows])
                     if z > Z:
@@ -631,15 +641,18 @@ def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
 
     best = 0.0, ""
     for x in (values, np.diff(values, prepend=np.nan)):
-        for of in known:
-            y = known[of].to_numpy()
-            both = np.isfinite(x) & np.isfinite(y)
-            count = both.sum()
-            if count < FEW or np.ptp(x[both]) == 0:
-                continue
-            a, b = rankdata(x[both]), rankdata(y[both])
-            z = abs(np.corrcoef(a, b)[0, 1]) * np.sqrt(count)
-            best = max(best, (z, of))
+        both = np.isfinite(x) & known.notna().all(axis=1).to_numpy()
+        count = both.sum()
+        if count < FEW or np.ptp(x[both]) == 0:
+            continue
+        a = rankdata(x[both])
+        b = rankdata(known[both], axis=0)
+        a -= a.mean()
+        b -= b.mean(0)
+        size = np.linalg.norm(a) * np.linalg.norm(b, axis=0)
+        z = np.abs(a @ b) / np.maximum(size, 1.0) * np.sqrt(count)
+        k = int(z.argmax())
+        best = max(best, (float(z[k]), known.columns[k]))
     return best
 
 
@@ -761,8 +774,11 @@ class EnvAudit:
         for k in range(steps):
             action = self.ends[end] if k == flip else self.actions[k]
             obs, reward, terminated, truncated, _ = env.step(action)
-            rewards.append(float(np.ravel(reward)[0]))
-            if np.any(terminated) or np.any(truncated):
+            ended = terminated | truncated
+            if self.lane:
+                reward, ended = reward[0], ended[0]
+            rewards.append(float(reward))
+            if ended:
                 break  # what is shown now may be the next episode
             parts = flat_obs(obs, self.lane)
             obs_so_far.append(np.concatenate([*parts.values()]))
@@ -905,6 +921,7 @@ class EnvAudit:
 
     def actions_earn_what_comes(self, pairs):
         """A policy that trades on the sign of a bar that it sees must not earn this bar."""
+        pairs = sorted(pairs, key=lambda pair: pair[2])[:ACTIONS]  # near the start: fewer steps
         kept = None if self.random_reward else self.kept_by_mirror(pairs)
         if kept is None:
             self.audit.not_judged.append("same-bar fills (an action changes no reward)")
