@@ -784,9 +784,10 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
             elif stage == 0:
                 update(rho, z, f, g, a, half_rho, half_z, added, floor, v_max)
             else:
-                update(half_rho, half_z, f, g, a, half_rho, half_z, added, floor, v_max)
-                go_half_way(rho, half_rho)
-                go_half_way(z, half_z)
+                # r and v are free; an update in place would not be vectorised
+                update(half_rho, half_z, f, g, a, r[:m], v[:m], added, floor, v_max)
+                go_half_way(rho, r[:m])
+                go_half_way(z, v[:m])
             for j in range(width):
                 into[j] += a[j] * f[0, j]
                 out[j] += a[j] * f[m, j]
