@@ -41,7 +41,7 @@ CLIP = 5.0  # robust standard deviations
 RETURN_CLIP = 0.20  # log return
 TINY = 1e-8  # a spread below this is rounding noise
 CHUNK = 65_536  # rows of the forecast at once
-# CPU seconds a bar on one 2024 server core; half of them are the linear forecast's
+# CPU seconds a bar on one core, two thirds of them for the linear forecast (docs/data.md)
 SECONDS_A_BAR = 1.5e-4
 ORDERS = tuple(
     round(0.05 * k, 2) for k in range(1, 21)
