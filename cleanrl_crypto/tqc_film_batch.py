@@ -37,7 +37,7 @@ import functools
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -587,21 +587,15 @@ def load_market(args, features=None, seconds=math.inf):
         funding[:-1] += paid[1:]
     market.forecast = np.zeros(len(ret))
     if args.forecast and (fit or features.linear):
-        read_linearly(market, fit)
+        linear, out_of_fold = fit_linear(market.series)
+        if fit:
+            features.linear = linear
+        market.forecast = features.forecast(table)
+        # an agent that learned from forecasts within the fit would trust them too much
+        if features.linear == linear:
+            train = slice(*rows["train"])
+            market.forecast[train] = out_of_fold.clip(-CLIP, CLIP)
     return market
-
-
-def read_linearly(market, fit):
-    """The lasso's forecast of every row. On the rows that it was fitted on it is out of fold, as
-    the agent would else learn to trust it too much."""
-    features = market.features
-    linear, out_of_fold = fit_linear(market.series)
-    if fit:
-        features.linear = linear
-    market.forecast = features.forecast(market.table)
-    if features.linear == linear:
-        train = slice(*market.rows["train"])
-        market.forecast[train] = out_of_fold.clip(-CLIP, CLIP)
 
 
 class MarketVectorEnv(Lanes):
@@ -804,9 +798,13 @@ class Fusion(nn.Module):
 
 
 def mlp(width, hidden, out):
-    first = nn.Linear(width, hidden)
-    second = nn.Linear(hidden, hidden)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, out))
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, out),
+    )
 
 
 class Critic(nn.Module):
@@ -1059,7 +1057,7 @@ class Contexts:
             first, last = splits[name]
             first = max(start, first)
             at = torch.arange(start, start + BLOCK, device=self.device).clamp_min(first)
-            self.cache[first : start + BLOCK] = self.encode(at)[first - start :]
+            self.cache[at] = self.encode(at)
             rows[name] = [first, last]
         return rows
 
@@ -1331,7 +1329,6 @@ def diagnose(agent, contexts, n=256):
         "policy/action_mean": greedy.mean(),
         "policy/saturation": (greedy.abs() > 0.98).float().mean(),
         "policy/greedy_gap": (q_greedy - q_sampled).mean(),
-        "policy/greedy_over_sampled": greedy.std() / sampled.std().clamp_min(1e-6),
         "policy/entropy": entropy,
         "policy/alpha": alpha,
         "policy/sigma": std.mean(),
@@ -1350,17 +1347,12 @@ def diagnose(agent, contexts, n=256):
 
 def w_cost_sweep(agent, contexts, args):
     """What the acting policy earns and trades on the eval split at w_cost 0 to 1."""
-    market = contexts.market
-    start, stop = contexts.rows["eval"]
-    rows = torch.arange(start, stop, device=contexts.device)
-    latents = latents_of(agent, contexts, rows)
+    names = "mean_reward_bps", "mean_expected_bps", "turnover"
     sweep = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        w_cost = torch.full_like(latents[:, :1], share)
-        target = target_path(agent, latents, market, start, w_cost, args.policy)
-        earned = market.walk(target, start, stop)
-        metrics, _ = path_metrics(*earned, market.bars.bars_per_year)
-        names = "mean_reward_bps", "mean_expected_bps", "turnover"
+        shown = replace(args, eval_w_cost=share)
+        result, *_ = evaluate(agent, contexts, "eval", shown, policies=[args.policy])
+        metrics = result["agent"]
         sweep.append({"w_cost": share} | {name: metrics.get(name) for name in names})
     return sweep
 
@@ -1374,7 +1366,6 @@ def alarms(found, samples_per_transition):
         "alarm/samples_per_transition": samples_per_transition < 2,
         "alarm/sigma": found["policy/sigma"] > 0.9,
         "alarm/clipped_rewards": found["env/clipped_rewards"] > 0.05,
-        "alarm/greedy_over_sampled": found["policy/greedy_over_sampled"] < 0.1,
     }
 
 
@@ -1451,8 +1442,7 @@ def load_encoder(path, config, market):
         return None
     state = load_checkpoint(path)
     if set(state) != {"config", "encoder", "columns"}:
-        found = ", ".join(sorted(state)[:6])
-        raise CheckpointError(f"--encoder {path}: no encoder.pt but a file with {found}")
+        raise CheckpointError(f"--encoder {path}: is no encoder.pt")
     check_dimensions(path, state["config"], config)
     there = state["columns"]
     here = market.features.columns
@@ -1511,7 +1501,6 @@ class Loop:
 
     global_step: int = 0  # transitions
     updates: int = 0
-    samples: int = 0  # rows drawn for updates
     explored: int = 0  # vector steps in which the actor acted
     evaluated: int = 0  # updates at the last evaluation
     stale: int = 0  # evaluations since the best one
@@ -1670,7 +1659,8 @@ def judge(agent, contexts, run, loop):
     )
     found = diagnose(agent, contexts)
     metrics = result["agent"]
-    alarm = alarms(found, loop.samples / max(loop.global_step, 1))
+    drawn = run.args.batch_size * loop.updates
+    alarm = alarms(found, drawn / max(loop.global_step, 1))
     rival = result["baselines"]["sparse_linear"][market.judged_by]
     still = found["policy/state_dependence"] < 0.02 and loop.updates >= FEW_UPDATES
     alarm["alarm/collapsed"] = still and rival > max(0.0, metrics[market.judged_by])
@@ -1679,10 +1669,11 @@ def judge(agent, contexts, run, loop):
     score = metrics[market.judged_by]
     raised = [name for name, on in alarm.items() if on and loop.updates]
     if loop.updates:
-        loop.recent = [*loop.recent, score][-3:]
-        if not market.bars.truth:  # one realised mean is noise
-            score = sum(loop.recent) / len(loop.recent)
         whole = result["rows"] == contexts.rows["eval"]
+        if whole:
+            loop.recent = [*loop.recent, score][-3:]
+        if whole and not market.bars.truth:  # one realised mean is noise
+            score = sum(loop.recent) / len(loop.recent)
         loop.stale = 0 if whole and run.keep_best(score, loop) else loop.stale + 1
         loop.evaluated = loop.updates
     share = metrics.get("score")
@@ -1740,8 +1731,6 @@ def audit_of(agent, contexts, run, loop, results, paths):
     record = {"value/overestimation": results["eval"]["overestimation"]}
     found = diagnose(agent, contexts) | record
     audit = {name.split("/")[1]: x for name, x in found.items()}
-    names = ("technical", "hmm", "position", "w_cost")
-    audit["attribution"] = {name: audit.pop(f"attribution_{name}") for name in names}
     result = results["eval"]
     market = contexts.market
     series = market.series
@@ -1764,7 +1753,7 @@ def audit_of(agent, contexts, run, loop, results, paths):
 @experiment
 def main(argv=None):
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
-    run = Run(Args, argv, SCHEMA, evaluations=8)
+    run = Run(Args, argv, SCHEMA, evaluations=13)
     loop = Loop()
     args = run.args
     device = run.device
@@ -1821,7 +1810,6 @@ def main(argv=None):
             scale = agent.reward_scale
             for _ in range(args.updates_per_step):
                 loop.updates += 1
-                loop.samples += args.batch_size
                 share = learning_rate_share(loop, args)
                 for group in q_optimizer.param_groups + actor_optimizer.param_groups:
                     group["lr"] = group["rate"] * share
@@ -1911,7 +1899,7 @@ def main(argv=None):
                 "env/exposure": action.mean(),
                 "charts/learning_rate": args.learning_rate * share,
             }
-            run.log(envs.charts() | run.charts(loop, loop.samples) | record, loop)
+            run.log(envs.charts() | run.charts(loop, loop.updates * args.batch_size) | record, loop)
             judge(averaged, contexts, run, loop)
         run.checkpoint(loop)
 
@@ -1929,7 +1917,7 @@ def main(argv=None):
         TABLE.split(),
         selected_by=market.judged_by,
         mae_steps=loop.mae_steps,
-        samples_per_transition=loop.samples / max(loop.global_step, 1),
+        samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1),
         device={"precision": contexts.precision, "embedding_cache_bytes": size},
         data={
             "gaps": bars.gaps,

@@ -83,7 +83,7 @@ def check_summary(summary, synthetic=True):
             assert best > max(result["baselines"][k]["mean_expected_bps"] for k in BASELINES)
     audit = summary["audit"]
     assert audit["reasons"] and 0 <= audit["state_dependence"] <= 1
-    assert set(audit["attribution"]) == {"technical", "hmm", "position", "w_cost"}
+    assert all(audit[f"attribution_{name}"] >= 0 for name in ("technical", "hmm", "position", "w_cost"))
     assert len(summary["data"]["sha256"]) == 64
 
 
@@ -309,7 +309,7 @@ def test_files_of_bars_blind_to_the_hmm_are_judged_without_the_untrained_evaluat
     check_summary(summary, synthetic=False)
     assert summary["data"]["names"] == ["AAA", "BBB"] and len(summary["data"]["columns"]) == 20 + 5
     assert summary["selected_by"] == "mean_reward_bps"
-    assert summary["audit"]["attribution"]["hmm"] == 0
+    assert summary["audit"]["attribution_hmm"] == 0
     evaluations = [line["eval/eval/mean_reward_bps"] for line in records(tmp_path / "run")
                    if "eval/eval/mean_reward_bps" in line]
     assert len(evaluations) == 3  # untrained, and two
