@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import load_bars
-from common.features import WARMUP, asset_views, context, fit_columns, fit_features, forward_filter
+from common.features import WARMUP, asset_views, fit_columns, fit_features, forward_filter
 
 ROWS, STOP = 1600, 1100
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
@@ -165,14 +165,3 @@ def test_filter_equals_enumeration_of_all_paths(seed):
     np.testing.assert_allclose(found, enumerated(x, *parameters), rtol=1e-12, atol=1e-15)
 
 
-def test_filter_ends_where_hmmlearns_smoother_ends_and_stands_outliers(single):
-    bars, model = single
-    x = hmm_input(bars, model)
-    p = context(x, model.hmm)[:, :4]
-    for n in (1, 2, 10, 400, ROWS):
-        want = smoothed(x[:n], model.hmm)[-1]
-        np.testing.assert_allclose(p[n - 1], want, rtol=1e-8, atol=1e-12)
-    x[[3, 200, 201]] = -1e6, 1e6, -1e9
-    out = context(x, model.hmm)
-    np.testing.assert_allclose(out[:, :4].sum(1), 1.0, rtol=0, atol=1e-12)
-    assert (out >= 0).all() and (out[:, 4] <= 1 + 1e-12).all()
