@@ -103,8 +103,8 @@ FEW_UPDATES = 100  # an agent of fewer is not judged
 MODES = ("rebalance", "drift")
 POLICIES = ("critic_grid", "actor")
 PRECISIONS = ("auto", "bf16", "fp32")
-NETWORK_FLAGS = """window d_model recency fusion_width hidden dropout n_critics n_quantiles log_std_init
-    reward_scaling gamma"""
+NETWORK_FLAGS = """window d_model recency fusion_width hidden dropout n_critics n_quantiles
+    log_std_init reward_scaling gamma"""
 TABLE = """score mean_expected_bps mean_reward_bps sharpe max_drawdown turnover exposure trades"""
 
 # market
@@ -326,7 +326,7 @@ class Args(RunArgs):
 
 
 def initial_alpha(text):
-    """`auto`, `auto_0.5` or a number -> initial entropy coefficient, as Stable-Baselines3 reads it."""
+    """`auto`, `auto_0.5` or a number, read as Stable-Baselines3 does -> initial coefficient."""
     try:
         value = 1.0 if text == "auto" else float(text.removeprefix("auto_"))
     except ValueError:
@@ -382,8 +382,9 @@ def trade_nb(position, target, ret, funding, costs):
     """One decision and the bar it earns: ONE lane, all scalars, float64.
 
     position, target: exposure before and after the trade, share of equity; of the next bar ret:
-    simple return, funding: fraction that a full long pays. equity *= (1 - fee) (1 + target ret - funding target). Returns (growth of equity,
-    exposure at the next decision).
+    simple return, funding: fraction that a full long pays.
+    equity *= (1 - fee) (1 + target ret - funding target).
+    Returns (growth of equity, exposure at the next decision).
     """
     _, drift = costs
     growth = 1.0 + target * ret - funding * target
@@ -1164,7 +1165,7 @@ def latents_of(agent, contexts, rows, until=math.inf):
 
 @torch.no_grad()
 def afterstate_values(agent, latents, w_cost, after=None):
-    """Mean atom of G: (n, width), (n, 1), exposures (n, A), else the grid -> (n, A), scaled reward."""
+    """Mean atom of G: (n, width), (n, 1), exposures (n, A), else the grid -> (n, A), scaled."""
     if after is None:
         after = agent.grid.expand(len(latents), -1)
     blocks = zip(latents.split(512), after.split(512), w_cost.split(512))
