@@ -523,6 +523,8 @@ def fit(args, bars, stop, state):
 def describe(args, pairs):
     """Name of the run's folder, and what the run is about: it must be the same at a resume."""
     if pairs is None:
+        if user_spaces(args.env_fn)["scale"] != 1.0:
+            print("uint8 observations (images?): divided by 255, into an MLP without convolutions")
         return args.env_fn.replace(":", "-"), {"spec": args.env_fn}
     if not args.synthetic:
         for bars in pairs.series:
@@ -586,9 +588,9 @@ def observe_nb(obs, i, table, t, position):
 def lane_py(i, mode, action, market, numbers, seeds, lane, out):
     """Step lane i; or (mode) begin its first or next episode, or lose the one that it is in.
 
-    market: table (R, F), bars (R, 8), ranges (S, 2) of the pairs' rows. lane: the arrays of LANE. out: obs (N, F + 1),
-    reward, terminated, truncated (N,), and of the episode that ended, written whenever a flag is
-    set, final_obs (N, F + 1), stats (6, N).
+    market: table (R, F), bars (R, 8), ranges (S, 2) of the pairs' rows. lane: the arrays of LANE.
+    out: obs (N, F + 1), reward, terminated, truncated (N,), and of the episode that ended, written
+    whenever a flag is set, final_obs (N, F + 1), stats (6, N).
     """
     table, bars, ranges = market
     row, clock, episodes, position, equity, peak, worst, total, squares, turnover = lane
@@ -709,12 +711,20 @@ def make_user_env(env_fn):
 
 
 def flat(env, obs):
-    return np.asarray(obs, np.float32).reshape(env.observation_space.shape).reshape(-1)
+    """An observation as (inputs,) float32. ValueError if it is not of its space's shape."""
+    obs = np.asarray(obs, np.float32)
+    there = env.observation_space.shape
+    if obs.shape != there:
+        raise ValueError(f"an observation has the shape {obs.shape}, its space {there}")
+    return obs.reshape(-1)
 
 
 def user_step(env, action):
     """env.step() without its info. ValueError for what is no step."""
-    obs, reward, terminated, truncated, _ = env.step(action + int(env.action_space.start))
+    step = env.step(action + int(env.action_space.start))
+    if len(step) != 5:
+        raise ValueError(f"step() returned {len(step)} values, Gymnasium's returns five")
+    obs, reward, terminated, truncated, _ = step
     obs = flat(env, obs)
     if not (math.isfinite(reward) and np.isfinite(obs).all()):
         raise ValueError(f"step() returned the reward {reward}, the observation {obs[:9]}")
@@ -1206,8 +1216,8 @@ def candidates(args, pairs, backend):
     if args.vec_mode != "auto":
         return [(args.vec_mode, args.num_workers or cores)]
     counts = [args.num_workers] if args.num_workers else sorted({1, cores})
-    here = [("single", 1), ("dummy", 1)] if pairs else []
-    return here + [("subproc", workers) for workers in counts]
+    modes = [("subproc", workers) for workers in counts]
+    return [("single", 1), ("dummy", 1), *modes] if pairs else modes
 
 
 def build_lanes(run, pairs):
@@ -1241,8 +1251,13 @@ def build_lanes(run, pairs):
         envs = make(vec_mode="dummy", num_workers=1)
     print(f"vec-mode {envs.vec_mode}, {args.lanes} lanes, {len(envs.processes)} worker processes")
     envs.reset(seed=args.seed)
-    found = {"mode": envs.vec_mode, "lanes": args.lanes, "backend": backend, "probe": table}
-    return envs, found | {"rescaled": []}
+    return envs, {
+        "mode": envs.vec_mode,
+        "lanes": args.lanes,
+        "backend": backend,
+        "probe": table,
+        "rescaled": [],
+    }
 
 
 def rescale_by_measure(envs, seconds=0.2):
@@ -1413,15 +1428,11 @@ class Monitor:
         self.path = path
         self.steps = []
         self.ended = []
-        header = {"t_start": time.time(), "env_id": name}
-        old = resumed and path.exists()
-        if old:  # t goes on from the first start, to which load_results() adds it
-            with path.open() as f:
-                header = json.loads(f.readline()[1:])
-        self.start = header["t_start"]
-        self.file = path.open("a" if old else "w")
-        if not old:
-            self.file.write(f"#{json.dumps(header)}\n{','.join(('r', 'l', 't', *EPISODE[2:]))}\n")
+        self.start = time.time()  # of the first run, from which load_results() counts t
+        self.file = path.open("a" if resumed else "w")
+        if not self.file.tell():
+            header = json.dumps({"t_start": self.start, "env_id": name})
+            self.file.write(f"#{header}\n{','.join(('r', 'l', 't', *EPISODE[2:]))}\n")
 
     def add(self, done, stats):
         """Lanes after a step: which ended (n,), and EPISODE (6, n)."""
@@ -1447,10 +1458,11 @@ class Monitor:
 
     def state_dict(self):
         self.flush()
-        return {"bytes": self.path.stat().st_size, "ended": self.ended}
+        return {"bytes": self.path.stat().st_size, "ended": self.ended, "start": self.start}
 
     def load_state_dict(self, state):
         self.ended = state["ended"]
+        self.start = state["start"]
         os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
 
     def close(self):
@@ -1630,9 +1642,7 @@ class MarketJudge:
         be walked and judged in `seconds`."""
         pairs = self.pairs
         rows = pairs.rows[split]
-        most = len(pairs.table)
-        if seconds < math.inf:
-            most = max(int(seconds * ROWS_PER_SECOND / len(rows)), 2)
+        most = max(int(min(seconds, 1e6) * ROWS_PER_SECOND / len(rows)), 2)
         paths = []
         for a, b in rows:
             cut = slice(a, min(b, a + most))
