@@ -1,5 +1,6 @@
 """What dqn_forex_subproc.py trades on: pairs, costs, nights, splits, columns by name; what is refused."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,7 +10,17 @@ import pytest
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.data import COLUMNS, load_bars
-from common.features import FAMILIES, LEAST, MIN_TRAIN, MOST, TABLE, ColumnModel, asset_views, find_column, fit_asset, fit_columns
+from common.features import (
+    FAMILIES,
+    LEAST,
+    MIN_TRAIN,
+    MOST,
+    ColumnModel,
+    asset_views,
+    find_column,
+    fit_asset,
+    fit_columns,
+)
 from common.run import UsageError
 
 BARS = 900
@@ -84,12 +95,12 @@ def test_synthetic_pairs_are_independent_paths_of_one_market():
     assert np.abs(np.corrcoef(paths) - np.eye(4)).max() < 0.15
     sha = [b.sha256 for b in pairs_of().series]
     assert sha == [b.sha256 for b in pairs_of(seed=9).series]  # the market's seed stands in --data
-    others = [b.sha256 for k in (1, 2) for b in pairs_of(data=f"synthetic:signal?seed={k}&bars={BARS}").series]
-    assert len(set(sha + others)) == 12
+    other = [b.sha256 for b in pairs_of(data=f"synthetic:signal?seed=1&bars={BARS}").series]
+    assert len(set(sha + other)) == 8
 
 
 @pytest.mark.parametrize("changes, cost", [
-    ({}, 12e-4), (dict(cost_bps=3.0), 3e-4), (dict(cost_bps=0.0), 0.0), (dict(data=f"synthetic:regime?bars={BARS}"), 10e-4)])
+    ({}, 12e-4), (dict(cost_bps=3.0), 3e-4), (dict(data=f"synthetic:regime?bars={BARS}"), 10e-4)])
 def test_a_side_of_a_synthetic_pair_costs_a_fifth_of_sigma(changes, cost):
     pairs = pairs_of(**changes)
     np.testing.assert_allclose(pairs.bars[:, dqn.COST], cost, rtol=1e-12)
@@ -125,26 +136,18 @@ def test_one_calendar_border_for_all_pairs(folder, split):
         assert ends["train"][0][1] < np.datetime64("2023-01-30") <= times[pairs.rows["eval"][0, 0] - PURGE]
 
 
-def test_bars_of_other_lengths_are_refused(folder):
-    times = pd.date_range("2023-01-02", periods=BARS, freq="4h", tz="UTC")
-    frame_of(2, 150.0, times).to_parquet(folder / "USDJPY_1h.parquet", index=False)
-    refused(["USDJPY", "EURUSD"], real, folder=folder)
+@pytest.mark.parametrize("symbol, pip", [("EURUSD", 1e-4), ("USDJPY", 0.01), ("XAUUSD", 0.01), ("USDHUF", 0.01)])
+def test_pips_are_the_instruments_and_a_commission_is_added(folder, symbol, pip):
+    frame_of(1, 300.0, forex_hours(BARS)).to_parquet(folder / f"{symbol}_1h.parquet", index=False)
+    pairs = real(folder, symbols=(symbol,), spread_pips=(30.0,), cost_bps=0.25)
+    ((bars, close, _),) = parts_of(pairs)
+    np.testing.assert_allclose(bars[:, dqn.COST], 30 * pip / 2 / close + 0.25e-4, rtol=1e-12)
+    np.testing.assert_allclose(pairs.table[:, -1], bars[:, dqn.COST] * 1e4, rtol=1e-6)  # the last column, in bp
 
 
-def test_pips_are_the_instruments(folder):
-    pairs = real(folder, spread_pips=(1.6, 1.5), cost_bps=0.25)
-    for (bars, close, _), spread in zip(parts_of(pairs), (1.6e-4, 1.5e-2)):
-        np.testing.assert_allclose(bars[:, dqn.COST], spread / 2 / close + 0.25e-4, rtol=1e-12)
-    np.testing.assert_allclose(pairs.table[:, -1], pairs.bars[:, dqn.COST] * 1e4, rtol=1e-6)
-    typical = list(parts_of(real(folder, spread_pips=())))
-    np.testing.assert_allclose(typical[1][0][:, dqn.COST], 0.75e-2 / typical[1][1], rtol=1e-12)
-
-
-@pytest.mark.parametrize("symbol, price, pip", [("XAUUSD", 2000.0, 0.01), ("USDHUF", 350.0, 0.01), ("USDCHF", 0.9, 1e-4)])
-def test_a_pip_of_gold_and_of_forint_is_a_hundredth(tmp_path, symbol, price, pip):
-    frame_of(1, price, forex_hours(BARS)).to_csv(tmp_path / f"{symbol}.csv", index=False, date_format="%Y-%m-%dT%H:%M:%SZ")
-    ((bars, close, _),) = parts_of(real(tmp_path, symbols=(symbol,), spread_pips=(30.0,)))
-    np.testing.assert_allclose(bars[:, dqn.COST], 30 * pip / 2 / close, rtol=1e-12)
+def test_majors_have_a_typical_spread(folder):
+    *_, (bars, close, _) = parts_of(real(folder, spread_pips=()))
+    np.testing.assert_allclose(bars[:, dqn.COST], 0.75e-2 / close, rtol=1e-12)
 
 
 def test_spread_of_every_bar_from_a_file(folder, spread_file):
@@ -155,28 +158,15 @@ def test_spread_of_every_bar_from_a_file(folder, spread_file):
         np.testing.assert_allclose(bars[:, dqn.COST], wide / 2 / close, rtol=1e-12)
 
 
-def spoil(table, how):
-    row = table.index[333]
-    if how == "missing bar":
-        return table.drop(index=row)
-    if how == "missing column":
-        return table.drop(columns="USDJPY")
-    if how == "twice":
-        return pd.concat([table.loc[:row], table.loc[row:]])
-    if how == "words":
-        return table.assign(USDJPY="wide")
-    if how == "naive":
-        return table.assign(timestamp=table["timestamp"].dt.tz_localize(None))
-    table.loc[row, "USDJPY"] = {"negative": -1e-3, "hole": np.nan}[how]
-    return table
-
-
-@pytest.mark.parametrize("how, words", [
-    ("missing bar", ["EURUSD", "2023-01-19T19:00"]), ("missing column", ["USDJPY"]), ("twice", ["333"]),
-    ("negative", ["USDJPY", "2023-01-19T19:00", "-0.001"]), ("hole", ["USDJPY", "333"]), ("words", ["USDJPY"]),
-    ("naive", ["timestamp", "zone"])])
-def test_a_bad_spread_file_is_refused(folder, spread_file, how, words):
-    spoil(pd.read_parquet(spread_file), how).to_parquet(spread_file, index=False)
+@pytest.mark.parametrize("spoil, words", [
+    (lambda table, row: table.drop(index=row), ["EURUSD", "2023-01-19T19:00"]),
+    (lambda table, row: table.drop(columns="USDJPY"), ["USDJPY"]),
+    (lambda table, row: table.assign(USDJPY=-1e-3), ["USDJPY", "-0.001"]),
+    (lambda table, row: table.assign(timestamp=table["timestamp"].dt.tz_localize(None)), ["timestamp", "zone"]),
+], ids=["missing bar", "missing column", "negative", "naive times"])
+def test_a_bad_spread_file_is_refused(folder, spread_file, spoil, words):
+    table = pd.read_parquet(spread_file)
+    spoil(table, table.index[333]).to_parquet(spread_file, index=False)
     refused(["spread.parquet", *words], real, folder=folder, spread_pips=(), spread_file=str(spread_file))
 
 
@@ -215,12 +205,9 @@ def test_files_by_name_take_their_pair_from_it(folder):
     paths = ",".join(str(folder / f"{s}_1h.parquet") for s in REAL)
     one, other = pairs_of(data=paths, spread_pips=(1.0,)), real(folder)
     assert one.names == REAL
-    np.testing.assert_array_equal(one.table, other.table)
     np.testing.assert_array_equal(one.bars, other.bars)
     refused(["--symbols"], pairs_of, data=paths, spread_pips=(1.0,), symbols=REAL)
-    (folder / "EURUSD_b.parquet").write_bytes((folder / "USDJPY_1h.parquet").read_bytes())
-    twice = f"{folder}/EURUSD_1h.parquet,{folder}/EURUSD_b.parquet"
-    refused(["two files"], pairs_of, data=twice, spread_pips=(1.0,))
+    refused(["two files"], pairs_of, data=f"{paths},{paths}", spread_pips=(1.0,))
 
 
 def test_models_go_by_name_not_by_place(folder):
@@ -234,18 +221,19 @@ def test_models_go_by_name_not_by_place(folder):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(symbols=("EURUSD", "EURUSD")), ["--symbols", "twice"]), (dict(symbols=()), ["--symbols"]),
+    (dict(symbols=("EURUSD", "EURUSD")), ["--symbols"]),
     (dict(data="x", spread_pips=(1.0,), spread_file="x"), ["--spread-pips", "--spread-file"]),
     (dict(data="x", spread_pips=(-1.0,)), ["--spread-pips", "-1"]),
     (dict(swap_long_bps=(math.nan,)), ["--swap-long-bps"]),
-    (dict(spread_pips=(1.0,)), ["--spread-pips", "synthetic"]), (dict(weekend="flat"), ["--weekend", "synthetic"]),
-    (dict(swap_long_bps=(1.0, 2.0)), ["--swap-long-bps", "2 values", "4 symbols"]), (dict(num_envs=2), ["--num-envs 2", "4"]),
-    (dict(data="synthetic:signl"), ["signl", "signal"]), (dict(data="synthetic:signal?bar=300"), ["bar", "bars"]),
-    (dict(data="synthetic:signal?bars=300"), ["300"]), (dict(split="0.5/0.5"), ["0.5/0.5"]),
-    (dict(split="0.98/0.01/0.01"), ["0.98/0.01/0.01"]), (dict(data="nowhere.parquet"), ["nowhere.parquet"]),
-    (dict(data="bars.txt"), ["bars.txt"]), (dict(feature_cols=("ret_1", "rsi14")), ["--feature-cols", "rsi14", "rsi_14"]),
-    (dict(feature_cols=()), ["--feature-cols"]), (dict(feature_cols=("rsi_6000",)), ["rsi_6000", "5000"]),
-    (dict(feature_cols=("sma_500",)), ["--feature-cols", "630", "755"])])
+    (dict(weekend="flat"), ["--weekend", "synthetic"]),
+    (dict(swap_long_bps=(1.0, 2.0)), ["--swap-long-bps", "2 values", "4 symbols"]),
+    (dict(num_envs=2), ["--num-envs 2", "4"]),
+    (dict(data="synthetic:signl"), ["signl", "signal"]),
+    (dict(data="nowhere.parquet"), ["nowhere.parquet"]),
+    (dict(split="0.98/0.01/0.01"), ["0.98/0.01/0.01"]),
+    (dict(feature_cols=("ret_1", "rsi14")), ["--feature-cols", "rsi14", "rsi_14"]),
+    (dict(feature_cols=("sma_500",)), ["--feature-cols", "630", "755"]),
+])
 def test_bad_data_flags_are_refused_in_one_line(changes, words):
     refused(words, pairs_of, **changes)
 
@@ -255,25 +243,16 @@ def test_bad_data_flags_are_refused_in_one_line(changes, words):
     (dict(symbols=("EURUSD", "NZDUSD"), spread_pips=()), ["--spread-pips", "NZDUSD"]),
     (dict(symbols=("EURUSD", "XPTUSD")), ["XPTUSD", "--spread-file"]),
     (dict(symbols=("EURGBP",), spread_file="spread.parquet", spread_pips=()), ["EURGBP"]),
-    (dict(symbols=("GBPUSD",)), ["GBPUSD"]), (dict(symbols=("EURUSD", "EURUSDT")), ["EURUSDT"]),
-    (dict(spread_pips=(), spread_file="nowhere.parquet"), ["nowhere.parquet"])])
+    (dict(symbols=("GBPUSD",)), ["GBPUSD"]),
+    (dict(symbols=("EURUSD", "USDCHF")), ["EURUSD", "USDCHF"]),  # hourly bars and 4-hourly ones
+])
 def test_bad_real_pairs_are_refused_in_one_line(folder, spread_file, changes, words, monkeypatch):
     monkeypatch.chdir(folder)
     for name in ("NZDUSD", "XPTUSD", "EURGBP"):
         (folder / f"{name}.parquet").write_bytes((folder / "EURUSD_1h.parquet").read_bytes())
+    times = pd.date_range("2023-01-02", periods=BARS, freq="4h", tz="UTC")
+    frame_of(2, 0.9, times).to_parquet(folder / "USDCHF.parquet", index=False)
     refused(words, real, folder=folder, **changes)
-
-
-@pytest.mark.parametrize("symbol", ["EURGBP", "EURUSDT", "USD", "eurusd"])
-def test_a_pair_without_dollars_is_refused(symbol):
-    refused([symbol, "USD"], dqn.account_return, symbol=symbol, close=np.ones(3))
-
-
-def test_a_bad_bar_is_named(folder):
-    frame = pd.read_parquet(folder / "USDJPY_1h.parquet")
-    frame.loc[123, "high"] = frame.loc[123, "low"] / 2
-    frame.to_parquet(folder / "USDJPY_1h.parquet", index=False)
-    refused(["USDJPY_1h.parquet", "row 123", "high"], real, folder=folder)
 
 
 # ---------------------------------------------------------------------------------- columns by name
@@ -299,30 +278,10 @@ def true_range(b: pd.DataFrame) -> np.ndarray:
     return np.maximum.reduce([b.high - b.low, (b.high - before).abs(), (b.low - before).abs()])
 
 
-def adx(b: pd.DataFrame, n: int) -> np.ndarray:
-    """Wilder (1978): directional movement and true range smoothed as sums, their index averaged."""
-    up, down, span = b.high.diff().to_numpy(), -b.low.diff().to_numpy(), true_range(b)
-    plus, minus = np.where((up > down) & (up > 0), up, 0), np.where((down > up) & (down > 0), down, 0)
-    sums, dx = [x[1:n].sum() for x in (plus, minus, span)], np.full(len(b), np.nan)
-    for t in range(n, len(b)):
-        sums = [s - s / n + x[t] for s, x in zip(sums, (plus, minus, span))]
-        dx[t] = 100 * abs(sums[0] - sums[1]) / (sums[0] + sums[1])
-    return wilder(dx, n, n)
-
-
-def z(x: pd.Series, n: int) -> pd.Series:
-    return (x - x.rolling(n).mean()) / x.rolling(n).std(ddof=0)
-
-
 def rsi(b: pd.DataFrame, n: int):
     change = b.close.diff().to_numpy()
     up, down = (wilder(np.maximum(side * change, 0), n, 1) for side in (1, -1))
     return 100 * up / (up + down)
-
-
-def variances(b: pd.DataFrame):
-    hl, co = np.log(b.high / b.low), np.log(b.close / b.open)
-    return hl**2 / (4 * math.log(2)), 0.5 * hl**2 - (2 * math.log(2) - 1) * co**2
 
 
 def typical(b: pd.DataFrame) -> pd.Series:
@@ -335,21 +294,18 @@ def cci(b: pd.DataFrame, n: int):
     return (typical(b) - mean) / (0.015 * away)
 
 
-ORACLES = {
-    "rsi": rsi, "adx": adx, "cci": cci,
+def vwap(b: pd.DataFrame, n: int):
+    mean = (b.volume * typical(b)).rolling(n).sum() / b.volume.rolling(n).sum()
+    return np.log(b.close / mean)
+
+
+ORACLES = {  # the other families are columns of the table, of which tests/test_features.py has formulas
+    "rsi": rsi,
+    "cci": cci,
+    "vwap": vwap,
     "ema": lambda b, n: np.log(b.close / ema(b.close.to_numpy(), n)),
     "sma": lambda b, n: np.log(b.close / b.close.rolling(n).mean()),
-    "vwap": lambda b, n: np.log(b.close * b.volume.rolling(n).sum() / (b.volume * typical(b)).rolling(n).sum()),
     "atr": lambda b, n: np.log(wilder(true_range(b), n, 1) / b.close),
-    "ret": lambda b, n: np.log(b.close).diff(n).clip(-0.2, 0.2),
-    "close_z": lambda b, n: z(np.log(b.close), n),
-    "log_volume": lambda b, n: np.log(b.volume).rolling(n).mean(),
-    "volume_z": lambda b, n: z(np.log(b.volume), n),
-    "volume_ratio": lambda b, n: np.log(b.volume / b.volume.rolling(n).mean()),
-    "imbalance": lambda b, n: (b.volume * np.sign(b.close - b.open)).rolling(n).sum() / b.volume.rolling(n).sum(),
-    "log_range": lambda b, n: (0.5 * np.log(variances(b)[0])).rolling(n).mean(),
-    "parkinson": lambda b, n: 0.5 * np.log(variances(b)[0].rolling(n).mean()),
-    "garman_klass": lambda b, n: 0.5 * np.log(variances(b)[1].rolling(n).mean()),
 }
 
 
@@ -362,93 +318,54 @@ def views_of(bars):
     return asset_views(bars.ohlcv[0], bars.timestamp, fit_asset(bars.ohlcv[0, :800]))
 
 
-def test_every_family_has_a_formula_here():
-    assert set(ORACLES) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("n", [3, 30])
-def test_columns_equal_independent_formulas(bars, family, n):
+@pytest.mark.parametrize("family", sorted(ORACLES))
+def test_columns_equal_independent_formulas(bars, family):
     frame = pd.DataFrame(bars.ohlcv[0], columns=COLUMNS[1:])
-    ours = find_column(f"{family}_{n}")(views_of(bars))
-    theirs = np.array(ORACLES[family](frame, n), float)
-    assert np.isfinite(ours[3 * n :]).all()
-    if family != "adx":
-        np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
-    both = np.isfinite(ours) & np.isfinite(theirs)
-    assert both.sum() > 1000
-    np.testing.assert_allclose(ours[both], theirs[both], rtol=1e-6, atol=1e-6)
+    for n in (3, 30):
+        ours = find_column(f"{family}_{n}")(views_of(bars))
+        theirs = np.array(ORACLES[family](frame, n), float)
+        assert np.isfinite(theirs).sum() > 1000
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_macd_and_the_clock(bars):
-    frame, b = pd.DataFrame(bars.ohlcv[0], columns=COLUMNS[1:]), views_of(bars)
-    c = frame.close.to_numpy()
-    np.testing.assert_allclose(find_column("macd")(b), (ema(c, 12) - ema(c, 26)) / c, atol=1e-10)
-    at = pd.DatetimeIndex(bars.timestamp)
-    np.testing.assert_allclose(find_column("hour_sin")(b), np.sin(2 * np.pi * at.hour / 24), atol=1e-12)
-    np.testing.assert_allclose(find_column("hour_cos")(b), np.cos(2 * np.pi * at.hour / 24), atol=1e-12)
-
-
-def test_families_agree_with_the_table_of_fixed_columns(bars):
-    b, shared = views_of(bars), 0
-    for name in TABLE:
-        family, _, n = name.rpartition("_")
-        if family in FAMILIES and n.isdigit():
-            np.testing.assert_allclose(FAMILIES[family][1](b, int(n)), find_column(name)(b), atol=1e-12, err_msg=name)
-            shared += 1
-    assert shared > 15
-
-
-@pytest.mark.parametrize("name", ["ema_20", "sma_20", "vwap_20", "atr_14", "macd", "ret_5", "close_z_30", "cci_20"])
-def test_price_levels_enter_as_ratios(bars, name):
-    """In another unit of price and of volume, the same columns."""
-    other = replace(bars, ohlcv=bars.ohlcv * np.array([1e-4] * 4 + [1e3]))
-    one, two = (fit_columns(b, [name], 800).transform(b) for b in (bars, other))
-    np.testing.assert_allclose(one, two, atol=2e-4)
+def test_macd_is_the_difference_of_two_averages_over_the_close(bars):
+    close = bars.ohlcv[0, :, 3]
+    expected = (ema(close, 12) - ema(close, 26)) / close
+    np.testing.assert_allclose(find_column("macd")(views_of(bars)), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("name, words", [
-    ("rsl_14", ["rsl_14", "rsi_14"]), ("rsi14", ["rsi14", "rsi_14"]), ("RSI_14", ["RSI_14"]), ("macdd", ["macd"]),
-    ("log_vol", ["log_volume"]), ("hour_sine", ["hour_sin"]), ("close", ["close"]), ("zzz", ["zzz", "rsi_N", "ema_N"]),
-    ("rsi_", ["rsi_"]), ("rsi_-3", ["rsi_-3"]), ("rsi_1.5", ["rsi_1.5"]), ("ret_²", ["ret_²"]), ("", ["unknown"]),
+    ("rsl_14", ["rsl_14", "rsi_14"]), ("RSI_14", ["RSI_14"]), ("hour_sine", ["hour_sin"]),
+    ("zzz", ["zzz", "rsi_N", "ema_N"]), ("rsi_-3", ["rsi_-3"]), ("rsi_1.5", ["rsi_1.5"]), ("", ["unknown"]),
 ])
 def test_an_unknown_column_is_refused_with_its_neighbours(name, words):
     with pytest.raises(ValueError) as error:
         find_column(name)
     text = str(error.value)
-    assert "feature" in text and "\n" not in text and all(word in text for word in words), text
+    assert "\n" not in text and all(word in text for word in words), text
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_window_out_of_range_is_refused(bars, family):
-    least, b = LEAST.get(family, 1), views_of(bars)
-    for n in (0, least - 1, MOST + 1):
-        with pytest.raises(ValueError, match=f"{family}_{n}.*must be from {least} to {MOST}"):
-            find_column(f"{family}_{n}")
-    assert np.isfinite(find_column(f"{family}_{least}")(b)[-1])
-    find_column(f"{family}_{MOST}")
+def test_a_window_out_of_range_is_refused(bars):
+    b = views_of(bars)
+    for family in FAMILIES:
+        least = LEAST.get(family, 1)
+        for n in (least - 1, MOST + 1):
+            with pytest.raises(ValueError, match=f"{family}_{n}.*{least} to {MOST}"):
+                find_column(f"{family}_{n}")
+        assert np.isfinite(find_column(f"{family}_{least}")(b)[-1])
 
 
-def test_a_column_named_twice_is_refused(bars):
-    with pytest.raises(ValueError, match="rsi_14 is named twice"):
-        fit_columns(bars, ["rsi_14", "ema_3", "rsi_14"], 800)
-    with pytest.raises(ValueError, match="no feature"):
-        fit_columns(bars, [], 800)
-
-
-def test_too_few_rows_are_refused_with_both_numbers(bars):
-    need = 29 + MIN_TRAIN
-    assert fit_columns(bars, ["sma_30"], need).warmup == 29
-    with pytest.raises(ValueError, match=f"{need - 1} train rows.*{need}.*29 of warm-up"):
-        fit_columns(bars, ["sma_30"], need - 1)
-
-
-def test_the_number_of_rows_that_a_refusal_asks_for_is_enough(bars):
-    """Also where the window is longer than the train rows, so that no row of it is full."""
-    with pytest.raises(ValueError) as error:
-        fit_columns(bars, ["sma_700"], 600)
-    need = int(str(error.value).split("at least ")[1].split()[0])
-    assert fit_columns(bars, ["sma_700"], need).warmup == 699
+def test_columns_twice_or_too_long_are_refused(bars):
+    """The number of rows that a refusal asks for is enough, also where no row of a window is full."""
+    for names, word in ((["rsi_14", "ema_3", "rsi_14"], "rsi_14"), ([], "no feature")):
+        with pytest.raises(ValueError, match=word):
+            fit_columns(bars, names, 800)
+    assert fit_columns(bars, ["sma_30"], 29 + MIN_TRAIN).warmup == 29
+    for name, rows in (("sma_30", 28 + MIN_TRAIN), ("sma_700", 600)):
+        with pytest.raises(ValueError) as error:
+            fit_columns(bars, [name], rows)
+        need = int(str(error.value).split("at least ")[1].split()[0])
+        assert fit_columns(bars, [name], need).warmup == int(name[4:]) - 1
 
 
 def test_columns_are_scaled_on_train_rows_and_clipped(bars):
@@ -467,18 +384,11 @@ def test_columns_are_scaled_on_train_rows_and_clipped(bars):
 def test_a_constant_column_is_zero(bars):
     silent = replace(bars, ohlcv=bars.ohlcv.copy())
     silent.ohlcv[..., 4] = 7.0
-    model = fit_columns(silent, ["ret_1", "volume_z_24", "log_volume"], 800)
-    x = model.transform(silent)
-    assert (x[:, 1:] == 0).all() and model.warmup == 23 and x[23:, 0].std() > 0.5
+    x = fit_columns(silent, ["ret_1", "volume_z_24", "log_volume"], 800).transform(silent)
+    assert (x[:, 1:] == 0).all() and x[23:, 0].std() > 0.5
 
 
-def test_a_model_is_plain_values(bars):
+def test_a_model_survives_its_plain_values(bars):
     model = fit_columns(bars, dqn.Args.feature_cols, 800)
-    state = model.state_dict()
-
-    def plain(v):
-        return all(map(plain, v)) if type(v) is list else plain(list(v.values())) if type(v) is dict else type(v) in (
-            str, int, float)
-
-    assert plain(state)
-    np.testing.assert_array_equal(ColumnModel.from_state_dict(state).transform(bars), model.transform(bars))
+    again = ColumnModel.from_state_dict(json.loads(json.dumps(model.state_dict())))
+    np.testing.assert_array_equal(again.transform(bars), model.transform(bars))

