@@ -299,7 +299,8 @@ def riemann_part(quick: bool, checks: Checks) -> dict:
         exact = riemann(left, right, gamma)
         flux = arz.flux_nb(*left, *right, law_of(1.0, gamma))
         at_jump = float(exact["rho"](0.0) * exact["v"](0.0))
-        entry = {k: exact[k] for k in ("rho*", "v*", "kind", "edges", "contact", "vacuum")}
+        facts = "rho*", "v*", "kind", "edges", "contact", "vacuum"
+        entry = {k: exact[k] for k in facts}
         entry["flux"] = flux
         entry["exact_flux"] = at_jump, at_jump * exact["w"]
         gap = np.abs(np.subtract(flux, entry["exact_flux"])).max()
@@ -318,7 +319,8 @@ def riemann_part(quick: bool, checks: Checks) -> dict:
             checks.courant(f"{name}, {scheme}", entry[scheme]["max_cfl"], limit)
             low = entry[scheme]["min_rho"]
             checks.add(f"smallest density, {name}, {scheme}", low, "> 0", low > 0)
-        for n, error, want in zip(sizes, entry["godunov"]["L1"], known or ()):
+        errors = entry["godunov"]["L1"]
+        for n, error, want in zip(sizes, errors, known or ()):
             # one unit of the last printed digit
             digits = 2 - math.floor(math.log10(want)) if want else 14
             unit = 10.0**-digits
@@ -344,7 +346,8 @@ def first_wave(edges, t: float):
     """
     nodes, weights = np.polynomial.legendre.leggauss(5)
     centres = (edges[:-1] + edges[1:]) / 2
-    x = centres[:, None] + nodes * np.diff(edges)[:, None] / 2
+    half = np.diff(edges)[:, None] / 2
+    x = centres[:, None] + nodes * half
     x0 = x.copy()
     for _ in range(50):
         rho = 0.3 + 0.05 * np.sin(2 * np.pi * x0)
@@ -481,7 +484,8 @@ def load_record(path: Path) -> dict:
         refuse((values.shape != shape, why))
         if values is speed:  # nobody there, no speed
             speed[np.isnan(speed) & (density == 0)] = 0.0
-        for row, column in np.argwhere(~np.isfinite(values) | (values < 0)):
+        wrong = ~np.isfinite(values) | (values < 0)
+        for row, column in np.argwhere(wrong):
             place = f"row {row} (x {x[row]:g} m), column {column} (t {t[column]:g} s)"
             value = f"{values[row, column]:g}"
             raise UsageError(f"{path}: {key}, {place}: {value} must be finite and >= 0")
@@ -657,8 +661,10 @@ def prepare(record: dict, args: Args) -> dict:
     dx, dt = record["dx"], record["dt"]
     total, bins = rho.shape
     cut = round(args.split * bins)
-    flow = conserved_flow(rho[:, :cut], q[:, :cut], dx, dt)
-    a, b = args.cells or no_ramp(flow)
+    a, b = args.cells or (0, 0)
+    if args.cells is None:
+        flow = conserved_flow(rho[:, :cut], q[:, :cut], dx, dt)
+        a, b = no_ramp(flow)
     outside = not 0 <= a <= b < total
     refuse((outside, f"--cells {a} {b}: {path} has cells 0 to {total - 1}"))
     wide = max(1, round(args.end_metres / dx))
@@ -696,7 +702,8 @@ def prepare(record: dict, args: Args) -> dict:
         density = np.maximum(density, FLOOR)
         speed = np.where(empty, top, flow / density)
         ends = np.stack([density, speed])
-        halves.append({"ends": ends, "rho": r[wide:-wide], "q": f[wide:-wide]})
+        inside = slice(wide, -wide)
+        halves.append({"ends": ends, "rho": r[inside], "q": f[inside]})
     data = {
         "path": path,
         "halves": halves,
@@ -707,7 +714,8 @@ def prepare(record: dict, args: Args) -> dict:
         "cells": (a, b),
         "wide": wide,
     }
-    density, speed = blocks(halves[0]["rho"], halves[0]["q"], data)
+    first = halves[0]
+    density, speed = blocks(first["rho"], first["q"], data)
     spread = np.nanmax(speed) - np.nanmin(speed)
     data["range"] = float(np.ptp(density)), float(spread)
     data["points"] = density.ravel(), speed.ravel()
@@ -821,7 +829,8 @@ def predict(
     out = np.empty((2, *half["rho"].shape))
     lwr = MODELS[name][0]
     law = w, (c, gamma, 1.0, 0.0)
-    ledger = simulate(ends, data["dt"], data["dx"], refine, order, law, rest, lwr, cfl, out)
+    dt, dx = data["dt"], data["dx"]
+    ledger = simulate(ends, dt, dx, refine, order, law, rest, lwr, cfl, out)
     return out[0], out[1], ledger
 
 
@@ -874,7 +883,8 @@ def calibrate(name: str, data: dict, evaluations: int) -> tuple:
     def logs(curve):
         w, *law = curve
         low, high = pressure(anchors, *law)
-        return np.log(np.maximum([w - low, high - low], 0.1)).tolist()
+        speeds = np.maximum([w - low, high - low], 0.1)
+        return np.log(speeds).tolist()
 
     best = None
     for gamma in (0.2, 0.5, 1.0) if fitted else (1.0,):
@@ -898,10 +908,12 @@ def difference(one, other, length: int = 8, draws: int = 2000) -> tuple[float, f
     block too."""
     gap = np.asarray(one) - np.asarray(other)
     runs = math.ceil(len(gap) / length)
-    starts = np.random.default_rng(0).integers(0, len(gap), (draws, runs))
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, len(gap), (draws, runs))
     rows = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)
     rows = rows[:, : len(gap)] % len(gap)
-    low, high = np.quantile(gap[rows].mean(1), (0.025, 0.975))
+    means = gap[rows].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(gap.mean()), float(low), float(high)
 
 
@@ -929,7 +941,8 @@ class Scores:
         ledgers = np.array([ledger for _, _, ledger in runs])
         start, into, out, end, added, courant = ledgers.T
         missing = start + into + added - out - end
-        lost = float(np.max(np.abs(missing) / (start + into)))
+        lost = np.abs(missing) / (start + into)
+        lost = float(lost.max())
         courant = float(courant.max())
         row = self.rows[title]
         row["mass_error"], row["max_cfl"] = lost, courant
@@ -979,7 +992,8 @@ def record_part(data: dict, args: Args, checks: Checks) -> dict:
         finer = predict(name, params, second, data, refine=2 if args.quick else 4)
         muscl = predict(name, params, second, data, scheme="muscl")
         others = {}
-        for key, (rho, q, _) in (("E_finer", finer), ("E_muscl", muscl)):
+        for key, run in (("E_finer", finer), ("E_muscl", muscl)):
+            rho, q, _ = run
             others[key] = errors(rho, q, second, data)["E"]
         scores.add_model(name, name, params, **others)
     best = {family: scores.best(family) for family in ("LWR", "ARZ")}
@@ -992,7 +1006,8 @@ def record_part(data: dict, args: Args, checks: Checks) -> dict:
     for how, (one, other) in pairs.items():
         gap = difference(fields[one]["series"], fields[other]["series"])
         gaps[how] = {"one": one, "other": other, "gap": gap}
-    fine = all(math.isfinite(row["second"]["E"]) for row in scores.rows.values())
+    found = [row["second"]["E"] for row in scores.rows.values()]
+    fine = bool(np.isfinite(found).all())
     checks.add("every error of the record is finite", fine, "1", fine)
     facts = {k: data[k] for k in ("path", "cells", "wide", "dx", "dt", "block", "warm")}
     facts["predicted"], facts["bins"] = first["rho"].shape
@@ -1079,7 +1094,8 @@ def record_table(part: dict) -> tuple:
         a, b = e["first"], e["second"]
         scores = a["E"], b["E"], b["E_rho"], b["E_v"], b["rho"]
         scores = [f"{x:.4f}" for x in scores]
-        rows.append([name, *scores, f"{b['v']:.3f}", words(e.get("params", {}))])
+        numbers = words(e.get("params", {}))
+        rows.append([name, *scores, f"{b['v']:.3f}", numbers])
     first, last = r["cells"]
     cells = f"cells {first} to {last}, {r['wide']} at each end given"
     title = f"{Path(r['path']).name}: {cells}, {r['predicted']} predicted"
@@ -1134,7 +1150,8 @@ def draw_case(name: str):
         ax.plot(run["x"], run["rho"], ".", ms=3, color=color, label=scheme)
     left, right, gamma, t, _ = CASES[name]
     x = np.linspace(0, 1, 2001)
-    exact = riemann(left, right, gamma)["rho"]((x - 0.5) / t)
+    density = riemann(left, right, gamma)["rho"]
+    exact = density((x - 0.5) / t)
     ax.plot(x, exact, color=INK, lw=0.9, label="exact")
     ax.set_ylabel("density")
     return fig
@@ -1165,7 +1182,8 @@ def draw_maps(part: dict):
     first."""
     data, fields = part["plots"]["data"], part["plots"]["fields"]
     names = part["best"]["ARZ"], part["best"]["LWR"], "straight line"
-    shown = {"record": data["halves"][1]} | {name: fields[name] for name in names}
+    shown = {"record": data["halves"][1]}
+    shown |= {name: fields[name] for name in names}
     cells, bins = shown["record"]["rho"].shape
     extent = 0, bins * data["dt"] / 60, 0, cells * data["dx"]
     top = float(np.nanmax(data["points"][1]))
