@@ -22,7 +22,9 @@ from common.gpu_pool import pool
 KMH = 1.0 / 3.6
 CLASSES = ("motorcycle", "car")
 TOP_SPEED = (100 * KMH, 120 * KMH)  # m/s, of a class on an empty road without a limit
-RHO_JAM = 0.15  # veh/m and lane: a green discharges 1 875 veh/h and lane at 50 km/h
+# a lane of 50 km/h carries 1 903 veh/h: jam density x limit x wave / (limit + wave)
+RHO_JAM = 0.15  # veh/m and lane
+QUEUE_WAVE = 17 * KMH  # m/s, at which a queue that is let go dissolves from its head
 ROADS = {  # km/h where a segment gives no limit; a class that ends in _link has that of its road
     "motorway": 120.0,
     "trunk": 100.0,
@@ -80,6 +82,11 @@ class Network:
     def lengths(self) -> np.ndarray:
         return self.zone_length.sum(0)
 
+    @property
+    def capacity(self) -> np.ndarray:
+        """(S,) veh/s of cars that a segment carries, and a green discharges."""
+        return capacity_of(self.jam, self.limit[1])
+
     def leads_on(self) -> np.ndarray:
         """(S,) whether anything leads out of a segment; where not, it is an exit."""
         return np.isin(np.arange(len(self.ends)), self.move_from)
@@ -99,12 +106,17 @@ class Network:
 
     def sha256(self) -> str:
         """Of all that the physics reads."""
-        plain = self.ends, self.nodes, self.all_red, self.min_green
+        plain = self.ends, self.nodes, self.all_red, self.min_green, QUEUE_WAVE
         content = hashlib.sha256(repr(plain).encode())
         for array in vars(self).values():
             if isinstance(array, np.ndarray):
                 content.update(np.ascontiguousarray(array))
         return content.hexdigest()
+
+
+def capacity_of(jam, limit):
+    """veh/s of cars in the triangular diagram of a road."""
+    return jam * limit * QUEUE_WAVE / (limit + QUEUE_WAVE)
 
 
 def near(name: str, names) -> str:
@@ -251,9 +263,7 @@ class Builder:
         self.first = np.r_[0, np.cumsum(counts)].astype(np.int64)
         self.zone_of = np.concatenate(zone_of).astype(np.int64)
         self.zone_share = np.concatenate(zone_share)
-        self.capacity = (
-            self.jam * self.limit[1]
-        )  # veh/s times 4: lanes times speed, what shares are weighted by
+        self.weight = self.jam * self.limit[1]  # of a way on: lanes times speed
 
     def name_of(self, s: int) -> str:
         return f"{self.table}: segment {s + 1}, {self.ends[s][0]} > {self.ends[s][1]},"
@@ -288,7 +298,7 @@ class Builder:
         """In proportion to lanes times limit, never back."""
         start, node = self.ends[s]
         return {
-            j: self.capacity[j] for j in self.out_of[node] if self.ends[j][1] != start
+            j: self.weight[j] for j in self.out_of[node] if self.ends[j][1] != start
         }
 
     def given_shares(self, given: dict, node: str, start: str) -> dict:
@@ -336,16 +346,17 @@ class Builder:
                     f"{self.name_of(s)} is an entry (nothing leads into it) but "
                     f"{self.text}: demand has no {start}: give its flows, 0 to close it"
                 )
-            together = sum(self.capacity[j] for j in self.out_of[start] if j in entries)
-            share = self.capacity[s] / together
+            together = sum(self.weight[j] for j in self.out_of[start] if j in entries)
+            share = self.weight[s] / together
             self.entry[s] = len(base)
             flows = [
                 self.flow_over_time(demand[start].get(kind, 0)) for kind in CLASSES
             ]
             base.append(np.array(flows) / 3600 * share)  # (2, B)
             largest = base[-1].sum(0).max()
-            if largest > self.capacity[s] / 4:
-                wants, most = 3600 * largest, 900 * self.capacity[s]
+            most = capacity_of(self.jam[s], self.limit[1, s])
+            if largest > most:
+                wants, most = 3600 * largest, 3600 * most
                 self.notes.append(
                     f"{self.name_of(s)} has a demand of {wants:.0f} veh/h but carries {most:.0f}"
                 )
@@ -677,11 +688,11 @@ def corridor_network(dx: float = CELL_LENGTH) -> Network:
             north: {south: 0.4, west: 0.3, east: 0.3},
             south: {north: 0.4, west: 0.3, east: 0.3},
         }
-        side = (204, 276, 180, 312, 240)[g]
+        side = (255, 345, 225, 390, 300)[g]
         for start in (north, south):
             plan["demand"][start] = {"motorcycle": 0.4 * side, "car": 0.6 * side}
     for start in ("W", "E"):
-        plan["demand"][start] = {"motorcycle": 360, "car": 540}
+        plan["demand"][start] = {"motorcycle": 450, "car": 675}
     return build_network("corridor", segments, plan, dx)
 
 
@@ -707,7 +718,7 @@ def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
             [name(i - 1, j), name(i + 1, j)],
         ]
     for node in sorted({row["from"] for row in segments} - set(inside.values())):
-        plan["demand"][node] = {"motorcycle": 60, "car": 90}
+        plan["demand"][node] = {"motorcycle": 75, "car": 112.5}
     return build_network(f"town{n}", segments, plan, dx)
 
 

@@ -37,7 +37,7 @@ def same(envs, phase=0):
 
 def crossing(**plan):
     phases = {"J": [[node] for node in "NESW"]}
-    demand = {node: {"car": flow} for node, flow in zip("NESW", (500, 300, 400, 200))}
+    demand = {node: {"car": flow} for node, flow in zip("NESW", (375, 225, 300, 150))}
     return networks.build_network("cross", CROSS, {"signals": phases, "demand": demand} | plan)
 
 
@@ -145,7 +145,7 @@ def test_reward_is_minus_the_delay_of_all_junctions():
 
 def test_delay_is_the_integral_of_the_vehicles_that_stand():
     """A side street that is shut for good: everybody stands, so its delay is vehicles times seconds."""
-    envs = make(1, seconds=600.0, variation=(1.0, 1.0, 0.0))
+    envs = make(1, seconds=600.0, level=(2.0, 2.0), variation=(1.0, 1.0, 0.0))
     for _ in range(30):
         envs.step_lanes(same(envs))
     net = envs.network

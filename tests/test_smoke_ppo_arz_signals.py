@@ -148,7 +148,7 @@ def test_refusals_are_one_line_with_exit_code_2(refusal_of, tmp_path):
     refusal = refusal_of(SCRIPT)
     for changes, words in (
             (dict(num_minibatches=3), "--num-minibatches 3"), (dict(decision_interval=7), "--decision-interval 7"),
-            (dict(pressure="singular"), "--pressure singular"), (dict(gamma=1.0), "--gamma 1.0"),
+            (dict(gamma=1.0), "--gamma 1.0"),
             (dict(scenario="freeway"), "--scenario freeway"), (dict(cell_length=1000), "--cell-length 1000"),
             (dict(decision_interval=3, episode_seconds=51), "all_red"),
             (dict(scenario=tmp_path / "none.csv"), "none.csv: no such file"), (dict(seed=2**31), "--seed")):
