@@ -86,6 +86,7 @@ from common.features import CLIP, FeatureModel, fit_features, with_products
 from common.lanes import Lanes, register
 from common.scoring import (
     BP,
+    STILL,
     Series,
     best_constant,
     edges,
@@ -1663,7 +1664,7 @@ def judge(agent, contexts, run, loop):
     drawn = run.args.batch_size * loop.updates
     alarm = alarms(found, drawn / max(loop.global_step, 1))
     rival = result["baselines"]["sparse_linear"][market.judged_by]
-    still = found["policy/state_dependence"] < 0.02 and loop.updates >= FEW_UPDATES
+    still = found["policy/state_dependence"] < STILL and loop.updates >= FEW_UPDATES
     alarm["alarm/collapsed"] = still and rival > max(0.0, metrics[market.judged_by])
     run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
 

@@ -24,6 +24,7 @@ SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
 # of a no-trade band, in standard deviations
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 NOTHING = 0.05  # bp a bar: an optimum that earns less earns nothing
+STILL = 0.05  # state_dependence below which a position is one and the same: at random it is above .2
 ENOUGH = 0.25  # share of the edge that is there, from which on an agent is healthy
 
 
@@ -359,7 +360,7 @@ def verdict(
     visible, goal = rival > least, rival
     if optimum is not None:
         visible, goal = optimum >= NOTHING and (visible or optimum >= matters), optimum
-    moves = audit["state_dependence"] >= 0.02 and agent["trades"] > 1
+    moves = audit["state_dependence"] >= STILL and agent["trades"] > 1
     moves = (
         moves and agent["turnover"] >= 1e-3 + 1 / rows
     )  # more than the opening trade
