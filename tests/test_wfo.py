@@ -1,0 +1,290 @@
+"""Walk-forward: borders, what a run can see, kill and go on, the page, the ledger."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.data import load_bars, split_rows, utc_times
+from common.run import CheckFailed, UsageError
+from runs import wait_until
+from scripts import run_full_wfo as wfo
+from scripts.luck import Ledger
+from scripts.run_full_wfo import Args, all_segments, main
+
+PROGRAM = "scripts/run_full_wfo.py"
+LAYOUT = """--train-months 4 --eval-months 1 --test-months 1 --step-months 1 --purge-hours 72 --jobs 1
+    --timesteps 768 --checkpoint-interval 0""".split()
+TINY = """--window 8 --d-model 8 --fusion-width 16 --hidden 8 --updates-per-step 1 --mae-steps 2 --num-envs 64
+    --learning-starts 256 --batch-size 32 --episode-length 16 --eval-interval 256 --patience 0 --no-cuda --no-report
+    --precision fp32""".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """TOY.parquet, whose bars make two segments; LATE.parquet, the same but for the last test rows."""
+    folder = tmp_path_factory.mktemp("wfo")
+    bars = load_bars("synthetic:regime?bars=5350&seed=3")
+    table = pd.DataFrame(bars.ohlcv[0], columns="open high low close volume".split())
+    table.insert(0, "timestamp", utc_times(bars.timestamp))
+    table.to_parquet(folder / "TOY.parquet", index=False)
+    last = all_segments(args_of(folder / "TOY.parquet"), [("TOY", bars)])[-1]
+    rows = bars.timestamp >= last.test_start.to_datetime64()
+    rng = np.random.default_rng(0)
+    prices = table.columns[1:5]
+    table.loc[rows, prices] *= np.exp(0.05 * rng.standard_normal((rows.sum(), 1)))
+    table.loc[rows, "volume"] *= rng.uniform(0.1, 10, rows.sum())
+    table.to_parquet(folder / "LATE.parquet", index=False)
+    return folder
+
+
+def args_of(data, *more):
+    flags = [x for x in LAYOUT if x not in more]
+    return wfo.parse_args(Args, ["--data", str(data), *flags, *more])[0]
+
+
+def argv_of(data, root, *more) -> list[str]:
+    return ["--data", str(data), "--root", str(root), *LAYOUT, *more, "--", *TINY]
+
+
+def results_of(root) -> dict:
+    paths = (root / "results" / "wfo").glob("segment_*/seed_*.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(paths)}
+
+
+@pytest.fixture(scope="module")
+def study(folder, repo):
+    """A study of two segments that was killed in the second one, and went on."""
+    root = folder / "killed"
+    command = [sys.executable, repo / PROGRAM, *argv_of(folder / "TOY.parquet", root)]
+    where = {"cwd": repo, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, **where)
+    last = root / "logs" / "wfo" / "segment_1" / "seed_1" / "checkpoints" / "last.pt"
+    wait_until(first, last.exists)
+    first.kill()
+    first.communicate()
+    before = {k: r["seconds"] for k, r in results_of(root).items()}
+    second = subprocess.run(command, **where)
+    assert second.returncode == 0, second.stderr[-2000:]
+    return root, before
+
+
+# ---------------------------------------------------------------------------------------- segments
+def bars_of(start: str, hours: int, step: int = 1):
+    times = pd.date_range(start, periods=hours // step, freq=f"{step}h").to_numpy("datetime64[ns]")
+    return [("X", Namespace(timestamp=times))]
+
+
+@pytest.mark.parametrize("start", ["2020-01-01", "2019-10-31 07:00", "2021-01-31 22:00", "2020-02-29"])
+def test_segments_tile(start):
+    """Defaults: gaps of 31 days, 13 months of train, and test months without holes or overlaps."""
+    args = wfo.parse_args(Args, ["--data", "x"])[0]
+    assets = bars_of(start, 24 * 365 * 3)
+    segments = all_segments(args, assets)
+    assert len(segments) == 6
+    for segment, after in zip(segments, segments[1:]):
+        assert segment.stop == after.test_start
+    for s in segments:
+        borders = s.start, s.eval_day, s.eval_start, s.test_day, s.test_start, s.stop
+        assert s.start >= pd.Timestamp(start) and list(borders) == sorted(borders)
+        assert s.eval_start - s.eval_day == s.test_start - s.test_day == pd.Timedelta(hours=744)
+        assert s.eval_day - s.start >= pd.Timedelta(days=390)
+        assert s.test_day - s.eval_start >= pd.Timedelta(days=28)
+        assert wfo.gap_rows(s, assets) == 744
+
+
+def test_too_few_bars_are_counted():
+    """With exactly what is missing there is a segment."""
+    args = wfo.parse_args(Args, ["--data", "x"])[0]
+    for hours in (100, 10_000):
+        with pytest.raises(UsageError) as error:
+            all_segments(args, bars_of("2020-01-01", hours))
+        missing = int(str(error.value).split(": ")[-1].split()[0])
+        assert len(all_segments(args, bars_of("2020-01-01", hours + missing))) == 1
+        with pytest.raises(UsageError):
+            all_segments(args, bars_of("2020-01-01", hours + missing - 1))
+
+
+def test_the_larger_gap_counts():
+    times = pd.date_range("2020-01-01", periods=5000, freq="h").to_numpy("datetime64[ns]")
+    split = "2020-05-01/2020-06-15"
+    own = split_rows(times, split, 65)
+    for rows in (0, 65, 744):
+        found = wfo.wide_gaps(split_rows, rows)(times, split, 65)
+        assert found["train"] == own["train"]
+        for part in ("eval", "test"):
+            start = own[part][0] + max(rows - 65, 0)
+            assert found[part] == (start, own[part][1])
+    with pytest.raises(UsageError):
+        wfo.wide_gaps(split_rows, 2000)(times, split, 65)
+
+
+# -------------------------------------------------------------------------------------------- runs
+def test_kill_and_go_on(study):
+    """The segment that was finished before was not run again; all files are there."""
+    root, before = study
+    after = results_of(root)
+    assert set(before) == {"segment_0"} and set(after) == {"segment_0", "segment_1"}
+    assert before["segment_0"] == after["segment_0"]["seconds"]
+    log = (root / "logs" / "wfo" / "segment_1" / "seed_1.log").read_text()
+    assert "resumed" in log
+    for k in (0, 1):
+        segment = f"segment_{k}"
+        for name in ("train", "eval", "test", "TOY"):
+            assert (root / "data" / "wfo" / segment / f"{name}.parquet").exists()
+        for name in ("agent.pt", "encoder.pt"):
+            assert (root / "weights" / "wfo" / segment / name).exists()
+    assert not list(root.rglob("*.tmp"))
+
+
+def test_a_run_sees_its_segment_alone(study, folder):
+    root, _ = study
+    bars = load_bars(str(folder / "TOY.parquet"))
+    for s in all_segments(args_of(folder / "TOY.parquet"), [("TOY", bars)]):
+        run_dir = root / "logs" / "wfo" / f"segment_{s.number}" / "seed_1"
+        data = json.loads((run_dir / "summary.json").read_text())["data"]
+        there = load_bars(data["spec"])
+        assert there.timestamp[0] == s.start and there.timestamp[-1] < s.stop.to_datetime64()
+        rows = {part: there.timestamp[data["rows"][part]] for part in ("train", "eval", "test")}
+        assert rows["train"][1] == s.eval_day
+        assert rows["eval"][0] >= s.eval_start and rows["eval"][1] == s.test_day
+        assert rows["test"][0] >= s.test_start
+
+
+def test_test_rows_change_nothing_before_them(study, folder):
+    """The agent of the last segment, fitted and chosen beside other test rows, and never killed, is the same to
+    the bit; its test is not."""
+    root, _ = study
+    late = folder / "late"
+    done = main(argv_of(folder / "LATE.parquet", late, "--name", "wfo", "--segment", "1"))
+    here, there = results_of(root)["segment_1"], results_of(late)["segment_1"]
+    assert done["exit_code"] == 0
+    assert here["agent_sha256"] == there["agent_sha256"]
+    assert here["agent_sha256"] != results_of(root)["segment_0"]["agent_sha256"]
+    assert here["eval_score"] == there["eval_score"]
+    assert here["test"]["agent"] != there["test"]["agent"]
+
+
+def test_flags_of_another_study_are_refused(study, folder):
+    root, _ = study
+    data = folder / "TOY.parquet"
+    argv = argv_of(data, root)
+    for wrong in (
+        [*argv, "--hidden", "16"],
+        [*argv, "--seed", "3"],
+        [*argv, "--no-such-flag"],
+        argv_of(folder / "LATE.parquet", root),  # other bars under the same name
+        argv_of(data, root, "--segment", "2"),
+        argv_of(data, root, "--clean"),  # nobody to ask
+        argv_of(data, root, "--warm-start"),
+        argv_of(data, root, "--timeout", "5"),
+    ):
+        with pytest.raises(UsageError) as error:
+            main(wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_that_fails_ends_the_study(folder, tmp_path):
+    """What the script says comes through, with its kind of exit code."""
+    argv = argv_of(folder / "TOY.parquet", tmp_path)
+    with pytest.raises((UsageError, CheckFailed), match="segment 0 seed 1"):
+        main([*argv, "--funding", "no_such_file.csv"])
+
+
+def test_time_is_shared_out():
+    guard = Namespace(remaining=lambda: 620.0)
+    assert wfo.share_of_time(guard, left=5, jobs=2) == 200
+    assert wfo.share_of_time(guard, left=1, jobs=2) == 600
+
+
+def test_ctrl_c_saves(folder, repo, tmp_path):
+    command = [sys.executable, repo / PROGRAM, *argv_of(folder / "TOY.parquet", tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "logs" / "wfo" / "segment_0" / "seed_1"
+    wait_until(child, (run / "metrics.jsonl").exists)
+    os.kill(child.pid, signal.SIGINT)
+    child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert not results_of(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- page
+def test_numbers_of_the_page(study):
+    root, _ = study
+    folder = root / "results" / "wfo"
+    summary = json.loads((folder / "summary.json").read_text())
+    results = results_of(root)
+    own = [json.loads((root / f"logs/wfo/{k}/seed_1/summary.json").read_text()) for k in results]
+    agents = [s["eval"]["test"]["agent"] for s in own]
+    total = np.prod([1 + agent["total_return"] for agent in agents])
+    assert summary["all"]["agent"]["total_return"] == pytest.approx(total - 1)
+    assert summary["folds"]["worst_bps"] == min(a["mean_reward_bps"] for a in agents)
+    assert summary["luck"]["trials"] == 1 and summary["luck"]["overfitting"] is None
+    assert summary["luck"]["bars"] == sum(np.ptp(s["eval"]["test"]["rows"]) for s in own)
+    flat = [agent["mean_reward_bps"] > 0 for agent in agents]
+    assert summary["folds"]["beats"]["flat"] == np.mean(flat)
+
+    table = pd.read_csv(folder / "report.csv")
+    lines = table[(table["who"] == "agent") & (table["segment"] != "all")]
+    assert list(lines["mean_reward_bps"]) == pytest.approx([a["mean_reward_bps"] for a in agents])
+    assert set(table["who"]) == {"agent", *wfo.RIVALS}
+    assert len(table) == 3 * 6
+    page = (folder / "report.html").read_text()
+    assert page.count("<figure") == 2 and summary["sentence"].split(":")[0] in page
+
+
+def test_the_ledger_counts_and_misses_lines(study, folder):
+    root, _ = study
+    path = root / "results" / "ledger.jsonl"
+    records = Ledger(path).lines()
+    assert [r["event"] for r in records] == ["tried", "scored", "scored"]
+    text = path.read_text()
+    lines = text.splitlines(True)
+    show = argv_of(folder / "TOY.parquet", root, "--show")
+    head = path.with_name("ledger.jsonl.head")
+    kept = head.read_text()
+    try:
+        for tampered in (lines[1:], lines[:1] + lines[2:], lines[:-1]):
+            path.write_text("".join(tampered))
+            with pytest.raises(UsageError, match="ledger.jsonl"):
+                main(show)
+        path.unlink()
+        head.unlink()
+        with pytest.raises(UsageError, match="ledger.jsonl"):
+            main(show)
+    finally:
+        path.write_text(text)
+        head.write_text(kept)
+    again = main(show)
+    assert again["luck"]["trials"] == 1
+    assert path.read_text() == text
+
+
+def test_clean_leaves_the_ledger(study, folder, tmp_path):
+    args = args_of(folder / "TOY.parquet", "--root", str(tmp_path), "--clean", "--yes")
+    for kind in ("data", "logs", "weights", "results"):
+        args.folder(kind, 0).mkdir(parents=True)
+    Ledger(tmp_path / "results" / "ledger.jsonl").add({"event": "tried"})
+    wfo.clean(args)
+    assert not list(tmp_path.rglob("wfo"))
+    assert len(Ledger(tmp_path / "results" / "ledger.jsonl").lines()) == 1
+
+
+def test_score_of_the_optimum_is_one(tmp_path):
+    """On a synthetic market the page scores exposures by the known conditional mean."""
+    bars = load_bars("synthetic:regime?bars=4000")
+    (tmp_path / "args.json").write_text(json.dumps({"fee_bps": 4.0, "slippage_bps": 1.0}))
+    start, stop = 3000, 3900
+    best = wfo.markets.optimum_path(bars.truth, 5e-4, start, stop)
+    times = pd.DatetimeIndex(bars.timestamp[start:stop])
+    trace = pd.DataFrame({"position": best, "position_flat": 0.0}, times)
+    result = {"run_dir": str(tmp_path), "test": {"agent": {}, "flat": {}}}
+    wfo.score_synthetic(result, trace, bars)
+    assert result["test"]["agent"]["score"] == pytest.approx(1)
+    assert result["test"]["flat"]["mean_expected_bps"] == 0
