@@ -44,6 +44,13 @@ def start(run_dir, **changes):
     return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def run_to_its_end(run_dir, **changes) -> dict:
+    child = start(run_dir, **changes)
+    _, err = child.communicate(timeout=1200)
+    assert child.returncode == 0, err
+    return json.loads((run_dir / "summary.json").read_text())
+
+
 def kill(child):
     child.kill()
     child.communicate()
@@ -80,12 +87,16 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Uninterrupted runs, each made when it is first asked for: (run directory, summary)."""
+    """Uninterrupted runs, each made when it is first asked for: (run directory, summary).
+
+    As a user makes them, in processes of their own: what a process computed before (here: other
+    tests) may move the last bits of float32, and bf16 would hide that.
+    """
     runs, root = {}, tmp_path_factory.mktemp("whole")
 
     def get(name):
         if name not in runs:
-            runs[name] = root / name, tqc.main(flags(root / name, **RUNS[name]))
+            runs[name] = root / name, run_to_its_end(root / name, **RUNS[name])
         return runs[name]
 
     return get
@@ -121,8 +132,7 @@ def test_killed_twice_and_resumed_it_has_the_bits_of_the_uninterrupted_run(grid,
     with open(run_dir / "metrics.jsonl", "a") as f:  # written after the checkpoint, the last line torn
         f.write(json.dumps({"global_step": 2000, "wall": 1.0, "losses/qf_loss": 123.0}) + "\n")
         f.write('{"global_step": 2048, "wall": 1.2, "losses/qf_l')
-    summary = tqc.main(flags(run_dir, resume="auto"))
-    assert summary["status"] == "finished" and summary["exit_code"] == 0
+    assert run_to_its_end(run_dir, resume="auto")["status"] == "finished"
     assert_same_run(grid[0], run_dir)
     assert not list(run_dir.rglob("*.tmp"))
 
@@ -141,11 +151,7 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(whole, run_d
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["global_step"]) == ("interrupted", loop["global_step"])
     tqc.load_policy(run_dir / "checkpoints" / "best.pt")
-    # as a user does, in a process of its own: what a process computed before (here: other tests) may
-    # move the last bits of float32, and bf16 would hide that
-    child = start(run_dir, **RUNS[name], resume="auto")
-    _, err = child.communicate(timeout=400)
-    assert child.returncode == 0, err
+    run_to_its_end(run_dir, **RUNS[name], resume="auto")
     assert_same_run(whole(name)[0], run_dir)
 
 
