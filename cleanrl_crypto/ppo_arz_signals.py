@@ -1338,6 +1338,13 @@ class NetworkVectorEnv(SimulatedLanes):
             "episode_length": totals[DECISIONS],
         }
 
+    def check_action(self, actions) -> torch.Tensor:
+        actions = super().check_action(actions)
+        if ((actions < 0) | (actions >= self.n_phases)).any():
+            phases = self.network.n_phases
+            raise ValueError(f"actions: phases must be from 0 and below {phases}")
+        return actions
+
     def check_state(self):
         """Raises CheckFailed where a number was not finite; reads from the device."""
         broken = self.broken.cpu()
