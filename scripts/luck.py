@@ -1,7 +1,7 @@
 """Is a backtest more than luck? Statistics of Sharpe ratios, and a ledger of everything that was tried.
 
-    growth = np.diff(equity, prepend=1.0) / ...  # (T,) simple return of each bar, costs paid
-    found = judge(growth, trials=12, trial_sharpes=[...])  # Sharpe ratios a bar: never annualised here
+    # growth (T,): simple return of each bar, costs paid; Sharpe ratios are a bar's, never a year's
+    found = judge(growth, trials=12, trial_sharpes=[0.01, 0.02])
     found["deflated"], found["bars_more"]
 
     ledger = Ledger("results/ledger.jsonl")
@@ -136,16 +136,16 @@ def overfitting(returns: np.ndarray, blocks: int = BLOCKS) -> float:
     Share of the ways to take half of the blocks in which the trial that is best there is below the
     median of all trials in the other half. On noise about a half, with a wide spread.
     """
-    sums, squares, lengths = [], [], []
-    for part in np.array_split(returns, blocks):
-        sums.append(part.sum(0))
-        squares.append(np.square(part).sum(0))
-        lengths.append(len(part))
-    moments = np.array(sums), np.array(squares), np.array(lengths, float)[:, None]
+    parts = np.array_split(returns, blocks)
+    sums = np.array([part.sum(0) for part in parts])
+    squares = np.array([np.square(part).sum(0) for part in parts])
+    lengths = np.array([len(part) for part in parts])
 
     def ratios(chosen):
-        total, square, n = (x[list(chosen)].sum(0) for x in moments)
-        mean = total / n
+        chosen = list(chosen)
+        n = lengths[chosen].sum()
+        mean = sums[chosen].sum(0) / n
+        square = squares[chosen].sum(0)
         std = np.sqrt(np.maximum(square / n - mean**2, 0.0))
         return np.divide(mean, std, out=np.zeros_like(mean), where=std > 1e-15)
 
@@ -153,8 +153,10 @@ def overfitting(returns: np.ndarray, blocks: int = BLOCKS) -> float:
     for half in combinations(range(blocks), blocks // 2):
         other = set(range(blocks)) - set(half)
         best = int(np.argmax(ratios(half)))
-        rank = rankdata(ratios(other))[best] / (returns.shape[1] + 1)
-        below.append(1.0 if rank < 0.5 else 0.5 if rank == 0.5 else 0.0)
+        ranks = rankdata(ratios(other))
+        median = (returns.shape[1] + 1) / 2
+        # on the median itself: half a loss
+        below.append((np.sign(median - ranks[best]) + 1) / 2)
     return float(np.mean(below))
 
 
@@ -163,6 +165,15 @@ def fingerprint(value) -> str:
     """sha256 of plain values, whatever the order of their keys."""
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse(line: str) -> dict:
+    """A line's record, {} where it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 class Ledger:
@@ -186,13 +197,10 @@ class Ledger:
         whole = text[: text.rfind("\n") + 1]  # kill -9 may tear the line that was being written
         records, before = [], START
         for i, line in enumerate(whole.splitlines()):
-            try:
-                record = json.loads(line)
-                content = {k: v for k, v in record.items() if k != "hash"}
-                good = record["hash"] == fingerprint(content) and record["previous"] == before
-            except (ValueError, KeyError, TypeError, AttributeError):
-                good = False
-            if not good:
+            record = parse(line)
+            content = {k: v for k, v in record.items() if k != "hash"}
+            own = record.get("hash") == fingerprint(content)
+            if not own or record.get("previous") != before:
                 raise self.broken(f"line {i + 1} was changed, or lines before it are missing")
             records.append(record)
             before = record["hash"]

@@ -77,7 +77,6 @@ OWN = {
     "checkpoint",
     "timeout",
     "total_timesteps",
-    "torch_threads",
     "checkpoint_interval",
     "encoder",
 }
@@ -548,7 +547,9 @@ def run_local(tasks: list[dict], args: Args, guard: TimeoutGuard):
 
 def start_run(task: dict, limit: float, threads: int, context):
     """The process of a run that has `limit` seconds."""
-    argv = [*task["argv"], "--torch-threads", str(threads)]
+    argv = list(task["argv"])
+    if "--torch-threads" not in argv:
+        argv += ["--torch-threads", str(threads)]
     if limit < math.inf:
         argv += ["--timeout", f"{limit:.0f}"]
     for path in (task["log"], task["result"]):

@@ -85,7 +85,6 @@ def cheap_study(seed: int, edge: float, policies: int = 20, bars: int = BARS_A_Y
     return luck.judge(earned[int(np.argmax(ratios))], len(spans), ratios)
 
 
-@pytest.mark.slow
 def test_forty_studies():
     noise = [cheap_study(seed, 0.0)["deflated"] for seed in range(40)]
     skill = [cheap_study(seed, 0.06)["deflated"] for seed in range(40)]

@@ -23,7 +23,7 @@ LAYOUT = """--train-months 4 --eval-months 1 --test-months 1 --step-months 1 --p
     --timesteps 768 --checkpoint-interval 0""".split()
 TINY = """--window 8 --d-model 8 --fusion-width 16 --hidden 8 --updates-per-step 1 --mae-steps 2 --num-envs 64
     --learning-starts 256 --batch-size 32 --episode-length 16 --eval-interval 256 --patience 0 --no-cuda --no-report
-    --precision fp32""".split()
+    --precision fp32 --torch-threads 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +157,13 @@ def test_a_run_sees_its_segment_alone(study, folder):
         assert rows["test"][0] >= s.test_start
 
 
-def test_test_rows_change_nothing_before_them(study, folder):
-    """The agent of the last segment, fitted and chosen beside other test rows, and never killed, is the same to
-    the bit; its test is not."""
+def test_test_rows_change_nothing_before_them(study, folder, monkeypatch):
+    """The agent of the last segment, fitted and chosen beside other test rows, never killed, in this process, is the
+    same to the bit; its test is not."""
     root, _ = study
     late = folder / "late"
-    done = main(argv_of(folder / "LATE.parquet", late, "--name", "wfo", "--segment", "1"))
+    monkeypatch.setitem(wfo.ENGINES, "local", lambda tasks, *_: (wfo.run_task(t) for t in tasks))
+    done = main(argv_of(folder / "LATE.parquet", late, "--segment", "1"))
     here, there = results_of(root)["segment_1"], results_of(late)["segment_1"]
     assert done["exit_code"] == 0
     assert here["agent_sha256"] == there["agent_sha256"]
@@ -190,11 +191,12 @@ def test_flags_of_another_study_are_refused(study, folder):
         assert "\n" not in str(error.value)
 
 
-def test_a_run_that_fails_ends_the_study(folder, tmp_path):
-    """What the script says comes through, with its kind of exit code."""
-    argv = argv_of(folder / "TOY.parquet", tmp_path)
-    with pytest.raises((UsageError, CheckFailed), match="segment 0 seed 1"):
-        main([*argv, "--funding", "no_such_file.csv"])
+@pytest.mark.parametrize("code, kind", [(2, UsageError), (1, CheckFailed), (-9, CheckFailed)])
+def test_a_run_that_fails_says_why(tmp_path, code, kind):
+    (tmp_path / "log").write_text("BTC: no gaps\nerror: --funding f.csv: no such file\n")
+    error = wfo.failed({"segment": 3, "seed": 2, "log": str(tmp_path / "log")}, code)
+    assert type(error) is kind and error.exit_code == kind.exit_code
+    assert "segment 3 seed 2" in str(error) and "--funding f.csv" in str(error)
 
 
 def test_time_is_shared_out():
@@ -203,6 +205,7 @@ def test_time_is_shared_out():
     assert wfo.share_of_time(guard, left=1, jobs=2) == 600
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(folder, repo, tmp_path):
     command = [sys.executable, repo / PROGRAM, *argv_of(folder / "TOY.parquet", tmp_path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
