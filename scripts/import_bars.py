@@ -1,12 +1,14 @@
 r"""Import the files that traders have into the parquet that every script here reads.
 
     python scripts/import_bars.py BTCUSDT-1m-2024-*.zip --out data/BTCUSDT_1m.parquet
-    python scripts/import_bars.py EURUSD_M1.csv --tz America/New_York+7 --resample 1h --out data/EURUSD_1h.parquet
+    python scripts/import_bars.py EURUSD_M1.csv --tz America/New_York+7 --resample 1h \
+        --out data/EURUSD_1h.parquet
 
 It tells a file by its content, says what it is and what was assumed, and asks for a flag where it
 would have to guess. Several files are parts of one series, in the order given; a file with a column
 of symbols becomes one parquet a symbol, OUT_SYMBOL.parquet. Nothing is repaired without a flag, and
-nothing is written before every check has passed. Exits 0 when all files stand, 2 on a bad flag or bad bars.
+nothing is written before every check has passed. Exits 0 when all files stand, 2 on a bad flag or
+bad bars.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ KINDS = (
     ("Dukascopy", {"local time"}, None, ""),
     ("Kaggle's Bitcoin minutes", {"timestamp", "volume (btc)"}, "UTC", "trades"),
     ("Binance klines", {"open time", "close time", "ignore"}, "UTC", "trades"),
+    ("CryptoDataDownload", {"cryptodatadownload"}, "UTC", "trades"),
+    ("CryptoDataDownload", {"unix", "date", "symbol"}, "UTC", "trades"),
     ("polygon", {"window start"}, "UTC", "trades"),
     ("polygon", {"t", "o", "h", "l", "c"}, "UTC", "trades"),
 )
@@ -109,6 +113,15 @@ FIRST, LAST = (
     4_102_444_800,
 )  # 1980 and 2100, between which the size of an epoch tells its unit
 
+DAMAGE = (
+    EOFError,
+    zlib.error,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    pa.ArrowException,
+    UnicodeError,
+)
+# column, what is wrong, where
 IMPOSSIBLE = (
     ("open", "is not positive", "open <= 0"),
     ("high", "is not positive", "high <= 0"),
@@ -264,8 +277,9 @@ def text_layout(path: Path, head: bytes, args) -> Layout:
     refuse((text.lstrip()[:1] in ("[", "{"), json_way))
     lines = text.splitlines()[:50]
     separator, rows = split(path, lines, args.separator)
-    width = len(rows[-1])
+    width = commonest_width(rows)
     header = next(i for i, row in enumerate(rows) if len(row) == width)
+    above = " ".join(lines[:header])
     skip = header
     while skip < len(rows) and is_heading(rows[skip]):
         skip += 1
@@ -278,12 +292,9 @@ def text_layout(path: Path, head: bytes, args) -> Layout:
     else:
         names = rows[header]
         yfinance = names[0] == "Price" and rows[header + 1][0] == "Ticker"
-        layout = by_header(path, ["Date", *names[1:]] if yfinance else names)
+        layout = by_header(path, ["Date", *names[1:]] if yfinance else names, above)
         if yfinance:
             layout.kind, layout.side = "Yahoo", "trades"
-    above = " ".join(lines[:header])
-    if "cryptodatadownload" in above.lower():
-        layout.kind, layout.zone, layout.side = "CryptoDataDownload", "UTC", "trades"
     if above:
         layout.notes.append(f"left out the text above its columns: {above[:80]}")
     layout.separator, layout.skip = separator, skip
@@ -305,13 +316,9 @@ def split(path: Path, lines: list[str], given: str | None) -> tuple[str, list]:
     found = {}
     for separator in [given] if given else SEPARATORS:
         rows = list(csv.reader(lines, delimiter=separator))
-        while rows and not rows[-1]:
-            rows.pop()
-        width = len(rows[-1])
-        # up to three lines of text may stand above the columns
-        even = all(len(row) == width for row in rows[3:])
+        width = commonest_width(rows)
         numbers = max(sum(map(is_number, row)) for row in rows)
-        if even and width >= 5 and numbers >= 4:
+        if width >= 5 and numbers >= 4:
             found[separator] = rows
     names = " or ".join(repr(separator) for separator in found)
     none = f"{path}: no rows of a time and four prices in its first {len(lines)} lines"
@@ -320,6 +327,11 @@ def split(path: Path, lines: list[str], given: str | None) -> tuple[str, list]:
         (len(found) > 1, f"{path}: separated by {names}? --separator says by which"),
     )
     return found.popitem()
+
+
+def commonest_width(rows: list[list[str]]) -> int:
+    widths = [len(row) for row in rows if row]
+    return max(set(widths), key=widths.count)
 
 
 def by_given(path: Path, first: list[str], args) -> Layout:
@@ -347,15 +359,17 @@ def by_first_row(path: Path, first: list[str]) -> Layout:
     raise UsageError(f"{what}; {usage}")
 
 
-def by_header(path: Path, names: list[str]) -> Layout:
-    """A kind that the names of its columns tell, or columns that say what they are."""
+def by_header(path: Path, names: list[str], above: str = "") -> Layout:
+    """A kind that the names of its columns tell, or the text above them; or columns by name."""
     words = [re.sub(r"[<>]", "", name).replace("_", " ").strip().lower() for name in names]
     kind = BY_NAME, None, ""
+    if "cryptodatadownload" in above.lower():
+        words.append("cryptodatadownload")
     for name, needed, zone, side in reversed(KINDS):
         if needed <= set(words):
             kind = name, zone, side
     roles, volumes = {}, []
-    for place, word in enumerate(words):
+    for place, word in enumerate(words[: len(names)]):
         role = ROLE_OF.get(word)
         zoned = re.fullmatch(r"time \(([\w/]+)\)", word)  # JForex
         if zoned:
@@ -439,10 +453,12 @@ class Clock:
             match = re.match(pattern_of(form), first)
             if match and TAIL.fullmatch(first[match.end() :]):
                 return form
-        if EPOCH.fullmatch(first):
+        if EPOCH.fullmatch(first) or (self.args.unit and is_number(first)):
             return "epoch"
-        why = f"{self.path}: row 0: {first[:40]!r} is not a time that is known"
-        raise UsageError(f"{why}; --time-format '%d/%m/%Y %H:%M' would say how to read it")
+        why = f"{self.path}: its first time, {first[:40]!r}, has no known form"
+        raise UsageError(
+            f"{why}; say it with --time-format '%d/%m/%Y %H:%M', or --unit of an epoch"
+        )
 
     def typed(self, column, row):
         times = column.cast(pa.timestamp("ns", getattr(column.type, "tz", None)))
@@ -633,7 +649,7 @@ def read_text(path: Path, layout: Layout):
     if uneven:
         row = uneven[0]
         fields = f"has {row.actual_columns} fields, the others {row.expected_columns}"
-        raise UsageError(f"{path}: line {row.text[:60]!r} {fields}")
+        raise UsageError(f"{path}: row {row.number - 1 - layout.skip}, {row.text[:60]!r}: {fields}")
 
 
 def first_bad_number(column) -> int:
@@ -860,7 +876,7 @@ def main(argv=None) -> dict:
         try:
             layout = find_layout(path, args)
             clock = table.add(path, layout, args)
-        except (EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException, UnicodeError) as error:
+        except DAMAGE as error:
             raise UsageError(
                 f"{path}: cannot be read: {' '.join(str(error).split())[:200]}"
             ) from None
@@ -916,6 +932,11 @@ def describe(path: Path, layout: Layout, clock: Clock):
     print(f"{path}: {layout.kind}, {how}")
     side = layout.side or "not said by the file (bid, ask or trades)"
     print(f"{path}: times {clock.describe()}, taken as the opening of the bar; prices: {side}")
+    places = set(layout.roles.values())
+    rest = [name for place, name in enumerate(layout.names) if place not in places]
+    rest = ", ".join(name for name in rest if name != "skip")
+    if rest:
+        print(f"{path}: left out: {rest}")
     for note in layout.notes:
         print(f"{path}: {note}")
 
