@@ -61,6 +61,7 @@ IDLE = 8  # vector steps with random actions; the last of them makes the first u
 NEVER = 10**9  # transitions: evaluated once, with what training ends with
 PEER_BUFFER = 32_768  # transitions: an observation is a window, 3.5 KB
 DRAWS = 10_000  # bootstrap resamples
+LEAST_ALPHA = 1e-4  # that the picture shows
 
 # networks that learn in seconds, and what every run of the study shares
 SMALL = {
@@ -661,7 +662,7 @@ def summarise(rows: list[dict]) -> pd.DataFrame:
             line["change"], line["change_low"], line["change_high"] = interval(apart)
         for name in MEASURED:
             line[name] = interval(own[name])[0]
-        words = own["verdict"].value_counts()
+        words = own["verdict"][own["verdict"] != ""].value_counts()
         line["verdicts"] = ", ".join(f"{n} {word}" for word, n in words.items())
         out.append(line)
     return pd.DataFrame(out)
@@ -670,15 +671,18 @@ def summarise(rows: list[dict]) -> pd.DataFrame:
 def number(x, digits: int = 2) -> str:
     if x is None or not math.isfinite(x):
         return ""
-    text = f"{x:.{digits}f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
+    if abs(x) < 1e-4:
+        return "0"
+    text = f"{x:.{digits}f}" if abs(x) >= 0.1 else f"{x:.2g}"
     return text.replace("0.", ".", 1) if abs(x) < 1 else text
 
 
 def markdown(table: pd.DataFrame) -> str:
     heads = {
-        "change": "cell",
+        "text": "cell",
+        "runs": "runs",
         "score": "score [95 %]",
-        "against the first": "change [95 %]",
+        "change": "change [95 %]",
         **HEADS,
         "verdicts": "verdicts",
     }
@@ -691,7 +695,8 @@ def markdown(table: pd.DataFrame) -> str:
         parts.append("| " + " | ".join(heads.values()) + " |")
         parts.append("| " + " | ".join(["---"] * len(heads)) + " |")
         for line in lines.to_dict("records"):
-            cells = [line["text"], ranged(line, "score", "low", "high")]
+            cells = [line["text"], str(line["runs"])]
+            cells.append(ranged(line, "score", "low", "high"))
             cells.append(ranged(line, "change", "change_low", "change_high"))
             cells += [number(line[key]) for key in HEADS]
             parts.append("| " + " | ".join([*cells, line["verdicts"]]) + " |")
@@ -701,7 +706,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 def ranged(line: dict, *names: str) -> str:
     mean, low, high = (line.get(name, math.nan) for name in names)
-    return f"{number(mean)} [{number(low)}, {number(high)}]" if math.isfinite(mean) else ""
+    ends = f" [{number(low)}, {number(high)}]" if line["runs"] > 2 else ""
+    return number(mean) + ends if math.isfinite(mean) else ""
 
 
 def draw(table: pd.DataFrame, path: Path):
@@ -727,23 +733,24 @@ def draw(table: pd.DataFrame, path: Path):
             left.plot(span, [y, y], color=COLORS["agent"], lw=2, alpha=0.5)
             left.plot(line["score"], y, "o", color=COLORS["agent"], ms=5)
             left.plot(line["grid_score"], y, "o", mfc="none", color=COLORS["actor"], ms=5)
-            right.plot([line["alpha"], line["spread"]], [y, y], color=GREY, lw=2)
-            right.plot(line["alpha"], y, "|", color=COLORS["actor"], ms=9, mew=2)
+            alpha = max(line["alpha"], LEAST_ALPHA)
+            right.plot([alpha, line["spread"]], [y, y], color=GREY, lw=2)
+            right.plot(alpha, y, "|", color=COLORS["actor"], ms=9, mew=2)
             right.plot(line["spread"], y, "o", color=COLORS["optimum"], ms=5)
         y -= 2
     left.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     for label in left.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in TABLES.values() else "normal")
     left.axvline(0, color=INK, lw=0.8)
-    left.set_xlabel("share of the optimum on test rows: what ships (filled), greedy (open)")
+    left.set_xlabel("test score: what ships (filled), greedy on its critic (open)")
     right.set_xscale("log")
-    right.set_xlabel("alpha (|) and the spread of the values over exposures (o)")
+    right.set_xlabel("alpha (|), spread of the values (o)")
     for axes in (left, right):
         axes.grid(axis="x", color=GREY)
         axes.tick_params(labelsize=8)
         axes.xaxis.label.set_size(8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 # ------------------------------------------------------------------------------------------- main
