@@ -61,7 +61,7 @@ def test_a_run_has_the_settings_of_its_cell(finished):
     # the actor ships in one, the grid in the other; alpha has hardly moved from .5
     assert rows["earlier"]["score"] == rows["earlier"]["actor_score"]
     assert rows["today"]["score"] == rows["today"]["grid_score"]
-    assert 0.45 < float(rows["earlier"]["alpha"]) < 0.5
+    assert 0.4 < float(rows["earlier"]["alpha"]) < 0.5
     # a scaled reward is .06 there and 1 here, and so is what the critics can have learned
     assert all(0 < float(row["spread"]) < 5 for row in rows.values())
 
