@@ -47,8 +47,8 @@ ROLES = ("timestamp", "date", "time", *VALUES, "symbol", "skip")
 
 # what columns are called, in small letters and without < > _
 CALLED = {
-    "timestamp": "timestamp, datetime, date/time, unix, unix timestamp, open time, gmt time, local time,"
-    " utc time, window start, index level 0, ts, t",
+    "timestamp": "timestamp, datetime, date/time, unix, unix timestamp, open time, gmt time,"
+    " local time, utc time, window start, index level 0, ts, t",
     "date": "date, day",
     "time": "time",
     "open": "open, o",
@@ -95,7 +95,8 @@ HEADERLESS = (
 )
 ASK_ZONE = {
     "MetaTrader": "the broker's time, which is not UTC; most have midnight at 17:00 in New York: "
-    "--tz America/New_York+7, others --tz Europe/Athens (HistData's files for MetaTrader: --tz UTC-5)",
+    "--tz America/New_York+7, others --tz Europe/Athens "
+    "(HistData's files for MetaTrader: --tz UTC-5)",
     "Yahoo": "days of the exchange: --tz America/New_York, --tz UTC for crypto",
     "stooq": "times of an exchange: --tz UTC, --tz Europe/Warsaw, --tz America/New_York",
 }
@@ -679,12 +680,18 @@ class Table:
     def __init__(self, args):
         self.wanted = set(args.symbols.split(",")) if args.symbols else None
         self.files, self.parts, self.codes = [], [], {}
+        self.named = None  # the files have a column of symbols
 
     def add(self, path: Path, layout: Layout, args) -> Clock:
         file, clock, row = len(self.files), Clock(path, layout, args), 0
         self.files.append(path)
-        no_symbol = self.wanted and "symbol" not in layout.roles
-        refuse((no_symbol, f"--symbols: {path} has no column of symbols"))
+        named = "symbol" in layout.roles
+        mixed = self.named not in (None, named)
+        refuse(
+            (self.wanted and not named, f"--symbols: {path} has no column of symbols"),
+            (mixed, f"{path}: some files have a column of symbols, others none; import them apart"),
+        )
+        self.named = named
         batches = (
             read_text(path, layout) if layout.form == "text" else read_arrow(path, layout.form)
         )
@@ -734,14 +741,14 @@ class Table:
         if len(self.codes) <= 1:
             yield next(iter(self.codes), ""), frame
             return
-        refuse((not frame.code.isin(self.codes.values()).all(), "some rows have no symbol"))
+        refuse(("" in self.codes, f"{self.files[0]}: some rows have no symbol"))
         for symbol, code in self.codes.items():
             yield symbol, frame[frame.code == code].reset_index(drop=True)
 
 
 # ---------------------------------------------------------------------------------------- repairing
 class Repairs:
-    """Rows of one series, made sound where a flag says so; UsageError with the row where none does."""
+    """Rows of one series, made sound where a flag says so; UsageError with the row elsewhere."""
 
     def __init__(self, rows: pd.DataFrame, files: list[Path], args):
         self.rows, self.files, self.args, self.counts = rows, files, args, {}
@@ -792,7 +799,7 @@ class Repairs:
         self.drop(rivals, "keep", lambda row: "a second bar of this time, with other values")
 
     def resample(self):
-        """Bars of --resample: open of the first, highest, lowest, close of the last, sum of volume."""
+        """Bars of --resample: first open, highest, lowest, last close, sum of volumes."""
         rule, rows = self.args.rule, self.rows
         times = rows.timestamp.to_numpy().astype("datetime64[ns]").astype(np.int64)
         step = commonest_step(times)
@@ -869,7 +876,7 @@ def write(tables: dict[Path, pd.DataFrame], source: dict):
 
 
 def main(argv=None) -> dict:
-    """Import; returns out ({path: bars}), kinds, times and sides (one a file), repairs ({path: counts})."""
+    """Import; returns out {path: bars}, files (a dict each) and repairs {path: counts}."""
     args = parse(argv)
     table, found = Table(args), []
     for path in args.files:

@@ -173,6 +173,9 @@ def test_one_file_a_symbol(tmp_path):
     result = import_bars.main([str(path), "--out", str(tmp_path / "a" / "X.parquet")])
     assert [Path(out).name for out in result["out"]] == ["X_AAPL.parquet", "X_BRKB.parquet"]
     np.testing.assert_array_equal(data.read_bars(tmp_path / "a" / "X_BRKB.parquet")[0], times("h"))
+    (tmp_path / "no_symbol.csv").write_text(lines(BINANCE, MINUTES))
+    with pytest.raises(UsageError, match="no_symbol.csv"):
+        import_bars.main([str(path), str(tmp_path / "no_symbol.csv"), "--out", str(tmp_path / "c.parquet")])
     import_bars.main([str(path), "--out", str(tmp_path / "b.parquet"), "--symbols", "BRK/B"])
     np.testing.assert_array_equal(data.read_bars(tmp_path / "b.parquet")[0], times("h"))
 
