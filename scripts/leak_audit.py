@@ -981,7 +981,21 @@ def audit_run(audit: Audit, folder: Path):
     script = state.get("script")
     if script not in audits:
         raise UsageError(f"{folder}: a run of {script}: only {', '.join(audits)} have bars")
-    audits[script](audit, SimpleNamespace(**flags), state)
+    with one_thread():
+        audits[script](audit, SimpleNamespace(**flags), state)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """A kernel of few lanes on several threads mostly waits for them."""
+    import numba
+
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(threads)
 
 
 def check_data(flags, here, there):
