@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import traceback
-from multiprocessing import connection
+from multiprocessing import connection, util
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,8 @@ def start_process(context, task, *args):
     process = context.Process(target=_begin, args=(task, theirs, *args), daemon=True)
     process.start()
     theirs.close()  # or the process's death would not close the pipe
+    # a parent that ends without close(): multiprocessing sends SIGTERM and would wait for ever
+    util.Finalize(None, process.kill, exitpriority=0)
     return process, ours
 
 

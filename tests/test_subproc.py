@@ -54,9 +54,9 @@ def pids(env):
 
 
 def all_gone(processes):
-    """Within 10 s; a zombie is gone."""
+    """Within a minute; a zombie is gone."""
     known = [psutil.Process(pid) for pid in processes if psutil.pid_exists(pid)]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in known):
             return True
@@ -220,15 +220,22 @@ if __name__ == "__main__":
     env.step_lanes(torch.zeros(4, dtype=torch.int64))
     print(*t.pids(env), flush=True)
     env.send(0, torch.ones(4, dtype=torch.int64))
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
 @linux
 @pytest.mark.parametrize("env_fn, how", [
     ("ours", "kill the parent"),
-    *(pytest.param(env_fn, how, marks=pytest.mark.slow) for env_fn in ("ours", "hangs", "hangs_in_c")
-      for how in ("kill the parent", "kill everything", "Ctrl-C"))])
+    ("hangs", "Ctrl-C"),
+    *(pytest.param(env_fn, how, marks=pytest.mark.slow) for env_fn, how in (
+        ("ours", "Ctrl-C"),
+        ("hangs", "kill the parent"),
+        ("hangs_in_c", "kill the parent"),
+        ("hangs_in_c", "kill everything"),
+        ("hangs_in_c", "Ctrl-C"),
+    )),
+])
 def test_nothing_survives_the_parent(tmp_path, repo, env_fn, how):
     before = set(os.listdir("/dev/shm"))
     (tmp_path / "parent.py").write_text(PARENT)
@@ -247,7 +254,7 @@ def test_nothing_survives_the_parent(tmp_path, repo, env_fn, how):
         else:
             for pid in family * (how == "kill everything") + [parent.pid]:
                 os.kill(pid, signal.SIGKILL)
-        parent.wait(10)
+        parent.wait(60)
         assert all_gone(family)
         assert not set(os.listdir("/dev/shm")) - before
     finally:
