@@ -248,7 +248,7 @@ def between(bars: Bars, start: pd.Timestamp, stop: pd.Timestamp) -> slice:
 
 def count(bars: Bars, start: pd.Timestamp, stop: pd.Timestamp) -> int:
     rows = between(bars, start, stop)
-    return rows.stop - rows.start
+    return int(rows.stop - rows.start)
 
 
 def gap_rows(segment: Segment, assets: list) -> int:
