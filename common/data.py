@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 KINDS = (".parquet", ".csv")
+IMPORT = "python scripts/import_bars.py {} --out data/NAME.parquet may import it"
 MIN_ROWS = 3  # two bars make a spacing, a third makes it a series
 FAR = 0.20  # a move of one bar beyond this is said
 FUNDING_TIMES = ("fundingTime", "fundingRateTimestamp", "calc_time", "timestamp", "time")
@@ -220,7 +221,8 @@ def _read(path, raw, names, exact):
 def _read_bytes(path: str | Path) -> bytes:
     kind = Path(path).suffix
     if kind.lower() not in KINDS:
-        raise DataError(f"{path}: unknown kind of file '{kind}'; bars come as .parquet or .csv")
+        why = f"unknown kind of file '{kind}'; bars come as .parquet or .csv"
+        raise DataError(f"{path}: {why}; {IMPORT.format(path)}")
     try:
         return Path(path).expanduser().read_bytes()
     except FileNotFoundError:
@@ -313,7 +315,7 @@ def _check_columns(path, found, names, exact):
             f"{kind} {', '.join(repr(name[:40]) for name in some)}" for kind, some in kinds if some
         )
         need = (
-            f"bars have exactly {', '.join(COLUMNS)}"
+            f"bars have exactly {', '.join(COLUMNS)}; {IMPORT.format(path)}"
             if exact
             else f"found {', '.join(found)[:200]}"
         )
@@ -422,7 +424,7 @@ def _epoch(path, text, row=0):
     unit = {10: "s", 13: "ms", 16: "us", 19: "ns"}.get(digits, "ms")
     return (
         f"{path}: row {row}, column 'timestamp': {text[:40]} is an epoch, its unit a guess; "
-        f"convert it: pd.to_datetime(df['timestamp'], unit='{unit}', utc=True)"
+        f"{IMPORT.format(path)} with --unit {unit}"
     )
 
 
