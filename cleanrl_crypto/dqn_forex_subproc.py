@@ -146,7 +146,6 @@ MAX_GRAD_NORM = 10.0  # never reached in a healthy run: it stops one bad batch
 # of the averaged weights, an update: about the last 1000, quieter than the last ones
 AVERAGE = 0.999
 START_E = 1.0  # first probability of a random action: nothing is known yet
-END_E = 0.05  # and its last
 LAST_RATE = 0.02  # of --learning-rate, at the end of the cosine
 EVAL_EPISODES = 100  # of a custom environment
 EVAL_STEPS = 100_000  # vector steps after which these are cut: an episode may never end
@@ -264,8 +263,10 @@ class Args(RunArgs):
     """weight of the online network when the target network is updated (1: a hard copy)"""
     target_network_frequency: int = 1
     """updates between updates of the target network"""
+    end_e: float = 0.05
+    """last probability of a random action, from 1"""
     exploration_fraction: float = 0.3
-    """share of --total-timesteps over which the probability of a random action falls from 1 to .05"""
+    """share of --total-timesteps over which it falls"""
     learning_rate: float = 3e-4
     """AdamW; falls to 2 % by a cosine"""
     weight_decay: float = 0.3
@@ -287,7 +288,7 @@ class Args(RunArgs):
             "on_worker_death": ("fail", "restart"),
         }
         ranges = {
-            (0, 1): "exploration_fraction learning_rate weight_decay",
+            (0, 1): "end_e exploration_fraction learning_rate weight_decay",
             (0, 0.9999): "gamma",
             (1e-6, 1): "tau",
             (0, 1000): "cost_bps",
@@ -1930,7 +1931,7 @@ def main(argv: list[str] | None = None) -> dict:
         # ALGO LOGIC: action; a step is sent off, the learner works, then its result is taken in
         run.phase("rollout")
         duration = args.exploration_fraction * args.total_timesteps
-        epsilon = linear_schedule(START_E, END_E, duration, loop.global_step)
+        epsilon = linear_schedule(START_E, args.end_e, duration, loop.global_step)
         if loop.global_step < args.learning_starts:
             epsilon = 1.0
         explore = torch.from_numpy(run.rng.random(args.lanes) < epsilon).to(device)

@@ -432,9 +432,9 @@ def test_it_solves_cartpole(pole, seed):
     """60 000 transitions; then 100 episodes that chose nothing."""
     changes = dict(
         env_fn="pole:make", num_envs=8, num_workers=1, total_timesteps=60_000, learning_starts=1000, tau=1,
-        target_network_frequency=128, learning_rate=2.3e-3, exploration_fraction=0.16, gamma=0.99, weight_decay=0,
-        batch_size=64, buffer_size=60_000, hidden=256, eval_interval=10_000, report=False, torch_threads=1,
-        cuda=False, seed=seed)
+        target_network_frequency=128, learning_rate=2.3e-3, exploration_fraction=0.16, end_e=0.04, gamma=0.99,
+        weight_decay=0, batch_size=64, buffer_size=60_000, hidden=256, eval_interval=10_000, report=False,
+        torch_threads=1, cuda=False, seed=seed)
     summary = dqn.main(flags_of(changes, pole / "run"))
     assert summary["eval"]["eval"]["agent"]["episode_return"] >= 475 and summary["global_step"] == 60_000
     policy = dqn.load_policy(pole / "run" / "checkpoints" / "best.pt")
