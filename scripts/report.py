@@ -22,6 +22,7 @@ import re
 import sys
 import traceback
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -585,18 +586,13 @@ class Page:
         self.lacks.append((what, why))
 
     def meaning(self, key: str) -> Meaning:
-        """The docs' row of a metric, of any split; a bare name is looked up by its last part."""
-        group, _, last = key.rpartition("/")
-        names = [key]
-        if group.startswith("eval/"):
-            names.append(f"eval/<split>/{last}")
-        if not group:
-            names += [
-                k for k in self.meanings if k.endswith(f"/{last}") and "alarm" not in k
-            ]
-        for name in names:
-            if name in self.meanings:
-                return self.meanings[name]
+        """The docs' row of a metric, <...> standing for anything; a bare name is the last part."""
+        for name, row in self.meanings.items():
+            pattern = re.sub("<[^>]+>", "*", name)
+            if "/" not in key and "alarm" not in name:
+                pattern = pattern.rpartition("/")[2]
+            if pattern != "*" and fnmatchcase(key, pattern):
+                return row
         return Meaning("", "", "")
 
     def html(self, title: str) -> str:

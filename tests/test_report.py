@@ -291,9 +291,9 @@ def test_docs_explain_what_the_report_asks_for(path):
 
 
 def test_a_metric_stands_beside_its_row_of_the_docs(full):
-    meanings = report.read_run(full[0]).meanings
+    page = report.Page(meanings=report.read_run(full[0]).meanings)
     keys = ("policy/alpha", "eval/<split>/score", "time/learn", "alarm/sigma")
-    texts = [report.from_markdown(t) for key in keys for t in meanings[key]]
+    texts = [report.from_markdown(t) for key in keys for t in page.meaning(key)]
     assert all(text in full[1] for text in texts)
 
 
