@@ -39,6 +39,7 @@ from common.data import COLUMNS, Bars, load_bars, utc_times  # noqa: E402
 from common.run import UsageError, exit_with  # noqa: E402
 
 OWN_BARS = "synthetic:noise?bars=1500"  # with holes and silent bars, see rough()
+MIRROR = 0, 2, 1, 3  # the column of which a mirrored open, high, low, close is made
 EDITS = {
     "rows": "later rows are edited",
     "length": "later rows are missing",
@@ -48,7 +49,9 @@ EDITS = {
 FIT_SHARES = (0.4, 0.6, 0.8)  # of the bars: the values of fit_until that are tried
 ROUNDING = 1e-6  # of a column's spread: a smaller difference is rounding
 Z = 7.0  # standard errors that chance does not reach in a few hundred tests
+LATER = np.datetime64("2262-01-01", "ns")  # than any bar
 TABLES = pd.Series, pd.DataFrame
+NUMBERS = bool, int, float, np.number, list, tuple, np.ndarray
 FEW = 100  # rows that a rank correlation needs
 
 SEEDS = 3  # episodes that are walked
@@ -118,8 +121,9 @@ def shuffled(bars: Bars, rng) -> Bars:
     before = bars.ohlcv[:, order - 1, 3:4]
     ohlcv = bars.ohlcv[:, order].copy()
     shape = ohlcv[..., :4] / before  # (A, T, 4), over the last close
-    growth = np.cumsum(np.log(shape[..., 3]), 1)
-    close = bars.ohlcv[:, :1, 3] * np.exp(growth)
+    moves = np.log(shape[..., 3])
+    growth = np.exp(np.cumsum(moves, 1))
+    close = bars.ohlcv[:, :1, 3] * growth
     last = close / shape[..., 3]
     ohlcv[..., :4] = shape * last[..., None]
     return replace(bars, ohlcv=ohlcv)
@@ -128,10 +132,10 @@ def shuffled(bars: Bars, rng) -> Bars:
 def mirrored(bars: Bars, last: int) -> Bars:
     """Every rise up to the close of row `last` is a fall; that close and all later rows stay."""
     ohlcv = bars.ohlcv.copy()
-    opn, high, low, close = (bars.ohlcv[:, : last + 1, c] for c in range(4))
-    pivot = close[:, -1:] ** 2
-    for c, price in enumerate((opn, low, high, close)):
-        ohlcv[:, : last + 1, c] = pivot / price
+    past = bars.ohlcv[:, : last + 1]
+    pivot = past[:, -1:, 3] ** 2
+    for c, mirror in enumerate(MIRROR):
+        ohlcv[:, : last + 1, c] = pivot / past[..., mirror]
     return replace(bars, ohlcv=ohlcv)
 
 
@@ -144,6 +148,11 @@ def frame_of(bars: Bars) -> pd.DataFrame:
             columns[prefix + column] = values.copy()
     index = utc_times(bars.timestamp.copy())
     return pd.DataFrame(columns, index=index.rename("timestamp"))
+
+
+def draw(rng, start, stop) -> int:
+    """A row from start on and before stop, or start."""
+    return int(rng.integers(start, max(stop, start + 1)))
 
 
 def row_at(bars: Bars, time) -> int:
@@ -243,7 +252,8 @@ def user_target(spec: str, bars: Bars) -> Target:
 
     target = Target(spec, call)
     if takes_fit:
-        target.fits = tuple(int(share * len(bars.timestamp)) for share in FIT_SHARES)
+        rows = len(bars.timestamp)
+        target.fits = tuple(int(share * rows) for share in FIT_SHARES)
     if spec.rpartition(":")[0].endswith(".py"):
         target.fresh = first_call
     return target
@@ -294,7 +304,8 @@ def by_time(values, bars: Bars, name: str) -> pd.DataFrame:
             kind = type(values).__name__
             raise UsageError(f"{name}: returned {kind}, not columns or an environment")
         values = pd.DataFrame(array.reshape(len(array), -1))
-    levels = [values.index.get_level_values(k) for k in range(values.index.nlevels)]
+    index = values.index
+    levels = map(index.get_level_values, range(index.nlevels))
     times = [level for level in levels if isinstance(level, pd.DatetimeIndex)]
     if times:
         index = times[0]
@@ -308,7 +319,8 @@ def by_time(values, bars: Bars, name: str) -> pd.DataFrame:
     if index.tz is not None:
         index = index.tz_convert("UTC").tz_localize(None)
     index = index.as_unit("ns")
-    twin = pd.Series(index).groupby(index.to_numpy()).cumcount()
+    times = pd.Series(index)
+    twin = times.groupby(times).cumcount()
     index += pd.to_timedelta(twin.to_numpy(), "ns")
     return values.set_axis(index, axis=0).sort_index()
 
@@ -337,7 +349,7 @@ def flat(values, name: str = "", depth: int = 6) -> dict[str, np.ndarray]:
         return {}
     if isinstance(values, TABLES):
         values = values.to_numpy()
-    if isinstance(values, (bool, int, float, np.number, list, tuple, np.ndarray)):
+    if isinstance(values, NUMBERS):
         with contextlib.suppress(ValueError, TypeError):
             return {name: np.asarray(values, np.float64).ravel()}
         values = dict(enumerate(values))
@@ -352,10 +364,11 @@ def flat(values, name: str = "", depth: int = 6) -> dict[str, np.ndarray]:
 
 def moved(x, y, spread, level) -> np.ndarray:
     """Whether two arrays differ by more than rounding; NaN is equal to NaN."""
-    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    unknown = np.isnan(x) & np.isnan(y)
     with np.errstate(invalid="ignore"):
-        near = np.abs(x - y) <= ROUNDING * spread + level
-    return ~(same | near)
+        size = np.abs(x - y)
+    near = size <= ROUNDING * spread + level
+    return ~(near | unknown | (x == y))
 
 
 # ----------------------------------------------------------------------------------------- columns
@@ -363,7 +376,10 @@ class ColumnAudit:
     """A function of bars: two calls on the same bars, edits of the future, shuffled bars."""
 
     def __init__(self, audit: Audit, target: Target, bars: Bars, edits: int):
-        self.audit, self.target, self.bars, self.edits = audit, target, bars, edits
+        self.audit = audit
+        self.target = target
+        self.bars = bars
+        self.edits = edits
         self.rng = np.random.default_rng(audit.args.seed)
         self.bases = self.first_calls()  # row up to which it fits, or None -> Shown
         self.fit, self.base = next(iter(self.bases.items()))
@@ -422,20 +438,24 @@ class ColumnAudit:
         for split, frame in frames.items():
             firsts[split] = row_at(self.bars, frame.index[0])
         train = min(firsts, key=firsts.get)
-        self.start = max(row_at(self.bars, frames[train].index[-1]), self.fit or 0)
+        last = frames[train].index[-1]
+        self.start = max(row_at(self.bars, last), self.fit or 0)
         self.bases = {self.fit: self.base}
         for border in sorted(firsts.values())[1:]:
-            earlier = {split: frames[split] for split in frames if firsts[split] < border}
+            cut = border - 1
+            earlier = {name: x for name, x in frames.items() if firsts[name] <= cut}
             before = replace(self.base, frames=earlier)
             for kind in ("rows", "prices"):
-                after = self.show(border - 1, kind, self.fit)
-                self.compare(before, after, border - 1, kind, skip=(), whole=True)
+                after = self.show(cut, kind, self.fit)
+                self.compare(before, after, cut, kind, skip=(), whole=True)
         self.audit.tried.append(f"{len(firsts)} splits, labels too")
 
     def kinds(self) -> list[str]:
         """Of edits; a split's share of the rows moves with their number."""
-        several = len(self.base.frames) > 1
-        return [kind for kind in self.target.kinds if not (several and kind == "length")]
+        kinds = list(self.target.kinds)
+        if len(self.base.frames) > 1 and "length" in kinds:
+            kinds.remove("length")
+        return kinds
 
     def show(self, cut, kind, fit, target=None) -> Shown:
         bars = edited(self.bars, cut, kind, self.rng)
@@ -444,9 +464,10 @@ class ColumnAudit:
     def edit_the_future(self):
         counts = dict.fromkeys(self.kinds(), 0)
         failures = []
+        edits = self.edits // len(self.bases)
         for fit, base in self.bases.items():
             start = self.start if len(self.bases) == 1 else fit
-            for cut, kind in self.plan(start, self.edits // len(self.bases)):
+            for cut, kind in self.plan(start, edits):
                 try:
                     after = self.show(cut, kind, fit)
                 except Exception as e:  # too few bars for it, or bars that it refuses
@@ -455,7 +476,8 @@ class ColumnAudit:
                 counts[kind] += 1
                 self.compare(base, after, cut, kind, self.skip)
                 if fit is not None:
-                    compare_fitted(self.audit, base.fitted, after.fitted, cut + 1 - fit, kind)
+                    ahead = cut + 1 - fit
+                    compare_fitted(self.audit, base.fitted, after.fitted, ahead, kind)
         if not any(counts.values()):
             raise UsageError(f"{self.target.name}: fails on edited bars: {failures[0]}")
         for kind, count in counts.items():
@@ -475,7 +497,8 @@ class ColumnAudit:
         last = len(self.bars.timestamp) - 2
         if start is None:
             first = 0
-            special = np.geomspace(1, last // 10, edits // 6 + 1).astype(int).tolist()
+            warm_up = np.geomspace(1, last // 10, edits // 6 + 1)
+            special = warm_up.astype(int).tolist()
         else:
             first = min(start, last)
             special = [first] * (edits // 4 + 1)
@@ -483,14 +506,16 @@ class ColumnAudit:
         hole = steps > 1.5 * np.median(steps)
         silent = self.bars.ohlcv[0, :-1, 4] == 0
         odd = np.flatnonzero((hole | silent)[first:last]) + first
-        special += self.rng.permutation(odd)[: edits // 5].tolist()
-        kinds = self.kinds()
+        odd = self.rng.permutation(odd)
+        special += odd[: edits // 5].tolist()
         plan = [(cut, "rows") for cut in special]
-        edges = np.linspace(first, last + 1, max(edits - len(special), len(kinds)) + 1)
-        for k, edge in enumerate(edges[:-1]):
-            stop = max(edges[k + 1], edge + 1)
-            cut = int(self.rng.integers(edge, stop))
-            plan.append((min(cut, last), kinds[k % len(kinds)]))
+        kinds = self.kinds()
+        others = max(edits - len(special), len(kinds))
+        edges = np.linspace(first, last + 1, others + 1)
+        for k in range(others):
+            cut = draw(self.rng, edges[k], edges[k + 1])
+            kind = kinds[k % len(kinds)]
+            plan.append((min(cut, last), kind))
         return plan
 
     def compare(self, before, after, cut, kind, skip, whole=False):
@@ -498,7 +523,8 @@ class ColumnAudit:
 
         whole: all rows of these frames, whatever their times.
         """
-        end = np.append(self.bars.timestamp, np.datetime64("2262-01-01", "ns"))[cut + 1]
+        times = np.append(self.bars.timestamp, LATER)
+        end = times[cut + 1]
         for split, everything in before.frames.items():
             old = everything
             new = after.frames.get(split, everything[:0])
@@ -512,7 +538,8 @@ class ColumnAudit:
                     names.append(name)
                 elif name not in skip:
                     how = f"there is no such column when {EDITS[kind]}"
-                    self.audit.report(column(split, name), cut + 1, np.inf, how)
+                    what = column(split, name)
+                    self.audit.report(what, cut + 1, np.inf, how)
             both = old.index.intersection(new.index)
             x = old.loc[both, names].to_numpy()
             y = new.loc[both, names].to_numpy()
@@ -525,16 +552,19 @@ class ColumnAudit:
                 if names[k] in skip:
                     continue
                 rows = changed[:, k]
-                size = np.abs(x[rows, k] - y[rows, k]) / (spread[k] or level[k] or 1.0)
+                unit = spread[k] or level[k] or 1.0
+                size = np.abs(x[rows, k] - y[rows, k])
                 size = np.nan_to_num(size, nan=np.inf).max()
                 time = both[rows.argmax()]
+                what = column(split, names[k])
                 how = f"changes when {EDITS[kind]}"
-                self.report_row(column(split, names[k]), time, cut, size, how)
+                self.report_row(what, time, cut, size / unit, how)
 
     def compare_rows(self, split, old, new, cut, kind):
         """Rows that come or go, those within a hole aside; labels may take the last ones away."""
         missing = old.index.symmetric_difference(new.index)
-        missing = missing[np.isin(missing, self.bars.timestamp[: cut + 1])]
+        past = self.bars.timestamp[: cut + 1]
+        missing = missing[np.isin(missing, past)]
         if len(missing) and not self.audit.args.labels:
             what = column(split, old.columns[0])
             self.report_row(what, missing[0], cut, np.inf, f"comes or goes when {EDITS[kind]}")
@@ -549,7 +579,11 @@ class ColumnAudit:
         model = self.base.model
         if model is None:
             return
-        held = Target(self.target.name, lambda bars, _: model.transform(frame_of(bars)))
+
+        def transform(bars, _):
+            return model.transform(frame_of(bars))
+
+        held = Target(self.target.name, transform)
         base = shown_by(held, self.bars, None)
         plan = self.plan(None, self.edits)
         for cut, kind in plan:
@@ -584,9 +618,10 @@ class ColumnAudit:
         for split, frame in frames.items():
             for early in (True, False):
                 chosen = frame[(frame.index <= border) == early]
-                rows = np.searchsorted(bars.timestamp, chosen.index.to_numpy(), "right") - 1
+                rows = np.searchsorted(bars.timestamp, chosen.index, "right") - 1
+                next_rows = known.iloc[rows]
                 for name in chosen.columns.difference([*self.skip], sort=False):
-                    z, of = rank_z(chosen[name].to_numpy(), known.iloc[rows])
+                    z, of = rank_z(chosen[name].to_numpy(), next_rows)
                     if z > Z:
                         how = f"on shuffled bars it knows the next {of}, {z:.0f} standard errors"
                         how += ", in the rows of the fit" * (early and bool(self.start))
@@ -598,10 +633,11 @@ class ColumnAudit:
     def compare_earnings(self, split, frame):
         for name in self.audit.args.earned:
             x = frame[name].dropna().to_numpy()
-            z = x.mean() / (x.std() or 1.0) * np.sqrt(len(x))
+            mean = x.mean() / (x.std() or 1.0)
+            z = mean * np.sqrt(len(x))
             if z > Z:
                 how = f"it earns on shuffled bars, {z:.0f} standard errors: a fill at a known price"
-                self.audit.report(column(split, name), 1, z / np.sqrt(len(x)), how)
+                self.audit.report(column(split, name), 1, mean, how)
 
 
 def column(split: str, name: str) -> str:
@@ -640,8 +676,10 @@ def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
     from scipy.stats import rankdata
 
     best = 0.0, ""
-    for x in (values, np.diff(values, prepend=np.nan)):
-        both = np.isfinite(x) & known.notna().all(axis=1).to_numpy()
+    complete = known.notna().all(axis=1).to_numpy()
+    changes = np.diff(values, prepend=np.nan)
+    for x in (values, changes):
+        both = np.isfinite(x) & complete
         count = both.sum()
         if count < FEW or np.ptp(x[both]) == 0:
             continue
@@ -650,9 +688,10 @@ def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
         a -= a.mean()
         b -= b.mean(0)
         size = np.linalg.norm(a) * np.linalg.norm(b, axis=0)
-        z = np.abs(a @ b) / np.maximum(size, 1.0) * np.sqrt(count)
-        k = int(z.argmax())
-        best = max(best, (float(z[k]), known.columns[k]))
+        rho = np.abs(a @ b) / np.maximum(size, 1.0)
+        k = int(rho.argmax())
+        z = float(rho[k] * np.sqrt(count))
+        best = max(best, (z, known.columns[k]))
     return best
 
 
@@ -695,14 +734,21 @@ def extremes(space) -> tuple:
     import gymnasium as gym
 
     if isinstance(space, gym.spaces.Box):
-        low = np.where(np.isfinite(space.low), space.low, -1.0)
-        high = np.where(np.isfinite(space.high), space.high, 1.0)
-        return low.astype(space.dtype), high.astype(space.dtype)
+        low, high = space.low.copy(), space.high.copy()
+        low[~np.isfinite(low)] = -1.0
+        high[~np.isfinite(high)] = 1.0
+        return low, high
     if isinstance(space, gym.spaces.Discrete):
         return space.start, space.start + space.n - 1
     if isinstance(space, gym.spaces.MultiDiscrete):
         return space.start.copy(), space.start + space.nvec - 1
     raise UsageError(f"action space {type(space).__name__}: must be Box, Discrete or MultiDiscrete")
+
+
+def common_part(a, b) -> tuple:
+    """Two arrays up to the length of the shorter one."""
+    n = min(len(a), len(b))
+    return a[:n], b[:n]
 
 
 class EnvAudit:
@@ -731,20 +777,23 @@ class EnvAudit:
         steps = self.audit.args.steps
         self.lane = hasattr(env, "num_envs")
         env.action_space.seed(0)
-        self.actions = [env.action_space.sample() for _ in range(steps + PAYOFF)]
+        self.actions = []
+        for _ in range(steps + PAYOFF):
+            self.actions.append(env.action_space.sample())
         self.ends = extremes(env.action_space)
         self.base = [self.walk(env, seed, steps) for seed in range(SEEDS)]
-        self.spread = np.concatenate([walk.obs for walk in self.base]).std(0)
+        everything = np.concatenate([walk.obs for walk in self.base])
+        self.spread = everything.std(0)
         self.random = np.zeros(len(self.names), bool)
         self.of_bars = self.random.copy()  # numbers that an edit of the bars has changed
         self.random_reward = False
         env = self.build(self.bars)
         for seed, base in enumerate(self.base):
             again = self.walk(env, seed, steps)
-            n = min(len(base.obs), len(again.obs))
-            self.random |= self.changed(base.obs[:n], again.obs[:n]).any(0)
-            n = min(len(base.rewards), len(again.rewards))
-            self.random_reward |= not np.allclose(base.rewards[:n], again.rewards[:n])
+            a, b = common_part(base.obs, again.obs)
+            self.random |= self.changed(a, b).any(0)
+            a, b = common_part(base.rewards, again.rewards)
+            self.random_reward |= not np.allclose(a, b)
         odd = [name for name, random in zip(self.names, self.random) if random]
         if self.random_reward:
             odd.append("the reward")
@@ -768,7 +817,8 @@ class EnvAudit:
         obs, _ = env.reset(seed=seed)
         parts = flat_obs(obs, self.lane)
         if not self.names:
-            self.names = [f"{k}[{i}]" for k, x in parts.items() for i in range(len(x))]
+            for part_name, x in parts.items():
+                self.names += [f"{part_name}[{k}]" for k in range(len(x))]
         obs_so_far = [np.concatenate([*parts.values()])]
         rewards = []
         for k in range(steps):
@@ -791,16 +841,15 @@ class EnvAudit:
 
     def first(self, cut, seed, other: Walk) -> First:
         base = self.base[seed]
-        n = min(len(base.obs), len(other.obs))
-        changed = self.changed(base.obs[:n], other.obs[:n])
+        a, b = common_part(base.obs, other.obs)
+        changed = self.changed(a, b)
         found = First(cut, None, None, "")
         self.of_bars |= changed.any(0)
         if changed.any():
             found.step = int(changed.any(1).argmax())
             found.which = self.names[changed[found.step].argmax()]
-        n = min(len(base.rewards), len(other.rewards))
-        level = 1e-9 * np.abs(base.rewards[:n])
-        changed = moved(base.rewards[:n], other.rewards[:n], base.rewards.std(), level)
+        a, b = common_part(base.rewards, other.rewards)
+        changed = moved(a, b, base.rewards.std(), 1e-9 * np.abs(a))
         if changed.any() and not self.random_reward:
             found.reward = int(changed.argmax())
         return found
@@ -834,21 +883,23 @@ class EnvAudit:
 
         The newest bar of the first observation is found by bisection.
         """
+        base = self.base[seed]
         low = self.fit or 0
         shows, hides = low - 1, self.rows - 1  # rows: an edit after it is in the observation, or not
         while hides - shows > 1:
             middle = (shows + hides) // 2
             other = self.walk(self.edit(middle), seed, 0)
-            if self.changed(self.base[seed].obs[:1], other.obs).any():
+            if self.changed(base.obs[:1], other.obs).any():
                 shows = middle
             else:
                 hides = middle
-        end = min(hides + len(self.base[seed].rewards), self.rows - 1)
+        end = min(hides + len(base.rewards), self.rows - 1)
         edges = np.linspace(hides, end, CUTS + 1)
         cuts = [shows, shows + 1, (end + self.rows) // 2, self.rows - 2]
-        for start, stop in zip(edges[:-1], edges[1:]):
-            cuts.append(int(self.rng.integers(start, max(stop, start + 1))))
-        return sorted({min(max(cut, low), self.rows - 2) for cut in cuts})
+        for k in range(CUTS):
+            cuts.append(draw(self.rng, edges[k], edges[k + 1]))
+        inside = np.clip(cuts, low, self.rows - 2)
+        return np.unique(inside).tolist()
 
     def observations_advance(self, seed, firsts):
         """An observation that shows bar c shows bar c + m at most m steps later, and the file is
@@ -899,9 +950,9 @@ class EnvAudit:
         env = self.build(bars)
         found = []
         for seed, _, step in pairs:
-            low, high = (self.walk(env, seed, step + PAYOFF, step, end).rewards for end in (0, 1))
-            n = min(len(low), len(high))
-            gain = high[step:n] - low[step:n]
+            low, high = (self.walk(env, seed, step + PAYOFF, step, end) for end in (0, 1))
+            a, b = common_part(low.rewards, high.rewards)
+            gain = b[step:] - a[step:]
             found.append(gain.sum())
         return found
 
@@ -946,11 +997,11 @@ class EnvAudit:
                 other = self.walk(env, 0, len(base.rewards))
             except Exception:
                 continue
-            n = min(len(base.obs), len(other.obs)) - 2
-            if n < 2:
+            a, b = common_part(base.obs[:-2], other.obs[:-2])
+            if len(a) < 2:
                 continue
-            changed = self.changed(base.obs[:n], other.obs[:n]).any(0)
-            if (changed & self.of_bars).sum() > 0.5 * self.of_bars.sum():
+            changed = self.changed(a, b).any(0)
+            if changed[self.of_bars].mean() > 0.5:
                 continue  # another first row
             compared = True
             for k in np.flatnonzero(changed):
@@ -998,6 +1049,17 @@ def one_thread():
         numba.set_num_threads(threads)
 
 
+def flags_of(script, flags):
+    """args.json as the script's Args."""
+    values = {}
+    for name, value in vars(flags).items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return script.Args(**values)
+    except TypeError as e:
+        raise UsageError(f"args.json: flags of another version: {first_line(e)}") from e
+
+
 def check_data(flags, here, there):
     if here != there:
         raise UsageError(f"--data {flags.data}: is not what the run read (another sha256)")
@@ -1042,7 +1104,7 @@ def audit_tqc(audit, flags, state):
     bars = load_bars(flags.data, flags.fill_limit)
     check_data(flags, bars.sha256, state["data"]["sha256"])
     model = FeatureModel.from_state_dict(state["features"])
-    flags = tqc.Args(**vars(flags))
+    flags = flags_of(tqc, flags)
 
     def load(bars, features=None, forecast=False):
         with patch.object(tqc, "load_bars", lambda *_: bars):
@@ -1077,10 +1139,10 @@ def audit_dqn(audit, flags, state):
 
     if flags.env_fn:
         raise UsageError("a run of --env-fn has no bars: give its factory as TARGET")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(flags).items()}
-    flags = dqn.Args(**fields)
+    flags = flags_of(dqn, flags)
     series = dqn.load_series(flags)
-    check_data(flags, [bars.sha256 for bars in series.values()], list(state["data"]["sha256"]))
+    found = [bars.sha256 for bars in series.values()]
+    check_data(flags, found, list(state["data"]["sha256"]))
     stored = state["config"]["models"]
     pairs = quietly(dqn.load_pairs, flags)
     check_stored(audit, stored, pairs.models)
