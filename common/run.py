@@ -418,6 +418,8 @@ class Run:
             return
         check_tracking(args)
         self._claim(name)
+        for half_written in self.dir.rglob(".*.tmp"):  # by a process that was killed
+            half_written.unlink()
         before = self.state if self.resumed else None
         self.id = before["run"]["id"] if before else uuid.uuid4().hex[:12]
         write_json_atomic(asdict(args), self.dir / "args.json")
