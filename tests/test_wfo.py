@@ -28,7 +28,7 @@ TINY = """--window 8 --d-model 8 --fusion-width 16 --hidden 8 --updates-per-step
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """TOY.parquet, whose bars make two segments; LATE.parquet, the same but for the last test rows."""
+    """TOY.parquet, whose bars make two segments; late/TOY.parquet, the same but for the last test rows."""
     folder = tmp_path_factory.mktemp("wfo")
     bars = load_bars("synthetic:regime?bars=5350&seed=3")
     table = pd.DataFrame(bars.ohlcv[0], columns="open high low close volume".split())
@@ -40,7 +40,8 @@ def folder(tmp_path_factory):
     prices = table.columns[1:5]
     table.loc[rows, prices] *= np.exp(0.05 * rng.standard_normal((rows.sum(), 1)))
     table.loc[rows, "volume"] *= rng.uniform(0.1, 10, rows.sum())
-    table.to_parquet(folder / "LATE.parquet", index=False)
+    (folder / "late").mkdir()
+    table.to_parquet(folder / "late" / "TOY.parquet", index=False)
     return folder
 
 
@@ -159,17 +160,17 @@ def test_a_run_sees_its_segment_alone(study, folder):
 
 def test_test_rows_change_nothing_before_them(study, folder, monkeypatch):
     """The agent of the last segment, fitted and chosen beside other test rows, never killed, in this process, is the
-    same to the bit; its test is not."""
+    same to the bit; what it is tested on is not."""
     root, _ = study
     late = folder / "late"
     monkeypatch.setitem(wfo.ENGINES, "local", lambda tasks, *_: (wfo.run_task(t) for t in tasks))
-    done = main(argv_of(folder / "LATE.parquet", late, "--segment", "1"))
+    done = main(argv_of(folder / "late" / "TOY.parquet", late, "--segment", "1"))
     here, there = results_of(root)["segment_1"], results_of(late)["segment_1"]
     assert done["exit_code"] == 0
     assert here["agent_sha256"] == there["agent_sha256"]
     assert here["agent_sha256"] != results_of(root)["segment_0"]["agent_sha256"]
     assert here["eval_score"] == there["eval_score"]
-    assert here["test"]["agent"] != there["test"]["agent"]
+    assert here["test"]["buy_and_hold"] != there["test"]["buy_and_hold"]
 
 
 def test_flags_of_another_study_are_refused(study, folder):
@@ -180,7 +181,7 @@ def test_flags_of_another_study_are_refused(study, folder):
         [*argv, "--hidden", "16"],
         [*argv, "--seed", "3"],
         [*argv, "--no-such-flag"],
-        argv_of(folder / "LATE.parquet", root),  # other bars under the same name
+        argv_of(folder / "late" / "TOY.parquet", root),  # other bars under the same name
         argv_of(data, root, "--segment", "2"),
         argv_of(data, root, "--clean"),  # nobody to ask
         argv_of(data, root, "--warm-start"),
