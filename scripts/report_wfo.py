@@ -43,7 +43,7 @@ def add_header(page: Page, name: str, summary: dict):
         ("Sharpe ratio, a year", show(found["sharpe"] * year, "signed"), f"95 %: {low} to {high}"),
         ("deflated Sharpe ratio", f"{found['deflated']:.3f}", "skill from .95 on"),
         ("months needed more", show(summary["months_more"], "int"), "at this Sharpe ratio"),
-        ("worst segment, bp a bar", show(fold["worst_bps"], "signed"), f"{fold['worst_segment']}"),
+        ("worst, bp a bar", show(fold["worst_bps"], "signed"), f"segment {fold['worst_segment']}"),
     )
     for i, (label, value, small) in enumerate(tiles):
         page.add(
@@ -99,7 +99,7 @@ def add_folds(page: Page, summary: dict, results: list):
         y = result["test"]["agent"]["mean_reward_bps"]
         label = {"label": "agent"} if result is results[0] else {}
         face = color_of("agent") if chosen else "none"
-        ax.plot(result["segment"], y, "o", mec=color_of("agent"), mfc=face, **label)
+        ax.plot(result["segment"], y, "o", color=color_of("agent"), mfc=face, **label)
     ax.axhline(0, color="#1f2937", lw=0.8)
     ax.set_xticks(list(summary["segments"]))
     ax.set_xlabel("segment")

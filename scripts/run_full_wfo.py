@@ -454,7 +454,7 @@ def run_task(task: dict) -> dict:
         "updates": summary["updates"],
         "best_step": summary["best_step"],
         "eval_score": summary["eval"]["eval"]["agent"][judged],
-        "agent_sha256": hashlib.sha256((run_dir / "agent.pt").read_bytes()).hexdigest(),
+        "agent_sha256": hash_of(agent),
         "verdict": summary["audit"]["verdict"],
         "partial": bool(summary["eval"]["test"].get("partial")),
         "test": who_of(summary["eval"]["test"]),
@@ -462,6 +462,22 @@ def run_task(task: dict) -> dict:
     }
     write_json_atomic(result, task["result"])
     return read_result(task)
+
+
+def hash_of(agent: dict) -> str:
+    """Of the values: the same ones may be pickled in more than one way."""
+    return luck.fingerprint(tensors_hashed(agent))
+
+
+def tensors_hashed(value):
+    if isinstance(value, dict):
+        return {str(k): tensors_hashed(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tensors_hashed(v) for v in value]
+    if hasattr(value, "numpy"):
+        raw = value.contiguous().numpy().tobytes()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
+    return value
 
 
 def who_of(result: dict) -> dict:
@@ -778,6 +794,8 @@ def leads(growth: pd.DataFrame) -> dict:
 
 def sentence(found: dict, ahead: dict, bars_a_month: float) -> str:
     """Luck or not, in words."""
+    if found["low"] == found["high"] == 0:
+        return "The agent never traded in the test months: there is nothing to judge."
     have = found["bars"] / bars_a_month
     said = f"deflated Sharpe ratio {found['deflated']:.3f} after {found['trials']} trials"
     said += f" and {have:.1f} months out of sample"

@@ -1,6 +1,7 @@
 """Walk-forward: borders, what a run can see, kill and go on, the page, the ledger."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -240,7 +241,33 @@ def test_numbers_of_the_page(study):
     assert set(table["who"]) == {"agent", *wfo.RIVALS}
     assert len(table) == 3 * 6
     page = (folder / "report.html").read_text()
-    assert page.count("<figure") == 2 and summary["sentence"].split(":")[0] in page
+    assert page.count("<figure") == 2 and summary["sentence"] in page
+
+
+@pytest.mark.parametrize(
+    "mean, trials, months, words",
+    [
+        (0.0, 1, None, "nothing to judge"),
+        (-0.05, 1, math.inf, "Not dist"),
+        (0.02, 1, (0, 20), "Not dist"),
+        (0.02, 1000, (20, 400), "Not dist"),
+        (0.1, 1000, (0, 0), "Dist"),
+        (0.1, 1, (0, 0), "but not from buy and hold"),
+    ],
+)
+def test_luck_in_words(mean, trials, months, words):
+    """Months that are missing grow with the number of trials; a rising market is named."""
+    x = np.random.default_rng(0).normal(size=4000) if mean else np.zeros(4000)
+    agent = x - x.mean() + mean
+    growth = pd.DataFrame({"agent": agent} | dict.fromkeys(wfo.RIVALS, np.zeros(4000)))
+    if "but" in words:
+        growth["buy_and_hold"] = agent + 0.001 * np.random.default_rng(1).normal(size=4000)
+    found = wfo.luck.judge(agent, trials)
+    assert words in wfo.sentence(found, wfo.leads(growth), 730.5)
+    if isinstance(months, tuple):
+        assert months[0] <= found["bars_more"] / 730.5 <= months[1]
+    elif months:
+        assert found["bars_more"] == months
 
 
 def test_the_ledger_counts_and_misses_lines(study, folder):
