@@ -3,7 +3,7 @@ r"""Trades one market greedily on a grid of 21 exposures, by quantile critics ov
 FiLM (feature-wise modulation) gets the market's hidden state. TQC's truncation and its actor stand
 under flags: --policy actor. Funding of perpetual futures: --funding FILE.
 
-On a laptop: embedded market, 3 to 5 minutes on 2 cores, test score .8 to .93 of the optimum:
+On a laptop: embedded market, 3 to 5 minutes on 2 cores, test score .82 to .96 of the optimum:
 
     python cleanrl_crypto/tqc_film_batch.py --timeout 300
 
