@@ -335,8 +335,9 @@ def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
 def script_args(args: Args, extra: list[str]):
     """The training script's flags. UsageError where one is unknown, or the study's to set."""
     module = importlib.import_module(f"cleanrl_crypto.{SCRIPTS[args.script]}")
-    parsed, given = parse_args(module.Args, extra)
-    taken = ", ".join(flag(name) for name in sorted(given & OWN))
+    parsed, given = parse_args(module.Args, ["--data", args.data, *extra])
+    own = given & OWN if "--data" in extra else given & OWN - {"data"}
+    taken = ", ".join(flag(name) for name in sorted(own))
     refuse((taken, f"after --: {taken} is set by the study itself"))
     return parsed
 
@@ -960,10 +961,11 @@ def main(argv: list[str] | None = None) -> dict:
             score_line(ledger, study, result)
         if results:
             print(f"{len(results)} of {len(tasks)} runs were finished before")
-        with contextlib.closing(ENGINES[args.engine](left, args, guard)) as engine:
-            for result in engine:
-                score_line(ledger, study, result)
-                results.append(result)
+        if left:
+            with contextlib.closing(ENGINES[args.engine](left, args, guard)) as engine:
+                for result in engine:
+                    score_line(ledger, study, result)
+                    results.append(result)
         if guard.signal is not None:
             print("interrupted: the same command goes on")
             return {"exit_code": guard.exit_code}
