@@ -9,7 +9,8 @@ read from its own log: seconds of its phases `learn` and `rollout` between two l
 what comes before the first. The peer is sb3-contrib's TQC as it is (its buffer, losses, optimisers
 and loop); its policy holds copies of our networks, and its features extractor recomputes the frozen
 encoder for every batch, as any of its users would have it, in float32, the only precision it knows.
-The lasso's forecast, which ours keeps row by row, is a key of the peer's observation. Its first vector step is left out. Order: ours, peer, ours; medians are shown.
+The lasso's forecast, which ours keeps row by row, is a key of the peer's observation. Its first
+vector step is left out. Order: ours, peer, ours; medians are shown.
 
 Before the peer is timed, both sides compute the three losses of a first update on the same weights,
 batch and noise: float32 must agree to 1e-4 and bf16 to 2e-2 (relative), and both must train the

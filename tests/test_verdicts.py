@@ -1,8 +1,8 @@
 """The verdict of 60 trained runs whose kind is known beforehand; a run is some ten seconds."""
 import pytest
-from runs import flags_of
 
 from cleanrl_crypto import tqc_film_batch as tqc
+from runs import flags_of
 
 TINY = dict(
     num_envs=256, d_model=16, window=16, fusion_width=64, hidden=64, mae_steps=20, total_timesteps=12_288,
