@@ -1010,7 +1010,7 @@ class EnvAudit:
         if compared:
             self.audit.tried.append("shorter files")
         else:
-            self.audit.not_judged.append("edits of length (a shorter file begins elsewhere)")
+            self.audit.not_judged.append("edits of length (a shorter file is refused or begins elsewhere)")
 
 
 # ---------------------------------------------------------------------------------- run directories
