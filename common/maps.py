@@ -1,0 +1,888 @@
+"""Road maps of other programs as networks: SUMO, edge tables of OpenStreetMap, CityFlow.
+
+from common.maps import read_sumo
+net = read_sumo("cologne8.sumocfg")  # or read_sumo("MAP.net.xml", ["MAP.rou.xml"])
+
+Lane groups are segments: the lanes of an edge whose links turn the same way and have the same greens.
+What has no counterpart is in net.notes, with what became of it. A picture of what was read:
+python scripts/draw_map.py MAP.net.xml
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from common.networks import (
+    ROADS,
+    NetworkError,
+    Part,
+    Signal,
+    Turn,
+    assemble,
+    build_network,
+    near,
+    read_text,
+)
+
+BIN = 300.0  # s of a bin of the demand
+SHORTEST = 10.0  # m: shorter roads are joined to a neighbour
+POCKET = 200.0  # m before a stop line in which vehicles stand in the lanes of their turn
+GAP = 4.5, 2.5  # s, critical gap and follow-up time of those who give way
+HEADWAY = 1.0  # s, of the SUMO driver (tau), where a vehicle type gives none
+REACTION = 0.4  # s a vehicle that a queue adds to the driver's headway: see docs/maps.md
+SPACE = {"car": 7.5, "bus": 14.5, "truck": 9.6, "motorcycle": 4.7}  # m, length and gap
+DEFAULT_FLOW = 200.0  # veh/h and lane where a map comes without demand
+RARE = 0.03  # of the vehicles of lanes: turns below it count as the rest
+THINNEST = 0.1  # lanes of a part
+LEAST_GREEN = 5.0  # s, where a program gives no minDur (that of SUMO)
+TWO_WHEELS = {"motorcycle", "moped"}
+NO_CARS = {"pedestrian", "bicycle", "scooter", "wheelchair", "container", "ship"}
+ON_RAILS = {"tram", "rail_urban", "rail", "rail_electric", "rail_fast", "subway", "cable_car"}
+
+
+class Road(NamedTuple):
+    """A stretch without a choice; several edges of the map in a row."""
+
+    start: str
+    end: str
+    length: float  # m
+    limit: float  # m/s
+    lanes: tuple  # of ((lane id, length in m), ...), one a lane, upstream first
+    width: float  # lanes on most of its length
+    shape: tuple
+
+
+class Link(NamedTuple):
+    """A way from a lane into the next road."""
+
+    source: str
+    lane: int  # of the source, 0 is the rightmost
+    target: str
+    into: str  # lane id of the target
+    speed: float  # m/s over the junction
+    signal: str  # "" none
+    index: int  # of the signal's state
+    over: frozenset  # links (their numbers in the map) that this one gives way to
+    numbers: frozenset  # its own numbers
+
+
+class Program(NamedTuple):
+    offset: float
+    phases: tuple  # of (seconds, state, least seconds or None)
+
+
+class Trips(NamedTuple):
+    routes: Counter  # {(edges, minute of the bin, class): vehicles}
+    begin: float  # s, on SUMO's clock
+    seconds: float  # of the demand
+    space: float  # m that a standing vehicle takes
+    headway: float  # s, of the driver
+
+
+class Layout(NamedTuple):
+    """What a Network's parts are in SUMO."""
+
+    lanes: dict  # part -> ((lane id, from m, to m), ...)
+    tls: dict  # signal -> (tls id, state strings of its phases)
+    weight: dict  # part -> share of the vehicles of its lanes: < 1 where turns share a lane
+
+
+class Group(NamedTuple):
+    """Lanes of a road that turn alike: a segment."""
+
+    name: str
+    road: str
+    lanes: tuple  # numbers
+    width: float  # lanes; a part of one where turns share it
+    flows: dict  # {target: vehicles}
+    links: tuple
+
+
+# --------------------------------------------------------------------------------------- SUMO's files
+@cache
+def sumo():
+    """sumolib, with the programs of the wheel eclipse-sumo."""
+    try:
+        import sumo as programs
+        import sumolib
+    except ModuleNotFoundError as e:
+        raise NetworkError(
+            f"a SUMO map needs {e.name}: pip install -r requirements-sumo.txt"
+        ) from None
+    os.environ.setdefault("SUMO_HOME", programs.SUMO_HOME)
+    return sumolib
+
+
+def parse_xml(path: Path, root: str):
+    text = read_text(path)
+    try:
+        tree = ElementTree.fromstring(text)
+    except ElementTree.ParseError as e:
+        line, column = e.position
+        raise NetworkError(f"{path}: line {line}, column {column}: not XML: {e.msg}") from None
+    if tree.tag != root:
+        raise NetworkError(f"{path}: begins with <{tree.tag}>, must be <{root}>")
+    return tree
+
+
+class Files(NamedTuple):
+    net: Path
+    demand: tuple
+    additional: tuple
+    begin: float | None
+    end: float | None
+
+
+def find_files(path, demand=()) -> Files:
+    """A .net.xml and its demand, or a .sumocfg that names both."""
+    path = Path(path)
+    if path.suffix != ".sumocfg":
+        return Files(path, tuple(map(Path, demand)), (), None, None)
+    tree = parse_xml(path, "configuration")
+    given = {e.tag: e.get("value", e.get("v")) for e in tree.iter()}
+    if "net-file" not in given:
+        raise NetworkError(f"{path}: no net-file")
+    named = {}
+    for key in ("net-file", "route-files", "additional-files"):
+        names = re.split(r"[,\s]+", (given.get(key) or "").strip())
+        named[key] = tuple(path.parent / name for name in names if name)
+    times = [seconds_of(given.get(key), f"{path}: {key}") for key in ("begin", "end")]
+    return Files(
+        named["net-file"][0],
+        tuple(map(Path, demand)) or named["route-files"],
+        named["additional-files"],
+        *(t if t is None or t >= 0 else None for t in times),
+    )
+
+
+def seconds_of(text, at: str) -> float | None:
+    """SUMO's times: seconds, or [days:]hours:minutes:seconds."""
+    if text is None:
+        return None
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        raise NetworkError(f"{at}: {text!r} is not a time") from None
+    parts = [0.0] * (4 - len(parts)) + parts
+    days, hours, minutes, seconds = parts
+    return 86400 * days + 3600 * hours + 60 * minutes + seconds
+
+
+def read_trips(files: Files, notes: list) -> Trips:
+    """Routes of all vehicles by SUMO's own duarouter.
+
+    Trips without a route take the fastest way on an empty map, as in SUMO.
+    """
+    for path in (*files.demand, *files.additional):
+        parse_xml(path, "additional" if path in files.additional else "routes")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "routes.xml"
+        command = [sumo().checkBinary("duarouter"), "-n", files.net, "-o", out]
+        command += ["-r", ",".join(map(str, files.demand)), "--alternatives-output", "NUL"]
+        command += ["--no-step-log", "--no-warnings"]
+        for option, value in (("--begin", files.begin), ("--end", files.end)):
+            command += [] if value is None else [option, value]
+        if files.additional:
+            command += ["-a", ",".join(map(str, files.additional))]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            lines = [x for x in done.stderr.splitlines() if x.startswith("Error")]
+            names = ", ".join(path.name for path in files.demand)
+            what = lines[0].removeprefix("Error: ") if lines else done.stderr.strip()[-200:]
+            raise NetworkError(f"{names}: {what}")
+        return count_trips(ElementTree.parse(out).getroot(), files, notes)
+
+
+def count_trips(tree, files: Files, notes: list) -> Trips:
+    kinds = {e.get("id"): e for e in tree.iter("vType")}
+    vehicles, left_out = [], Counter()
+    for vehicle in tree.iter("vehicle"):
+        kind = kinds.get(vehicle.get("type"))
+        v_class = "passenger" if kind is None else kind.get("vClass", "passenger")
+        if v_class in NO_CARS | ON_RAILS:
+            left_out[v_class] += 1
+            continue
+        route = vehicle.find("route")
+        edges = tuple(route.get("edges").split())
+        vehicles.append((float(vehicle.get("depart")), edges, v_class, kind))
+    left_out["person"] += sum(1 for _ in tree.iter("person"))
+    for what, count in left_out.items():
+        if count:
+            notes.append(f"{count} of class {what} left out: not on roads for cars")
+    if not vehicles:
+        names = ", ".join(map(str, files.demand))
+        raise NetworkError(
+            f"{names}: no vehicle departs from {files.begin} to {files.end} s: look at begin and end"
+        )
+    begin = files.begin if files.begin is not None else min(v[0] for v in vehicles)
+    last = max(v[0] for v in vehicles)
+    end = files.end if files.end is not None else last + 1
+    routes, space, headway = Counter(), 0.0, 0.0
+    for depart, edges, v_class, kind in vehicles:
+        minute = BIN * ((depart - begin) // BIN) / 60
+        two = v_class in TWO_WHEELS
+        routes[edges, minute, "motorcycle" if two else "car"] += 1
+        space += space_of(kind, v_class)
+        headway += HEADWAY if kind is None else float(kind.get("tau", HEADWAY))
+    n = len(vehicles)
+    return Trips(routes, begin, end - begin, space / n, headway / n)
+
+
+def space_of(kind, v_class: str) -> float:
+    usual = SPACE.get(v_class, SPACE["car"])
+    if kind is None:
+        return usual
+    gap = float(kind.get("minGap", 2.5))
+    return float(kind.get("length", usual - 2.5)) + gap
+
+
+# ----------------------------------------------------------------------------------------- SUMO's map
+class Plan(NamedTuple):
+    """A map as it stands in its file."""
+
+    where: str
+    roads: dict  # {edge: Road}
+    links: list
+    programs: dict  # {signal: Program}
+
+
+def read_plan(path: Path, additional=(), notes=None) -> Plan:
+    tree = parse_xml(path, "net")
+    junctions = {e.get("id"): e for e in tree.iter("junction") if e.get("type") != "internal"}
+    try:
+        net = sumo().net.readNet(str(path), withPrograms=True, withInternal=True)
+    except (KeyError, ValueError, IndexError, AttributeError) as e:
+        raise NetworkError(
+            f"{path}: a connection, lane or junction names {e}, which the map does not have"
+        ) from None
+    notes = [] if notes is None else notes
+    roads, dropped, bus_lanes = {}, Counter(), 0
+    place = {}  # of a SUMO lane among those for cars
+    for edge in net.getEdges(withInternal=False):
+        lanes = [lane for lane in edge.getLanes() if lane.allows("passenger")]
+        if not lanes:
+            allowed = edge.getLanes()[0].getPermissions()
+            dropped[min(allowed) if allowed else "nobody"] += 1
+            continue
+        bus_lanes += len(edge.getLanes()) - len(lanes)
+        place |= {lane.getID(): k for k, lane in enumerate(lanes)}
+        roads[edge.getID()] = Road(
+            edge.getFromNode().getID(),
+            edge.getToNode().getID(),
+            edge.getLength(),
+            edge.getSpeed(),
+            tuple(((lane.getID(), lane.getLength()),) for lane in lanes),
+            len(lanes),
+            tuple((x, y) for x, y, *_ in edge.getShape()),
+        )
+    for kind, count in dropped.items():
+        notes.append(f"{count} edges without cars ({kind}, ...) left out")
+    if bus_lanes:
+        notes.append(f"{bus_lanes} lanes without cars (buses, bicycles, pavements) left out")
+    if not roads:
+        raise NetworkError(f"{path}: no edge for cars")
+    if net.getRoundabouts():
+        notes.append(f"{len(net.getRoundabouts())} roundabouts: edges whose entries give way")
+    links = read_links(net, junctions, roads, place)
+    return Plan(str(path), roads, links, read_programs(path, net, additional, notes))
+
+
+def read_links(net, junctions: dict, roads: dict, place: dict) -> list:
+    """Links between lanes for cars, each with those that it gives way to.
+
+    junctions: of the map's XML. The links of a junction are numbered by its lanes, then as written.
+    """
+    links, give_way = [], []
+    for name, junction in junctions.items():
+        lanes = [
+            x
+            for x in junction.get("incLanes").split()
+            if x[0] != ":" and net.hasEdge(x[: x.rindex("_")])
+        ]
+        ways = [c for lane in lanes for c in net.getLane(lane).getOutgoing()]
+        responses = {int(e.get("index")): e.get("response") for e in junction.iter("request")}
+        number = {}
+        for k, c in enumerate(ways):
+            if c.getFromLane().getID() in place and c.getToLane().getID() in place:
+                number[k] = len(links)
+                links.append(as_link(net, c, place, len(links)))
+        for k in number:
+            bits = responses.get(k, "")[::-1]
+            give_way.append(frozenset(number[j] for j in number if bits[j : j + 1] == "1"))
+    return [link._replace(over=over) for link, over in zip(links, give_way)]
+
+
+def as_link(net, c, place: dict, number: int) -> Link:
+    via = c.getViaLaneID()
+    speed = net.getLane(via).getSpeed() if via else c.getFromLane().getSpeed()
+    return Link(
+        c.getFrom().getID(),
+        place[c.getFromLane().getID()],
+        c.getTo().getID(),
+        c.getToLane().getID(),
+        speed,
+        c.getTLSID() or "",
+        c.getTLLinkIndex(),
+        frozenset(),
+        frozenset([number]),
+    )
+
+
+def read_programs(path: Path, net, additional, notes: list) -> dict:
+    programs = {}
+    for signal in net.getTrafficLights():
+        for name, program in signal.getPrograms().items():
+            phases = [(p.duration, p.state, p.minDur) for p in program.getPhases()]
+            programs[signal.getID()] = as_program(program.getOffset(), phases)
+            if program.getType() not in ("static", ""):
+                notes.append(
+                    f"signal {signal.getID()}: its {program.getType()} program {name} counts "
+                    "with its planned greens"
+                )
+        if signal.getID() not in programs:
+            raise NetworkError(f"{path}: signal {signal.getID()} has no program (tlLogic)")
+    for extra in additional:
+        for logic in parse_xml(extra, "additional").iter("tlLogic"):
+            phases = [
+                (float(p.get("duration")), p.get("state"), float(p.get("minDur", -1)))
+                for p in logic.iter("phase")
+            ]
+            programs[logic.get("id")] = as_program(float(logic.get("offset", 0)), phases)
+    return programs
+
+
+def as_program(offset, phases) -> Program:
+    kept = [(float(s), state, least if least and least > 0 else None) for s, state, least in phases]
+    return Program(float(offset), tuple(kept))
+
+
+# ------------------------------------------------------------------------------------ fewer roads
+class Ways:
+    """Roads, links and routes on their way to fewer of them."""
+
+    def __init__(self, plan: Plan, routes: Counter, notes: list):
+        self.where, self.programs, self.notes = plan.where, plan.programs, notes
+        self.routes = self.known_routes(plan.roads, routes)
+        self.look()
+        self.roads = {name: road for name, road in plan.roads.items() if name in self.used}
+        self.links = [x for x in plan.links if (x.source, x.target) in self.pairs]
+        linked = {(x.source, x.target) for x in self.links}
+        for a, b in self.pairs:
+            if (a, b) not in linked:
+                raise NetworkError(f"{self.where}: no connection for cars from edge {a} to {b}")
+        if len(self.roads) < len(plan.roads):
+            unused = len(plan.roads) - len(self.roads)
+            notes.append(f"{unused} edges that no vehicle uses left out")
+
+    def known_routes(self, roads: dict, routes: Counter) -> Counter:
+        known, lost = Counter(), 0
+        for (edges, *rest), count in routes.items():
+            if all(edge in roads for edge in edges):
+                known[edges, *rest] += count
+            else:
+                lost += count
+        if lost:
+            self.notes.append(f"{lost} vehicles left out: their routes use edges without cars")
+        if not known:
+            raise NetworkError(f"{self.where}: no route uses its edges for cars")
+        return known
+
+    def look(self):
+        """What the routes use."""
+        self.pairs, self.starts, self.lasts = set(), set(), set()
+        self.nexts, self.befores = defaultdict(set), defaultdict(set)
+        for edges, *_ in self.routes:
+            self.starts.add(edges[0])
+            self.lasts.add(edges[-1])
+            self.pairs.update(zip(edges, edges[1:]))
+        for a, b in self.pairs:
+            self.nexts[a].add(b)
+            self.befores[b].add(a)
+        self.used = self.starts | self.lasts | {e for pair in self.pairs for e in pair}
+
+    def drop(self, gone: set):
+        """Takes roads out of all routes."""
+        routes = Counter()
+        for (edges, *rest), count in self.routes.items():
+            routes[tuple(e for e in edges if e not in gone), *rest] += count
+        self.routes = routes
+        self.roads = {name: road for name, road in self.roads.items() if name not in gone}
+        self.look()
+
+    def must_stop(self, a: str, b: str) -> bool:
+        """Whether a signal or a rival stands between two roads."""
+        alive = frozenset().union(*(x.numbers for x in self.links))
+        between = [x for x in self.links if (x.source, x.target) == (a, b)]
+        return any(x.signal or x.over & alive for x in between)
+
+    def join_rows(self):
+        """Roads in a row become one."""
+        gone, short = set(), 0
+        for a in list(self.roads):
+            if len(self.nexts[a]) != 1:
+                continue
+            (b,) = self.nexts[a]
+            first, second = self.roads[a], self.roads[b]
+            tiny = min(first.length, second.length) < SHORTEST
+            alike = len(first.lanes) == len(second.lanes) and first.limit == second.limit
+            alone = len(self.befores[b]) == 1 and b not in self.starts and a not in self.lasts
+            if not alone or a == b or not (tiny or alike) or self.must_stop(a, b):
+                continue
+            self.roads[b] = self.in_a_row(a, b)
+            self.links = [x for x in self.links if x.source != a]
+            self.links = [x._replace(target=b) if x.target == a else x for x in self.links]
+            for before in self.befores.pop(a, ()):
+                self.nexts[before] = self.nexts[before] - {a} | {b}
+                self.befores[b] = self.befores[b] - {a} | {before}
+            self.befores[b].discard(a)
+            if a in self.starts:
+                self.starts.add(b)
+            gone.add(a)
+            short += tiny
+        self.drop(gone)
+        return len(gone), short
+
+    def in_a_row(self, a: str, b: str) -> Road:
+        first, second = self.roads[a], self.roads[b]
+        ahead = defaultdict(tuple)  # lane of b -> the lane that leads into it
+        for x in self.links:
+            if (x.source, x.target) == (a, b):
+                ahead[x.into] = ahead[x.into] or first.lanes[x.lane]
+        lanes = tuple(ahead[lane[0][0]] + lane for lane in second.lanes)
+        length = first.length + second.length
+        seconds = first.length / first.limit + second.length / second.limit
+        longer = first if first.length > second.length else second
+        return Road(
+            first.start,
+            second.end,
+            length,
+            length / seconds,
+            lanes,
+            longer.width,
+            first.shape + second.shape,
+        )
+
+    def bypass(self, road: str):
+        """Takes a short road out from between several: those before lead to those behind."""
+        before = [x for x in self.links if x.target == road]
+        behind = [x for x in self.links if x.source == road]
+        self.links = [x for x in self.links if road not in (x.source, x.target)]
+        for a in before:
+            for b in behind:
+                over = a.over | b.over
+                self.links.append(a._replace(target=b.target, into=b.into, over=over))
+        for a in self.befores[road]:
+            longer = self.roads[a].length + self.roads[road].length
+            self.roads[a] = self.roads[a]._replace(length=longer)
+        self.drop({road})
+        self.links = [x for x in self.links if (x.source, x.target) in self.pairs]
+
+    def shorten(self):
+        """Fewer roads: those in a row joined, those that are short merged or stretched."""
+        joined, short = self.join_rows()
+        stretched = 0
+        for road in sorted(self.roads, key=lambda name: self.roads[name].length):
+            if self.roads[road].length >= SHORTEST:
+                continue
+            at_end = road in self.starts | self.lasts
+            stops = any(x.signal for x in self.links if x.source == road)
+            loops = self.befores[road] & self.nexts[road]
+            if at_end or stops or loops:
+                self.roads[road] = self.roads[road]._replace(length=SHORTEST)
+                stretched += 1
+            else:
+                self.bypass(road)
+                short += 1
+        more, tiny = self.join_rows()
+        for count, what in (
+            (joined + more - tiny, "edges joined to the next one: nobody turns between them"),
+            (short + tiny, f"edges shorter than {SHORTEST:g} m merged with a neighbour"),
+            (stretched, f"edges shorter than {SHORTEST:g} m stretched to it: they end at a signal"),
+        ):
+            if count:
+                self.notes.append(f"{count} {what}")
+
+
+# ------------------------------------------------------------------------------------- lane groups
+def greens_of(program: Program) -> list[int]:
+    """Numbers of the phases that a policy may choose: something green, nothing amber."""
+    greens = []
+    for k, (_, state, _) in enumerate(program.phases):
+        if not set(state) & set("yYu") and set(state) & set("Gg"):
+            greens.append(k)
+    return greens
+
+
+def pattern_of(link: Link, programs: dict, where: str) -> tuple:
+    """What a link shows in every green phase; () without a signal."""
+    if not link.signal:
+        return ()
+    if link.signal not in programs:
+        raise NetworkError(f"{where}: signal {link.signal} has no program (tlLogic)")
+    program = programs[link.signal]
+    shown = []
+    for k in greens_of(program):
+        state = program.phases[k][1]
+        if not 0 <= link.index < len(state):
+            raise NetworkError(
+                f"{where}: signal {link.signal}: state {state} has no link {link.index}"
+            )
+        shown.append(state[link.index])
+    if not set(shown) & set("Ggs"):
+        raise NetworkError(
+            f"{where}: signal {link.signal}: link {link.index} ({link.source} > {link.target}) "
+            "is green in no phase, but vehicles take it"
+        )
+    return (link.signal, "".join(shown))
+
+
+def spread(flows: dict, lanes: dict) -> dict:
+    """Vehicles of each turn over the lanes that allow it, as evenly as they allow.
+
+    flows {target: vehicles}, lanes {target: set of lanes} -> {(lane, target): vehicles}.
+    """
+    load, placed = Counter(), Counter()
+    steps = 40
+    for target in sorted(flows, key=lambda to: (len(lanes[to]), to)):
+        for _ in range(steps):
+            lane = min(sorted(lanes[target]), key=lambda k: load[k])
+            load[lane] += flows[target] / steps
+            placed[lane, target] += flows[target] / steps
+    return placed
+
+
+def groups_of(road: str, ways: Ways, flows: dict) -> list[Group]:
+    """Lane groups of a road. flows {target: vehicles}, without those that end there."""
+    here = [x for x in ways.links if x.source == road]
+    width = ways.roads[road].width
+    number = len(ways.roads[road].lanes)
+    if not any(x.signal for x in here):
+        return [Group(road, road, tuple(range(number)), width, dict(flows), tuple(here))]
+    lanes, shown = defaultdict(set), {}
+    for x in here:
+        lanes[x.target].add(x.lane)
+        shown[x.lane, x.target] = pattern_of(x, ways.programs, ways.where)
+    placed = spread(flows, lanes)
+    turns = defaultdict(dict)  # lane -> {target: vehicles}
+    for (lane, target), vehicles in placed.items():
+        if vehicles > 0:
+            turns[lane][target] = vehicles
+    alike = defaultdict(list)  # lanes that show the same for the same turns
+    for lane, vehicles in sorted(turns.items()):
+        kinds = frozenset((to, shown[lane, to]) for to in vehicles)
+        patterns = frozenset(pattern for _, pattern in kinds)
+        alike[kinds if len(patterns) > 1 else patterns].append(lane)
+    groups = []
+    for group in alike.values():
+        groups += split_turns(road, tuple(group), width / number, turns, shown, here)
+    return groups
+
+
+def split_turns(road: str, lanes: tuple, width: float, turns, shown, here) -> list[Group]:
+    """One group, or several where turns with different greens share lanes."""
+    kinds = defaultdict(Counter)
+    for lane in lanes:
+        for target, vehicles in turns[lane].items():
+            kinds[shown[lane, target]][target] += vehicles
+    total = sum(sum(flows.values()) for flows in kinds.values())
+    main = max(kinds, key=lambda kind: sum(kinds[kind].values()))
+    for kind in list(kinds):
+        if kind != main and sum(kinds[kind].values()) < RARE * total:
+            kinds[main].update(kinds.pop(kind))
+    groups = []
+    for kind, flows in sorted(kinds.items()):
+        share = sum(flows.values()) / total
+        links = [x for x in here if x.lane in lanes and x.target in flows]
+        links = [x for x in links if shown[x.lane, x.target] == kind or len(kinds) == 1]
+        name = f"{road}:{'-'.join(map(str, lanes))}" + (kind[1:] and f":{kind[1]}" or "")
+        groups.append(
+            Group(name, road, lanes, width * len(lanes) * share, dict(flows), tuple(links))
+        )
+    return groups
+
+
+# ------------------------------------------------------------------------------------- to a Network
+class Drawing:
+    """Parts, turns, signals and demand of a map whose roads, links and routes are known."""
+
+    def __init__(self, ways: Ways, trips: Trips):
+        self.ways, self.trips = ways, trips
+        self.flows = defaultdict(Counter)  # road -> {next road or "": vehicles}
+        for (edges, *_), count in ways.routes.items():
+            for a, b in zip(edges, (*edges[1:], "")):
+                self.flows[a][b] += count
+        self.groups, self.shares = {}, defaultdict(list)
+        for road in ways.roads:
+            onward = {to: n for to, n in self.flows[road].items() if to}
+            self.groups[road] = groups_of(road, ways, onward)
+            for group in self.groups[road]:
+                for to, vehicles in group.flows.items():
+                    self.shares[road, to].append((group.name, vehicles / onward[to]))
+        self.cut = {
+            road
+            for road, groups in self.groups.items()
+            if len(groups) > 1 and ways.roads[road].length > 1.25 * POCKET
+        }
+        self.of_link = defaultdict(set)  # number of a link -> its groups
+        for groups in self.groups.values():
+            for group in groups:
+                for link in group.links:
+                    for number in link.numbers:
+                        self.of_link[number].add(group.name)
+
+    def saturation_of(self, group: Group) -> float:
+        """veh/h and lane: the driver's headway, and the way of a vehicle at the turn's speed."""
+        road = self.ways.roads[group.road]
+        speeds = {x.target: min(x.speed, road.limit) for x in group.links}
+        total = sum(group.flows.values())
+        seconds = 0.0
+        for to, vehicles in group.flows.items():
+            speed = speeds.get(to, road.limit)
+            space = self.trips.space / speed
+            seconds += vehicles / total * (self.trips.headway + REACTION + space)
+        return 3600 / seconds * len(road.lanes) / road.width
+
+    def parts(self) -> list[Part]:
+        parts = []
+        for name, road in self.ways.roads.items():
+            length = road.length
+            if name in self.cut:
+                length -= POCKET
+                upstream, at_end = split_line(road.shape, POCKET)
+                parts.append(
+                    Part(
+                        name,
+                        road.start,
+                        road.start + "|" + name,
+                        length,
+                        road.width,
+                        road.limit,
+                        None,
+                        upstream,
+                    )
+                )
+            for group in self.groups[name]:
+                end = road.end
+                start, shape, length = road.start, road.shape, road.length
+                if name in self.cut:
+                    start, shape, length = road.start + "|" + name, at_end, POCKET
+                saturation = None
+                if any(x.signal for x in group.links):
+                    saturation = self.saturation_of(group)
+                width = max(group.width, THINNEST)
+                parts.append(
+                    Part(group.name, start, end, length, width, road.limit, saturation, shape)
+                )
+        return parts
+
+    def stops(self, road: str, to: str) -> list[tuple[str, float]]:
+        """Parts that a vehicle drives through on a road, each with its share; () is the last."""
+        if to:
+            return self.shares[road, to]
+        groups = self.groups[road]
+        return [(group.name, group.width / sum(g.width for g in groups)) for group in groups]
+
+    def steps(self, edges: tuple) -> list[list]:
+        """Where a route goes: lists of (part, share)."""
+        found = []
+        for k, (a, b) in enumerate(zip(edges, (*edges[1:], ""))):
+            if a in self.cut:
+                found.append([(a, 1.0)])
+            ends_before_signal = not b and len(self.groups[a]) > 1
+            if not ends_before_signal or (k == 0 and a not in self.cut):
+                found.append(self.stops(a, b))
+        return found
+
+    def turns_and_demand(self) -> tuple[list, dict]:
+        counts, begun = defaultdict(Counter), defaultdict(Counter)
+        for (edges, minute, kind), vehicles in self.ways.routes.items():
+            steps = self.steps(edges)
+            for part, share in steps[0]:
+                begun[part, kind][minute] += share * vehicles
+            for here, then in zip(steps, (*steps[1:], [("", 1.0)])):
+                for a, first in here:
+                    for b, second in then:
+                        counts[a][b] += vehicles * first * second
+        turns = [
+            Turn(a, b, n / sum(to.values())) for a, to in counts.items() for b, n in to.items() if n
+        ]
+        last = self.trips.seconds / 60
+        bins = [BIN / 60 * k for k in range(math.ceil(last / (BIN / 60) - 1e-9))]
+        demand = defaultdict(dict)
+        for (part, kind), by_minute in begun.items():
+            flow = []
+            for minute in bins:
+                hours = min(BIN / 60, last - minute) / 60
+                flow.append([minute, by_minute[minute] / hours])
+            demand[part][kind] = [*flow, [last, 0.0]]
+        return turns, dict(demand)
+
+    def rivals(self, group: Group) -> frozenset:
+        """Groups that this one gives way to."""
+        over = [number for link in group.links for number in link.over]
+        names = set().union(*(self.of_link[number] for number in over))
+        return frozenset(names - {group.name})
+
+    def give_way(self) -> dict:
+        """Yields of junctions without signals: the greater part of a road's vehicles decides."""
+        yields = {}
+        for groups in self.groups.values():
+            for group in groups:
+                if any(x.signal for x in group.links) or not group.flows:
+                    continue
+                waits = {x.target for x in group.links if self.rivals(group._replace(links=(x,)))}
+                vehicles = sum(n for to, n in group.flows.items() if to in waits)
+                if vehicles >= 0.5 * sum(group.flows.values()):
+                    yields[group.name] = (*GAP, tuple(sorted(self.rivals(group))))
+        return yields
+
+    def signals(self, yields: dict) -> tuple[list, dict]:
+        """Signals, and their states in the map; adds to yields those who give way at a green."""
+        by_signal = defaultdict(list)
+        for groups in self.groups.values():
+            for group in groups:
+                for name in {x.signal for x in group.links if x.signal}:
+                    by_signal[name].append(group)
+        signals, states = [], {}
+        for name, groups in sorted(by_signal.items()):
+            program = self.ways.programs[name]
+            greens = greens_of(program)
+            shown = {
+                g.name: pattern_of(g.links[0], self.ways.programs, self.ways.where)[1]
+                for g in groups
+            }
+            phases, minor = [], []
+            for p in range(len(greens)):
+                phases.append(frozenset(g for g, chars in shown.items() if chars[p] in "Ggs"))
+                waits = [g for g in groups if shown[g.name][p] in "gs" and self.rivals(g)]
+                minor.append(frozenset(g.name for g in waits))
+                yields |= {g.name: (*GAP, tuple(sorted(self.rivals(g)))) for g in waits}
+            if len(phases) < 2:
+                self.ways.notes.append(f"signal {name}: one phase: always open")
+                continue
+            idle = sum(not phase for phase in phases)
+            if idle:
+                self.ways.notes.append(f"signal {name}: {idle} phases serve no vehicle")
+            signals.append(as_signal(name, program, greens, phases, minor, self.trips.begin))
+            states[name] = (name, tuple(program.phases[k][1] for k in greens))
+        return signals, states
+
+    def layout(self, states: dict) -> Layout:
+        lanes, weight = {}, {}
+        for name, road in self.ways.roads.items():
+            if name in self.cut:
+                lanes[name] = stretch(road, range(len(road.lanes)), 0.0, road.length - POCKET)
+            begin = road.length - POCKET if name in self.cut else 0.0
+            for group in self.groups[name]:
+                lanes[group.name] = stretch(road, group.lanes, begin, road.length)
+                most = road.width * len(group.lanes) / len(road.lanes)
+                weight[group.name] = min(1.0, group.width / most)
+        return Layout(lanes, states, weight)
+
+
+def stretch(road: Road, numbers, begin: float, end: float) -> tuple:
+    """(lane id, from m, to m) of these lanes between two places on the road."""
+    found = []
+    for number in numbers:
+        pieces = road.lanes[number]
+        at = road.length - sum(length for _, length in pieces)
+        for lane, length in pieces:
+            first, last = max(begin - at, 0.0), min(end - at, length)
+            if last > first and (lane, first, last) not in found:
+                found.append((lane, first, last))
+            at += length
+    return tuple(found)
+
+
+def split_line(line: tuple, last: float) -> tuple[tuple, tuple]:
+    """A polyline cut `last` m before its end."""
+    back, left = [line[-1]] if line else [], last
+    for k in range(len(line) - 1, 0, -1):
+        (x, y), (u, v) = line[k], line[k - 1]
+        long = math.hypot(u - x, v - y)
+        if long >= left:
+            cut = (x + (u - x) * left / long, y + (v - y) * left / long)
+            return (*line[:k], cut), (cut, *reversed(back))
+        left -= long
+        back.append(line[k - 1])
+    return (), line
+
+
+def as_signal(
+    name: str, program: Program, chosen: list, phases: list, minor: list, begin: float
+) -> Signal:
+    """The map's own greens; what stands between two of them becomes amber and all-red.
+
+    A program counts from SUMO's second 0 and its offset, a run from `begin`.
+    """
+    number = len(program.phases)
+    ambers, reds, between = [], [], []
+    for k in chosen:
+        amber = red = 0.0
+        k = (k + 1) % number
+        while k not in chosen:
+            seconds, state, _ = program.phases[k]
+            if set(state) & set("yYu"):
+                amber += seconds
+            elif set(state) & set("Gg"):
+                break
+            else:
+                red += seconds
+            k = (k + 1) % number
+        ambers.append(amber)
+        reds.append(red)
+        between.append(amber + red)
+    amber, red = max(ambers, key=ambers.count), max(reds, key=reds.count)
+    durations = [
+        max(program.phases[k][0] + pause - amber - red, 1.0) for k, pause in zip(chosen, between)
+    ]
+    least = [program.phases[k][2] for k in chosen if program.phases[k][2]]
+    before = sum(seconds for seconds, *_ in program.phases[: chosen[0]])
+    return Signal(
+        name,
+        tuple(phases),
+        tuple(minor),
+        tuple(durations),
+        (before + program.offset - begin) % sum(seconds for seconds, *_ in program.phases),
+        amber,
+        red,
+        min(least, default=LEAST_GREEN),
+    )
+
+
+def draw(plan: Plan, trips: Trips, notes: list) -> tuple:
+    """A map and its vehicles -> Network and Layout."""
+    ways = Ways(plan, trips.routes, notes)
+    ways.shorten()
+    drawing = Drawing(ways, trips)
+    yields = drawing.give_way()
+    signals, states = drawing.signals(yields)
+    turns, demand = drawing.turns_and_demand()
+    name = Path(plan.where).name.split(".")[0]
+    net = assemble(name, drawing.parts(), turns, signals, demand, yields, tuple(notes))
+    return net, drawing.layout(states)
+
+
+def read_sumo_layout(path, demand=()) -> tuple:
+    """read_sumo, and what its parts are in SUMO: (Network, Layout)."""
+    files, notes = find_files(path, demand), []
+    plan = read_plan(files.net, files.additional, notes)
+    trips = read_trips(files, notes)
+    return draw(plan, trips, notes)
+
+
+def read_sumo(path, demand=()):
+    """A SUMO map (.net.xml and demand files, or a .sumocfg that names both) -> Network.
+
+    Raises NetworkError, one line that names the file and the element.
+    """
+    return read_sumo_layout(path, demand)[0]
