@@ -6,11 +6,14 @@ the whole whether it was luck.
     python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --show       # the page again
     python scripts/run_full_wfo.py --data data/forex --script dqn --timesteps 500000 \
         -- --symbols EURUSD GBPUSD --spread-file data/forex/spread_1h.parquet
+    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 8 --engine ray \
+        --ray-address HOST:6379
 
 What stands after -- goes to the training script. Every segment has bars of its own, in files of its
 own: a run cannot see others. Its train rows fit everything, its eval rows choose, its test rows are
 reported. Under --root: data/NAME, logs/NAME, weights/NAME, results/NAME; and results/ledger.jsonl,
-one line for everything ever tried, which outlives --clean. docs/walk_forward.md explains the page.
+one line for everything ever tried, which outlives --clean. docs/walk_forward.md explains the page,
+docs/cluster.md the engines.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ MEMORY = 3e9  # bytes of a run: 19 months of hourly bars, encoded
 REPORT_SECONDS = 20.0  # for the page, at the end of --timeout
 LEAST_SECONDS = 20.0  # of a run
 PATIENCE = 60.0  # seconds that a run gets to save itself after Ctrl-C
+NAMED = 4  # runs that the progress line names; of more it gives the number
 RIVALS = ("flat", "buy_and_hold", "best_constant", "random_same_turnover", "sparse_linear")
 
 
@@ -134,7 +138,14 @@ class Args:
 
     # runtime
     engine: str = "local"
-    """where runs run: local = processes here"""
+    """where runs run: local = processes here; ray = one task a run, on a cluster or here"""
+    ray_address: str | None = None
+    """HOST:PORT of a Ray cluster that is up, or auto (default: one is started here)"""
+    ray_storage: str | None = None
+    """for workers that do not see --root: folder that they all reach, s3://bucket/study or any
+    other that fsspec knows; runs travel through it"""
+    ray_gpus: float = 0.0
+    """GPUs that a run asks Ray for; .25 = four runs share one"""
     jobs: int | None = None
     """runs at once (default: as many as cores and memory allow)"""
     checkpoint_interval: float = 60.0
@@ -147,6 +158,7 @@ class Args:
             (1, 10**12): "timesteps",
             (LEAST_SECONDS, 1e9): "timeout",
             (0, 1e6): "purge_hours embargo_hours checkpoint_interval",
+            (0, 64): "ray_gpus",
         }
         check(self, choices, ranges)
         number = self.segment == "all" or self.segment.isdecimal()
@@ -157,7 +169,14 @@ class Args:
             (self.name in ("trials", "ledger.jsonl"), f"--name {self.name}: is the ledger's"),
             (self.warm_start and self.script == "dqn", "--warm-start: dqn has no encoder"),
             (self.show and self.clean, "--show and --clean: give one of them"),
+            (self.engine == "local" and self.for_ray, f"{self.for_ray}: needs --engine ray"),
         )
+
+    @property
+    def for_ray(self) -> str:
+        """The flags of the other engine that are set."""
+        names = ("ray_address", "ray_storage", "ray_gpus")
+        return ", ".join(flag(name) for name in names if getattr(self, name))
 
     def folder(self, kind: str, segment: int | None = None) -> Path:
         """data, logs, weights or results of the study, or of one of its segments."""
@@ -396,6 +415,8 @@ def make_tasks(args: Args, study: dict, segments: list, assets: list, extra: lis
                 "log": str(run_dir.with_suffix(".log")),
                 "result": str(args.folder("results", segment.number) / f"seed_{seed}.json"),
             }
+            for path in (task["log"], task["result"]):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
             tasks.append(task)
     return tasks
 
@@ -553,7 +574,7 @@ def run_local(tasks: list[dict], args: Args, guard: TimeoutGuard):
                 task = running.pop(process)
                 result = read_result(task)
                 if process.exitcode or result is None:
-                    raise failed(task, process.exitcode)
+                    raise failed(task, process.exitcode, last_line(task["log"]))
                 seconds.append(result["seconds"])
                 yield result
         progress.show(len(tasks) - len(left), [], seconds, jobs)
@@ -569,18 +590,19 @@ def start_run(task: dict, limit: float, threads: int, context):
         argv += ["--torch-threads", str(threads)]
     if limit < math.inf:
         argv += ["--timeout", f"{limit:.0f}"]
-    for path in (task["log"], task["result"]):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=work, args=(task | {"argv": argv},))
     process.start()
     return process
 
 
-def failed(task: dict, code: int | None) -> Exception:
-    lines = Path(task["log"]).read_text().splitlines()
-    last = lines[-1].removeprefix("error: ") if lines else "it said nothing"
+def last_line(log: str) -> str:
+    lines = Path(log).read_text().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+
+def failed(task: dict, code: int | None, why: str) -> Exception:
     error = UsageError if code == 2 else CheckFailed
-    return error(f"segment {task['segment']} seed {task['seed']} (exit code {code}): {last}")
+    return error(f"segment {task['segment']} seed {task['seed']} (exit code {code}): {why}")
 
 
 def end_runs(running: dict):
@@ -603,6 +625,8 @@ class Progress:
 
     def show(self, done: int, running, seconds: list, jobs: int):
         names = ", ".join(f"segment {t['segment']} seed {t['seed']}" for t in running)
+        if len(running) > NAMED:
+            names = f"{len(running)} of them"
         text = f"{done} of {self.total} runs done; running: {names or 'none'}"
         if seconds and done < self.total:
             left = np.mean(seconds) * (self.total - done) / jobs
@@ -617,8 +641,15 @@ class Progress:
             print()
 
 
+def run_ray(tasks: list[dict], args: Args, guard: TimeoutGuard):
+    """Yields results as they come; every run is a task of Ray."""
+    from scripts import ray_engine
+
+    yield from ray_engine.run(tasks, args, guard)
+
+
 # an engine yields the results of run_task(), whose argv it completes with threads and --timeout
-ENGINES = {"local": run_local}
+ENGINES = {"local": run_local, "ray": run_ray}
 
 
 # ------------------------------------------------------------------------------------------ ledger
