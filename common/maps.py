@@ -8,8 +8,6 @@ What has no counterpart is in net.notes, with what became of it. A picture of wh
 python scripts/draw_map.py MAP.net.xml
 """
 
-import csv
-import json
 import math
 import os
 import re
@@ -22,14 +20,12 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from common.networks import (
-    ROADS,
+    CELL_LENGTH,
     NetworkError,
     Part,
     Signal,
     Turn,
     assemble,
-    build_network,
-    near,
     read_text,
 )
 
@@ -302,7 +298,7 @@ def read_links(net, junctions: dict, roads: dict, place: dict) -> list:
     junctions: of the map's XML. The links of a junction are numbered by its lanes, then as written.
     """
     links, give_way = [], []
-    for name, junction in junctions.items():
+    for junction in junctions.values():
         lanes = [
             x
             for x in junction.get("incLanes").split()
@@ -367,40 +363,41 @@ def as_program(offset, phases) -> Program:
 
 # ------------------------------------------------------------------------------------ fewer roads
 class Ways:
-    """Roads, links and routes on their way to fewer of them."""
+    """Roads, links {(road, next road): [Link, ...]} and routes, on their way to fewer of them."""
 
     def __init__(self, plan: Plan, routes: Counter, notes: list):
         self.where, self.programs, self.notes = plan.where, plan.programs, notes
         self.routes = self.known_routes(plan.roads, routes)
         self.look()
         self.roads = {name: road for name, road in plan.roads.items() if name in self.used}
-        self.links = [x for x in plan.links if (x.source, x.target) in self.pairs]
-        linked = {(x.source, x.target) for x in self.links}
-        for a, b in self.pairs:
-            if (a, b) not in linked:
-                raise NetworkError(f"{self.where}: no connection for cars from edge {a} to {b}")
+        self.links = defaultdict(list)
+        for link in plan.links:
+            if (link.source, link.target) in self.pairs:
+                self.links[link.source, link.target].append(link)
+        for a, b in self.pairs - set(self.links):
+            raise NetworkError(f"{self.where}: no connection for cars from edge {a} to {b}")
         if len(self.roads) < len(plan.roads):
             unused = len(plan.roads) - len(self.roads)
             notes.append(f"{unused} edges that no vehicle uses left out")
 
     def known_routes(self, roads: dict, routes: Counter) -> Counter:
         known, lost = Counter(), 0
-        for (edges, *rest), count in routes.items():
+        for (edges, minute, kind), count in routes.items():
             if all(edge in roads for edge in edges):
-                known[edges, *rest] += count
+                known[edges, minute, kind] += count
             else:
                 lost += count
         if lost:
             self.notes.append(f"{lost} vehicles left out: their routes use edges without cars")
         if not known:
-            raise NetworkError(f"{self.where}: no route uses its edges for cars")
+            raise NetworkError(f"{self.where}: no vehicle's route lies on its edges for cars")
         return known
 
     def look(self):
         """What the routes use."""
         self.pairs, self.starts, self.lasts = set(), set(), set()
         self.nexts, self.befores = defaultdict(set), defaultdict(set)
-        for edges, *_ in self.routes:
+        for edges in {route[0] for route in self.routes}:
             self.starts.add(edges[0])
             self.lasts.add(edges[-1])
             self.pairs.update(zip(edges, edges[1:]))
@@ -409,24 +406,23 @@ class Ways:
             self.befores[b].add(a)
         self.used = self.starts | self.lasts | {e for pair in self.pairs for e in pair}
 
+    def out_of(self, road: str) -> list[Link]:
+        return [link for to in sorted(self.nexts[road]) for link in self.links[road, to]]
+
     def drop(self, gone: set):
         """Takes roads out of all routes."""
         routes = Counter()
-        for (edges, *rest), count in self.routes.items():
-            routes[tuple(e for e in edges if e not in gone), *rest] += count
+        for (edges, minute, kind), count in self.routes.items():
+            edges = tuple(e for e in edges if e not in gone)
+            routes[edges, minute, kind] += count
         self.routes = routes
         self.roads = {name: road for name, road in self.roads.items() if name not in gone}
         self.look()
 
-    def must_stop(self, a: str, b: str) -> bool:
-        """Whether a signal or a rival stands between two roads."""
-        alive = frozenset().union(*(x.numbers for x in self.links))
-        between = [x for x in self.links if (x.source, x.target) == (a, b)]
-        return any(x.signal or x.over & alive for x in between)
-
-    def join_rows(self):
-        """Roads in a row become one."""
+    def join_rows(self) -> tuple[int, int]:
+        """Roads in a row become one -> how many went, how many of them for they were short."""
         gone, short = set(), 0
+        alive = {n for links in self.links.values() for link in links for n in link.numbers}
         for a in list(self.roads):
             if len(self.nexts[a]) != 1:
                 continue
@@ -435,81 +431,97 @@ class Ways:
             tiny = min(first.length, second.length) < SHORTEST
             alike = len(first.lanes) == len(second.lanes) and first.limit == second.limit
             alone = len(self.befores[b]) == 1 and b not in self.starts and a not in self.lasts
-            if not alone or a == b or not (tiny or alike) or self.must_stop(a, b):
+            # a signal or a rival stands between the two
+            stops = any(x.signal or x.over & alive for x in self.links[a, b])
+            if a == b or stops or not alone or not (tiny or alike):
                 continue
-            self.roads[b] = self.in_a_row(a, b)
-            self.links = [x for x in self.links if x.source != a]
-            self.links = [x._replace(target=b) if x.target == a else x for x in self.links]
-            for before in self.befores.pop(a, ()):
+            self.roads[b] = in_a_row(first, second, self.links.pop((a, b)))
+            self.befores[b] = self.befores.pop(a, set())
+            for before in self.befores[b]:
                 self.nexts[before] = self.nexts[before] - {a} | {b}
-                self.befores[b] = self.befores[b] - {a} | {before}
-            self.befores[b].discard(a)
-            if a in self.starts:
-                self.starts.add(b)
+                links = self.links.pop((before, a))
+                self.links[before, b] = [link._replace(target=b) for link in links]
+            self.starts |= {b} if a in self.starts else set()
             gone.add(a)
             short += tiny
         self.drop(gone)
         return len(gone), short
 
-    def in_a_row(self, a: str, b: str) -> Road:
-        first, second = self.roads[a], self.roads[b]
-        ahead = defaultdict(tuple)  # lane of b -> the lane that leads into it
-        for x in self.links:
-            if (x.source, x.target) == (a, b):
-                ahead[x.into] = ahead[x.into] or first.lanes[x.lane]
-        lanes = tuple(ahead[lane[0][0]] + lane for lane in second.lanes)
-        length = first.length + second.length
-        seconds = first.length / first.limit + second.length / second.limit
-        longer = first if first.length > second.length else second
-        return Road(
-            first.start,
-            second.end,
-            length,
-            length / seconds,
-            lanes,
-            longer.width,
-            first.shape + second.shape,
-        )
-
     def bypass(self, road: str):
         """Takes a short road out from between several: those before lead to those behind."""
-        before = [x for x in self.links if x.target == road]
-        behind = [x for x in self.links if x.source == road]
-        self.links = [x for x in self.links if road not in (x.source, x.target)]
-        for a in before:
-            for b in behind:
-                over = a.over | b.over
-                self.links.append(a._replace(target=b.target, into=b.into, over=over))
         for a in self.befores[road]:
             longer = self.roads[a].length + self.roads[road].length
             self.roads[a] = self.roads[a]._replace(length=longer)
-        self.drop({road})
-        self.links = [x for x in self.links if (x.source, x.target) in self.pairs]
+            first = self.links.pop((a, road))
+            for b in self.nexts[road]:
+                for link in first:
+                    for behind in self.links[road, b]:
+                        over = link.over | behind.over
+                        ahead = link._replace(target=b, into=behind.into, over=over)
+                        self.links[a, b].append(ahead)
+        for b in self.nexts[road]:
+            del self.links[road, b]
+        old, new = self.roads[road].start, self.roads[road].end
+        for name, other in self.roads.items():
+            ends = [new if node == old else node for node in (other.start, other.end)]
+            self.roads[name] = other._replace(start=ends[0], end=ends[1])
+
+    def is_between(self, road: str) -> bool:
+        """Whether a road may be taken out: traffic passes it, and no signal ends it."""
+        at_end = road in self.starts | self.lasts
+        return not at_end and not any(link.signal for link in self.out_of(road))
 
     def shorten(self):
         """Fewer roads: those in a row joined, those that are short merged or stretched."""
-        joined, short = self.join_rows()
-        stretched = 0
-        for road in sorted(self.roads, key=lambda name: self.roads[name].length):
-            if self.roads[road].length >= SHORTEST:
-                continue
-            at_end = road in self.starts | self.lasts
-            stops = any(x.signal for x in self.links if x.source == road)
-            loops = self.befores[road] & self.nexts[road]
-            if at_end or stops or loops:
-                self.roads[road] = self.roads[road]._replace(length=SHORTEST)
-                stretched += 1
-            else:
+        joined, merged = self.join_rows()
+        joined -= merged
+        while True:
+            gone, beside = set(), set()
+            for road in sorted(self.roads, key=lambda name: self.roads[name].length):
+                neighbours = self.befores[road] | self.nexts[road]
+                tiny = self.roads[road].length < SHORTEST and self.is_between(road)
+                loops = self.befores[road] & self.nexts[road]
+                if tiny and road not in beside and not neighbours & gone and not loops:
+                    gone.add(road)
+                    beside |= neighbours
+            for road in gone:
                 self.bypass(road)
-                short += 1
+            if not gone:
+                break
+            self.drop(gone)
+            merged += len(gone)
+        self.links = {pair: self.links[pair] for pair in self.pairs}
         more, tiny = self.join_rows()
+        stretched = [name for name, road in self.roads.items() if road.length < SHORTEST]
+        for name in stretched:
+            self.roads[name] = self.roads[name]._replace(length=SHORTEST)
         for count, what in (
             (joined + more - tiny, "edges joined to the next one: nobody turns between them"),
-            (short + tiny, f"edges shorter than {SHORTEST:g} m merged with a neighbour"),
-            (stretched, f"edges shorter than {SHORTEST:g} m stretched to it: they end at a signal"),
+            (merged + tiny, f"edges shorter than {SHORTEST:g} m merged with a neighbour"),
+            (
+                len(stretched),
+                f"edges shorter than {SHORTEST:g} m stretched to it: ends and signals",
+            ),
         ):
             if count:
                 self.notes.append(f"{count} {what}")
+
+
+def in_a_row(first: Road, second: Road, links: list) -> Road:
+    ahead = defaultdict(tuple)  # lane of the second -> the lane that leads into it
+    for link in links:
+        ahead[link.into] = ahead[link.into] or first.lanes[link.lane]
+    seconds = first.length / first.limit + second.length / second.limit
+    length = first.length + second.length
+    return Road(
+        first.start,
+        second.end,
+        length,
+        length / seconds,
+        tuple(ahead[lane[0][0]] + lane for lane in second.lanes),
+        first.width if first.length > second.length else second.width,
+        first.shape + second.shape,
+    )
 
 
 # ------------------------------------------------------------------------------------- lane groups
@@ -562,7 +574,7 @@ def spread(flows: dict, lanes: dict) -> dict:
 
 def groups_of(road: str, ways: Ways, flows: dict) -> list[Group]:
     """Lane groups of a road. flows {target: vehicles}, without those that end there."""
-    here = [x for x in ways.links if x.source == road]
+    here = ways.out_of(road)
     width = ways.roads[road].width
     number = len(ways.roads[road].lanes)
     if not any(x.signal for x in here):
@@ -859,7 +871,7 @@ def as_signal(
     )
 
 
-def draw(plan: Plan, trips: Trips, notes: list) -> tuple:
+def draw(plan: Plan, trips: Trips, notes: list, dx: float) -> tuple:
     """A map and its vehicles -> Network and Layout."""
     ways = Ways(plan, trips.routes, notes)
     ways.shorten()
@@ -868,21 +880,26 @@ def draw(plan: Plan, trips: Trips, notes: list) -> tuple:
     signals, states = drawing.signals(yields)
     turns, demand = drawing.turns_and_demand()
     name = Path(plan.where).name.split(".")[0]
-    net = assemble(name, drawing.parts(), turns, signals, demand, yields, tuple(notes))
+    net = assemble(name, drawing.parts(), turns, signals, demand, yields, tuple(notes), dx)
     return net, drawing.layout(states)
 
 
-def read_sumo_layout(path, demand=()) -> tuple:
-    """read_sumo, and what its parts are in SUMO: (Network, Layout)."""
+def read_both(path, demand=(), dx: float = CELL_LENGTH) -> tuple:
+    """(Network, Layout) of a SUMO map."""
     files, notes = find_files(path, demand), []
     plan = read_plan(files.net, files.additional, notes)
     trips = read_trips(files, notes)
-    return draw(plan, trips, notes)
+    return draw(plan, trips, notes, dx)
 
 
-def read_sumo(path, demand=()):
+def read_sumo(path, demand=(), dx: float = CELL_LENGTH):
     """A SUMO map (.net.xml and demand files, or a .sumocfg that names both) -> Network.
 
     Raises NetworkError, one line that names the file and the element.
     """
-    return read_sumo_layout(path, demand)[0]
+    return read_both(path, demand, dx)[0]
+
+
+def read_layout(path, demand=()) -> Layout:
+    """What the parts of read_sumo's network are in SUMO."""
+    return read_both(path, demand)[1]
