@@ -87,7 +87,7 @@ class Trips(NamedTuple):
 class Layout(NamedTuple):
     """What a Network's parts are in SUMO."""
 
-    lanes: dict  # part -> ((lane id, from m, to m), ...)
+    lanes: dict  # part -> ((lane id, from m, to m, m along the part where it begins), ...)
     tls: dict  # signal -> (tls id, state strings of its phases)
     weight: dict  # part -> share of the vehicles of its lanes: < 1 where turns share a lane
 
@@ -802,17 +802,17 @@ class Drawing:
 
 
 def stretch(road: Road, numbers, begin: float, end: float) -> tuple:
-    """(lane id, from m, to m) of these lanes between two places on the road."""
-    found = []
+    """(lane id, from m, to m, m from `begin` to there) of these lanes from `begin` to `end`."""
+    found = {}
     for number in numbers:
         pieces = road.lanes[number]
         at = road.length - sum(length for _, length in pieces)
         for lane, length in pieces:
             first, last = max(begin - at, 0.0), min(end - at, length)
-            if last > first and (lane, first, last) not in found:
-                found.append((lane, first, last))
+            if last > first:
+                found.setdefault((lane, first, last), at + first - begin)
             at += length
-    return tuple(found)
+    return tuple((*piece, place) for piece, place in found.items())
 
 
 def split_line(line: tuple, last: float) -> tuple[tuple, tuple]:
