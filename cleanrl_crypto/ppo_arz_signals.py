@@ -1247,7 +1247,7 @@ class NetworkVectorEnv(SimulatedLanes):
         action = gym.spaces.MultiDiscrete(net.n_phases)
         super().__init__(num_envs, observation, action, backend, seed)
         self.take_all(real)
-        self.times = interval, net.all_red, net.min_green, *variation, fill
+        self.times = interval, float(net.all_red.max()), float(net.min_green.max()), *variation, fill
         self.block = block or min(BLOCK, -(-num_envs // nb.get_num_threads()))
         self.kernels = decide_cpu, begin_cpu
         if backend == "cuda":
@@ -1338,13 +1338,6 @@ class NetworkVectorEnv(SimulatedLanes):
             "episode_length": totals[DECISIONS],
         }
 
-    def check_action(self, actions) -> torch.Tensor:
-        actions = super().check_action(actions)
-        if ((actions < 0) | (actions >= self.n_phases)).any():
-            phases = self.network.n_phases
-            raise ValueError(f"actions: phases must be from 0 and below {phases}")
-        return actions
-
     def check_state(self):
         """Raises CheckFailed where a number was not finite; reads from the device."""
         broken = self.broken.cpu()
@@ -1374,7 +1367,7 @@ class NetworkVectorEnv(SimulatedLanes):
 def check_network(net: Network, interval: float, seconds: float):
     """Raises NetworkError where nothing can be controlled or times do not fit."""
     steps = seconds / interval
-    red = net.all_red
+    red = net.all_red.max(initial=0.0)
     for wrong, why in (
         (
             not interval > 0 or steps != round(steps),
@@ -1487,7 +1480,7 @@ def serve_in_turn(env, slots: np.ndarray, speed):
     """
     net = env.network
     interval = env.decision_interval
-    least = math.ceil((net.all_red + net.min_green) / interval) * interval
+    least = math.ceil((net.all_red.max() + net.min_green.max()) / interval) * interval
     exists = (np.arange(slots.shape[1]) < net.n_phases[:, None])[..., None]
     slots = np.maximum(slots, least) * exists
     own = slots.sum(1, keepdims=True)
@@ -1537,8 +1530,8 @@ def webster(env, saturation, speed):
         y = ratio[g, : net.n_phases[g]] / flows[k]
         # beyond .9 the formula's cycle has no end
         y = y * min(1.0, 0.9 / max(y.sum(), 1e-9))
-        _, greens = webster_plan(y, 1.0, net.all_red * len(y))
-        slots[g, : len(y), which == k] = greens + net.all_red
+        _, greens = webster_plan(y, 1.0, net.all_red.max() * len(y))
+        slots[g, : len(y), which == k] = greens + net.all_red.max()
     return serve_in_turn(env, slots, speed)
 
 
@@ -1578,7 +1571,7 @@ def actuated(env, gap, longest):
                 candidate != env.phase
             )
             following = torch.where(waits, candidate, following)
-        leave = (own < gap) | (env.age >= longest + env.network.all_red)
+        leave = (own < gap) | (env.age >= longest + env.network.all_red.max())
         return torch.where(leave, following, env.phase).T
 
     return act

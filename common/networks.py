@@ -2,6 +2,8 @@
 
 from common.networks import find_network
 net = find_network("corridor")  # or "town5", or "roads.csv" with roads.json beside it
+
+assemble() makes a network of parts, turns and signals: whatever reads a map ends there.
 """
 
 import csv
@@ -14,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,8 +40,16 @@ ROADS = {  # km/h where a segment gives no limit; a class that ends in _link has
 }
 CELL_LENGTH = 25.0  # m
 ZONES = (50.0, 150.0)  # m upstream of the stop line: near, middle, far
-ALL_RED, MIN_GREEN = 4.0, 6.0  # s, where a plan gives none
+AMBER, ALL_RED, MIN_GREEN = 0.0, 4.0, 6.0  # s, where a plan gives none
+GIVE_WAY = 6.2, 3.3  # s, critical gap and follow-up time (HCM, a right turn from a minor road)
 SHORT = 5.0  # m: below it a segment's cell makes every time step small
+PART_RANGES = {  # m, how many, m/s, veh/h and lane: beyond them is a slip
+    "length": (0.1, 1e5),
+    "lanes": (0.1, 100),
+    "limit": (0.8, 280),
+    "saturation": (1, 1e4),
+}
+TIMES = "amber", "all_red", "min_green", "start_up", "offset"
 
 
 class NetworkError(ValueError):
@@ -47,36 +58,87 @@ class NetworkError(ValueError):
     exit_code = 2
 
 
+class Part(NamedTuple):
+    """A segment by its own name: one direction of a street, or the lanes of one movement."""
+
+    id: str
+    start: str  # nodes, for pictures and names; several parts may join the same two
+    end: str
+    length: float  # m
+    lanes: float  # how many
+    limit: float  # m/s
+    saturation: float | None = None  # veh/h and lane over its end; None: what the diagram gives
+    shape: tuple = ()  # ((x, y), ...) m
+
+
+class Turn(NamedTuple):
+    """The share of the source's vehicles that go on to the target; "": that end their trip.
+
+    A source's shares add up to 1; a part without turns is an exit.
+    """
+
+    source: str
+    target: str
+    share: float
+
+
+class Signal(NamedTuple):
+    """The greens that a policy may choose. A part that no signal names is always open."""
+
+    node: str  # its name
+    phases: tuple  # of sets of part ids that are green, 2 to 62
+    minor: tuple = ()  # of sets, by phase: greens that give way; () none
+    durations: tuple = ()  # s of green of each phase in the map's own program; () unknown
+    offset: float = 0.0  # s into a run when that program's first green begins
+    amber: float = AMBER  # s after a green that ends
+    all_red: float = ALL_RED  # s after amber
+    min_green: float = MIN_GREEN  # s before a green may end
+    start_up: float = 0.0  # s of a green in which nobody moves yet
+
+
 @dataclass(frozen=True)
 class Network:
     """Static data of a network, shared and read-only.
 
-    S segments, M moves over junctions, G signals, E entries, B bins of the mean demand.
+    S segments, M moves over junctions, G signals of at most P phases, E entries, B bins of the
+    mean demand, Y pairs of who gives way to whom.
     """
 
     name: str
+    ids: tuple  # names of the segments
     ends: tuple  # (from, to) of every segment
+    shapes: tuple  # ((x, y), ...) m of every segment, for a picture; () if unknown
     first: np.ndarray  # (S + 1,) first cell of each segment
     dx: np.ndarray  # (S,) m, of a cell
     jam: np.ndarray  # (S,) veh/m of all lanes
     limit: np.ndarray  # (2, S) m/s by class
-    move_from: np.ndarray  # (M,) segments, ascending
-    move_to: np.ndarray  # (M,)
-    share: np.ndarray  # (M,) of the vehicles of move_from; each segment's sum to 1
-    entry: np.ndarray  # (S,) the entry's number or -1
-    signal: np.ndarray  # (S,) the signal at the end or -1
-    green: np.ndarray  # (S,) bit p: green in phase p
-    n_phases: np.ndarray  # (G,)
-    nodes: tuple  # names of the signalised junctions
-    change_at: np.ndarray  # (B,) s of an episode when the mean demand changes, first 0
-    base: np.ndarray  # (B, 2, E) mean demand from then on, veh/s
+    saturation: np.ndarray  # (S,) veh/s of all lanes over a segment's end, inf: no limit but the road's
     zone_of: np.ndarray  # (cells,) 0 near, 1, 2 far from the stop line
     zone_share: np.ndarray  # (cells,) of its zone
     zone_length: np.ndarray  # (3, S) m
-    all_red: float  # s after every phase
-    min_green: float  # s before a phase may end
+    move_from: np.ndarray  # (M,) segments, ascending
+    move_to: np.ndarray  # (M,)
+    share: np.ndarray  # (M,) of the vehicles of move_from
+    leave: np.ndarray  # (S,) share of a segment's vehicles that end there; with share 1 a segment
+    entry: np.ndarray  # (S,) the entry's number or -1
+    change_at: np.ndarray  # (B,) s of an episode when the mean demand changes, first 0
+    base: np.ndarray  # (B, 2, E) mean demand from then on, veh/s
+    nodes: tuple  # names of the signals
+    signal: np.ndarray  # (S,) the signal at the end or -1
+    green: np.ndarray  # (S,) bit p: green in phase p
+    minor: np.ndarray  # (S,) bit p: gives way in phase p
+    n_phases: np.ndarray  # (G,)
+    durations: np.ndarray  # (G, P) s of green in the map's own program, 0 unknown
+    offset: np.ndarray  # (G,) s
+    amber: np.ndarray  # (G,) s
+    all_red: np.ndarray  # (G,) s
+    min_green: np.ndarray  # (G,) s
+    start_up: np.ndarray  # (G,) s
+    yield_ptr: np.ndarray  # (S + 1,) a segment's part of yield_to
+    yield_to: np.ndarray  # (Y,) segments that have priority
+    gap: np.ndarray  # (S,) s, critical gap less half the follow-up time
+    follow: np.ndarray  # (S,) veh/s of all lanes into an endless gap
     notes: tuple  # lines: what is allowed but looks like a slip
-    shapes: tuple  # ((x, y), ...) m of every segment, for a picture; () if unknown
 
     @property
     def lengths(self) -> np.ndarray:
@@ -85,7 +147,12 @@ class Network:
     @property
     def capacity(self) -> np.ndarray:
         """(S,) veh/s of cars that a segment carries, and a green discharges."""
-        return capacity_of(self.jam, self.limit[1])
+        return np.minimum(capacity_of(self.jam, self.limit[1]), self.saturation)
+
+    @property
+    def change(self) -> np.ndarray:
+        """(G,) s between two greens."""
+        return self.amber + self.all_red
 
     def leads_on(self) -> np.ndarray:
         """(S,) whether anything leads out of a segment; where not, it is an exit."""
@@ -106,7 +173,7 @@ class Network:
 
     def sha256(self) -> str:
         """Of all that the physics reads."""
-        plain = self.ends, self.nodes, self.all_red, self.min_green, QUEUE_WAVE
+        plain = self.ends, self.nodes, QUEUE_WAVE
         content = hashlib.sha256(repr(plain).encode())
         for array in vars(self).values():
             if isinstance(array, np.ndarray):
@@ -155,6 +222,8 @@ SHAPES = {
     "signals": ("object", "list", "list", "name"),
     "demand": ("object", "object", "flow"),
     "turns": ("object", "object", "object", "amount"),
+    "priority": ("object", "list", "name"),
+    "amber": ("amount",),
     "all_red": ("amount",),
     "min_green": ("amount",),
     "nodes": ("object", "point"),
@@ -197,15 +266,273 @@ def check_over_time(pairs: list, at: str):
         before = minute
 
 
+# ------------------------------------------------------------------------------------------- assemble
+def index_of(name: str, parts) -> dict[str, int]:
+    """Numbers of the parts by id. Raises NetworkError where a part is not one."""
+    index = {}
+    for s, part in enumerate(parts):
+        at = f"{name}: part {part.id!r}"
+        if part.id in index or not part.id:
+            raise NetworkError(f"{at}: its id is empty or there twice")
+        for field, (low, high) in PART_RANGES.items():
+            value = getattr(part, field)
+            if value is None and field == "saturation":
+                continue
+            if not is_number(value) or not low <= value <= high:
+                raise NetworkError(f"{at}: {field} {value!r} must be from {low:g} to {high:g}")
+        index[part.id] = s
+    if not index:
+        raise NetworkError(f"{name}: no parts")
+    return index
+
+
+def find_part(index: dict, part: str, at: str) -> int:
+    if part not in index:
+        raise NetworkError(f"{at}: no part {part!r}{near(part, index)}")
+    return index[part]
+
+
+def cells_of(parts, dx: float) -> dict:
+    """Cells, speeds and zones of the parts."""
+    n = len(parts)
+    fine, jam, limit, saturation = np.zeros(n), np.zeros(n), np.zeros((2, n)), np.full(n, np.inf)
+    zone_length, counts, zone_of, zone_share = np.zeros((3, n)), [], [], []
+    for s, part in enumerate(parts):
+        limit[:, s] = [min(part.limit, top) for top in TOP_SPEED]
+        count = max(1, round(part.length / dx))
+        jam[s], fine[s] = RHO_JAM * part.lanes, part.length / count
+        if part.saturation is not None:
+            saturation[s] = part.saturation / 3600 * part.lanes
+        to_stop = fine[s] * (count - 0.5 - np.arange(count))
+        zone = np.searchsorted(ZONES, to_stop)
+        zone_length[:, s] = np.bincount(zone, minlength=3) * fine[s]
+        counts.append(count)
+        zone_of.append(zone)
+        zone_share.append(fine[s] / zone_length[zone, s])
+    return {
+        "first": np.r_[0, np.cumsum(counts)].astype(np.int64),
+        "dx": fine,
+        "jam": jam,
+        "limit": limit,
+        "saturation": saturation,
+        "zone_of": np.concatenate(zone_of).astype(np.int64),
+        "zone_share": np.concatenate(zone_share),
+        "zone_length": zone_length,
+    }
+
+
+def moves_of(name: str, index: dict, turns) -> dict:
+    """Moves over the junctions, their shares, and the shares of those that end."""
+    shares = {}
+    for turn in turns:
+        at = f"{name}: turn {turn.source!r} > {turn.target!r}"
+        pair = find_part(index, turn.source, at), -1
+        if turn.target:
+            pair = pair[0], find_part(index, turn.target, at)
+        if pair in shares or pair[0] == pair[1]:
+            raise NetworkError(f"{at}: is there twice, or leads back into itself")
+        if not is_amount(turn.share):
+            raise NetworkError(f"{at}: share {turn.share!r} must be a number >= 0")
+        shares[pair] = turn.share
+    total = np.bincount([s for s, _ in shares], list(shares.values()), minlength=len(index))
+    for part, s in index.items():
+        if abs(total[s] - 1) > 1e-6 and any(pair[0] == s for pair in shares):
+            raise NetworkError(f"{name}: turns of part {part!r} add up to {total[s]:g}, must be 1")
+    leave = np.where(total == 0, 1.0, 0.0)
+    moves, share = [], []
+    for (s, j), part in sorted(shares.items()):
+        if j < 0:
+            leave[s] = part / total[s]
+        elif part > 0:
+            moves.append((s, j))
+            share.append(part / total[s])
+    moves = np.array(moves, np.int64).reshape(-1, 2)
+    return {
+        "move_from": moves[:, 0].copy(),
+        "move_to": moves[:, 1].copy(),
+        "share": np.array(share, float),
+        "leave": leave,
+    }
+
+
+def entries_of(name: str, index: dict, demand: dict) -> dict:
+    """Entries in the parts' order, and the mean demand of each."""
+    check_shape(demand, SHAPES["demand"], f"{name}: demand")
+    for part, flows in demand.items():
+        find_part(index, part, f"{name}: demand")
+        for kind in flows:
+            if kind not in CLASSES:
+                hint = f"unknown class {kind!r}, must be {' or '.join(CLASSES)}"
+                raise NetworkError(f"{name}: demand: {part}: {hint}")
+    if not demand:
+        raise NetworkError(f"{name}: no demand: no part is an entry, so nobody can arrive")
+    flows = [flow for by_class in demand.values() for flow in by_class.values()]
+    changes = {minute for flow in flows if isinstance(flow, list) for minute, _ in flow}
+    minutes = sorted(changes | {0})
+    entry, base = np.full(len(index), -1, np.int64), []
+    for part in sorted(demand, key=index.get):
+        entry[index[part]] = len(base)
+        by_class = [flow_over_time(demand[part].get(kind, 0), minutes) for kind in CLASSES]
+        base.append(np.array(by_class) / 3600)  # (2, B)
+    return {
+        "entry": entry,
+        "change_at": 60.0 * np.array(minutes, float),
+        "base": np.array(base).T.copy(),
+    }
+
+
+def flow_over_time(flow, minutes: list) -> list:
+    """veh/h of every bin between two changes."""
+    if not isinstance(flow, list):
+        return [flow] * len(minutes)
+    return [[x for at, x in flow if at <= minute][-1] for minute in minutes]
+
+
+def signals_of(name: str, index: dict, signals) -> dict:
+    """Signals, their phases and their times."""
+    n = len(index)
+    signal, green, minor = (np.full(n, value, np.int64) for value in (-1, 0, 0))
+    most = max((len(one.phases) for one in signals), default=0)
+    durations = np.zeros((len(signals), most))
+    for g, one in enumerate(signals):
+        at = f"{name}: signal {one.node!r}"
+        if not 2 <= len(one.phases) <= 62:  # bits of a whole number
+            raise NetworkError(f"{at}: {len(one.phases)} phases, a signal needs 2 to 62")
+        for p, phase in enumerate(one.phases):
+            if not phase and not one.durations:  # a map's program may serve nobody for a while
+                raise NetworkError(f"{at}: phase {p + 1} is empty: name the parts it serves")
+            for part in phase:
+                s = find_part(index, part, f"{at}: phase {p + 1}")
+                if signal[s] not in (-1, g):
+                    raise NetworkError(f"{at}: part {part!r} has another signal already")
+                signal[s] = g
+                green[s] |= 1 << p
+        for p, phase in enumerate(one.minor):
+            for part in phase:
+                if p >= len(one.phases) or part not in one.phases[p]:
+                    raise NetworkError(f"{at}: minor {p + 1}: part {part!r} is not green then")
+                minor[index[part]] |= 1 << p
+        if one.durations:
+            if len(one.durations) != len(one.phases) or not min(one.durations) > 0:
+                raise NetworkError(f"{at}: durations must be one a phase, each above 0")
+            durations[g, : len(one.phases)] = one.durations
+        for field in TIMES:
+            if not is_amount(getattr(one, field)):
+                raise NetworkError(f"{at}: {field} {getattr(one, field)!r} must be s >= 0")
+    times = {field: np.array([getattr(one, field) for one in signals], float) for field in TIMES}
+    return times | {
+        "nodes": tuple(one.node for one in signals),
+        "signal": signal,
+        "green": green,
+        "minor": minor,
+        "n_phases": np.array([len(one.phases) for one in signals], np.int64),
+        "durations": durations,
+    }
+
+
+def yields_of(name: str, parts, index: dict, yields: dict, minor) -> dict:
+    """Who gives way to whom, and how fast gaps are used."""
+    gap, follow, to = np.zeros(len(index)), np.full(len(index), np.inf), []
+    for part in yields:
+        find_part(index, part, f"{name}: yields")
+    for s, part in enumerate(parts):
+        if part.id not in yields:
+            if minor[s]:
+                raise NetworkError(f"{name}: part {part.id!r} has a minor green but no yields")
+            to.append([])
+            continue
+        critical, follow_up, others = yields[part.id]
+        at = f"{name}: yields: {part.id}"
+        if not 0 < follow_up <= critical < math.inf:
+            raise NetworkError(f"{at}: {critical!r}, {follow_up!r}: critical gap >= follow-up > 0")
+        gap[s], follow[s] = critical - follow_up / 2, part.lanes / follow_up
+        to.append(sorted(find_part(index, other, at) for other in others))
+    return {
+        "gap": gap,
+        "follow": follow,
+        "yield_ptr": np.r_[0, np.cumsum([len(others) for others in to])].astype(np.int64),
+        "yield_to": np.array([j for others in to for j in others], np.int64),
+    }
+
+
+def look_for_slips(parts, data: dict) -> list[str]:
+    """Notes: what is allowed but looks like a slip."""
+    notes = []
+    largest = data["base"].sum(1).max(0)
+    capacity = np.minimum(capacity_of(data["jam"], data["limit"][1]), data["saturation"])
+    for s, part in enumerate(parts):
+        if part.length < SHORT:
+            notes.append(f"{part.id} is {part.length:g} m long: time steps shrink with it")
+        wants = largest[data["entry"][s]] if data["entry"][s] >= 0 else 0.0
+        if wants > capacity[s]:
+            wants, most = 3600 * wants, 3600 * capacity[s]
+            notes.append(f"{part.id} has a demand of {wants:.0f} veh/h but carries {most:.0f}")
+    for g, node in enumerate(data["nodes"]):
+        if (data["leave"][data["signal"] == g] == 1).all():
+            notes.append(f"signals: {node}: nothing leads on from it: a signal at an exit")
+    return notes + look_for_islands(parts)
+
+
+def look_for_islands(parts) -> list[str]:
+    """Parts that no vehicle of the largest connected group can reach."""
+    beside, group = {}, {}
+    for part in parts:
+        beside.setdefault(part.start, []).append(part.end)
+        beside.setdefault(part.end, []).append(part.start)
+    for first in beside:
+        reached = [] if first in group else [first]
+        while reached:
+            node = reached.pop()
+            if node not in group:
+                group[node] = first
+                reached += beside[node]
+    largest = Counter(group[part.start] for part in parts).most_common(1)[0][0]
+    apart = [part.id for part in parts if group[part.start] != largest]
+    if not apart:
+        return []
+    return [f"{apart[0]} and {len(apart) - 1} more have no connection with the rest"]
+
+
+def assemble(
+    name: str,
+    parts: list[Part],
+    turns: list[Turn],
+    signals: list[Signal],
+    demand: dict,
+    yields: dict | None = None,
+    notes: tuple = (),
+    dx: float = CELL_LENGTH,
+) -> Network:
+    """Parts, turns and signals -> Network.
+
+    demand: {part id: {motorcycle, car: veh/h or [[minute, veh/h from then on], ...]}} of entries;
+    any part may be one: traffic may start inside. yields: {part id: (critical gap s, follow-up s,
+    (part ids that have priority, ...))}: what gives way, always where it has no signal, else in
+    phases of `minor`. Raises NetworkError, one line that names the part or signal.
+    """
+    index = index_of(name, parts)
+    data = cells_of(parts, dx)
+    data |= moves_of(name, index, turns)
+    data |= entries_of(name, index, demand)
+    data |= signals_of(name, index, signals)
+    data |= yields_of(name, parts, index, yields or {}, data["minor"])
+    data["notes"] = (*notes, *look_for_slips(parts, data))
+    for array in data.values():
+        if isinstance(array, np.ndarray):
+            array.setflags(write=False)
+    ends = tuple((part.start, part.end) for part in parts)
+    shapes = tuple(part.shape for part in parts)
+    return Network(name, tuple(index), ends, shapes, **data)
+
+
+# --------------------------------------------------------------------------------------- CSV and JSON
 class Builder:
-    """Segments and a plan on their way to a Network.
+    """Segments and a plan on their way to assemble().
 
     Every method raises NetworkError with the file and the place.
     """
 
-    def __init__(
-        self, segments: list[dict], plan: dict, dx: float, where: tuple[str, str]
-    ):
+    def __init__(self, segments: list[dict], plan: dict, where: tuple[str, str]):
         self.table, self.text = where
         for key, value in plan.items():
             if key not in SHAPES:
@@ -213,8 +540,9 @@ class Builder:
                     f"{self.text}: unknown key {key!r}, must be one of {', '.join(SHAPES)}"
                 )
             check_shape(value, SHAPES[key], f"{self.text}: {key}")
-        self.plan, self.rows, self.notes = plan, segments, []
+        self.plan, self.rows = plan, segments
         self.ends = [(str(row["from"]), str(row["to"])) for row in segments]
+        self.ids = [f"{start} > {node}" for start, node in self.ends]
         self.index = {pair: s for s, pair in enumerate(self.ends)}
         self.nodes = sorted({node for pair in self.ends for node in pair})
         self.into = {node: [] for node in self.nodes}
@@ -222,7 +550,13 @@ class Builder:
         for s, (start, node) in enumerate(self.ends):
             self.out_of[start].append(s)
             self.into[node].append(s)
-        self.size(dx)
+        self.limit = [
+            (row.get("limit") or ROADS[row["class"].removesuffix("_link")]) * KMH
+            for row in segments
+        ]
+        lanes = [row["lanes"] for row in segments]
+        # of a way on: lanes times speed
+        self.weight = np.array(lanes) * RHO_JAM * np.minimum(self.limit, TOP_SPEED[1])
 
     def check_node(self, node, section: str):
         if node not in self.into:
@@ -238,61 +572,25 @@ class Builder:
             )
         return self.index[start, node]
 
-    def size(self, dx: float):
-        """Cells, speeds and zones of the segments."""
-        n = len(self.rows)
-        self.dx, self.jam, self.limit = np.zeros(n), np.zeros(n), np.zeros((2, n))
-        self.zone_length, counts, zone_of, zone_share = np.zeros((3, n)), [], [], []
-        for s, row in enumerate(self.rows):
-            speed = (
-                row.get("limit") or ROADS[row["class"].removesuffix("_link")]
-            ) * KMH
-            self.limit[:, s] = [min(speed, top) for top in TOP_SPEED]
-            count = max(1, round(row["length_m"] / dx))
-            self.jam[s], self.dx[s] = RHO_JAM * row["lanes"], row["length_m"] / count
-            to_stop = self.dx[s] * (count - 0.5 - np.arange(count))
-            zone = np.searchsorted(ZONES, to_stop)
-            self.zone_length[:, s] = np.bincount(zone, minlength=3) * self.dx[s]
-            counts.append(count)
-            zone_of.append(zone)
-            zone_share.append(self.dx[s] / self.zone_length[zone, s])
-            if row["length_m"] < SHORT:
-                self.notes.append(
-                    f"{self.name_of(s)} is {row['length_m']:g} m long: time steps shrink with it"
-                )
-        self.first = np.r_[0, np.cumsum(counts)].astype(np.int64)
-        self.zone_of = np.concatenate(zone_of).astype(np.int64)
-        self.zone_share = np.concatenate(zone_share)
-        self.weight = self.jam * self.limit[1]  # of a way on: lanes times speed
-
-    def name_of(self, s: int) -> str:
-        return f"{self.table}: segment {s + 1}, {self.ends[s][0]} > {self.ends[s][1]},"
-
-    def join(self):
+    def turns(self) -> list[Turn]:
         """Moves over the junctions and their shares."""
-        turns, moves, shares = self.plan.get("turns", {}), [], []
-        for node in turns:
+        given, found = self.plan.get("turns", {}), []
+        for node in given:
             self.check_node(node, "turns")
-            for start in turns[node]:
+            for start in given[node]:
                 self.find_segment(start, node, f"turns: {node}")
         for s, (start, node) in enumerate(self.ends):
-            given = turns.get(node, {}).get(start)
+            own = given.get(node, {}).get(start)
             share = (
                 self.usual_shares(s)
-                if given is None
-                else self.given_shares(given, node, start)
+                if own is None
+                else self.given_shares(own, node, start)
             )
             total = sum(share.values())
             for j in self.out_of[node]:
                 if share.get(j, 0) > 0:
-                    moves.append((s, j))
-                    shares.append(share[j] / total)
-        moves = np.array(moves, np.int64).reshape(-1, 2)
-        self.move_from, self.move_to, self.share = (
-            moves[:, 0].copy(),
-            moves[:, 1].copy(),
-            np.array(shares, float),
-        )
+                    found.append(Turn(self.ids[s], self.ids[j], share[j] / total))
+        return found
 
     def usual_shares(self, s: int) -> dict:
         """In proportion to lanes times limit, never back."""
@@ -318,11 +616,10 @@ class Builder:
             )
         return {ways[to]: share for to, share in given.items()}
 
-    def fill(self):
-        """Entries, and the mean demand of each."""
-        demand, led_into = self.plan.get("demand", {}), set(self.move_to.tolist())
-        self.find_changes(demand)
-        entries = [s for s in range(len(self.ends)) if s not in led_into]
+    def demand(self, turns: list[Turn]) -> dict:
+        """Demand of the nodes, shared by the entries that begin there."""
+        demand, led_into = self.plan.get("demand", {}), {turn.target for turn in turns}
+        entries = [s for s, part in enumerate(self.ids) if part not in led_into]
         if not entries:
             raise NetworkError(
                 f"{self.table}: no entry: something leads into every segment, so nobody can arrive"
@@ -338,46 +635,22 @@ class Builder:
                     f"{self.text}: demand: {node}: no entry begins there "
                     "(nothing leads into an entry)"
                 )
-        self.entry, base = np.full(len(self.ends), -1, np.int64), []
+        found = {}
         for s in entries:
             start = self.ends[s][0]
             if start not in demand:
                 raise NetworkError(
-                    f"{self.name_of(s)} is an entry (nothing leads into it) but "
-                    f"{self.text}: demand has no {start}: give its flows, 0 to close it"
+                    f"{self.table}: segment {s + 1}, {self.ids[s]}, is an entry (nothing leads "
+                    f"into it) but {self.text}: demand has no {start}: give its flows, 0 to close it"
                 )
             together = sum(self.weight[j] for j in self.out_of[start] if j in entries)
             share = self.weight[s] / together
-            self.entry[s] = len(base)
-            flows = [
-                self.flow_over_time(demand[start].get(kind, 0)) for kind in CLASSES
-            ]
-            base.append(np.array(flows) / 3600 * share)  # (2, B)
-            largest = base[-1].sum(0).max()
-            most = capacity_of(self.jam[s], self.limit[1, s])
-            if largest > most:
-                wants, most = 3600 * largest, 3600 * most
-                self.notes.append(
-                    f"{self.name_of(s)} has a demand of {wants:.0f} veh/h but carries {most:.0f}"
-                )
-        self.base = np.array(base).T.copy()
+            found[self.ids[s]] = {
+                kind: scaled(flow, share) for kind, flow in demand[start].items()
+            }
+        return found
 
-    def find_changes(self, demand: dict):
-        """The minutes and seconds at which any flow changes."""
-        flows = [flow for by_class in demand.values() for flow in by_class.values()]
-        minutes = {
-            minute for flow in flows if isinstance(flow, list) for minute, _ in flow
-        }
-        self.minutes = sorted(minutes | {0})
-        self.change_at = 60.0 * np.array(self.minutes, float)
-
-    def flow_over_time(self, flow) -> list:
-        """veh/h of every bin between two changes."""
-        if not isinstance(flow, list):
-            return [flow] * len(self.minutes)
-        return [[x for at, x in flow if at <= minute][-1] for minute in self.minutes]
-
-    def draw(self):
+    def shapes(self) -> list[tuple]:
         """Polylines of the segments: as given, else straight between known nodes."""
         points, lines = self.plan.get("nodes", {}), self.plan.get("lines", {})
         for node in points:
@@ -392,7 +665,7 @@ class Builder:
                     raise NetworkError(
                         f"{self.text}: {at}: {len(line)} points, needs 2 or more"
                     )
-        self.shapes = []
+        found = []
         for start, node in self.ends:
             straight = [
                 points[end]
@@ -400,62 +673,48 @@ class Builder:
                 if start in points and node in points
             ]
             line = lines.get(start, {}).get(node, straight)
-            self.shapes.append(tuple((float(x), float(y)) for x, y in line))
+            found.append(tuple((float(x), float(y)) for x, y in line))
+        return found
 
-    def light(self):
+    def signals(self) -> list[Signal]:
         """Signals and their phases."""
-        signals = self.plan.get("signals", {})
-        self.signal, self.green = (
-            np.full(len(self.ends), value, np.int64) for value in (-1, 0)
-        )
-        for g, (node, phases) in enumerate(signals.items()):
-            at = f"signals: {node}"
+        times = {key: self.plan[key] for key in TIMES if key in self.plan}
+        found = []
+        for node, phases in self.plan.get("signals", {}).items():
+            at = f"{self.text}: signals: {node}"
             self.check_node(node, "signals")
-            if not 2 <= len(phases) <= 62:  # bits of a whole number
-                raise NetworkError(
-                    f"{self.text}: {at}: {len(phases)} phases, a signal needs 2 to 62"
-                )
-            for p, starts in enumerate(phases):
+            if not 2 <= len(phases) <= 62:
+                raise NetworkError(f"{at}: {len(phases)} phases, a signal needs 2 to 62")
+            greens = []
+            for p, starts in enumerate(phases, 1):
                 if not starts:
-                    raise NetworkError(
-                        f"{self.text}: {at}: phase {p + 1} is empty: name the nodes it serves"
-                    )
-                for start in starts:
-                    self.green[
-                        self.find_segment(start, node, f"{at}: phase {p + 1}")
-                    ] |= 1 << p
+                    raise NetworkError(f"{at}: phase {p} is empty: name the nodes it serves")
+                place = f"signals: {node}: phase {p}"
+                greens.append({self.ids[self.find_segment(a, node, place)] for a in starts})
             for s in self.into[node]:
-                self.signal[s] = g
-                if not self.green[s]:
-                    raise NetworkError(
-                        f"{self.text}: {at}: {self.ends[s][0]} > {node} is green in no phase"
-                    )
-            if not self.out_of[node]:
-                self.notes.append(
-                    f"{self.text}: {at}: no segment leaves it: a signal at an exit"
-                )
-        self.n_phases = np.array([len(phases) for phases in signals.values()], np.int64)
+                if not any(self.ids[s] in green for green in greens):
+                    raise NetworkError(f"{at}: {self.ids[s]} is green in no phase")
+            found.append(Signal(node, tuple(greens), **times))
+        return found
 
-    def look_for_islands(self):
-        """Segments that no vehicle of the largest connected part can reach."""
-        part = {}
-        for first in self.nodes:
-            reached = [] if first in part else [first]
-            while reached:
-                node = reached.pop()
-                if node in part:
-                    continue
-                part[node] = first
-                reached += [self.ends[s][1] for s in self.out_of[node]]
-                reached += [self.ends[s][0] for s in self.into[node]]
-        parts = Counter(part[start] for start, _ in self.ends)
-        largest = parts.most_common(1)[0][0]
-        apart = [s for s, (start, _) in enumerate(self.ends) if part[start] != largest]
-        if apart:
-            self.notes.append(
-                f"{self.name_of(apart[0])} and {len(apart) - 1} more have no connection "
-                "with the rest"
-            )
+    def yields(self) -> dict:
+        """Whoever is not on the main road of a junction without a signal gives way."""
+        found = {}
+        for node, starts in self.plan.get("priority", {}).items():
+            self.check_node(node, "priority")
+            if node in self.plan.get("signals", {}):
+                raise NetworkError(f"{self.text}: priority: {node}: has a signal")
+            main = {self.find_segment(start, node, f"priority: {node}") for start in starts}
+            for s in set(self.into[node]) - main:
+                found[self.ids[s]] = *GIVE_WAY, [self.ids[j] for j in main]
+        return found
+
+
+def scaled(flow, share: float):
+    """A flow, or one that changes, times a share."""
+    if isinstance(flow, list):
+        return [[minute, x * share] for minute, x in flow]
+    return flow * share
 
 
 def build_network(
@@ -470,46 +729,17 @@ def build_network(
     segments: from, to, length_m, class, lanes, limit (km/h, None for the class's).
     plan: signals {node: [[from, ...] a phase]}; demand {node: {motorcycle, car: flow}}, shared by
     the entries that begin there, a flow veh/h or [[minute, veh/h from then on], ...]; turns {node:
-    {from: {to: share}}}, by default in proportion to lanes * limit, never back; all_red, min_green
-    (s); for pictures nodes {node: [x, y]} in m and lines {from: {to: [[x, y], ...]}}. A segment
-    that leads nowhere is an exit, one that nothing leads into an entry. where: names of both for
-    messages.
+    {from: {to: share}}}, by default in proportion to lanes * limit, never back; priority {node:
+    [from, ...]}, the main road of a junction without a signal; amber, all_red, min_green (s); for
+    pictures nodes {node: [x, y]} in m and lines {from: {to: [[x, y], ...]}}. A segment that leads
+    nowhere is an exit, one that nothing leads into an entry. where: names of both for messages.
     """
-    b = Builder(segments, plan, dx, where)
-    b.join()
-    b.fill()
-    b.light()
-    b.look_for_islands()
-    b.draw()
-    net = Network(
-        name,
-        tuple(b.ends),
-        b.first,
-        b.dx,
-        b.jam,
-        b.limit,
-        b.move_from,
-        b.move_to,
-        b.share,
-        b.entry,
-        b.signal,
-        b.green,
-        b.n_phases,
-        tuple(plan.get("signals", {})),
-        b.change_at,
-        b.base,
-        b.zone_of,
-        b.zone_share,
-        b.zone_length,
-        float(plan.get("all_red", ALL_RED)),
-        float(plan.get("min_green", MIN_GREEN)),
-        tuple(b.notes),
-        tuple(b.shapes),
-    )
-    for array in vars(net).values():
-        if isinstance(array, np.ndarray):
-            array.setflags(write=False)
-    return net
+    b = Builder(segments, plan, where)
+    turns, signals, shapes = b.turns(), b.signals(), b.shapes()
+    parts = []
+    for row, part, pair, limit, shape in zip(segments, b.ids, b.ends, b.limit, shapes):
+        parts.append(Part(part, *pair, row["length_m"], row["lanes"], limit, None, shape))
+    return assemble(name, parts, turns, signals, b.demand(turns), b.yields(), dx=dx)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -675,13 +905,19 @@ def corridor_network(dx: float = CELL_LENGTH) -> Network:
     """
     segments, plan = [], {"signals": {}, "demand": {}, "turns": {}}
     chain = ["W", "J1", "J2", "J3", "J4", "J5", "E"]
+    x = 0
+    plan["nodes"] = {"W": [0, 0]}
     for a, b, length in zip(chain, chain[1:], (300, 300, 225, 350, 250, 300)):
+        x += length
+        plan["nodes"][b] = [x, 0]
         segments += both_ways(a, b, length, "secondary", 2)
     for g, (west, node, east) in enumerate(zip(chain, chain[1:], chain[2:])):
         north, south = f"N{g + 1}", f"S{g + 1}"
         segments += both_ways(north, node, 200, "tertiary", 1)
         segments += both_ways(south, node, 200, "tertiary", 1)
         plan["signals"][node] = [[west, east], [north, south]]
+        for end, y in ((north, 200), (south, -200)):
+            plan["nodes"][end] = [plan["nodes"][node][0], y]
         plan["turns"][node] = {
             west: {east: 0.8, north: 0.1, south: 0.1},
             east: {west: 0.8, north: 0.1, south: 0.1},
@@ -717,6 +953,8 @@ def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
             [name(i, j - 1), name(i, j + 1)],
             [name(i - 1, j), name(i + 1, j)],
         ]
+    places = {name(i, j): [200 * j, 200 * i] for i in range(-1, n + 1) for j in range(-1, n + 1)}
+    plan["nodes"] = {row["from"]: places[row["from"]] for row in segments}
     for node in sorted({row["from"] for row in segments} - set(inside.values())):
         plan["demand"][node] = {"motorcycle": 75, "car": 112.5}
     return build_network(f"town{n}", segments, plan, dx)

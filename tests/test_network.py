@@ -298,7 +298,8 @@ def test_a_network_from_files(tmp_path):
     assert net.limit[1] * 3.6 == pytest.approx([50, 30, 50]) and net.jam.tolist() == [0.3, 0.15, 0.3]
     assert net.signal.tolist() == [0, 0, -1] and net.green.tolist() == [1, 2, 0] and net.entry.tolist() == [0, 1, -1]
     assert net.base == pytest.approx(np.array([[[300, 0], [600, 200]]]) / 3600)
-    assert (net.all_red, net.min_green, net.notes, net.shapes) == (2, 5, (), ((), (), ()))
+    assert (net.all_red, net.min_green, net.amber) == ([2], [5], [0]) and net.ids == ("A > J", "B > J", "J > C")
+    assert (net.notes, net.shapes) == ((), ((), (), ()))
 
 
 def test_demand_over_time(tmp_path):
