@@ -25,6 +25,7 @@ from __future__ import annotations
 import ast
 import difflib
 import faulthandler
+import importlib.util
 import inspect
 import io
 import json
@@ -42,7 +43,10 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
+from common import BUNDLE, ROOT, __version__, command_of, text_of
 from common.timeout_guard import (
     CheckpointError,
     TimeoutGuard,
@@ -54,6 +58,10 @@ from common.timeout_guard import (
     write_json_atomic,
 )
 
+# what every script imports, and pip's names of packages that are imported by another
+PACKAGES = "torch numpy numba gymnasium pandas pyarrow psutil filelock tensorboard".split()
+SOME_NEED = "tyro rich talib hmmlearn empyrical sklearn scipy matplotlib tqdm".split()
+PIP_NAMES = {"sklearn": "scikit-learn", "talib": "TA-Lib", "empyrical": "empyrical-reloaded"}
 REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
 LONG = 100_000  # rows of a history from which on the work before the loop asks the deadline
 EXIT_SECONDS = 5.0  # of a process that ends there
@@ -203,14 +211,37 @@ def check(args, choices: dict, ranges: dict):
             refuse((not good, f"{flag(name)} {value}: must be from {low:g} to {high:g}"))
 
 
-def parse_args(cls, argv: list[str] | None):
-    """The dataclass `cls` from argv (None: the process's own), and the names of the flags given."""
+def own_argv() -> list[str]:
+    """The flags that this program was started with: those of a notebook's kernel are not its own."""
+    ipython = sys.modules.get("IPython")
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if ipython and ipython.get_ipython() and program != sys.argv[0]:  # %run: they are the same
+        return []
+    return sys.argv[1:]
+
+
+def need(*names: str, why: str):
+    """UsageError where a package is missing: `why`, and one command for all that are missing."""
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    if absent:
+        others = [name for name in [*PACKAGES, *SOME_NEED] if name not in names]
+        absent += [name for name in others if importlib.util.find_spec(name) is None]
+        pip = " ".join(PIP_NAMES.get(name, name) for name in absent)
+        raise UsageError(f"{why}: pip install {pip}")
+
+
+def parse_args(cls, argv: list[str] | dict | None):
+    """The dataclass `cls`, and the names of the flags given.
+
+    argv: as on the command line; None, the process's own; or {field: value}, which needs no tyro.
+    """
+    if isinstance(argv, dict):
+        return args_of(cls, argv), set(argv)
+    argv = own_argv() if argv is None else [str(a) for a in argv]
+    answer(argv, script_of(cls))
+    need("tyro", why="flags on a command line need tyro (main(timeout=300) does not)")
     import tyro
 
-    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    if {"-h", "--help"} & set(argv):
-        print_help(inspect.getsourcefile(cls))
-        raise SystemExit(0)
     known = {flag(f.name): f.name for f in fields(cls)}
     known |= {flag(f"no_{f.name}"): f.name for f in fields(cls) if f.type in (bool, "bool")}
     names = [token.split("=")[0].replace("_", "-") for token in argv if token.startswith("--")]
@@ -228,9 +259,47 @@ def parse_args(cls, argv: list[str] | None):
         raise UsageError(re.sub(frame, "", " ".join(text.split())).strip()) from e
 
 
+def args_of(cls, flags: dict):
+    """The dataclass `cls` from {field: value}. UsageError for an unknown name or another type."""
+    hints = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
+    for name, value in flags.items():
+        near = difflib.get_close_matches(name, hints, n=3)
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        refuse((name not in hints, f"unknown flag {name}{hint}"))
+        kind = getattr(hints[name], "__name__", str(hints[name]))
+        refuse((not fits(value, hints[name]), f"{name}={value!r}: must be of type {kind}"))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+
+
+def fits(value, kind) -> bool:
+    """Whether a flag of this type takes the value; an int is a float too, and a list a tuple."""
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if get_origin(kind) is tuple:
+        whole = isinstance(value, (tuple, list))
+        return whole and all(fits(one, inner[0]) for one in value)
+    if kind in (int, float):
+        kinds = (int, float) if kind is float else int
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def script_of(cls) -> Path:
+    """The script that defines `cls`."""
+    return ROOT / BUNDLE["script"] if BUNDLE else Path(inspect.getsourcefile(cls))
+
+
+def source_of(path: str | Path) -> str:
+    """Text of a script or of a file here, also where all are one file."""
+    if BUNDLE:
+        return text_of(Path(path).relative_to(ROOT).as_posix())
+    return Path(path).read_text(encoding="utf-8")
+
+
 def flag_groups(path: str | Path, name: str = "Args") -> dict[str, list[tuple]]:
     """Flags of a dataclass, read from its source: {group: [(field, type, default, text), ...]}."""
-    source = Path(path).read_text()
+    source = source_of(path)
     classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     body = next(node.body for node in classes if node.name == name)
     lines, groups, group = source.splitlines(), {}, "flags"
@@ -249,8 +318,9 @@ def flag_groups(path: str | Path, name: str = "Args") -> dict[str, list[tuple]]:
 def print_help(path: str | Path):
     """--help of a script from its source alone: its first sentence, its flags in groups."""
     script = Path(path)
-    source = script.read_text()
-    print(f"usage: python {script.parent.name}/{script.name} [--flag value ...]\n")
+    source = source_of(script)
+    program = ROOT.name if BUNDLE else f"{script.parent.name}/{script.name}"
+    print(f"usage: python {program} [--flag value ...]\n")
     print(textwrap.fill(ast.get_docstring(ast.parse(source)).split("\n\n")[0], 100))
     groups = flag_groups(script)
     own = {row[0] for rows in groups.values() for row in rows}
@@ -281,12 +351,33 @@ def print_flag(name: str, kind: str, default: str, text: str):
         head = ""
 
 
-def answer_help(module: str, path: str):
-    """Between a script's light and heavy imports: `python script.py --help` answers at once."""
-    if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+def answer(argv: list[str], path: str | Path):
+    """--help and --version print and end the process."""
+    if {"-h", "--help"} & set(argv):
         sys.stdout = Unbreakable(sys.stdout)
         print_help(path)
         raise SystemExit(0)
+    if "--version" in argv:
+        commit = commit_of(Path(path))
+        print(f"{Path(path).stem} {__version__}" + f", commit {commit}" * bool(commit))
+        raise SystemExit(0)
+
+
+def answer_help(module: str, path: str):
+    """Between a script's light and heavy imports: `python script.py --help` answers at once.
+
+    So do packages that are missing.
+    """
+    program = module == "__main__"
+    if program:
+        answer(own_argv(), path)
+    try:
+        need(*PACKAGES, why=f"{Path(path).name} needs packages")
+    except UsageError as e:
+        if not program:
+            raise ImportError(str(e)) from None
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -299,7 +390,8 @@ class Run:
     def __init__(self, cls, argv, schema: int, evaluations: float = 5.0):
         """evaluations: how many evaluations' time the end of the run takes."""
         self.args, given = parse_args(cls, argv)
-        self.script, self.schema = Path(inspect.getsourcefile(cls)), schema
+        self.argv = argv
+        self.script, self.schema = script_of(cls), schema
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.dir = self.lock = self.wandb = self.writer = self.jsonl = None
@@ -741,7 +833,8 @@ class Run:
         seconds = self._sps["seconds"]
         summary = {
             "status": self.guard.status,
-            "command": shlex.join(sys.argv),
+            "command": self.command(),
+            "script": self.script.stem,
             "commit": commit_of(self.script),
             "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", began),
             "global_step": steps,
@@ -787,18 +880,27 @@ class Run:
         self._write(summary)
         return summary | {"run_dir": str(self.dir), "exit_code": self.guard.exit_code}
 
+    def command(self) -> str:
+        """The command line, or the call of main() from another program or a notebook."""
+        if isinstance(self.argv, dict):
+            flags = ", ".join(f"{k}={v!r}" for k, v in self.argv.items())
+            return f"{self.script.name}: main({flags})"
+        own = self.argv is None and own_argv() == sys.argv[1:]
+        program = sys.argv[0] if own else self.script.name
+        flags = own_argv() if self.argv is None else self.argv
+        return shlex.join([program, *map(str, flags)])
+
     def _write(self, summary: dict):
         summary.update(wall_seconds=self.guard.elapsed(), phases=self.guard.phases())
         write_json_atomic(summary, self.dir / "summary.json")
 
     def _report(self) -> bool:
-        program = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
+        command = [*command_of("scripts/report.py"), str(self.dir)]
         left = self.guard.remaining() - 1.0
         if not self.args.report:
             return False
         why = f"{max(left, 0):.0f} s are left"
         if left >= 3.0:
-            command = [sys.executable, str(program), str(self.dir)]
             limit = left if left < math.inf else None
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -808,7 +910,7 @@ class Run:
             except subprocess.TimeoutExpired:
                 why = f"not done in {left:.0f} s"
         print(
-            f"report.html was not written ({why}); again: python {program} {self.dir}",
+            f"report.html was not written ({why}); again: {shlex.join(command)}",
             file=sys.stderr,
         )
         return False
@@ -842,6 +944,8 @@ def differences(there: dict, here: dict, names) -> str:
 
 def commit_of(path: Path) -> str | None:
     """The commit of the checkout of `path`, with a + where files differ; None outside of one."""
+    if BUNDLE:
+        return BUNDLE["commit"]
     command = "git describe --always --abbrev=12 --exclude=* --dirty=+".split()
     options = {"cwd": path.parent, "capture_output": True, "text": True, "timeout": 5}
     try:
@@ -1009,10 +1113,15 @@ def cell(x) -> str:
 def experiment(main):
     """Decorates main(argv): whatever ends it, last.pt keeps a whole state, and all is closed."""
 
+    own = inspect.signature(main).parameters
+
     @wraps(main)
     def wrapped(argv=None, **kwargs):
+        """main(["--seed", "3"]) or main(seed=3); with neither, the process's own flags."""
+        flags = {k: kwargs.pop(k) for k in list(kwargs) if k not in own}
+        refuse((flags and argv is not None, "flags: as a list or as keywords, not both"))
         try:
-            return main(argv, **kwargs)
+            return main(flags or argv, **kwargs)
         except BaseException:
             if Run.current:
                 Run.current.rescue()
@@ -1055,11 +1164,17 @@ def out_of_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError) or bool(torchs)
 
 
-def exit_with(main):
-    """Run main() as a program: an exception with an `exit_code` is one line, any other a bug."""
+def exit_with(main, flags: dict | None = None):
+    """Run main() as a program: an exception with an `exit_code` is one line, any other a bug.
+
+    flags: those of a run that gets none on its command line. In a notebook a run that went well
+    ends no process: what main() returned is returned.
+    """
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    result = None
     try:
-        code, why = main()["exit_code"], None
+        result = main() if flags is None or own_argv() else main(flags)
+        code, why = result["exit_code"], None
     except OSError as e:  # a full disk under a log, a folder that went away
         code, why = 2, f"{e.filename or 'writing the run directory'}: {e.strerror}"
     except Exception as e:
@@ -1072,4 +1187,7 @@ def exit_with(main):
     if why is not None:
         print(f"error: {why}", file=sys.stderr)
     sys.stdout.flush()
+    ipython = sys.modules.get("IPython")
+    if ipython and ipython.get_ipython() and not code:
+        return result
     sys.exit(code)

@@ -18,9 +18,10 @@ import sys
 import threading
 import traceback
 from multiprocessing import connection, util
-from pathlib import Path
 
 import numpy as np
+
+from common import BUNDLE, ROOT
 
 FORK_SERVER = "CLEANRL_CRYPTO_FORK_SERVER"  # in the environment of the fork server and its children
 LINE = 64  # bytes of a cache line: no two arrays share one
@@ -36,8 +37,8 @@ def worker_context(preload: str):
     from multiprocessing import forkserver
 
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([preload])
-    root = str(Path(__file__).resolve().parents[1])
+    context.set_forkserver_preload([ROOT.stem if BUNDLE else preload])
+    root = str(ROOT.parent if BUNDLE else ROOT)
     path = os.environ.get("PYTHONPATH")
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, path))), FORK_SERVER: "1"}
     try:

@@ -31,6 +31,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common import text_of  # noqa: E402
+
 # -------------------------------------------------------------------------------------- vocabulary
 # Okabe-Ito tones: told apart by colour-blind readers, dark enough on white
 COLORS = {
@@ -407,10 +409,10 @@ def read_run(run_dir: str | Path) -> Record:
 def read_meanings(args: dict, summary: dict) -> dict[str, Meaning]:
     """The table of metrics of the page of the script that ran; {} where there is no page."""
     scripts = re.findall(r"(\w+)\.py\b", str(summary.get("command", ""))[:300])
-    for name in (*scripts[:1], args.get("exp_name")):
-        path = ROOT / "docs" / f"{name}.md"
-        if re.fullmatch(r"\w+", str(name)) and path.is_file():
-            return metric_table(read_text(path))
+    for name in (summary.get("script"), *scripts[:1], args.get("exp_name")):
+        page = re.fullmatch(r"\w+", str(name)) and text_of(f"docs/{name}.md")
+        if page:
+            return metric_table(page)
     return {}
 
 
