@@ -960,10 +960,19 @@ def town_network(n: int, dx: float = CELL_LENGTH) -> Network:
     return build_network(f"town{n}", segments, plan, dx)
 
 
-def find_network(spec, dx: float = CELL_LENGTH) -> Network:
-    """corridor, townN (a grid of N x N junctions), or the path of a segments CSV."""
+def find_network(spec, dx: float = CELL_LENGTH, demand=()) -> Network:
+    """corridor, townN (a grid of N x N junctions), or the path of a segments CSV or a map.
+
+    demand: files of a map's vehicles, where it does not name them.
+    """
     if isinstance(spec, Network):
         return spec
+    from common.maps import is_map, read_map  # they end in assemble() above
+
+    if is_map(spec):
+        return pool.static(("network", spec, *demand, dx), lambda: read_map(spec, demand, dx))
+    if demand:
+        raise NetworkError(f"--demand belongs to a map of another program, not to {spec}")
     if spec == "corridor":
         return pool.static(("network", spec, dx), lambda: corridor_network(dx))
     size = spec[4:]
@@ -972,6 +981,6 @@ def find_network(spec, dx: float = CELL_LENGTH) -> Network:
     if not spec.endswith(".csv"):
         raise NetworkError(
             f"--scenario {spec}: must be corridor, townN such as town5 (at most 50), "
-            "or a segments CSV"
+            "a segments CSV, or a map: NAME.net.xml, NAME.sumocfg, a roadnet.json, an edge table"
         )
     return load_network(spec, dx)
