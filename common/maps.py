@@ -25,8 +25,6 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import dijkstra
 
 from common.networks import (
     CELL_LENGTH,
@@ -910,8 +908,8 @@ def default_demand(plan: Map, path: Path, notes: list) -> Trips:
     {"entries": {edge: veh/h or [[minute, veh/h from then on], ...]}, "exits": {edge: weight}}: the
     vehicles of an entry drive the fastest way to every exit that they can reach, by its weight.
     """
-    targets = {link.target for link in plan.links}
-    sources = {link.source for link in plan.links}
+    onward = [link for link in plan.links if not is_back(plan, link)]
+    targets, sources = {link.target for link in onward}, {link.source for link in onward}
     if not path.is_file():
         entries = {
             name: DEFAULT_FLOW * len(road.lanes)
@@ -956,12 +954,21 @@ def default_demand(plan: Map, path: Path, notes: list) -> Trips:
     return Trips(routes, 0.0, 60 * ends[-1], SPACE["car"], HEADWAY)
 
 
+def is_back(plan: Map, link: Link) -> bool:
+    """Whether a link turns round, as at the end of a street."""
+    a, b = plan.roads[link.source], plan.roads[link.target]
+    return (a.start, a.end) == (b.end, b.start)
+
+
 def changes_of(flow) -> list:
     return [minute for minute, _ in flow] if isinstance(flow, list) else [0]
 
 
 def fastest_ways(plan: Map, entries: list) -> dict:
     """{entry: {road: edges of the fastest way there}}."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import dijkstra
+
     names = list(plan.roads)
     number = {name: k for k, name in enumerate(names)}
     seconds = {name: road.length / road.limit for name, road in plan.roads.items()}
@@ -1128,7 +1135,7 @@ def read_edges(path, dx: float = CELL_LENGTH) -> Network:
         raise NetworkError(f"{path}: no edges between different nodes")
     beside = path.with_suffix(".json")
     if not beside.is_file():
-        write_json(beside, propose_plan(rows, path))
+        write_json(beside, propose_plan(rows))
         notes.append(f"{beside} written: signals are a proposal, flows a default: edit it")
     for row in rows:
         row.pop("line", None)
@@ -1296,22 +1303,21 @@ def find_root(same: dict, node: str) -> str:
     return node
 
 
-def propose_plan(rows: list[dict], path: Path) -> dict:
+def propose_plan(rows: list[dict]) -> dict:
     """Signals where three streets of some rank meet, and a flow at every entry."""
-    into, out_of = defaultdict(list), defaultdict(list)
+    into = defaultdict(list)
     for row in rows:
         into[row["to"]].append(row)
-        out_of[row["from"]].append(row)
     plan = {"signals": {}, "demand": {}, "lines": defaultdict(dict)}
     rank = {name: k for k, name in enumerate(ROADS)}
-    for node, approaches in into.items():
+    for node, approaches in list(into.items()):
         ranks = [rank.get(row["class"].removesuffix("_link"), len(rank)) for row in approaches]
         if len(approaches) >= 3 and sorted(ranks)[2] <= rank["tertiary"]:
             plan["signals"][node] = two_phases(approaches, ranks)
-    for node, exits in out_of.items():
-        others = {row["from"] for row in into[node]} - {row["to"] for row in exits}
-        if not into[node] or (len(exits) == 1 and not others):
-            plan["demand"][node] = {"car": sum(DEFAULT_FLOW * row["lanes"] for row in exits)}
+    for row in rows:
+        if not {before["from"] for before in into[row["from"]]} - {row["to"]}:
+            flow = plan["demand"].setdefault(row["from"], {"car": 0.0})
+            flow["car"] += DEFAULT_FLOW * row["lanes"]
     for row in rows:
         if row["line"]:
             plan["lines"][row["from"]][row["to"]] = row["line"]
