@@ -1,16 +1,16 @@
-"""Is a backtest more than luck? Statistics of Sharpe ratios, and a ledger of everything that was tried.
+"""Is a backtest more than luck? Statistics of Sharpe ratios, and a ledger of all that was tried.
 
     # growth (T,): simple return of each bar, costs paid; Sharpe ratios are a bar's, never a year's
     found = judge(growth, trials=12, trial_sharpes=[0.01, 0.02])
     found["deflated"], found["bars_more"]
 
     ledger = Ledger("results/ledger.jsonl")
-    ledger.add({"event": "tried", ...})  # an append-only line, chained to the line before by its hash
+    ledger.add({"event": "tried", ...})  # a line, chained to the line before by its hash
     ledger.lines()  # UsageError where a line was changed or is missing
 
-Probabilistic Sharpe ratio and minimum track record: Bailey and Lopez de Prado (2012). Deflated Sharpe
-ratio: the same (2014). Probability of backtest overfitting by CSCV: Bailey, Borwein, Lopez de Prado
-and Zhu (2017).
+Probabilistic Sharpe ratio and minimum track record: Bailey and Lopez de Prado (2012). Deflated
+Sharpe ratio: the same (2014). Probability of backtest overfitting by CSCV: Bailey, Borwein, Lopez
+de Prado and Zhu (2017).
 """
 
 from __future__ import annotations
@@ -36,31 +36,41 @@ from scripts.report_market import bootstrap_means  # noqa: E402
 
 CONFIDENCE = 0.95
 BLOCKS = 16  # of CSCV: 12 870 ways to take half of them
+MOMENTS = "bars", "mean", "square"  # of a segment's returns
 START = "0" * 64  # what the first line of a ledger is chained to
 
 
 # --------------------------------------------------------------------------------- Sharpe ratios
 def sharpe(returns: np.ndarray) -> float:
     """Mean over standard deviation of (T,) returns, a bar; 0 where nothing moves."""
-    std = np.std(returns)
-    return float(np.mean(returns) / std) if std > 0 else 0.0
+    return ratio_of(np.mean(returns), np.std(returns))
+
+
+def ratio_of(mean: float, std: float) -> float:
+    return float(mean / std) if std > 0 else 0.0
 
 
 def shape(returns: np.ndarray) -> tuple[float, float]:
     """Skewness and kurtosis (of a normal: 0 and 3)."""
     if not np.std(returns) > 0:
         return 0.0, 3.0
-    return float(skew(returns)), float(kurtosis(returns, fisher=False))
+    g3 = skew(returns)
+    g4 = kurtosis(returns, fisher=False)
+    return float(g3), float(g4)
 
 
 def sharpe_spread(ratio: float, g3: float, g4: float) -> float:
     """Standard deviation of an estimated Sharpe ratio, times sqrt(T - 1)."""
-    return math.sqrt(max(1 - g3 * ratio + (g4 - 1) / 4 * ratio**2, 1e-12))
+    asymmetry = -g3 * ratio
+    tails = (g4 - 1) / 4 * ratio**2
+    variance = 1 + asymmetry + tails
+    return math.sqrt(max(variance, 1e-12))
 
 
 def probabilistic_sharpe(ratio, bars, g3=0.0, g4=3.0, benchmark=0.0) -> float:
     """Probability that the true Sharpe ratio is above `benchmark`; ratios a bar."""
-    z = (ratio - benchmark) * math.sqrt(bars - 1) / sharpe_spread(ratio, g3, g4)
+    error = sharpe_spread(ratio, g3, g4) / math.sqrt(bars - 1)
+    z = (ratio - benchmark) / error
     return float(norm.cdf(z))
 
 
@@ -71,33 +81,40 @@ def expected_best(variance: float, trials: int) -> float:
     gamma = np.euler_gamma
     first = norm.ppf(1 - 1 / trials)
     second = norm.ppf(1 - 1 / (trials * math.e))
-    return float(math.sqrt(variance) * ((1 - gamma) * first + gamma * second))
+    best = (1 - gamma) * first + gamma * second
+    return float(math.sqrt(variance) * best)
 
 
-def minimum_track_record(ratio, g3=0.0, g4=3.0, benchmark=0.0, confidence=CONFIDENCE) -> float:
-    """Bars after which this Sharpe ratio is above `benchmark` at that confidence; inf where never."""
+def minimum_track_record(ratio, g3=0.0, g4=3.0, benchmark=0.0) -> float:
+    """Bars after which this Sharpe ratio is above `benchmark` at CONFIDENCE; inf where never."""
     if ratio <= benchmark:
         return math.inf
-    z = norm.ppf(confidence) * sharpe_spread(ratio, g3, g4)
-    return float(1 + (z / (ratio - benchmark)) ** 2)
+    spread = sharpe_spread(ratio, g3, g4)
+    root = norm.ppf(CONFIDENCE) * spread / (ratio - benchmark)
+    return float(1 + root**2)
 
 
-def bars_needed(ratio, bars, g3, g4, threshold, confidence=CONFIDENCE) -> float:
-    """Bars after which the deflated Sharpe ratio reaches `confidence`, if the ratio stays.
+def bars_needed(ratio, bars, g3, g4, threshold) -> float:
+    """Bars after which the deflated Sharpe ratio reaches CONFIDENCE, if the ratio stays.
 
     threshold: expected_best() on `bars` bars; what chance shows falls as 1 / sqrt(bars).
     """
     if ratio <= 0:
         return math.inf
-    z = norm.ppf(confidence) * sharpe_spread(ratio, g3, g4)
-    return float(1 + ((z + threshold * math.sqrt(bars - 1)) / ratio) ** 2)
+    spread = sharpe_spread(ratio, g3, g4)
+    chance = threshold * math.sqrt(bars - 1)
+    root = (norm.ppf(CONFIDENCE) * spread + chance) / ratio
+    return float(1 + root**2)
 
 
-def sharpe_interval(returns: np.ndarray, confidence=CONFIDENCE) -> tuple[float, float]:
+def sharpe_interval(returns: np.ndarray) -> tuple[float, float]:
     """Of the Sharpe ratio a bar, by the stationary bootstrap with blocks of T^(1/3) bars."""
-    mean, square = bootstrap_means(np.array([returns, np.square(returns)]))
-    ratios = mean / np.sqrt(np.maximum(square - mean**2, 1e-300))
-    low, high = np.quantile(ratios, (0.5 - confidence / 2, 0.5 + confidence / 2))
+    squares = np.square(returns)
+    mean, square = bootstrap_means(np.array([returns, squares]))
+    variance = np.maximum(square - mean**2, 1e-300)
+    ratios = mean / np.sqrt(variance)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(ratios, (tail, 1 - tail))
     return float(low), float(high)
 
 
@@ -111,8 +128,10 @@ def judge(returns: np.ndarray, trials: int, trial_sharpes=()) -> dict:
     bars, ratio = len(returns), sharpe(returns)
     g3, g4 = shape(returns)
     low, high = sharpe_interval(returns)
-    variance = np.var(trial_sharpes, ddof=1) if len(trial_sharpes) > 1 else 0.0
-    threshold = expected_best(max(variance, 1 / (bars - 1)), trials)
+    variance = chance = 1 / (bars - 1)
+    if len(trial_sharpes) > 1:
+        variance = max(np.var(trial_sharpes, ddof=1), chance)
+    threshold = expected_best(variance, trials)
     needed = bars_needed(ratio, bars, g3, g4, threshold)
     return {
         "bars": bars,
@@ -136,28 +155,35 @@ def overfitting(returns: np.ndarray, blocks: int = BLOCKS) -> float:
     Share of the ways to take half of the blocks in which the trial that is best there is below the
     median of all trials in the other half. On noise about a half, with a wide spread.
     """
+    middle = (returns.shape[1] + 1) / 2  # rank of the median
     parts = np.array_split(returns, blocks)
-    sums = np.array([part.sum(0) for part in parts])
-    squares = np.array([np.square(part).sum(0) for part in parts])
-    lengths = np.array([len(part) for part in parts])
-
-    def ratios(chosen):
-        chosen = list(chosen)
-        n = lengths[chosen].sum()
-        mean = sums[chosen].sum(0) / n
-        square = squares[chosen].sum(0)
-        std = np.sqrt(np.maximum(square / n - mean**2, 0.0))
-        return np.divide(mean, std, out=np.zeros_like(mean), where=std > 1e-15)
-
+    moments = np.array([moments_of(part) for part in parts])
     below = []
     for half in combinations(range(blocks), blocks // 2):
-        other = set(range(blocks)) - set(half)
-        best = int(np.argmax(ratios(half)))
-        ranks = rankdata(ratios(other))
-        median = (returns.shape[1] + 1) / 2
-        # on the median itself: half a loss
-        below.append((np.sign(median - ranks[best]) + 1) / 2)
+        chosen = np.zeros(blocks, bool)
+        chosen[list(half)] = True
+        best = int(np.argmax(ratios_of(moments[chosen])))
+        ranks = rankdata(ratios_of(moments[~chosen]))
+        side = np.sign(middle - ranks[best])
+        below.append((side + 1) / 2)  # on the median itself: half a loss
     return float(np.mean(below))
+
+
+def moments_of(part: np.ndarray) -> np.ndarray:
+    """(3, N) of a block (T, N): bars, sums, sums of squares."""
+    bars = np.full(part.shape[1], len(part))
+    return np.array([bars, part.sum(0), np.square(part).sum(0)])
+
+
+def ratios_of(moments: np.ndarray) -> np.ndarray:
+    """Sharpe ratios (N,) over blocks, from their moments (blocks, 3, N)."""
+    bars, total, squares = moments.sum(0)
+    mean = total / bars
+    variance = squares / bars - mean**2
+    std = np.sqrt(np.maximum(variance, 0.0))
+    moves = std > 1e-15
+    nothing = np.zeros_like(mean)
+    return np.divide(mean, std, out=nothing, where=moves)
 
 
 # ---------------------------------------------------------------------------------------- ledger
@@ -185,26 +211,43 @@ class Ledger:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.head = self.path.with_name(self.path.name + ".head")
+        self.head = Path(f"{path}.head")
+        self.lock = FileLock(f"{path}.lock")
+        self.records, self.stamp = [], None  # what was read, and the file's state then
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def lock(self):
-        return FileLock(str(self.path) + ".lock")
-
     def lines(self) -> list[dict]:
-        """All records. UsageError (one line) where one was changed or taken out."""
+        """All records. UsageError (one line) where one was changed or taken out.
+
+        A file that nobody touched since is not read again.
+        """
+        stamp = self.state()
+        if stamp != self.stamp:
+            self.records = self.read()
+            self.stamp = stamp
+        self.check_end(self.records)
+        return list(self.records)
+
+    def state(self) -> tuple:
+        """Of the file: any write changes it."""
+        if not self.path.exists():
+            return ()
+        found = self.path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def read(self) -> list[dict]:
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # kill -9 may tear the line that was being written
         records, before = [], START
         for i, line in enumerate(whole.splitlines()):
             record = parse(line)
-            content = {k: v for k, v in record.items() if k != "hash"}
+            content = without_hash(record)
             own = record.get("hash") == fingerprint(content)
-            if not own or record.get("previous") != before:
+            chained = record.get("previous") == before
+            if not own or not chained:
                 raise self.broken(f"line {i + 1} was changed, or lines before it are missing")
             records.append(record)
             before = record["hash"]
-        self.check_end(records)
         return records
 
     def check_end(self, records: list[dict]):
@@ -228,19 +271,40 @@ class Ledger:
 
     def add(self, record: dict) -> str:
         """One more line; returns its hash."""
-        with self.lock():
+        with self.lock:
             records = self.lines()
-            if records:
-                os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
             before = records[-1]["hash"] if records else START
             line = plain(record) | {"previous": before}
             line["hash"] = fingerprint(line)
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            write_json_atomic({"lines": len(records) + 1, "hash": line["hash"]}, self.head)
+            self.write(json.dumps(line))
+            self.records = [*records, line]
+            self.stamp = self.state()
+            head = {"lines": len(self.records), "hash": line["hash"]}
+            write_json_atomic(head, self.head)
         return line["hash"]
+
+    def write(self, line: str):
+        """At the end of the file; half a line there is cut off."""
+        with self.path.open("a+b") as file:
+            whole = end_of_lines(file)
+            file.truncate(whole)
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def without_hash(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k != "hash"}
+
+
+def end_of_lines(file) -> int:
+    """Bytes of a file up to its last whole line."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read() == b"\n":
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 class Trials:
@@ -257,7 +321,8 @@ class Trials:
                 continue
             segments = self.scores.setdefault(record["trial"], {})
             if record["event"] == "scored":
-                segments[record["segment"]] = record["bars"], record["mean"], record["square"]
+                number = record["segment"]
+                segments[number] = [record[name] for name in MOMENTS]
 
     def __len__(self):
         return len(self.scores)
@@ -266,10 +331,12 @@ class Trials:
         """Sharpe ratio a bar of every trial over the segments that it was scored on."""
         found = []
         for segments in self.scores.values():
-            bars, mean, square = np.array(list(segments.values())).reshape(-1, 3).T
+            rows = np.array(list(segments.values()))
+            bars, mean, square = rows.reshape(-1, 3).T
             if bars.sum() < 2:
                 continue
             mean = np.average(mean, weights=bars)
-            std = math.sqrt(max(np.average(square, weights=bars) - mean**2, 0.0))
-            found.append(float(mean / std) if std > 0 else 0.0)
+            square = np.average(square, weights=bars)
+            variance = max(square - mean**2, 0.0)
+            found.append(ratio_of(mean, math.sqrt(variance)))
         return found
