@@ -23,20 +23,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.run import CheckFailed, UsageError, complain, refuse  # noqa: E402
+from common.run import CheckFailed, UsageError, need, refuse  # noqa: E402
 from common.timeout_guard import TimeoutGuard, write_json_atomic  # noqa: E402
 from scripts import run_full_wfo as wfo  # noqa: E402
 
-try:
-    import fsspec
-    import ray
-    from filelock import FileLock
-except ModuleNotFoundError as e:
-    raise UsageError(f"--engine ray: {e}: pip install -r requirements-cluster.txt") from e
+need("ray", "fsspec", why="--engine ray needs requirements-cluster.txt")
+
+import fsspec  # noqa: E402
+import ray  # noqa: E402
 
 RETRIES = 10  # workers that one run may lose
 OBJECT_STORE = 200_000_000  # bytes, of a cluster started here: bars of a segment are a megabyte
-DYING = 60.0  # seconds in which a lost worker's process gives its run directory back
 # stay on the worker: they are its own, or the next checkpoint replaces them
 OWN = (".lock", ".pid", "step_*.pt", "*.tmp")
 
@@ -62,7 +59,7 @@ class Mirror(threading.Thread):
                 if self.last.exists() and self.last.stat().st_mtime_ns != self.copied:
                     self.push()
             except Exception as e:  # whatever a storage raises: the next copy may work
-                complain(f"{self.url}: not copied", e)
+                print(f"{self.url}: not copied ({type(e).__name__}: {e}): the run goes on")
 
     def push(self):
         """metrics.jsonl may be longer than last.pt knows, never shorter: last.pt is read first."""
@@ -144,10 +141,7 @@ def in_place(task: dict) -> dict:
     """run_task() in the study's working directory, its words in the log."""
     refuse_strangers(task)
     os.chdir(task["place"])
-    lock = Path(task["run_dir"]) / ".lock"
-    if lock.parent.exists():  # of a worker that was lost, and may be dying
-        with FileLock(lock, timeout=DYING):
-            pass
+    wfo.wait_for_lock(task["run_dir"])
     with open(task["log"], "a", buffering=1) as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:

@@ -89,6 +89,7 @@ MEMORY = 3e9  # bytes of a run: 19 months of hourly bars, encoded
 REPORT_SECONDS = 20.0  # for the page, at the end of --timeout
 LEAST_SECONDS = 20.0  # of a run
 PATIENCE = 60.0  # seconds that a run gets to save itself after Ctrl-C
+DYING = 60.0  # seconds in which a process that was lost gives its run directory back
 NAMED = 4  # runs that the progress line names; of more it gives the number
 RIVALS = ("flat", "buy_and_hold", "best_constant", "random_same_turnover", "sparse_linear")
 
@@ -517,9 +518,17 @@ def read_result(task: dict) -> dict | None:
     return result | {"run_dir": task["run_dir"]} if same else None
 
 
+def wait_for_lock(run_dir: Path | str):
+    """Until nobody owns a run directory: who was killed may be dying. filelock's Timeout."""
+    lock = Path(run_dir) / ".lock"
+    if lock.exists():
+        with FileLock(lock, timeout=DYING):
+            pass
+
+
 # ------------------------------------------------------------------------------------ local engine
-def work(task: dict):
-    """A process of its own for run_task(); what it prints goes into a file."""
+def work(call, task: dict):
+    """A process of its own for call(task); what it prints goes into a file."""
     be_a_worker()
     os.setsid()  # a terminal's Ctrl-C is for the study, which then asks every run once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the script saves itself at one
@@ -527,7 +536,7 @@ def work(task: dict):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        run_task(task)
+        call(task)
     except Exception as e:
         if not hasattr(e, "exit_code"):
             traceback.print_exc()
@@ -590,7 +599,7 @@ def start_run(task: dict, limit: float, threads: int, context):
         argv += ["--torch-threads", str(threads)]
     if limit < math.inf:
         argv += ["--timeout", f"{limit:.0f}"]
-    process = context.Process(target=work, args=(task | {"argv": argv},))
+    process = context.Process(target=work, args=(run_task, task | {"argv": argv}))
     process.start()
     return process
 
@@ -605,7 +614,7 @@ def failed(task: dict, code: int | None, why: str) -> Exception:
     return error(f"segment {task['segment']} seed {task['seed']} (exit code {code}): {why}")
 
 
-def end_runs(running: dict):
+def end_runs(running):
     """Ask them to save themselves; what does not end is killed."""
     for process in running:
         process.terminate()
