@@ -1,0 +1,192 @@
+"""scripts/sumo_transfer.py: what it shows signals, reads from lanes and says of vehicles."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cleanrl_crypto import ppo_arz_signals as arz
+from common.networks import find_network
+from scripts import sumo_transfer as st
+
+SCRIPT = st.ROOT / "scripts" / "sumo_transfer.py"
+AMBER = 5.0  # s, of cologne1's program
+
+
+# ------------------------------------------------------------------------------------- without SUMO
+@pytest.mark.parametrize(
+    "old, new, amber, red",
+    [
+        ("GGGggrrrrr", "rrrGGrrrrr", "yyyggrrrrr", "rrrggrrrrr"),
+        ("rrrGGrrrrr", "rrrrrGGGgg", "rrryyrrrrr", "rrrrrrrrrr"),
+        ("GGgGrGGG", "GGGrrrrr", "GGgyryyy", "GGgrrrrr"),
+        ("Gs", "rs", "ys", "rs"),
+    ],
+)
+def test_greens_that_end_turn_amber_and_those_of_both_phases_stay(old, new, amber, red):
+    assert (st.between(old, new, "y"), st.between(old, new, "r")) == (amber, red)
+
+
+@pytest.mark.parametrize(
+    "state, expected", [("Ggr", True), ("Gyr", False), ("rrr", False), ("uGr", False)]
+)
+def test_phases_to_choose_from(state, expected):
+    assert st.is_green(state) is expected
+
+
+def test_interval_is_students():
+    assert st.interval_of([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.48414), abs=1e-5)
+    assert np.isnan(st.interval_of([1.0])[1])
+
+
+def test_differences_are_paired_by_seed():
+    delays = {"policy": (10.0, 20.0, 30.0), "random": (12.0, 22.0, 32.0)}
+    lines = [
+        {c: 1 for c in st.COLUMNS} | {"controller": name, "seed": seed, "delay": delay}
+        for name, values in delays.items()
+        for seed, delay in enumerate(values)
+    ]
+    rows = st.summarise(pd.DataFrame(lines).sample(frac=1, random_state=1))
+    assert [row["controller"] for row in rows] == ["policy", "random"]
+    assert rows[0]["delay_95"] > 20 and "difference" not in rows[0]
+    assert (rows[1]["difference"], rows[1]["difference_95"]) == pytest.approx((2.0, 0.0), abs=1e-9)
+    assert rows[1]["teleports"] == 3
+
+
+def test_all_who_wanted_to_depart_count(tmp_path):
+    trips, statistics = tmp_path / "trips.xml", tmp_path / "statistics.xml"
+    row = '<tripinfo timeLoss="{}" departDelay="{}" waitingCount="{}" depart="{}" arrival="{}"/>'
+    rows = (10, 1, 2, 5, 50), (30, 0, 1, 6, -1), (0, 100, 0, -1, -1)
+    trips.write_text(f"<tripinfos>{''.join(row.format(*r) for r in rows)}</tripinfos>")
+    statistics.write_text('<statistics><vehicles loaded="3"/><teleports total="4"/></statistics>')
+    found = st.measure(trips, statistics)
+    assert (found["delay"], found["stops"]) == pytest.approx((141 / 3, 1.0))
+    counts = "throughput wanted not_inserted not_arrived teleports".split()
+    assert [found[name] for name in counts] == [1, 3, 1, 1, 4]
+
+
+def test_vehicles_of_lanes_are_the_environments_vehicles():
+    """Every vehicle counts once, in the zone of the cell that it is in."""
+    net = find_network("corridor")
+    lanes = {part: ((f"e{s}_0", 0.0, net.lengths[s], 0.0),) for s, part in enumerate(net.ids)}
+    layout = SimpleNamespace(lanes=lanes, weight={net.ids[0]: 0.5})
+    pieces, entries = st.pieces_of(net, layout)
+    env = arz.NetworkVectorEnv(1, net)
+    for s in range(len(net.ids)):
+        (piece,) = pieces[f"e{s}_0"]
+        for cell, place in enumerate(np.arange(0.5, len(piece.zones)) * net.dx[s]):
+            zone, filling = piece.at(place)
+            assert zone == net.zone_of[net.first[s] + cell]
+            env.zones[zone, s, 0] += filling
+    count = np.diff(net.first) * np.where(np.arange(len(net.ids)) == 0, 0.5, 1.0)
+    np.testing.assert_allclose(env.counts()[:, 0], count, rtol=1e-5)
+    assert sorted(e for at in entries.values() for e in at) == list(range(net.base.shape[2]))
+    assert all(sum(at.values()) == pytest.approx(1) for at in entries.values())
+
+
+# ---------------------------------------------------------------------------------------- with SUMO
+@pytest.fixture(scope="module")
+def cologne(tmp_path_factory):
+    """cologne1, four minutes of it."""
+    pytest.importorskip("libsumo", reason="needs SUMO: requirements-sumo.txt")
+    maps = find_spec("sumo_rl")  # only its files: importing it wants SUMO_HOME
+    if maps is None:
+        pytest.skip("the wheel of sumo-rl holds the maps of the RESCO benchmark")
+    folder = st.Path(maps.origin).parent / "nets" / "RESCO" / "cologne1"
+    path = tmp_path_factory.mktemp("map") / "cologne1.sumocfg"
+    path.write_text(
+        f'<configuration><input><net-file value="{folder}/cologne1.net.xml"/>'
+        f'<route-files value="{folder}/cologne1.rou.xml"/></input>'
+        '<time><begin value="25200"/><end value="25440"/></time></configuration>'
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def judged(cologne):
+    """The command line on a seed."""
+    argv = [sys.executable, SCRIPT, "--baselines-only", "--sumocfg", cologne, "--seeds", "1"]
+    out = cologne.parent / "out"
+    done = subprocess.run([*argv, "--out", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_controller_is_measured_on_the_same_demand(judged):
+    runs = pd.read_csv(judged / "runs.csv")
+    assert sorted(runs["controller"]) == sorted(st.CONTROLLERS)
+    assert runs["wanted"].nunique() == 1 and (runs["teleports"] == 0).all()
+    assert (runs["throughput"] + runs["not_inserted"] + runs["not_arrived"] == runs["wanted"]).all()
+    assert runs["delay"].nunique() == len(st.CONTROLLERS)
+    report = json.loads((judged / "transfer.json").read_text())
+    means = {row["controller"]: row["delay"] for row in report["controllers"]}
+    expected = runs.groupby("controller")["delay"].mean()
+    assert means == pytest.approx(expected.to_dict())
+    assert expected["random"] > expected["greedy wave"]
+    assert (judged / "transfer.png").stat().st_size > 5000
+
+
+def test_own_program_is_what_sumo_itself_measures(judged, cologne):
+    import sumo
+
+    out = cologne.parent / "statistics.xml"
+    argv = [f"{sumo.SUMO_HOME}/bin/sumo", "-c", cologne, "--seed", "1", "--statistic-output", out]
+    argv += ["--duration-log.statistics", "--tripinfo-output.write-unfinished"]
+    subprocess.run(argv, capture_output=True, check=True)
+    found = ElementTree.parse(out).getroot().find("vehicleTripStatistics")
+    row = pd.read_csv(judged / "runs.csv").set_index("controller").loc[st.OWN]
+    lost = float(found.get("timeLoss")) * float(found.get("count"))
+    assert row["time_loss"] == pytest.approx(lost / row["wanted"], abs=0.01)
+    waited = float(found.get("totalDepartDelay"))
+    assert row["departure_delay"] == pytest.approx(waited / row["wanted"], abs=1e-6)
+
+
+def test_amber_and_least_green_hold_whoever_decides(cologne, tmp_path):
+    """As SUMO records the signal, second by second, under random decisions."""
+    states = tmp_path / "states.xml"
+    record = tmp_path / "record.add.xml"
+    tls = "GS_cluster_357187_359543"
+    event = f'<timedEvent type="SaveTLSStates" source="{tls}" dest="{states}"/>'
+    record.write_text(f"<additional>{event}</additional>")
+    st.check_installed()
+    net, layout = st.read_map(str(cologne), arz.CELL_LENGTH)
+    case = st.Case(str(cologne), net, layout, "random", 1, 5.0, "", str(record), False)
+    list(st.in_workers(st.play, [case], 1))
+    rows = [e.get("state") for e in ElementTree.parse(states).getroot().iter("tlsState")]
+    assert len(rows) >= 235
+    lengths = {"G": [], "y": []}
+    for link in zip(*rows):
+        text = "".join(link).replace("g", "G")
+        for letter, found in lengths.items():
+            found += [len(x) for x in re.findall(f"(?<=[^{letter}]){letter}+(?=[^{letter}])", text)]
+        assert "Gr" not in text
+    assert set(lengths["y"]) == {AMBER} and len(lengths["y"]) > 40
+    assert min(lengths["G"]) >= net.min_green[0]
+
+
+# ----------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ([], "RUN_DIR"),
+        (["--baselines-only"], "--sumocfg"),
+        (["--baselines-only", "--sumocfg", "nowhere.sumocfg"], "nowhere.sumocfg"),
+        (["nowhere", "--sumocfg", "{map}"], "best.pt"),
+        (["run", "--baselines-only", "--sumocfg", "{map}"], "--baselines-only"),
+        (["--baselines-only", "--video", "--sumocfg", "{map}"], "--video"),
+        (["--baselines-only", "--sumocfg", "{map}", "--seeds", "0"], "--seeds"),
+        (["--baselines-only", "--sumocfg", "{broken}"], "no.net.xml"),
+    ],
+)
+def test_one_line_says_what_is_wrong(refusal_of, cologne, argv, named):
+    broken = cologne.with_name("broken.sumocfg")
+    broken.write_text(cologne.read_text().replace("cologne1.net.xml", "no.net.xml"))
+    argv = [a.format(map=cologne, broken=broken) for a in argv]
+    assert named in refusal_of(SCRIPT)(argv)
