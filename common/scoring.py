@@ -261,18 +261,21 @@ def edge_over_constant(
 ) -> tuple[float, float]:
     """What `paths` earn over the best constant on a split, bp a bar, and its standard error.
 
-    paths: exposures (T,), or (n,) of the split alone, an array an asset. Mean over assets; where
-    the conditional mean is known (synthetic) it stands in for the realised return.
+    Or over flat, where that constant loses: not to hold what was wrong is no skill. paths:
+    exposures (T,), or (n,) of the split alone, an array an asset. Mean over assets; where the
+    conditional mean is known (synthetic) it stands in for the realised return.
     """
     means, errors = [], []
     for s, path in zip(assets, paths):
         a, b = s.rows[split]
         if len(path) != b - a:
             path = path[a:b]
-        constant = np.full(b - a, best_constant(s, levels))
         which = int(s.known)  # of what walk returns: realised or expected
-        earned = s.walk(path, a, b)[which]
-        edge = earned - s.walk(constant, a, b)[which]
+        chosen = np.full(b - a, best_constant(s, levels))
+        constant = s.walk(chosen, a, b)[which]
+        if constant.mean() < 0:
+            constant = np.zeros(b - a)
+        edge = s.walk(path, a, b)[which] - constant
         means.append(edge.mean())
         errors.append(standard_error(edge))
     error = np.sqrt(np.sum(np.square(errors))) / len(assets)
@@ -407,7 +410,8 @@ def verdict(
 def describe(audit: dict, agent: dict) -> str:
     """The numbers behind a verdict."""
     text = f"state_dependence {audit['state_dependence']:.3f}, turnover {agent['turnover']:.4f}, "
-    text += f"exposure {agent['exposure']:+.2f}; over the best constant on eval in bp a bar: agent "
+    text += f"exposure {agent['exposure']:+.2f}; over the best constant, or flat, on eval in bp a bar: "
+    text += "agent "
     text += f"{audit['edge_bps']:+.2f} (standard error {audit['edge_se_bps']:.2f}), sparse_linear "
     text += f"{audit['rival_edge_bps']:+.2f} ({audit['rival_edge_se_bps']:.2f})"
     if audit["optimum_edge_bps"] is not None:

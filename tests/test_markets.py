@@ -283,6 +283,24 @@ def test_the_best_constant_is_flat_unless_an_edge_is_seen(spec, constant):
     assert scoring.best_constant(series, ACTIONS) == constant
 
 
+def test_nothing_is_earned_by_not_holding_a_constant_that_turned_wrong():
+    """A run of the study that held nearly nothing was called healthy: its best constant of the train rows lost on eval."""
+    ret = np.repeat([-1e-3, 1e-3], 400) + 1e-4 * np.random.default_rng(0).normal(size=800)
+
+    def walk(target, a, b):
+        return target * ret[a:b], target * ret[a:b], np.abs(np.diff(target, prepend=0.0)), target
+
+    series = scoring.Series(ret[:, None], ret, {"train": (0, 400), "eval": (400, 800)}, walk, True)
+    assert scoring.best_constant(series, ACTIONS) == -1
+    moves = 0.01 * np.sign(np.sin(np.arange(400.0)))  # what answers to nothing and earns nothing
+    paths = {"agent": [moves], "sparse_linear": [np.zeros(400)], "optimum": [np.ones(400)]}
+    audit = scoring.edges([series], paths, ACTIONS, 8766.0) | {"state_dependence": 0.06}
+    assert abs(audit["edge_bps"]) < 0.01 and audit["rival_edge_bps"] == 0
+    assert audit["optimum_edge_bps"] == pytest.approx(10, rel=0.01)
+    agent = {"trades": 200, "turnover": 0.01, "exposure": 0.0}
+    assert scoring.verdict(audit, agent, 600, 100, 400, False)[0] == "undertrained"
+
+
 def test_standard_error_and_usual_limit():
     x = np.random.default_rng(0).normal(1.0, 2.0, 40_000)
     assert scoring.standard_error(x) == pytest.approx(2 / 200, rel=0.4)
