@@ -101,7 +101,7 @@ from common.data import (
     utc_times,
 )
 from common.features import ColumnModel, fit_columns
-from common.lanes import Lanes, register
+from common.lanes import Lanes, register, shared
 from common.scoring import (
     BP,
     Series,
@@ -1168,7 +1168,7 @@ def make_vec(num_envs=8, split_name="train", pairs=None, **kwargs):
     flags = {name: kwargs.pop(name) for name in MARKET if name in kwargs}
     args = Args(**flags)
     rules = {name: getattr(args, name) for name in RULES}
-    return ForexVectorEnv(pairs or load_pairs(args), split_name, num_envs, **rules, **kwargs)
+    return ForexVectorEnv(pairs or shared(load_pairs, args), split_name, num_envs, **rules, **kwargs)
 
 
 register("cleanrl_crypto/Forex-v0", make_vec)

@@ -1248,13 +1248,19 @@ class FreewayVectorEnv(SimulatedLanes):
         lane = Lane(*self.rows("lane"))
         return float((totals.entered / lane.q_in).mean())
 
+    def gauges(self) -> dict[str, torch.Tensor]:
+        """Density and speed at the 51 points of every lane, (N, 51)."""
+        star = self.rows("lane")[:2, :, None]  # rho* and v*
+        relative = self.observe().reshape(-1, 2, NODES).movedim(1, 0)
+        rho, v = star * (1 + relative)
+        return {"density, veh/m": rho, "speed, m/s": v}
+
     def trace(self) -> dict[str, float]:
         """The traced lane's densities and speeds now."""
-        obs = self.observe()[self.traced]
-        star = self.rows("lane")[:2, self.traced]  # rho* and v*
-        star = star.repeat_interleave(NODES)
-        points = [f"{k}_{i}" for k in ("rho", "v") for i in range(NODES)]
-        return dict(zip(points, (star * (1 + obs)).tolist()))
+        row = {}
+        for name, x in zip(("rho", "v"), self.gauges().values()):
+            row |= {f"{name}_{i}": value for i, value in enumerate(x[self.traced].tolist())}
+        return row
 
     def state_dict(self) -> dict:
         """Lanes are saved one by one, not in the blocks of a kernel: for any device."""

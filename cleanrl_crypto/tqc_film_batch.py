@@ -83,7 +83,7 @@ from common.data import (
     utc_times,
 )
 from common.features import CLIP, FeatureModel, fit_features, with_products
-from common.lanes import Lanes, register
+from common.lanes import Lanes, register, shared
 from common.scoring import (
     BP,
     STILL,
@@ -631,6 +631,7 @@ class MarketVectorEnv(Lanes):
         )
         super().__init__(lanes, observation, box(-1.0, 1.0, (1,)), backend, args.seed)
         self.take("state", (8, lanes), np.float64)
+        self.position, _, self.equity = self.state[POSITION:RETURN]
         self.take("last", (8, lanes), np.float64)
         self.take("reward", (lanes,), np.float64)
         self.take("flags", (2, lanes), np.bool_)
@@ -698,7 +699,7 @@ def make_vec(num_envs=1, split_name="train", backend="cpu", **flags):
     """gymnasium.make_vec("cleanrl_crypto/Market-v0", num_envs=8, split_name="train", data=...,
     fee_bps=4, ...): any flag of the script."""
     args = Args(num_envs=num_envs, **flags)
-    market = load_market(args)
+    market = shared(load_market, args, "num_envs")
     return MarketVectorEnv(market, market.rows[split_name], args, backend)
 
 

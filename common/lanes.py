@@ -2,10 +2,14 @@
 are one memory.
 
 A subclass has kernels, a step_lanes() that runs them, observe(), and names what it saves in SAVED.
-Gymnasium's NumPy API (step, reset, final_obs, final_info) is a thin wrapper for other libraries.
+Gymnasium's NumPy API (step, reset, final_obs, final_info, render) is a thin wrapper for other
+libraries; common/sb3.py is Stable-Baselines3's.
 """
 
+import os
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import gymnasium as gym
 import numba as nb
@@ -14,6 +18,31 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common.gpu_pool import pool
+
+FILM = 500  # decisions that a picture looks back on at most
+JOINT = 1 << 16  # actions of all parts of a lane as one number, at most
+SHARED = {}  # what instances of one environment share, the newest four
+forked = False  # this process is a copy of another one
+
+
+def note_fork():
+    global forked
+    forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=note_fork)
+
+
+def refuse_fork():
+    """Numba ends a copied process whose threads it cannot find; here the way out is named."""
+    from numba.np.ufunc import parallel
+
+    if forked and getattr(parallel, "_is_initialized", False):
+        raise RuntimeError(
+            "a copy (fork) of a process whose Numba threads ran cannot step lanes: "
+            'vector_kwargs={"context": "spawn"}'
+        )
 
 
 class Lanes(gym.vector.VectorEnv):
@@ -24,7 +53,12 @@ class Lanes(gym.vector.VectorEnv):
     is the tensor.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+    metadata = {
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": ["rgb_array"],
+        "render_fps": 10,
+    }
+    render_mode = None
     SAVED: tuple[str, ...] = ()  # names of what take() made that a resumed run needs
     builds = 0  # environments built in this process
     per_rank = True  # processes of torchrun have lanes of their own
@@ -37,6 +71,7 @@ class Lanes(gym.vector.VectorEnv):
         backend: str = "cpu",
         seed: int = 1,
     ):
+        refuse_fork()
         Lanes.builds += 1
         self.num_envs, self.backend = num_envs, backend
         self.seed, self.was_reset = int(seed), False
@@ -89,9 +124,14 @@ class Lanes(gym.vector.VectorEnv):
         """Statistics (N,) of every lane's last ended episode; "r" its return, "l" its length."""
         raise NotImplementedError
 
+    def gauges(self) -> dict[str, torch.Tensor]:
+        """What a picture shows of every lane: curves (N,) over the decisions, or roads (N, points)."""
+        return {name: getattr(self, name) for name in ("equity", "position")}
+
     def check_action(self, actions) -> torch.Tensor:
         """A user's NumPy actions as the tensor of step_lanes(). ValueError naming the lane."""
-        shape, kind = self.action_space.shape, self.action_space.dtype
+        space = self.action_space
+        shape, kind = space.shape, space.dtype
         actions = np.asarray(actions)
         if actions.shape != shape:
             raise ValueError(f"actions: need shape {shape}, got {actions.shape}")
@@ -102,12 +142,12 @@ class Lanes(gym.vector.VectorEnv):
         bad = ~np.isfinite(by_lane).all(1)
         if bad.any():
             raise ValueError(f"action of lane {int(bad.argmax())} is not finite")
-        space = self.action_space
-        if hasattr(space, "nvec"):  # discrete
-            bad = (actions < space.start) | (actions >= space.start + space.nvec)
-            bad = bad.reshape(self.num_envs, -1).any(1)
+        if np.issubdtype(kind, np.integer):
+            low, high = bounds_of(space)
+            bad = ((actions < low) | (actions > high)).reshape(self.num_envs, -1).any(1)
             if bad.any():
-                raise ValueError(f"action of lane {int(bad.argmax())} is outside its space")
+                lane = int(bad.argmax())
+                raise ValueError(f"action {actions[lane]} of lane {lane} is outside its space")
         return torch.as_tensor(actions, device=self.torch_device)
 
     # Gymnasium
@@ -116,7 +156,8 @@ class Lanes(gym.vector.VectorEnv):
         if seed is not None:
             self.seed = int(seed)
         self.reset_lanes(seed is not None or not self.was_reset, options or {})
-        self.was_reset = True
+        self.was_reset, self.film = True, []
+        self.roll_film(np.zeros(self.num_envs, bool))
         return to_numpy(self.observe()), {}
 
     def step(self, actions):
@@ -141,7 +182,41 @@ class Lanes(gym.vector.VectorEnv):
                 "final_info": {"episode": episode, "_episode": done},
                 "_final_info": done,
             }
+        self.roll_film(done)
         return to_numpy(self.observe()), reward, terminated, truncated, info
+
+    # pictures
+    def roll_film(self, done):
+        """Keep what the pictures show; done (N,): lanes whose next episode began."""
+        if self.render_mode is None:
+            return
+        if not self.film:
+            self.began = np.zeros((2, self.num_envs), np.int64)
+        if len(self.film) == 2 * FILM:
+            self.film = self.film[FILM:]
+            self.began = np.maximum(self.began - FILM, 0)
+        self.began[0, done] = self.began[1, done]
+        self.began[1, done] = len(self.film)
+        self.film.append(to_numpy(self.gauges()))
+
+    def picture(self, lane: int, over: bool = False) -> np.ndarray:
+        """The running episode of a lane up to now, or the one before it: (height, width, 3) uint8."""
+        from common.pictures import Picture
+
+        if not self.was_reset:
+            raise gym.error.ResetNeeded("call reset() before the first render")
+        if not hasattr(self, "painter"):
+            self.painter = Picture(getattr(self, "network", None))
+        last, begins = self.began[:, lane]
+        frames = self.film[last:begins] if over else self.film[begins:]
+        frames = frames[-FILM:]
+        return self.painter.draw({k: np.stack([f[k][lane] for f in frames]) for k in frames[0]})
+
+    def render(self):
+        """Gymnasium's, with render_mode="rgb_array": a picture a lane."""
+        if self.render_mode is None:
+            return None
+        return tuple(self.picture(lane) for lane in range(self.num_envs))
 
     def state_dict(self) -> dict:
         """Tensors and plain values with which load_state_dict() goes on exactly, on any device."""
@@ -196,6 +271,13 @@ class SimulatedLanes(Lanes):
         stats = self.stats("finals")
         return stats | {"r": stats["episode_return"], "l": stats["episode_length"]}
 
+    def gauges(self) -> dict[str, torch.Tensor]:
+        """Of a network: how full every segment is, and how many wait outside."""
+        net = self.network
+        room = torch.tensor(net.lengths * net.jam, device=self.torch_device)
+        filling = (self.counts() / room[:, None]).T
+        return {"filling": filling, "vehicles outside": self.queue.sum((0, 1))}
+
     def latest(self) -> dict[str, torch.Tensor]:
         """Statistics of every lane's last episode; of the running one where none has ended."""
         running, ended = self.stats(), self.stats("finals")
@@ -223,28 +305,70 @@ class SimulatedLanes(Lanes):
 
 
 class OneLane(gym.Env):
-    """One lane as an ordinary environment, without autoreset."""
+    """One lane as an ordinary environment, without autoreset.
 
-    metadata = {"render_modes": []}
+    joint: the actions of all parts of a lane (the junctions of a network) as one number.
+    """
 
-    def __init__(self, lanes: Lanes, render_mode: None = None):
-        self.render_mode, self.lanes = render_mode, lanes
+    metadata = {"render_modes": ["rgb_array"], "render_fps": Lanes.metadata["render_fps"]}
+
+    def __init__(self, lanes: Lanes, render_mode: str | None = None, joint: bool = False):
+        self.render_mode, self.lanes, self.over = render_mode, lanes, False
+        lanes.render_mode = render_mode
         self.observation_space = lanes.single_observation_space
         self.action_space = lanes.single_action_space
+        self.nvec = None
+        if joint:
+            self.nvec, self.action_space = joint_space(self.action_space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
+        self.over = False
         obs, _ = self.lanes.reset(seed=seed, options=options)
         return row(obs, 0), {}
 
     def step(self, action):
+        if self.over:
+            raise gym.error.ResetNeeded("the episode is over: call reset() before the next step")
         batch = np.asarray(action)[None]
+        if self.nvec is not None:
+            batch = split_joint(batch, self.nvec)
         obs, reward, terminated, truncated, info = self.lanes.step(batch)
-        obs = info["final_obs"][0] if "final_obs" in info else row(obs, 0)
+        self.over = "final_obs" in info
+        obs = info["final_obs"][0] if self.over else row(obs, 0)
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+    def render(self):
+        return self.lanes.picture(0, self.over) if self.render_mode else None
 
     def close(self):
         self.lanes.close()
+
+
+def bounds_of(space) -> tuple:
+    """The least and the greatest action of a space of whole numbers."""
+    if hasattr(space, "nvec"):
+        return space.start, space.start + space.nvec - 1
+    return space.low, space.high
+
+
+def joint_space(space) -> tuple:
+    """Counts of a MultiDiscrete space's parts, and the Discrete space of all their combinations."""
+    if not isinstance(space, gym.spaces.MultiDiscrete):
+        raise ValueError(f"joint: the actions are {space}, not several whole numbers")
+    count = int(np.prod(space.nvec.astype(float)).clip(max=JOINT + 1))
+    if count > JOINT:
+        raise ValueError(f"joint: more than {JOINT} combinations of {len(space.nvec)} actions")
+    return space.nvec, gym.spaces.Discrete(count)
+
+
+def split_joint(actions, nvec) -> np.ndarray:
+    """Joint actions (N,) -> (N, parts), the last part counting fastest."""
+    actions, count = np.asarray(actions), int(np.prod(nvec))
+    bad = (actions < 0) | (actions >= count)
+    if bad.any():
+        raise ValueError(f"joint action {actions[bad][0]}: must be from 0 and below {count}")
+    return np.stack(np.unravel_index(actions, nvec), -1)
 
 
 def row(x, k: int):
@@ -261,15 +385,39 @@ def to_numpy(x):
     return x.cpu().numpy().copy()
 
 
+def shared(build, args, *own: str):
+    """build(args), once a process for all who ask with the same flags and files.
+
+    args: a dataclass; own: fields that differ between instances and that build() does not read.
+    """
+    flags = {k: v for k, v in asdict(args).items() if k not in own}
+    names = [str(name) for v in flags.values() for name in (v if isinstance(v, tuple) else (v,))]
+    stamps = []
+    for path in (Path(part.strip()) for name in names for part in name.split(",")):
+        if len(str(path)) < 256 and path.is_file():
+            stamps.append((path.stat().st_mtime_ns, path.stat().st_size))
+    key = build.__module__, build.__qualname__, repr(flags), tuple(stamps)
+    if key not in SHARED:
+        if len(SHARED) == 4:
+            del SHARED[next(iter(SHARED))]
+        SHARED[key] = build(args)
+    return SHARED[key]
+
+
 def register(name: str, make_vec):
     """gymnasium.make(name, ...) and make_vec(name, num_envs=N, ...).
 
-    make_vec(num_envs, **kwargs) -> Lanes.
+    make_vec(num_envs, **kwargs) -> Lanes. Both take render_mode="rgb_array"; make() takes joint.
     """
     if name in gym.registry:  # __main__ and an import of it may be two modules
         return
 
-    def make(render_mode=None, **kwargs):
-        return OneLane(make_vec(1, **kwargs), render_mode)
+    def make(render_mode=None, joint=False, **kwargs):
+        return OneLane(make_vec(1, **kwargs), render_mode, joint)
 
-    gym.register(name, entry_point=make, vector_entry_point=make_vec)
+    def make_lanes(num_envs=1, render_mode=None, **kwargs):
+        lanes = make_vec(num_envs, **kwargs)
+        lanes.render_mode = render_mode
+        return lanes
+
+    gym.register(name, entry_point=make, vector_entry_point=make_lanes)

@@ -1,0 +1,67 @@
+"""Our lanes as a Stable-Baselines3 VecEnv: one batched environment, no processes, no loop over lanes.
+
+    from common.sb3 import LanesVecEnv
+    envs = gymnasium.make_vec("cleanrl_crypto/Freeway-v0", num_envs=64)
+    model = stable_baselines3.PPO("MlpPolicy", LanesVecEnv(envs)).learn(100_000)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from common.lanes import Lanes, joint_space, split_joint
+
+
+class LanesVecEnv(VecEnv):
+    """joint: all parts of an action (the junctions of a network) as one number, for DQN.
+
+    Where an episode ends, infos hold what SB3 expects: terminal_observation, TimeLimit.truncated,
+    and as "episode" its statistics as the environment reports them ("r" is the reported return,
+    which is not everywhere the sum of rewards: docs/other_libraries.md).
+    """
+
+    def __init__(self, lanes: Lanes, joint: bool = False):
+        self.lanes, self.nvec, actions = lanes, None, lanes.single_action_space
+        if joint:
+            self.nvec, actions = joint_space(actions)
+        self.render_mode = lanes.render_mode
+        super().__init__(lanes.num_envs, lanes.single_observation_space, actions)
+
+    def reset(self):
+        obs, _ = self.lanes.reset(seed=self._seeds[0])
+        self._reset_seeds()
+        return obs
+
+    def step_async(self, actions):
+        self.actions = actions if self.nvec is None else split_joint(actions, self.nvec)
+
+    def step_wait(self):
+        obs, reward, terminated, truncated, info = self.lanes.step(self.actions)
+        infos = [{} for _ in range(self.num_envs)]
+        for i in np.flatnonzero(terminated | truncated):
+            episode = info["final_info"]["episode"]
+            infos[i] = {
+                "terminal_observation": info["final_obs"][i],
+                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+                "episode": {k: float(x[i]) for k, x in episode.items()},
+            }
+        return obs, reward.astype(np.float32), terminated | truncated, infos
+
+    def get_images(self):
+        return list(self.lanes.render() or ())
+
+    def close(self):
+        self.lanes.close()
+
+    def get_attr(self, attr_name, indices=None):
+        return [getattr(self.lanes, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name, value, indices=None):
+        raise NotImplementedError("the lanes are one environment")
+
+    def env_method(self, method_name, *args, indices=None, **kwargs):
+        raise NotImplementedError("the lanes are one environment")
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        return [False] * len(list(self._get_indices(indices)))
