@@ -1843,8 +1843,6 @@ def judge_and_keep(run, loop, judge, record):
     noisy = judge.by == "mean_reward_bps"  # one realised mean
     better = run.keep_best(float(np.mean(loop.recent)) if noisy else agent[judge.by], loop)
     loop.stale = 0 if better or not loop.updates else loop.stale + 1
-    said = "  ".join(f"{k} {agent[k]:.3f}" for k in judge.columns if agent.get(k) is not None)
-    print(f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {said}", flush=True)
 
 
 def final_results(run, loop, judge, reward_scale):

@@ -1488,7 +1488,7 @@ def pretrain(contexts, run, loop):
         optimizer.step()
         schedule.step()
         if loop.mae_steps % 25 == 0:
-            run.log({"losses/mae": loss.detach()}, loop)
+            run.log({"losses/mae": loss.detach()}, loop, loop.mae_steps)
         loop.mae_steps += 1
     with torch.no_grad(), contexts.autocast():
         parts = contexts.train_windows(1024).split(128)
@@ -1671,7 +1671,6 @@ def judge(agent, contexts, run, loop):
     run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
 
     score = metrics[market.judged_by]
-    raised = [name for name, on in alarm.items() if on and loop.updates]
     if loop.updates:
         whole = result["rows"] == contexts.rows["eval"]
         if whole:
@@ -1680,14 +1679,6 @@ def judge(agent, contexts, run, loop):
             score = sum(loop.recent) / len(loop.recent)
         loop.stale = 0 if whole and run.keep_best(score, loop) else loop.stale + 1
         loop.evaluated = loop.updates
-    share = metrics.get("score")
-    print(
-        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  {loop.updates:>6} updates"
-        f"  eval {'' if share is None else f'score {share:+.3f}  '}{score:+.2f} bp"
-        f"  turnover {metrics['turnover']:.3f}"
-        f"  state_dependence {found['policy/state_dependence']:.2f}  {' '.join(raised)}",
-        flush=True,
-    )
 
 
 def look_first(averaged, contexts, run, loop):

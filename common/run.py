@@ -47,6 +47,7 @@ from types import UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 from common import BUNDLE, ROOT, __version__, command_of, text_of
+from common.progress import PROGRESS, WORDS, Pace, clock, unbreakable
 from common.timeout_guard import (
     CheckpointError,
     TimeoutGuard,
@@ -66,6 +67,7 @@ REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
 LONG = 100_000  # rows of a history from which on the work before the loop asks the deadline
 EXIT_SECONDS = 5.0  # of a process that ends there
 GRACE = 15.0  # seconds after --timeout (or a tenth of it) that a call may hang before all ends
+SHOWN = "pretrain_step", "eval/eval/score", "alarm/"  # of what is logged, on the progress line
 # A resumed run may change these; every other flag shapes the agent or what it is judged by.
 MAY_CHANGE = {
     "run_dir",
@@ -81,6 +83,7 @@ MAY_CHANGE = {
     "wandb_project_name",
     "wandb_entity",
     "wandb_mode",
+    "track_artifacts",
     "cuda",
     "backend",
     "torch_threads",
@@ -133,6 +136,8 @@ class RunArgs:
     """wandb team or user"""
     wandb_mode: str = "online"
     """online, offline or disabled"""
+    track_artifacts: bool = False
+    """upload report.html, its figures and best.pt to wandb at the end"""
 
     # run directory
     run_dir: str | None = None
@@ -354,7 +359,7 @@ def print_flag(name: str, kind: str, default: str, text: str):
 def answer(argv: list[str], path: str | Path):
     """--help and --version print and end the process."""
     if {"-h", "--help"} & set(argv):
-        sys.stdout = Unbreakable(sys.stdout)
+        sys.stdout = unbreakable(sys.stdout)
         print_help(path)
         raise SystemExit(0)
     if "--version" in argv:
@@ -378,6 +383,14 @@ def answer_help(module: str, path: str):
             raise ImportError(str(e)) from None
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    if program and "(RunArgs)" in source_of(path):
+        start_talking()
+
+
+def start_talking():
+    """The first word of a run: its libraries take seconds."""
+    sys.stdout, sys.stderr = unbreakable(sys.stdout), unbreakable(sys.stderr)
+    PROGRESS.begin()
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -394,11 +407,12 @@ class Run:
         self.script, self.schema = script_of(cls), schema
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.dir = self.lock = self.wandb = self.writer = self.jsonl = None
+        self.dir = self.lock = self.mirrors = self.jsonl = None
         self.state = self.source = self.loop = None
         self.config, self.data, self.lines = {}, {}, 0
         self.best = {"score": -math.inf, "step": 0, "updates": 0, "policy": None}
         self._policy, self._parts, self._open_things, self._fired = {}, {}, [], {}
+        self._failed, self._counters, self._shown, self._pace = False, None, {}, Pace()
         self._saved, self._due = time.monotonic(), False
         self._evaluations, self.eval_seconds, self._eval_began = evaluations, 0.0, None
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
@@ -407,6 +421,8 @@ class Run:
         self.guard = TimeoutGuard(self.args.timeout, from_process_start=from_start)
         self.guard.mark("setup")
         Run.current = self
+        PROGRESS.begin(self.words)
+        check_tracking(self.args)
         self._load_state(given)
         self._set_up_device()
         if self.args.timeout and argv is None:  # a call that hangs: stacks on stderr, exit code 1
@@ -508,28 +524,27 @@ class Run:
                 print(why)
         if self.rank:
             return
-        check_tracking(args)
+        from common.tracking import Mirrors
+
         self._claim(name)
         for half_written in self.dir.rglob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
         before = self.state if self.resumed else None
-        self.id = before["run"]["id"] if before else uuid.uuid4().hex[:12]
+        own = before["run"]["id"] if before else uuid.uuid4().hex[:12]
+        self.id = os.environ.get("WANDB_RUN_ID", own)  # what an agent of a sweep calls it
         write_json_atomic(asdict(args), self.dir / "args.json")
-        self._open_log(before)
-        from torch.utils.tensorboard import SummaryWriter
+        (self.dir / "run_id").write_text(self.id + "\n")
+        history = self._open_log(before)
+        facts = {"script": self.script.stem, "commit": commit_of(self.script), "read": self.data}
+        purge = before["loop"]["global_step"] + 1 if before else None
+        name = self.script.stem
+        self.mirrors = Mirrors(self.dir, args, name, self.id, facts, history, purge)
 
-        purge = (
-            before["loop"]["global_step"] + 1 if before else None
-        )  # points that will come again
-        self.writer = SummaryWriter(str(self.dir), purge_step=purge)
-        if not before:
-            rows = "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        if args.track:
-            self.wandb = start_wandb(args, self.dir, self.id)
+    def _open_log(self, before: dict | None) -> list[dict]:
+        """metrics.jsonl, cut back to the checkpoint; a new directory gets the history too.
 
-    def _open_log(self, before: dict | None):
-        """metrics.jsonl, cut back to the checkpoint; a new directory gets the history too."""
+        Returns what it holds.
+        """
         path, kept = self.dir / "metrics.jsonl", []
         if before:
             old = self.source.resolve().parent.parent / "metrics.jsonl"
@@ -538,6 +553,7 @@ class Run:
             kept = [line for line in lines if line.endswith("\n")][: before["run"]["log_lines"]]
         path.write_text("".join(kept))
         self.jsonl, self.lines = path.open("a"), len(kept)
+        return [json.loads(line) for line in kept]
 
     def _claim(self, name: str):
         from filelock import FileLock, Timeout
@@ -572,28 +588,47 @@ class Run:
         refuse((held and not own and not anew, why))
         (self.dir / ".pid").write_text(str(os.getpid()))
 
-    def log(self, record: dict, loop):
+    def log(self, record: dict, loop, pretrain_step: int | None = None):
         """A line of metrics.jsonl, the record of truth; TensorBoard and wandb mirror it.
 
-        None and NaN become null.
+        None and NaN become null. pretrain_step: the axis of what is logged before the loop.
         """
         if self.rank:
             return
-        step = loop.global_step
+        axes = {"global_step": loop.global_step, "wall": round(self.guard.elapsed(), 3)}
+        if pretrain_step is not None:
+            axes["pretrain_step"] = pretrain_step
         record = {k: plain(float(v)) if v is not None else None for k, v in record.items()}
-        line = {"global_step": step, "wall": round(self.guard.elapsed(), 3)} | record
+        line = axes | record
         self.jsonl.write(json.dumps(line) + "\n")
         self.jsonl.flush()
+        self.mirrors.log(line, self.lines)
         self.lines += 1
-        known = {k: v for k, v in record.items() if v is not None}
-        for key, value in known.items():
-            self.writer.add_scalar(key, value, step)
-        if self.wandb:
-            try:
-                self.wandb.log(known | {"global_step": step})
-            except Exception as e:  # whatever wandb raises: training goes on
-                complain("wandb failed", e)
-                self.wandb = None
+        shown = {k: v for k, v in line.items() if k.startswith(SHOWN)}
+        self._shown = self._shown | shown  # a new one: the progress line reads it from its thread
+
+    def words(self) -> str:
+        """What the progress line says."""
+        guard, shown, loop = self.guard, self._shown, self._counters
+        words = [clock(guard.elapsed()), WORDS.get(guard.current, guard.current)]
+        limits = [guard.remaining()]
+        if guard.current == "pretrain":
+            words += [f"step {shown.get('pretrain_step', 0)}"]
+        elif loop is not None and loop.global_step:
+            words += [f"{loop.global_step:,} transitions"]
+            pace = self._pace.of(loop.global_step)
+            if pace and WORDS.get(guard.current) == "learning":
+                words += [f"{pace:,.0f}/s"]
+                limits += [((self.args.total_timesteps or math.inf) - loop.global_step) / pace]
+        if min(limits) < math.inf:
+            words += [f"{clock(min(limits))} left"]
+        if shown.get("eval/eval/score") is not None:
+            words += [f"score {shown['eval/eval/score']:.3f}"]
+        if "eval" in shown:
+            words += [f"eval {shown['eval']:.4g}, best {max(self.best['score'], shown['eval']):.4g}"]
+        if loop is not None and loop.updates:
+            words += [f"{k[6:]}!" for k, on in shown.items() if k.startswith("alarm/") and on]
+        return "  ".join(words)
 
     def charts(self, loop, samples: int | None = None) -> dict:
         """charts/SPS since the last call (rollouts and learning), counts, time by phase."""
@@ -627,7 +662,8 @@ class Run:
 
     def reserve(self) -> float:
         """Seconds that the end of the run takes: its evaluations and the report."""
-        return REPORT_SECONDS + self._evaluations * self.eval_seconds
+        upload = self.mirrors.seconds() if self.mirrors else 0.0
+        return REPORT_SECONDS + upload + self._evaluations * self.eval_seconds
 
     def out_of_time(self, more: float = 0.0) -> bool:
         """Whether to leave the loop: a signal, or no more time than the end needs.
@@ -667,7 +703,8 @@ class Run:
         checkpoint; parts: what else a resumed run needs, in last.pt. Each has state_dict() and
         load_state_dict(), or is a random generator.
         """
-        self.config, self._policy, self._parts, self.loop = config, policy, parts, loop
+        self.config, self._policy, self._parts = config, policy, parts
+        self.loop = self._counters = loop
         state = self.state
         if state is None:
             return loop
@@ -750,6 +787,7 @@ class Run:
 
     def keep_best(self, score: float, loop) -> bool:
         """best.pt, if there were updates and `score` is above every one before."""
+        self._shown = self._shown | {"eval": float(score)}
         if self.rank or not loop.updates or not score > self.best["score"]:
             return False
         policy = self.policy_state()
@@ -785,26 +823,28 @@ class Run:
     def close(self):
         while self._open_things:
             self._open_things.pop().close()
-        for log in (self.writer, self.jsonl):
-            if log:
-                log.close()
-        if self.wandb:
-            self.wandb.finish()
+        PROGRESS.end()
+        if self.jsonl:
+            self.jsonl.close()
+        tracked = self.mirrors is not None and self.mirrors.close(self._failed)
         if self.lock:
             (self.dir / ".pid").unlink(missing_ok=True)
             self.lock.release()
-        self.writer = self.jsonl = self.wandb = self.lock = None
+        self.mirrors = self.jsonl = self.lock = None
         if self.world > 1:
             import torch
 
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
+        if tracked and self.argv is None:  # nor may wandb hang when this program ends
+            faulthandler.dump_traceback_later(GRACE, exit=True)
         self.guard.close()
         Run.current = None
 
     def rescue(self):
         """main() raised: between two iterations the state is whole, and last.pt keeps it."""
+        self._failed = True
         if self.loop and self.dir and not self.args.eval_only and self.world == 1:
             if self.guard.current not in ("rollout", "learn"):
                 self.save_last(self.loop)
@@ -863,6 +903,10 @@ class Run:
         self.phase("report")
         self._write(summary)
         wrote = self._report()
+        self.phase("upload")
+        self.mirrors.finish(summary, self.best)
+        self.mirrors.close(failed=False)
+        PROGRESS.end()
         done = self.guard.status
         if self.args.eval_only:
             done = f"{self.args.checkpoint} evaluated,"
@@ -873,10 +917,6 @@ class Run:
         rival = rival_line(summary)
         if rival:
             print(rival)
-        if self.wandb:
-            self.wandb.summary.update(
-                {"verdict": audit["verdict"], "best_step": self.best["step"]}
-            )
         self._write(summary)
         return summary | {"run_dir": str(self.dir), "exit_code": self.guard.exit_code}
 
@@ -1019,44 +1059,11 @@ def gather(own: dict, rank: int, world: int) -> list:
     return everyone or []
 
 
-def complain(what: str, error: Exception):
-    print(f"{what} ({type(error).__name__}: {error}): training goes on", file=sys.stderr)
-
-
 def check_tracking(args):
-    """Refuse --track without wandb or a key, before anything is written."""
-    if not args.track:
-        return
-    try:
-        import wandb
-    except ImportError as e:
-        raise UsageError(f"--track: {e}; pip install wandb") from e
-    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    way_out = "run `wandb login`, set WANDB_API_KEY, or use --wandb-mode offline"
-    refuse((args.wandb_mode == "online" and not key, f"--track: no wandb key: {way_out}"))
+    """Refuse --track where wandb cannot work."""
+    from common import tracking
 
-
-def start_wandb(args, folder: Path, run_id: str):
-    """wandb's run, or None, said aloud: it may neither hang nor end a training."""
-    import wandb
-
-    try:
-        run = wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            mode=args.wandb_mode,
-            dir=str(folder),
-            config=asdict(args),
-            name=folder.name,
-            id=run_id,
-            resume="allow",
-            settings=wandb.Settings(init_timeout=30),
-        )
-        run.define_metric("*", step_metric="global_step")
-        return run
-    except Exception as e:  # whatever wandb raises
-        complain("wandb did not start", e)
-        return None
+    tracking.check_tracking(args)
 
 
 def print_table(summary: dict, columns: tuple):
@@ -1133,29 +1140,6 @@ def experiment(main):
     return wrapped
 
 
-class Unbreakable:
-    """A stream whose reader may go away (`| head`, a closed terminal) without ending the run."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self._try("write", text)
-        return len(text)
-
-    def flush(self):
-        self._try("flush")
-
-    def _try(self, method, *args):
-        try:
-            getattr(self.stream, method)(*args)
-        except (BrokenPipeError, ValueError):
-            self.stream = open(os.devnull, "w")
-
-
 def out_of_memory(e: Exception) -> bool:
     """NumPy's, or torch's on a GPU or a CPU."""
     torchs = isinstance(e, RuntimeError) and re.search(
@@ -1170,7 +1154,7 @@ def exit_with(main, flags: dict | None = None):
     flags: those of a run that gets none on its command line. In a notebook a run that went well
     ends no process: what main() returned is returned.
     """
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = unbreakable(sys.stdout), unbreakable(sys.stderr)
     result = None
     try:
         result = main() if flags is None or own_argv() else main(flags)
@@ -1183,7 +1167,9 @@ def exit_with(main, flags: dict | None = None):
             text = (str(e).splitlines() or [""])[0]
             why = f"out of memory: smaller buffers, batches or networks, or fewer lanes ({text})"
         elif not hasattr(e, "exit_code"):
+            PROGRESS.end()
             raise
+    PROGRESS.end()
     if why is not None:
         print(f"error: {why}", file=sys.stderr)
     sys.stdout.flush()
