@@ -2214,21 +2214,14 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
     audit = diagnose(agent, states[:: max(1, len(states) // 4096)])
     record = {"value/v_mean": audit.pop("v_mean")}
     record |= {f"policy/{k}": v for k, v in audit.items()}
-    returns = ""
     for split, metrics in result.items():
         record |= {f"eval/{split}/{k}": v for k, v in metrics.items()}
-        returns += f"{split} {metrics['episode_return']:.0f}  "
     loop.evaluated = loop.global_step
     score = next(iter(result.values()))["episode_return"]
     if cut:
         print("cut short by --eval-timeout: not compared with other evaluations")
     else:
         run.keep_best(score, loop)
-    print(
-        f"{run.guard.elapsed():6.0f} s  {loop.global_step:>9} transitions  "
-        f"{loop.updates:>6} updates  {returns}state_dependence {audit['state_dependence']:.2f}",
-        flush=True,
-    )
     return record
 
 
