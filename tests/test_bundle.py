@@ -1,0 +1,127 @@
+"""One file of a script and of what it imports: from a file, a cell and a notebook, in an empty directory."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from common.run import UsageError
+from runs import load_summary
+from scripts import kaggle_bundle as kb
+
+SMALL = ("num_envs=64, checkpoint_interval=0, torch_threads=1, cuda=False, total_timesteps=1024, eval_interval=512,"
+         "run_dir='run', hidden={}")
+FLAGS = {
+    "tqc_film_batch": "data='synthetic:regime?bars=4000', window=16, d_model=32, fusion_width=32, updates_per_step=2,"
+    "mae_steps=5, learning_starts=256, batch_size=64, episode_length=16," + SMALL.format(32),
+    "dqn_forex_subproc": "data='synthetic:signal?bars=4000', vec_mode='subproc', num_workers=2, learning_starts=256,"
+    "batch_size=64, episode_length=16," + SMALL.format(8),
+    "ppo_arz_gpu": "num_steps=4, episode_seconds=8," + SMALL.format(8),
+    "ppo_arz_signals": "num_steps=4, episode_seconds=60," + SMALL.format(8),
+}
+# what pastes a file into a cell of IPython, which then runs more cells
+PASTE = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+sys.argv = ["kernel_launcher.py", "-f", "kernel.json"]
+for name in {cells}:
+    shell.run_cell(open(name).read()).raise_error()
+"""
+
+
+def bundle(folder, script, flags="timeout=300", name="one_file.py"):
+    """The bundle, in an empty folder."""
+    folder.mkdir()
+    kb.main([script, "-o", str(folder / name), "--flags", flags])
+    return folder / name
+
+
+def run(folder, *argv, code=0):
+    """Python in a folder without the repository; returns stdout and stderr."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR")} | {"MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, *argv], cwd=folder, env=env, text=True, capture_output=True, timeout=600)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("script", kb.SCRIPTS)
+def test_modules_stand_verbatim_under_a_heading_each(script, tmp_path, repo):
+    path = bundle(tmp_path / "b", script)
+    text = path.read_text()
+    heads = re.findall(r"^# ((?:common|scripts|docs|cleanrl_crypto)/\w+\.\w+)$", text, re.M)
+    assert heads[0] == "common/__init__.py" and heads[-1] == f"cleanrl_crypto/{script}.py"
+    assert len(heads) == len(set(heads)) and {"common/run.py", "scripts/report.py", f"docs/{script}.md"} <= set(heads)
+    for name in heads[:-1]:
+        assert (repo / name).read_text() in text
+    top = text[:text.index('r"""')]
+    assert "MIT License" in top and "0.2.0" in top and re.search(r"commit [0-9a-f]{12}", top)
+    for flag, word in (("--help", "--checkpoint-interval"), ("--version", script)):
+        assert word in run(path.parent, path, flag)[0]
+
+
+def test_tracebacks_name_lines_of_the_one_file(tmp_path):
+    path = bundle(tmp_path / "b", "ppo_arz_gpu")
+    lines = path.read_text().splitlines()
+    code = ("import traceback, one_file\nfrom common.run import check\n"
+            "try: check(object(), {'kind': ()}, {})\n"
+            "except AttributeError as e: at = traceback.extract_tb(e.__traceback__)[-1]; print(at.filename, at.lineno)")
+    name, line = run(path.parent, "-c", code)[0].split()
+    assert name == str(path) and lines[int(line) - 1].strip() == "value = getattr(args, name)"
+    assert "no such run directory" in run(path.parent, path, "scripts/report.py", "nowhere", code=2)[1]
+
+
+def test_what_is_refused(tmp_path):
+    out = str(tmp_path / "x.py")
+    for argv, word in (("nobody", "nobody"), ("ppo_arz_gpu --flags 3", "--flags 3"), ("ppo_arz_gpu -o x.txt", "x.txt"),
+                       ("ppo_arz_gpu --flags seeed=3", "seed"), ("ppo_arz_gpu --flags f=print()", "print()")):
+        with pytest.raises(UsageError, match=re.escape(word)):
+            kb.main(["-o", out, *argv.split()])
+    assert not list(tmp_path.iterdir())
+
+
+def ran_well(folder, script):
+    summary = load_summary(folder / "run")
+    assert summary["updates"] > 0 and summary["script"] == script and re.match("[0-9a-f]{12}", summary["commit"])
+    page = (folder / "run" / "report.html").read_text()
+    return summary, page
+
+
+@pytest.mark.parametrize("script", [s if s == "tqc_film_batch" else pytest.param(s, marks=pytest.mark.slow)
+                                    for s in kb.SCRIPTS])
+def test_a_pasted_cell_runs(script, tmp_path):
+    """With worker processes where there are some; the notebook's own arguments are not flags."""
+    pytest.importorskip("IPython", reason="a notebook's cell")
+    path = bundle(tmp_path / "b", script, FLAGS[script])
+    (path.parent / "next.py").write_text("assert summary['exit_code'] == 0 and main.__module__ != '__main__'\n"
+                                         "print('policy', load_policy('run/checkpoints/best.pt').__name__)")
+    out, err = run(path.parent, "-c", PASTE.format(cells=["one_file.py", "next.py"]))
+    ran_well(path.parent, script)
+    assert "policy" in out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", kb.SCRIPTS)
+def test_a_file_runs(script, tmp_path):
+    """Without flags; then with some, in another process, from the caches of the first."""
+    path = bundle(tmp_path / "b", script, FLAGS[script])
+    run(path.parent, path)
+    summary, page = ran_well(path.parent, script)
+    assert "meaning" not in page or len(page) > 10_000
+    run(path.parent, path, "--eval-only", "--checkpoint", "run/checkpoints/best.pt", "--run-dir", "again")
+    assert load_summary(path.parent / "again")["eval"].keys() == summary["eval"].keys()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_a_clean_kernel(tmp_path):
+    pytest.importorskip("nbconvert", reason="executes a notebook")
+    if not shutil.which("jupyter"):
+        pytest.skip("no jupyter")
+    path = bundle(tmp_path / "b", "dqn_forex_subproc", FLAGS["dqn_forex_subproc"], "one.ipynb")
+    run(path.parent, "-m", "nbconvert", "--to", "notebook", "--execute", "--output", "done.ipynb", path.name)
+    ran_well(path.parent, "dqn_forex_subproc")
+    last = json.loads((path.parent / "done.ipynb").read_text())["cells"][-1]
+    assert "<iframe" in "".join(last["outputs"][0]["data"]["text/html"])
