@@ -220,7 +220,7 @@ class Sender:
         """{path from --root on: content} of what the run reads, in the object store."""
         number, root = task["segment"], self.args.root
         if number not in self.bars or task["needs"]:
-            paths = [*self.args.folder("data", number).iterdir(), *filter(None, [task["needs"]])]
+            paths = [*self.args.folder("data", number).iterdir(), *task["needs"]]
             content = {Path(p).relative_to(root).as_posix(): Path(p).read_bytes() for p in paths}
             self.bars[number] = ray.put(content)
         return self.bars[number]
@@ -279,7 +279,7 @@ def run(tasks: list[dict], args: wfo.Args, guard: TimeoutGuard):
     progress = wfo.Progress(len(tasks))
     try:
         while (left or running) and guard.signal is None:
-            for task in [t for t in left if t["needs"] is None or Path(t["needs"]).exists()]:
+            for task in [task for task in left if wfo.can_start(task)]:
                 left.remove(task)
                 running[sender.send(task)] = task
             done = len(tasks) - len(left) - len(running) - late

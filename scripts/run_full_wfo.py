@@ -2,8 +2,8 @@
 the whole whether it was luck.
 
     python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 2 --timeout 7200
-    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 2    # after kill -9: goes on
-    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --show       # the page again
+    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 2  # after kill -9: goes on
+    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --show     # the page again
     python scripts/run_full_wfo.py --data data/forex --script dqn --timesteps 500000 \
         -- --symbols EURUSD GBPUSD --spread-file data/forex/spread_1h.parquet
     python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 8 --engine ray \
@@ -69,6 +69,7 @@ from common.workers import be_a_worker  # noqa: E402
 from scripts import luck  # noqa: E402
 
 SCRIPTS = {"tqc": "tqc_film_batch", "dqn": "dqn_forex_subproc"}
+NETWORKS = {"tqc_film_batch": "Agent", "dqn_forex_subproc": "QNetwork"}  # what agent.pt holds
 # flags of the training script that the study sets
 OWN = {
     "data",
@@ -98,8 +99,8 @@ RIVALS = ("flat", "buy_and_hold", "best_constant", "random_same_turnover", "spar
 class Args:
     # study
     data: str = ""
-    """files of bars, comma-separated, the first traded (tqc); a folder or files, one a pair (dqn); or
-    a synthetic market (tqc)"""
+    """files of bars, comma-separated, the first traded (tqc); a folder or files, one a pair (dqn);
+    or a synthetic market (tqc)"""
     script: str = "tqc"
     """tqc (one market, exposures) or dqn (currency pairs)"""
     name: str = "wfo"
@@ -115,7 +116,7 @@ class Args:
     timeout: float | None = None
     """seconds for this command, shared out among the runs that are left (default: no limit)"""
     warm_start: bool = False
-    """take the encoder of the segment before instead of pre-training one (tqc)"""
+    """start from the agent, and its encoder, of the segment before and the same seed"""
     clean: bool = False
     """first delete the study's four folders, after asking; the ledger stays"""
     yes: bool = False
@@ -168,7 +169,11 @@ class Args:
             (not number, f"--segment {self.segment}: must be all or a number from 0 on"),
             ("/" in self.name or self.name in ("", ".", ".."), f"--name {self.name}: one folder"),
             (self.name in ("trials", "ledger.jsonl"), f"--name {self.name}: is the ledger's"),
-            (self.warm_start and self.script == "dqn", "--warm-start: dqn has no encoder"),
+            (
+                self.warm_start and self.step_months < self.eval_months,
+                f"--warm-start: --step-months {self.step_months} must be at least --eval-months "
+                f"{self.eval_months}: an agent would start from one that its eval rows chose",
+            ),
             (self.show and self.clean, "--show and --clean: give one of them"),
             (self.engine == "local" and self.for_ray, f"{self.for_ray}: needs --engine ray"),
         )
@@ -398,10 +403,13 @@ def make_tasks(args: Args, study: dict, segments: list, assets: list, extra: lis
             argv += ["--checkpoint-interval", str(args.checkpoint_interval)]
             if args.timesteps:
                 argv += ["--total-timesteps", str(args.timesteps)]
-            before = args.folder("logs", segment.number - 1) / f"seed_{seed}" / "encoder.pt"
-            warm = args.warm_start and segment.number > 0
-            if warm:
-                argv += ["--encoder", str(before)]
+            before = args.folder("logs", segment.number - 1) / f"seed_{seed}"
+            needs = []
+            if args.warm_start and segment.number > 0:
+                needs.append(str(before / "agent.pt"))
+            if needs and args.script == "tqc":
+                needs.append(str(before / "encoder.pt"))
+                argv += ["--encoder", needs[1]]
             trial = trial_of(study, seed)
             task = {
                 "script": SCRIPTS[args.script],
@@ -411,7 +419,7 @@ def make_tasks(args: Args, study: dict, segments: list, assets: list, extra: lis
                 "seed": seed,
                 "trial": trial,
                 "identity": luck.fingerprint([trial, segment.number, bars]),
-                "needs": str(before) if warm else None,
+                "needs": needs,
                 "run_dir": str(run_dir),
                 "log": str(run_dir.with_suffix(".log")),
                 "result": str(args.folder("results", segment.number) / f"seed_{seed}.json"),
@@ -420,6 +428,21 @@ def make_tasks(args: Args, study: dict, segments: list, assets: list, extra: lis
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             tasks.append(task)
     return tasks
+
+
+def can_start(task: dict) -> bool:
+    """Whether what it starts from is there."""
+    return all(Path(path).exists() for path in task["needs"])
+
+
+def check_needs(tasks: list[dict]):
+    """UsageError where a run needs what no other one makes."""
+    makers = {task["run_dir"] for task in tasks}
+    for task in tasks:
+        lost = [path for path in task["needs"] if not Path(path).exists()]
+        lost = [path for path in lost if str(Path(path).parent) not in makers]
+        why = f"--warm-start: segment {task['segment']} needs {lost}: run the one before it first"
+        refuse((lost, why))
 
 
 def wide_gaps(split, rows: int):
@@ -436,6 +459,18 @@ def wide_gaps(split, rows: int):
         return found
 
     return wide
+
+
+def begin_with(agent: str, network):
+    """The class `network`, but for the weights that it begins with: those of agent.pt."""
+    weights = load_checkpoint(agent)["agent"]
+
+    class Warm(network):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.load_state_dict(weights)
+
+    return Warm
 
 
 @contextlib.contextmanager
@@ -456,7 +491,11 @@ def run_task(task: dict) -> dict:
     module = importlib.import_module(f"cleanrl_crypto.{task['script']}")
     name = "split_rows" if hasattr(module, "split_rows") else "split_series"
     wide = wide_gaps(getattr(module, name), task["gap_rows"])
-    with replaced(module, name, wide):
+    network = NETWORKS[task["script"]]
+    first = getattr(module, network)
+    if task["needs"]:
+        first = begin_with(task["needs"][0], first)
+    with replaced(module, name, wide), replaced(module, network, first):
         summary = module.main(task["argv"])
     if summary["status"] == "interrupted":
         stop = CheckFailed(f"segment {task['segment']} seed {task['seed']}: interrupted")
@@ -566,7 +605,7 @@ def run_local(tasks: list[dict], args: Args, guard: TimeoutGuard):
     progress = Progress(len(tasks))
     try:
         while (left or running) and guard.signal is None:
-            ready = [t for t in left if t["needs"] is None or Path(t["needs"]).exists()]
+            ready = [task for task in left if can_start(task)]
             while ready and len(running) < jobs:
                 task = ready.pop(0)
                 limit = share_of_time(guard, len(left), jobs)
@@ -997,6 +1036,7 @@ def main(argv: list[str] | None = None) -> dict:
         results = [r for r in map(read_result, tasks) if r]
         finished = {r["identity"] for r in results}
         left = [] if args.show else [t for t in tasks if t["identity"] not in finished]
+        check_needs(left)
         for result in results:
             score_line(ledger, study, result)
         if results:

@@ -174,6 +174,28 @@ def test_test_rows_change_nothing_before_them(study, folder, monkeypatch):
     assert here["test"]["buy_and_hold"] != there["test"]["buy_and_hold"]
 
 
+def test_warm_start(study, folder, tmp_path, monkeypatch):
+    """A segment begins with the agent of the one before, which is what it is without it."""
+    root, _ = study
+    monkeypatch.setitem(wfo.ENGINES, "local", lambda tasks, *_: (wfo.run_task(t) for t in tasks))
+    argv = argv_of(folder / "TOY.parquet", tmp_path, "--warm-start")
+    assert main(argv)["finished"] == 2
+    cold, warm = results_of(root), results_of(tmp_path)
+    assert warm["segment_0"]["agent_sha256"] == cold["segment_0"]["agent_sha256"]
+    assert warm["segment_1"]["agent_sha256"] != cold["segment_1"]["agent_sha256"]
+
+    args = args_of(folder / "TOY.parquet", "--root", str(tmp_path), "--warm-start")
+    assets = wfo.load_assets(args, ())
+    segments = all_segments(args, assets)
+    task = wfo.make_tasks(args, {}, segments, assets, TINY)[1]
+    task["run_dir"], task["result"] = str(tmp_path / "again"), str(tmp_path / "again.json")
+    at = task["argv"].index("--run-dir") + 1
+    task["argv"][at] = task["run_dir"]
+    wfo.run_task(task | {"argv": [*task["argv"], "--total-timesteps", "64"]})  # without updates
+    agents = [wfo.load_checkpoint(p)["agent"] for p in (task["needs"][0], tmp_path / "again/agent.pt")]
+    assert wfo.hash_of(agents[0]) == wfo.hash_of(agents[1])
+
+
 def test_flags_of_another_study_are_refused(study, folder):
     root, _ = study
     data = folder / "TOY.parquet"
@@ -186,6 +208,9 @@ def test_flags_of_another_study_are_refused(study, folder):
         argv_of(data, root, "--segment", "2"),
         argv_of(data, root, "--clean"),  # nobody to ask
         argv_of(data, root, "--warm-start"),
+        argv_of(data, root / "new", "--warm-start", "--segment", "1"),  # without the one before
+        argv_of(data, root, "--warm-start", "--eval-months", "2"),
+        argv_of(data, root, "--ray-address", "auto"),  # of the other engine
         argv_of(data, root, "--timeout", "5"),
     ):
         with pytest.raises(UsageError) as error:
