@@ -749,7 +749,7 @@ class Drawing:
             for minute in bins:
                 hours = min(BIN / 60, last - minute) / 60
                 flow.append([minute, by_minute[minute] / hours])
-            demand[part][kind] = [*flow, [last, 0.0]]
+            demand[part][kind] = flow
         return turns, dict(demand)
 
     def rivals(self, group: Group) -> frozenset:
@@ -1083,7 +1083,7 @@ def cityflow_trips(plan: Map, paths: list, flows: list) -> Trips:
                 raise NetworkError(
                     f"{at}: interval {every!r} must be > 0, startTime {first!r} >= 0"
                 )
-            last = max(3600.0, first) if last < 0 else last
+            last = max(3599.0, first) if last < 0 else last
             for n in range(int((last - first) // every) + 1):
                 routes[edges, BIN * ((first + n * every) // BIN) / 60, "car"] += 1
                 total, space, headway = total + 1, space + room, headway + pause

@@ -46,14 +46,14 @@ class Args:
 
 
 def describe(net: Network):
-    minutes = net.change_at[-1] / 60
-    vehicles = sum(net.base[k].sum() * s for k, s in enumerate(np.diff(net.change_at)))
     print(
         f"{net.name}: {len(net.ids)} segments, {net.lengths.sum() / 1000:.1f} km, "
         f"{len(net.nodes)} signals with {net.n_phases.sum()} phases, {net.base.shape[2]} entries"
     )
-    if minutes:
-        print(f"{vehicles:.0f} vehicles in {minutes:g} minutes")
+    if len(net.change_at) > 1:
+        bins = np.diff(net.change_at, append=2 * net.change_at[-1] - net.change_at[-2])
+        vehicles = (net.base.sum((1, 2)) * bins).sum()
+        print(f"{vehicles:.0f} vehicles in {bins.sum() / 60:g} minutes")
     for g, node in enumerate(net.nodes):
         greens = ", ".join(f"{s:g}" for s in net.durations[g, : net.n_phases[g]])
         print(
