@@ -2,7 +2,7 @@
 the whole whether it was luck.
 
     python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 2 --timeout 7200
-    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 2  # after kill -9: goes on
+    python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --seeds 2  # after kill -9
     python scripts/run_full_wfo.py --data data/BTCUSDT_1h.parquet --show     # the page again
     python scripts/run_full_wfo.py --data data/forex --script dqn --timesteps 500000 \
         -- --symbols EURUSD GBPUSD --spread-file data/forex/spread_1h.parquet

@@ -74,10 +74,10 @@ def test_a_worker_is_killed(folder, repo, cluster, local, tmp_path, shared):  # 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     child = subprocess.Popen([sys.executable, repo / PROGRAM, *argv], **options)
     place = root / "logs" if shared else storage
-    wait_until(child, lambda: list(place.rglob("last.pt")))
+    wait_until(child, lambda: list(place.rglob("last.pt")), seconds=900)
     workers = workers_of(cluster.list_all_nodes())
     workers[0].kill()
-    said, _ = child.communicate(timeout=300)
+    said, _ = child.communicate(timeout=900)
     assert child.returncode == 0, said[-2000:]
     assert len(workers) == 2 and results_of(root) == local
     logs = [path.read_text() for path in (root / "logs" / "wfo" / "segment_0").glob("*.log")]
