@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 
 from common.data import DataError, iso
-from common.run import LONG, ask_deadline
+from common.run import LONG, ask_deadline, need
 from common.scoring import usual_limit
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 LOOKBACK = 720  # bars of the longest window: 30 days of hours
 WARMUP = LOOKBACK - 1  # first row whose longest window is full
+JUDGES = "empyrical", "sklearn", "scipy"  # packages of common/scoring.py
 MIN_TRAIN = 256  # rows after warm-up, at least: quartiles of 50 columns and a 4-state HMM
 CLIP = 5.0  # robust standard deviations
 RETURN_CLIP = 0.20  # log return
@@ -407,11 +408,16 @@ def fit_asset(ohlcv):
 
 def stack(names, b):
     """(T, n) float64 raw columns by name of one asset's views, NaN where a window is not full."""
-    columns = []
+    columns, lacking = [], []
     for name in names:
         ask_deadline("the columns", len(b.x))
         formula = find_column(name)
-        columns.append(formula(b))
+        try:
+            columns.append(formula(b))
+        except ModuleNotFoundError:
+            lacking.append(name)
+    if lacking:
+        need("talib", why=f"features {', '.join(lacking)} need TA-Lib")
     return np.column_stack(columns)
 
 
@@ -778,6 +784,7 @@ def fit_features(
     evidence on train rows are 0. DataError, one line with both numbers:
     train_stop beyond the table, or fewer rows than the windows need.
     """
+    need("hmmlearn", *JUDGES, why="a market's HMM columns and scores need packages")
     rows = len(bars.timestamp)
     if train_stop > rows:
         raise DataError(f"{bars.spec}: train rows end at {train_stop} of {rows} rows")
@@ -843,6 +850,7 @@ def fit_columns(bars: Bars, names, train_stop: int) -> ColumnModel:
 
     ValueError about a name, DataError about the bars: one line.
     """
+    need(*JUDGES, why="a market's scores need packages")
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice or not names:
         raise ValueError(f"feature {twice[0]} is named twice" if twice else "no feature is named")

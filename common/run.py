@@ -454,6 +454,7 @@ class Run:
             refuse((different, why))
             if state["loop"]["global_step"] == 0:  # half a pre-training is not worth keeping
                 print(f"{source} holds no transition yet: starting anew")
+                self.source = Path(source)
                 return
         self.state, self.source = state, Path(source)
 
@@ -581,11 +582,18 @@ class Run:
             raise UsageError(f"--run-dir {self.dir}: {e.strerror}") from e
         self.lock = lock
         held = (self.dir / "metrics.jsonl").exists()
-        own = self.resumed and self.source.resolve().is_relative_to(self.dir.resolve())
-        # what --resume found there ended before its first transition
-        anew = args.resume is not None and not self.resumed
+        here = self.dir.resolve() / "checkpoints"
+        own = args.resume == "auto"
+        if args.resume and self.source:
+            own = self.source.resolve().parent == here
         why = f"--run-dir {self.dir} holds a run already: --resume auto continues it"
-        refuse((held and not own and not anew, why))
+        refuse((held and not own, why))
+        last = find_last(self.dir)
+        if self.resumed and last and not last.samefile(self.source):
+            step = load_run(last, self.script, self.schema)["loop"]["global_step"]
+            behind = self.state["loop"]["global_step"]
+            why = f"--resume {self.source} stands at {behind} transitions, {last} at {step}"
+            refuse((step > behind, f"{why}: --resume auto, or another --run-dir"))
         (self.dir / ".pid").write_text(str(os.getpid()))
 
     def log(self, record: dict, loop, pretrain_step: int | None = None):
@@ -1068,6 +1076,9 @@ def check_tracking(args):
 
 def print_table(summary: dict, columns: tuple):
     """Agent beside baselines, split by split, with as many columns as the terminal is wide."""
+    if importlib.util.find_spec("rich") is None:
+        print_plain(summary, columns)
+        return
     from rich.console import Console
 
     width = shutil.get_terminal_size((130, 24)).columns
@@ -1081,6 +1092,17 @@ def print_table(summary: dict, columns: tuple):
     hidden = ", ".join(columns[len(shown) :])
     if hidden:
         print(f"more columns in summary.json: {hidden}")
+
+
+def print_plain(summary: dict, columns: tuple):
+    """The table without rich: a line for each who and split."""
+    rows = [("split", "who", *columns)]
+    for split, result in summary["eval"].items():
+        for name, metrics in ({"agent": result["agent"]} | result["baselines"]).items():
+            rows.append((split, name, *(cell(metrics.get(k)) for k in columns)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(" ".join(text.rjust(width) for text, width in zip(row, widths)))
 
 
 def table_of(summary: dict, columns: list):

@@ -103,7 +103,7 @@ def red_light(dx: float) -> float:
         for second in range(240):
             envs.step_lanes(torch.full((1, 1), int(second in red)))
             inside.append(float(envs.counts()[0, 0]))
-        spent.append(np.trapezoid(inside[110:]))
+        spent.append(float(torch.trapezoid(torch.tensor(inside[110:], dtype=torch.float64))))
     return spent[1] - spent[0]
 
 

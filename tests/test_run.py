@@ -302,8 +302,15 @@ def test_refusals_to_resume(tmp_path, whole):
     assert str(tmp_path / "no.pt") in refused(CheckpointError, play, folder, "--resume", tmp_path / "no.pt")
     for script, schema, word in ((Path("other.py"), 1, "other.py"), (TOY, 2, "schema 2")):
         assert word in refused(CheckpointError, load_run, best, script, schema)
+    early = shutil.copy(folder / "checkpoints" / "last.pt", folder / "checkpoints" / "early.pt")
+    below = shutil.copytree(folder, folder / "below") / "checkpoints" / "last.pt"
     free = ["--checkpoint-interval", 5, "--keep-checkpoints", 1, "--total-timesteps", 120]
     assert play(folder, *resume, *free)["global_step"] == 120
+    history = (folder / "metrics.jsonl").read_bytes()
+    for path, words in ((early, ["80", "120"]), (below, ["r holds"])):  # a run that is further on
+        message = refused(UsageError, play, folder, "--data", data, "--resume", path)
+        assert all(word in message for word in words), message
+    assert (folder / "metrics.jsonl").read_bytes() == history
 
 
 def test_auto_starts_a_run_where_there_is_none(tmp_path, whole):
