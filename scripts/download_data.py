@@ -1,8 +1,10 @@
-r"""Download real bars with ccxt into the parquet that every script here reads.
+r"""Download real bars, of an exchange through ccxt or of currencies from Dukascopy, into the parquet
+that every script here reads.
 
     python scripts/download_data.py --exchange binance --symbol BTC/USDT --timeframe 1h \
         --since 2020-01-01 --until 2025-01-01 --out data/BTCUSDT_1h.parquet
     python scripts/download_data.py --exchange kraken --symbol BTC/USD --timeframe 1d
+    python scripts/download_data.py --source dukascopy --symbol EURUSD --since 2020-01-01
 
 Five years of hourly bars are 44 requests on Binance. Stop it as you like (Ctrl-C, kill -9): bars go
 to OUT.partial page by page, and the same command goes on behind the last of them. The parquet
@@ -10,6 +12,10 @@ appears only when it is complete and has passed the checks of `common/data.py`. 
 extended by the same command with a later --until. The open bar is left out, aloud;
 holes are reported, never filled. A proxy is taken from HTTPS_PROXY. Exits 0 when the file stands, 1
 when the network gave out (run it again), 2 on a bad flag or bad bars, 130 on Ctrl-C.
+
+Dukascopy's public candle files need no account: data/forex/EURUSD_1h.parquet holds bars halfway
+between bid and ask, data/forex/spread_1h.parquet gets a column of the spread at their closes, for
+--spread-file (scripts/dukascopy.py has the format).
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -40,6 +47,7 @@ import pyarrow.parquet as pq  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from common import data  # noqa: E402
+from scripts import dukascopy  # noqa: E402
 
 PAGE = 500  # bars a request where ccxt does not know the exchange's own maximum
 LONGEST_WAIT = 60.0  # seconds between two tries
@@ -52,18 +60,20 @@ class Interrupted(CheckFailed):
 @dataclass
 class Args:
     # bars
+    source: str = "ccxt"
+    """ccxt (exchanges), or dukascopy (currencies and metals; no account, bid and ask)"""
     exchange: str = "binance"
-    """ccxt's id of the exchange: binance, kraken, bybit, okx, coinbase, ..."""
+    """with ccxt: its id of the exchange: binance, kraken, bybit, okx, coinbase, ..."""
     symbol: str = "BTC/USDT"
-    """ccxt's unified symbol: BTC/USDT is spot, BTC/USDT:USDT the perpetual"""
+    """ccxt's unified symbol: BTC/USDT is spot, BTC/USDT:USDT the perpetual; or EURUSD, XAUUSD, ..."""
     timeframe: str = "1h"
-    """length of a bar, one that the exchange offers: 1m, 5m, 15m, 1h, 4h, 1d, ..."""
+    """length of a bar, one that the source offers: 1m, 5m, 15m, 1h, 4h, 1d, ...; dukascopy 1m, 1h, 1d"""
     since: str = "2020-01-01"
     """open time of the first bar, ISO date or time, UTC unless it carries an offset"""
     until: str | None = None
     """bars open before this time, ISO, UTC unless it carries an offset (default: now)"""
     out: Path | None = None
-    """the parquet to write (default: data/SYMBOL_TIMEFRAME.parquet)"""
+    """the parquet to write (default: data/SYMBOL_TIMEFRAME.parquet, dukascopy's in data/forex)"""
 
     # network
     limit: int | None = None
@@ -78,7 +88,7 @@ class Args:
     """http(s)://HOST[:PORT][/PATH] instead of the exchange's own API host: a proxy or a mirror"""
 
     def __post_init__(self):
-        check(self, {}, {(1, 1e9): "limit", (0, 1e9): "rate_limit retries retry_wait"})
+        check(self, {"source": ("ccxt", "dukascopy")}, {(1, 1e9): "limit", (0, 1e9): "rate_limit retries retry_wait"})
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -260,25 +270,80 @@ def write_finished(path: Path, header: dict, table: np.ndarray):
 # ---------------------------------------------------------------------------------------- download
 def main(argv=None) -> dict:
     """Download; returns out, bars, new_bars, first, last, dropped (ISO times), gaps."""
-    args, _ = parse_args(Args, argv)
+    args, given = parse_args(Args, argv)
     try:
-        return download(args)
+        if args.source == "ccxt":
+            return download(args)
+        odd = " and ".join(f"--{name}" for name in sorted(given & {"exchange", "limit"}))
+        refuse((odd, f"{odd} says nothing with --source {args.source}: leave it out"))
+        return download_pair(args)
     except KeyboardInterrupt:
         kept = "the bars so far are kept, the same command goes on from there"
         raise Interrupted(f"interrupted; {kept}") from None
 
 
-def download(args: Args) -> dict:
-    exchange = make_exchange(args)
+def span_of(args: Args) -> tuple[int, int | None]:
+    """--since and --until in ms."""
     since = milliseconds("--since", args.since)
     until = None if args.until is None else milliseconds("--until", args.until)
+    backwards = until is not None and until <= since
+    refuse((backwards, f"--until {args.until} is not after --since {args.since}"))
+    return since, until
+
+
+def download_pair(args: Args) -> dict:
+    """A currency pair's bars and spreads, from Dukascopy's files."""
+    since, until = span_of(args)
+    name = f"{args.symbol}_{args.timeframe}.parquet"
+    out = args.out or Path("data") / "forex" / name
+    refuse((out.suffix != ".parquet", f"--out {out}: must end in .parquet"))
+    header = {
+        "source": args.source,
+        "symbol": args.symbol,
+        "timeframe": args.timeframe,
+        "since": iso(since),
+    }
+    done = read_finished(out, header)
+    start = since
+    if len(done):
+        last = int(done[-1, 0])
+        start = bar_end(last, args.timeframe)
+        print(f"{out}: {len(done)} bars up to {iso(last)} are here")
+    partial = out.with_name(out.name + ".partial")
+    table, spread = np.empty((0, 6)), np.empty(0)
+    if until is None or until > start:
+        table, spread = dukascopy.download(args, start, until, partial)
+    if not len(done) and not len(table):
+        raise UsageError(f"{args.symbol}: no bars from {iso(since)} on")
+    if len(table):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_finished(out, header, np.concatenate([done, table]))
+        spreads = out.with_name(f"spread_{args.timeframe}.parquet")
+        dukascopy.add_spreads(spreads, args.symbol, table[:, 0], spread)
+        print(f"{spreads}: mean spread of {args.symbol} {spread.mean():.6g}")
+    shutil.rmtree(partial, ignore_errors=True)
+    bars = data.load_bars(out)
+    data.print_facts(bars)
+    first, last = (int(x.astype("datetime64[ms]").astype(int)) for x in bars.timestamp[[0, -1]])
+    print(f"{out}: {len(bars.timestamp)} bars, {iso(first)} .. {iso(last)}, {len(table)} of them new")
+    return {
+        "out": str(out),
+        "bars": len(bars.timestamp),
+        "new_bars": len(table),
+        "first": iso(first),
+        "last": iso(last),
+        "dropped": None,
+        "gaps": bars.gaps[0],
+        "exit_code": 0,
+    }
+
+
+def download(args: Args) -> dict:
+    exchange = make_exchange(args)
+    since, until = span_of(args)
     stem = re.sub("[^A-Za-z0-9]", "", args.symbol)
     out = args.out or Path("data") / f"{stem}_{args.timeframe}.parquet"
-    backwards = until is not None and until <= since
-    refuse(
-        (backwards, f"--until {args.until} is not after --since {args.since}"),
-        (out.suffix != ".parquet", f"--out {out}: must end in .parquet"),
-    )
+    refuse((out.suffix != ".parquet", f"--out {out}: must end in .parquet"))
 
     name = f"{args.exchange} {args.symbol} {args.timeframe}"
     markets = patiently(exchange.load_markets, args, f"{args.exchange} markets")

@@ -1,7 +1,9 @@
 """scripts/download_data.py against a real HTTP server here that answers like Binance."""
 
 import json
+import lzma
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -303,3 +305,93 @@ def test_bad_flags_write_nothing(serve, tmp_path, change, words):
     message = refused(flags(server, tmp_path / "a.parquet", **change))
     assert all(word in message for word in words), message
     assert server.asked == [] and list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------- dukascopy's files
+class CandleFiles(BaseHTTPRequestHandler):
+    """Serves {path: body}; server.trouble is a list of statuses to answer with first."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append(self.path)
+        status = server.trouble.pop(0) if server.trouble else 200
+        body = server.files.get(self.path, b"")
+        self.send_response(404 if status == 200 and self.path not in server.files else status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def candle_file(rows) -> bytes:
+    """[(second, open, high, low, close in points, volume)] as Dukascopy packs them."""
+    packed = [struct.pack(">5If", s, o, c, low, h, v) for s, o, h, low, c, v in rows]
+    return lzma.compress(b"".join(packed), format=lzma.FORMAT_ALONE)
+
+
+@pytest.fixture
+def candles(monkeypatch):
+    """A server of January and February 2024 of EURUSD, four days each, the fourth without trades."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), CandleFiles)
+    server.asked, server.trouble, server.files = [], [], {}
+    for month in (0, 1):
+        for side, more in (("BID", 0), ("ASK", 12)):
+            rows = []
+            for h in range(96):
+                price = 110_000 + 100 * month + h + more
+                rows.append((3600 * h, price, price + 9, price - 7, price + 1, 0.0 if h >= 72 else 2.5))
+            server.files[f"/EURUSD/2024/{month:02d}/{side}_candles_hour_1.bi5"] = candle_file(rows)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def forex(server, out, **more):
+    given = {"source": "dukascopy", "symbol": "EURUSD", "since": "2024-01-01", "until": "2024-02-01", "out": out}
+    given |= {"base_url": f"http://127.0.0.1:{server.server_port}", "rate_limit": 0, "retry_wait": 0} | more
+    return [str(x) for key, value in given.items() for x in ("--" + key.replace("_", "-"), value)]
+
+
+def test_forex_bars_lie_between_bid_and_ask_and_the_spread_has_a_file(candles, tmp_path):
+    out = tmp_path / "EURUSD_1h.parquet"
+    candles.trouble = [503]
+    found = download_data.main(forex(candles, out))
+    assert (found["bars"], found["new_bars"]) == (72, 72) and found["last"] == "2024-01-03T23:00:00Z"
+    timestamp, ohlcv = data.read_bars(out)
+    assert timestamp[5] == np.datetime64("2024-01-01T05:00")
+    np.testing.assert_allclose(ohlcv[5], [1.10011, 1.10020, 1.10004, 1.10012, 5.0], rtol=1e-12)
+    more = download_data.main(forex(candles, out, until="2024-02-02T06:00"))
+    assert more["new_bars"] == 30 and more["bars"] == 102
+    again = download_data.main(forex(candles, out, until="2024-02-02T06:00"))
+    assert again["new_bars"] == 0 and sorted(p.name for p in tmp_path.iterdir()) == [out.name, "spread_1h.parquet"]
+    times, spread = data.read_columns(tmp_path / "spread_1h.parquet", ["EURUSD"])
+    assert len(times) == 102 and np.allclose(spread, 0.00012)
+    assert candles.asked[-1].startswith("/EURUSD/2024/01/")
+
+
+def test_forex_pairs_share_a_file_of_spreads(candles, tmp_path):
+    for side, price in (("BID", 150_000), ("ASK", 150_020)):
+        rows = [(3600 * h, price, price, price, price, 1.0) for h in range(2, 100)]
+        candles.files[f"/USDJPY/2024/00/{side}_candles_hour_1.bi5"] = candle_file(rows)
+    for symbol in ("EURUSD", "USDJPY"):
+        download_data.main(forex(candles, tmp_path / f"{symbol}_1h.parquet", symbol=symbol))
+    times, spread = data.read_columns(tmp_path / "spread_1h.parquet", ["EURUSD", "USDJPY"])
+    assert len(times) == 100 and np.allclose(spread, [0.00012, 0.02])
+
+
+def test_forex_refusals_and_what_stays_after_them(candles, tmp_path):
+    out = tmp_path / "EURUSD_1h.parquet"
+    for more, what in (
+        ({"symbol": "EURCZK"}, "--symbol"), ({"timeframe": "4h"}, "--timeframe"),
+        ({"exchange": "kraken"}, "--exchange"), ({"until": "2023-01-01"}, "--until"), ({"symbol": "GBPUSD"}, "GBPUSD"),
+    ):
+        assert what in refused(forex(candles, out, **more))
+    candles.files["/EURUSD/2024/00/ASK_candles_hour_1.bi5"] = b"<html>later</html>"
+    assert "ASK_candles_hour_1.bi5" in refused(forex(candles, out)) and not out.exists()
+    candles.trouble = [503] * 9
+    refused(forex(candles, out, retries=2), CheckFailed)
+    assert len(list((tmp_path / "EURUSD_1h.parquet.partial").iterdir())) == 1  # BID is kept, ASK asked again
