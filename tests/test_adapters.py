@@ -1,5 +1,7 @@
 """Our environments in other libraries: gymnasium.make, its vectorization modes, pictures, SB3."""
+import re
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -165,3 +167,16 @@ def test_pictures_are_quick():
         env.render()
     assert time.process_time() - began < 5.0  # far below 10 a second is broken on any machine
     env.close()
+
+
+@pytest.mark.slow  # four algorithms
+def test_the_page_s_snippets_run():
+    pytest.importorskip("sb3_contrib", reason="the page shows its TQC")
+    torch.set_num_threads(1)
+    page = (Path(__file__).parents[1] / "docs" / "other_libraries.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(snippets) == 5
+    for code in snippets:
+        if "__main__" not in code:  # the processes have a test above
+            small = code.replace("learn(100_000)", "learn(512)").replace("range(250)", "range(3)")
+            exec(small.replace('synthetic:signal"', 'synthetic:signal?bars=2000", window=4'), {})
