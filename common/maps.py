@@ -42,15 +42,21 @@ from common.networks import (
     read_text,
 )
 
-BIN = 300.0  # s of a bin of the demand
+BIN = 60.0  # s of a bin of the demand: in bins of 300 s a queue's random part is lost, docs/maps.md
 SHORTEST = 10.0  # m: shorter roads are joined to a neighbour
 POCKET = 200.0  # m before a stop line in which vehicles stand in the lanes of their turn
 GAP = 4.5, 2.5  # s, critical gap and follow-up time of those who give way
 HEADWAY = 1.0  # s, of the SUMO driver (tau), where a vehicle type gives none
-REACTION = 0.4  # s a vehicle that a queue adds to the driver's headway: see docs/maps.md
+# measured in SUMO under the maps' own programs, docs/maps.md
+REACTION = 0.4  # s that a queue adds to the driver's headway
+START_LOSS = 1.5  # s of a green in which a queue does not move yet
+AMBER_USED = (
+    1.0  # s of amber in which it still does; the simulator keeps stop lines open in all of it
+)
 SPACE = {"car": 7.5, "bus": 14.5, "truck": 9.6, "motorcycle": 4.7}  # m, length and gap
 AMBER = 3.0  # s, where a map has none
 DEFAULT_FLOW = 200.0  # veh/h and lane where a map comes without demand
+RARE_TURN = 0.02  # of a road's vehicles: rarer turns are cut out of their routes
 RARE = 0.03  # of the vehicles of lanes: turns below it count as the rest
 THINNEST = 0.1  # lanes of a part
 LEAST_GREEN = 5.0  # s, where a program gives no minDur (that of SUMO)
@@ -91,7 +97,7 @@ class Program(NamedTuple):
 
 
 class Trips(NamedTuple):
-    routes: Counter  # {(edges, minute of the bin, class): vehicles}
+    routes: Counter  # {(edges, number of the bin, class): vehicles}
     begin: float  # s, on SUMO's clock
     seconds: float  # of the demand
     space: float  # m that a standing vehicle takes
@@ -238,9 +244,8 @@ def count_trips(tree, files: Files, notes: list) -> Trips:
     end = files.end if files.end is not None else last + 1
     routes, space, headway = Counter(), 0.0, 0.0
     for depart, edges, v_class, kind in vehicles:
-        minute = BIN * ((depart - begin) // BIN) / 60
         two = v_class in TWO_WHEELS
-        routes[edges, minute, "motorcycle" if two else "car"] += 1
+        routes[edges, int((depart - begin) // BIN), "motorcycle" if two else "car"] += 1
         space += space_of(kind, v_class)
         headway += HEADWAY if kind is None else float(kind.get("tau", HEADWAY))
     n = len(vehicles)
@@ -382,6 +387,7 @@ class Ways:
     def __init__(self, plan: Map, routes: Counter, notes: list):
         self.where, self.programs, self.notes = plan.where, plan.programs, notes
         self.routes = self.known_routes(plan.roads, routes)
+        self.split_routes(plan.roads)
         self.look()
         self.roads = {name: road for name, road in plan.roads.items() if name in self.used}
         self.links = defaultdict(list)
@@ -396,9 +402,9 @@ class Ways:
 
     def known_routes(self, roads: dict, routes: Counter) -> Counter:
         known, lost = Counter(), 0
-        for (edges, minute, kind), count in routes.items():
+        for (edges, at, kind), count in routes.items():
             if all(edge in roads for edge in edges):
-                known[edges, minute, kind] += count
+                known[edges, at, kind] += count
             else:
                 lost += count
         if lost:
@@ -406,6 +412,35 @@ class Ways:
         if not known:
             raise NetworkError(f"{self.where}: no vehicle's route lies on its edges for cars")
         return known
+
+    def split_routes(self, roads: dict):
+        """Vehicles at rare turns leave, and others begin behind: first in, first out is for queues.
+
+        A turn of one vehicle in a hundred would hold up the other 99 where its target is full, and
+        one that turns round would lock its street and that street's reverse.
+        """
+        of_pair, of_road = Counter(), Counter()
+        for (edges, *_), count in self.routes.items():
+            for pair in zip(edges, edges[1:]):
+                of_pair[pair] += count
+                of_road[pair[0]] += count
+        back = {(a, b) for a, b in of_pair if is_reverse(roads[a], roads[b])}
+        rare = {pair for pair, n in of_pair.items() if n < RARE_TURN * of_road[pair[0]]} | back
+        split = Counter()
+        for (edges, at, kind), count in self.routes.items():
+            first, seconds, begun = 0, 0.0, at
+            for k, pair in enumerate(zip(edges, edges[1:]), 1):
+                seconds += roads[pair[0]].length / roads[pair[0]].limit
+                if pair in rare:
+                    split[edges[first:k], begun, kind] += count
+                    first, begun = k, at + int(seconds // BIN)
+            split[edges[first:], begun, kind] += count
+        self.routes = split
+        total = sum(of_pair[pair] for pair in rare)
+        if total:
+            self.notes.append(
+                f"{total:.0f} vehicles at U-turns and rare turns leave there, and as many begin behind"
+            )
 
     def look(self):
         """What the routes use."""
@@ -426,9 +461,9 @@ class Ways:
     def drop(self, gone: set):
         """Takes roads out of all routes."""
         routes = Counter()
-        for (edges, minute, kind), count in self.routes.items():
+        for (edges, at, kind), count in self.routes.items():
             edges = tuple(e for e in edges if e not in gone)
-            routes[edges, minute, kind] += count
+            routes[edges, at, kind] += count
         self.routes = routes
         self.roads = {name: road for name, road in self.roads.items() if name not in gone}
         self.look()
@@ -730,10 +765,10 @@ class Drawing:
 
     def turns_and_demand(self) -> tuple[list, dict]:
         counts, begun = defaultdict(Counter), defaultdict(Counter)
-        for (edges, minute, kind), vehicles in self.ways.routes.items():
+        for (edges, at, kind), vehicles in self.ways.routes.items():
             steps = self.steps(edges)
             for part, share in steps[0]:
-                begun[part, kind][minute] += share * vehicles
+                begun[part, kind][at] += share * vehicles
             for here, then in zip(steps, (*steps[1:], [("", 1.0)])):
                 for a, first in here:
                     for b, second in then:
@@ -741,14 +776,12 @@ class Drawing:
         turns = [
             Turn(a, b, n / sum(to.values())) for a, to in counts.items() for b, n in to.items() if n
         ]
-        last = self.trips.seconds / 60
-        bins = [BIN / 60 * k for k in range(math.ceil(last / (BIN / 60) - 1e-9))]
         demand = defaultdict(dict)
-        for (part, kind), by_minute in begun.items():
+        for (part, kind), by_bin in begun.items():
             flow = []
-            for minute in bins:
-                hours = min(BIN / 60, last - minute) / 60
-                flow.append([minute, by_minute[minute] / hours])
+            for k in range(math.ceil(self.trips.seconds / BIN - 1e-9)):
+                seconds = min(BIN, self.trips.seconds - k * BIN)
+                flow.append([k * BIN / 60, 3600 * by_bin[k] / seconds])
             demand[part][kind] = flow
         return turns, dict(demand)
 
@@ -882,6 +915,7 @@ def as_signal(
         amber,
         red,
         min(least, default=LEAST_GREEN),
+        amber + START_LOSS - AMBER_USED,
     )
 
 
@@ -950,13 +984,16 @@ def default_demand(plan: Map, path: Path, notes: list) -> Trips:
                 at = minute + k * BIN / 60
                 hours = min(BIN / 60, end - at) / 60
                 for to, edges in reached.items():
-                    routes[edges, at, "car"] += rate * hours * exits[to] / total
+                    routes[edges, int(at * 60 // BIN), "car"] += rate * hours * exits[to] / total
     return Trips(routes, 0.0, 60 * ends[-1], SPACE["car"], HEADWAY)
 
 
 def is_back(plan: Map, link: Link) -> bool:
     """Whether a link turns round, as at the end of a street."""
-    a, b = plan.roads[link.source], plan.roads[link.target]
+    return is_reverse(plan.roads[link.source], plan.roads[link.target])
+
+
+def is_reverse(a: Road, b: Road) -> bool:
     return (a.start, a.end) == (b.end, b.start)
 
 
@@ -1085,7 +1122,7 @@ def cityflow_trips(plan: Map, paths: list, flows: list) -> Trips:
                 )
             last = max(3599.0, first) if last < 0 else last
             for n in range(int((last - first) // every) + 1):
-                routes[edges, BIN * ((first + n * every) // BIN) / 60, "car"] += 1
+                routes[edges, int((first + n * every) // BIN), "car"] += 1
                 total, space, headway = total + 1, space + room, headway + pause
             seconds = max(seconds, last + 1)
     if not total:
