@@ -278,6 +278,11 @@ class SimulatedLanes(Lanes):
         filling = (self.counts() / room[:, None]).T
         return {"filling": filling, "vehicles outside": self.queue.sum((0, 1))}
 
+    def fillings(self) -> dict[str, float]:
+        """How full the segments of the traced lane are, for its trace."""
+        filling = self.gauges()["filling"][self.traced].tolist()
+        return {f"fill_{s}": x for s, x in enumerate(filling)}
+
     def latest(self) -> dict[str, torch.Tensor]:
         """Statistics of every lane's last episode; of the running one where none has ended."""
         running, ended = self.stats(), self.stats("finals")
@@ -383,6 +388,15 @@ def to_numpy(x):
     if isinstance(x, dict):
         return {key: to_numpy(y) for key, y in x.items()}
     return x.cpu().numpy().copy()
+
+
+def write_trace(folder: Path, name: str, rows: list[dict]):
+    """traces/{name}.parquet of a run directory; nothing where there are no rows."""
+    import pandas as pd
+
+    if rows:
+        (folder / "traces").mkdir(exist_ok=True)
+        pd.DataFrame(rows).to_parquet(folder / "traces" / f"{name}.parquet")
 
 
 def shared(build, args, *own: str):
