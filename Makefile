@@ -3,16 +3,19 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# make test-oldest OLDEST=/path/to/python3.10
+OLDEST ?= python3.10
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test venv clean
+.PHONY: help run test test-oldest venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    train tqc_film_batch.py for 300 s on synthetic:regime (ARGS='--seed 3' appends flags)"
 	@echo "make test   run the tests that need neither a GPU nor long hours (ARGS='-k pool' appends flags)"
+	@echo "make test-oldest  run every script with the oldest versions that requirements.txt allows (OLDEST=$(OLDEST))"
 	@echo "make venv   set up .venv only (PYTHON=$(PYTHON), TORCH=$(TORCH))"
 	@echo "make clean  remove .venv and caches; runs/ and data/ stay"
 
@@ -21,6 +24,10 @@ run: .venv/.run
 
 test: .venv/.test
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup $(ARGS)
+
+# uv installs the lowest versions; every script trains, writes its report and is evaluated again
+test-oldest: .venv-oldest/.run
+	.venv-oldest/bin/python -m pytest tests/test_bundle.py -k a_file_runs $(ARGS)
 
 venv: .venv/.run
 
@@ -37,6 +44,13 @@ venv: .venv/.run
 	$(PIP) install -r requirements-test.txt
 	@touch $@
 
+.venv-oldest/.run: requirements.txt
+	test -x .venv-oldest/bin/python || $(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct \
+		-r requirements.txt "pytest>=8.0" "pytest-xdist>=3.5"
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,8 +20,9 @@ def text_of(name: str) -> str | None:
     """Text of a file of the repository, e.g. "docs/data.md"; None where there is no such file."""
     if BUNDLE:
         return __loader__.text(name)
-    path = ROOT / name
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    places = ROOT / name, ROOT / "cleanrl_crypto" / name  # a wheel keeps docs/ there
+    path = next((place for place in places if place.is_file()), None)
+    return path and path.read_text(encoding="utf-8")
 
 
 def command_of(name: str) -> list[str]:
