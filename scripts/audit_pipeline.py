@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,9 @@ WINDOWS = 512  # a split, for the encoder
 SAME = 1e-5  # float32 rounding of a probability
 LIBRARY = 1e-3  # of hmmlearn's posterior beside ours
 ROUNDING = 2.0**-8  # of bf16, in which embeddings may be kept
-HORIZON = 5  # bars / (1 - gamma) at the end of a split, whose returns are not yet known
+HORIZON = (
+    5  # bars / (1 - gamma) at the end of a split, whose returns are not yet known
+)
 INNER = 0.8  # share that should lie between the 10 % and the 90 % quantile
 POINTS = 400  # of a curve
 
@@ -106,7 +109,9 @@ class Part:
     """What an audit found: the verdict is the worst level of its checks."""
 
     name: str
-    checks: list = field(default_factory=list)  # (level, the number and what it is held against)
+    checks: list = field(
+        default_factory=list
+    )  # (level, the number and what it is held against)
     numbers: dict = field(default_factory=dict)
     tables: list = field(default_factory=list)  # (title, head, rows)
     figures: list = field(default_factory=list)  # (name, title, figure, caption)
@@ -158,29 +163,41 @@ def ends(low_high: tuple) -> str:
     return f"95 % {low_high[0]:+.3g} to {low_high[1]:+.3g}"
 
 
-# --------------------------------------------------------------------------------------- the subject
+# ------------------------------------------------------------------------------------- the subject
 class Subject:
     """A finished run, rebuilt from its directory by the script's own functions, in float32."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.resolve()
         try:
             flags = json.loads((folder / "args.json").read_text())
         except (OSError, ValueError) as e:
-            raise UsageError(f"{folder}: not a run directory: args.json: {e}") from e
+            raise UsageError(
+                f"{folder}: not a run directory: args.json: {e}"
+            ) from e
         path = folder / "checkpoints" / "best.pt"
         if not path.exists():
-            raise UsageError(f"{folder}: holds no checkpoints/best.pt: the run has no agent yet")
+            raise UsageError(
+                f"{folder}: holds no checkpoints/best.pt: the run has no agent yet"
+            )
         self.state = load_run(path, Path(tqc.__file__), tqc.SCHEMA)
         try:
             self.args = tqc.Args(**flags)
         except TypeError as e:
-            raise UsageError(f"{folder}/args.json: flags of another version: {e}") from e
+            raise UsageError(
+                f"{folder}/args.json: flags of another version: {e}"
+            ) from e
         self.config = self.state["config"]
         self.model = FeatureModel.from_state_dict(self.state["features"])
         self.market = tqc.load_market(self.args, self.model)
         here, there = self.market.bars.sha256, self.state["data"]["sha256"]
-        refuse((here != there, f"--data {self.args.data}: is not what {folder} was trained on"))
+        refuse(
+            (
+                here != there,
+                f"--data {self.args.data}: is not what {folder} was trained on",
+            )
+        )
+        # its own: the audit of a run says the same at every call
         self.rng = np.random.default_rng(0)
         self.known = self.market.bars.truth is not None
         self.unit = "expected" if self.known else "realised"
@@ -215,7 +232,9 @@ class Subject:
     @property
     def posteriors(self) -> np.ndarray:
         """(T, 4)"""
-        return self.table[:, self.market.n_tech :][:, : features.STATES].astype(np.float64)
+        return self.table[:, self.market.n_tech :][:, : features.STATES].astype(
+            np.float64
+        )
 
     @cached_property
     def emission(self) -> np.ndarray:
@@ -232,7 +251,7 @@ class Subject:
         return self.posteriors.argmax(1), "state"
 
     def earned(self, path, split) -> np.ndarray:
-        """(n,) what the exposures `path` earn on the split, bp a bar: the known mean if there is one."""
+        """(n,) bp a bar of the exposures `path`; by the known mean where there is one."""
         a, b = self.rows[split]
         return self.market.walk(path, a, b)[int(self.known)] / BP
 
@@ -253,7 +272,9 @@ class Subject:
         """split -> (n, width) the market part of the fusion layer."""
         found = {}
         for split, rows in self.rows.items():
-            found[split] = tqc.latents_of(self.agent, self.contexts, torch.arange(*rows))
+            found[split] = tqc.latents_of(
+                self.agent, self.contexts, torch.arange(*rows)
+            )
         return found
 
 
@@ -284,7 +305,7 @@ def library_posterior(hmm: dict, x: np.ndarray) -> np.ndarray:
 
 
 def log_score(x: np.ndarray, p: np.ndarray, hmm: dict, rows) -> np.ndarray:
-    """(n,) log density of x at the bar after each row, given the posteriors p (n, K) of the rows."""
+    """(n,) log density of x at the bar after each row, given the rows' posteriors p (n, K)."""
     mean, var, trans, _ = arrays(hmm)
     prior = p @ trans
     distance = (x[rows + 1, None] - mean) ** 2 / var
@@ -297,6 +318,7 @@ def knows_the_next_bar(x, p, hmm, rows, rng) -> tuple[np.ndarray, float]:
 
     Chance: the same posteriors, shifted along the rows.
     """
+    # the mean over the same rows: a calm year alone is no gain
     blind = log_score(x, np.broadcast_to(p.mean(0), p.shape), hmm, rows)
     gain = log_score(x, p, hmm, rows) - blind
     null = []
@@ -311,7 +333,7 @@ def fit_states(x, seed, states=features.STATES) -> dict:
 
 
 def other_fits(run: Subject) -> dict:
-    """HMMs of the train rows by other seeds, of fewer states, of half the rows; of other segments."""
+    """HMMs by other seeds, of fewer states, of half the train rows, and of other segments."""
     train = run.emission[features.WARMUP : run.market.rows["train"][1]]
     half = len(train) // 2
     seed = run.args.seed
@@ -354,18 +376,26 @@ def audit_hmm(run: Subject, part: Part):
 def check_filtered(run, part, hmm):
     """Columns with the future cut off, and beside hmmlearn."""
     bars = run.market.bars
-    choice = np.concatenate([np.arange(*run.rows[split]) for split in ("eval", "test")])
+    choice = np.concatenate(
+        [np.arange(*run.rows[split]) for split in ("eval", "test")]
+    )
     ahead, apart = 0.0, 0.0
     for row in run.rng.choice(choice, CUTS, replace=False):
         there = run.table[row, run.market.n_tech :].astype(np.float64)
-        cut = run.model.transform(part_of_bars(bars, row + 1))[row, run.market.n_tech :]
+        cut = run.model.transform(part_of_bars(bars, row + 1))[
+            row, run.market.n_tech :
+        ]
         ahead = max(ahead, np.abs(cut - there).max())
         library = library_posterior(hmm, run.emission[: row + 1])
         apart = max(apart, np.abs(library - there[: len(library)]).max())
     part.numbers |= {"ahead": float(ahead), "apart": float(apart)}
-    what = f"columns change by {ahead:.2g} when the future is cut off ({CUTS} rows; at most {SAME:g})"
+    what = (
+        f"columns change by {ahead:.2g} when the future is cut off ({CUTS} rows; "
+    )
+    what += f"at most {SAME:g})"
     part.judge("broken" if ahead > SAME else "sound", what)
-    what = f"columns are {apart:.2g} from hmmlearn's posterior on the bars so far (at most {LIBRARY:g})"
+    what = f"columns are {apart:.2g} from hmmlearn's posterior on the bars so far "
+    what += f"(at most {LIBRARY:g})"
     part.judge("broken" if apart > LIBRARY else "sound", what)
 
 
@@ -377,29 +407,40 @@ def check_power(run, part, hmm, fits, filtered, rows):
         gain, by_chance = knows_the_next_bar(x, p[rows], fit, rows, run.rng)
         found[name] = gain, by_chance
         score = log_score(x, p[rows], fit, rows).mean()
-        table.append((name, f"{score:.4f}", f"{gain.mean():+.4f}", f"{by_chance:.3f}"))
+        table.append(
+            (name, f"{score:.4f}", f"{gain.mean():+.4f}", f"{by_chance:.3f}")
+        )
     head = "fit", "log score a bar", "gain over no context", "probability of chance"
     part.tables.append(("Next bar's log volatility, eval rows", head, table))
     gain, by_chance = found["this run"]
     other, others_chance = found["its own seed again"]
-    part.numbers |= {"gain": float(gain.mean()), "gain_of_refit": float(other.mean())}
+    part.numbers |= {
+        "gain": float(gain.mean()),
+        "gain_of_refit": float(other.mean()),
+    }
     part.numbers["gain_chance"] = by_chance
     if others_chance > CHANCE:
-        text = f"no fit on train rows knows the next bar (probability of chance {others_chance:.2f})"
-        part.judge("weak", text)
+        text = "no fit on train rows knows the next bar (probability of chance "
+        part.judge("weak", f"{text}{others_chance:.2f})")
         return
+    # nearer to the new fit than to no context: gain > other / 2
     lead = interval(2 * gain - other, run.rng)
     text = f"it tells {gain.mean():.4f} nats a bar of the next volatility on eval rows, a new fit "
     text += f"{other.mean():.4f}; probability of chance {by_chance:.3f} (at most {CHANCE}), "
-    text += f"less half of the new fit's: {ends(lead)} (must reach 0)"
+    text += f"twice it less the new fit's: {ends(lead)} (must reach 0)"
     part.judge("broken" if by_chance > CHANCE or lead[1] < 0 else "sound", text)
-    fewer = {k: log_score(x, filtered[k][rows], fits[k], rows) for k in ("2 states", "3 states")}
+    fewer = {
+        k: log_score(x, filtered[k][rows], fits[k], rows)
+        for k in ("2 states", "3 states")
+    }
     own = log_score(x, filtered["this run"][rows], hmm, rows)
     for name, score in fewer.items():
         lead = interval(own - score, run.rng)
         part.numbers[f"lead_over_{name[0]}_states"] = float((own - score).mean())
         if lead[1] < 0:
-            part.judge("weak", f"{name} tell the next volatility better: {ends(lead)}")
+            part.judge(
+                "weak", f"{name} tell the next volatility better: {ends(lead)}"
+            )
 
 
 def check_states(run, part, filtered):
@@ -407,10 +448,16 @@ def check_states(run, part, filtered):
     train = slice(*run.market.rows["train"])
     used = {}
     for name, p in filtered.items():
-        share = np.bincount(p[train].argmax(1), minlength=p.shape[1]) / len(p[train])
+        share = np.bincount(p[train].argmax(1), minlength=p.shape[1]) / len(
+            p[train]
+        )
         used[name] = share
-    table = [(name, " ".join(f"{s:.3f}" for s in share)) for name, share in used.items()]
-    part.tables.append(("Share of train rows by most likely state", ("fit", "shares"), table))
+    table = [
+        (name, " ".join(f"{s:.3f}" for s in share)) for name, share in used.items()
+    ]
+    part.tables.append(
+        ("Share of train rows by most likely state", ("fit", "shares"), table)
+    )
     least = used["this run"].min()
     others = [share.min() for name, share in used.items() if "seed" in name]
     part.numbers["least_state"] = float(least)
@@ -428,14 +475,21 @@ def check_stability(run, part, filtered, rows):
             continue
         other = p[rows].argmax(1)
         same = (own == other).mean()
-        null = [(np.roll(own, s) == other).mean() for s in shifts(len(own), DRAWS, run.rng)]
+        null = [
+            (np.roll(own, s) == other).mean()
+            for s in shifts(len(own), DRAWS, run.rng)
+        ]
         by_chance = chance(same, null)
-        table.append((name, f"{same:.3f}", f"{np.mean(null):.3f}", f"{by_chance:.3f}"))
+        table.append(
+            (name, f"{same:.3f}", f"{np.mean(null):.3f}", f"{by_chance:.3f}")
+        )
         if by_chance > CHANCE:
             text = f"{name}: states agree on {same:.0%} of the eval rows, chance {by_chance:.2f}"
             part.judge("weak", f"{text} (at most {CHANCE})")
     head = "other fit", "same state", "shifted", "probability of chance"
-    part.tables.append(("Stability over seeds and segments, eval rows", head, table))
+    part.tables.append(
+        ("Stability over seeds and segments, eval rows", head, table)
+    )
 
 
 def lag_of(guess: np.ndarray, regime: np.ndarray) -> tuple[float, float]:
@@ -454,6 +508,7 @@ def check_regimes(run, part, filtered):
     truth = run.market.bars.truth
     regime, x = truth.regime, run.emission
     train = slice(*run.market.rows["train"])
+    # the best filter of the same emission: moments by the true regime, the true transitions
     kinds = np.arange(len(truth.law.sigma))
     mean = np.array([x[train][regime[train] == k].mean() for k in kinds])
     var = np.array([x[train][regime[train] == k].var() for k in kinds])
@@ -462,7 +517,9 @@ def check_regimes(run, part, filtered):
     table, names = [], ("this run", "2 states", "3 states")
     shown = {k: filtered[k] for k in names} | {"true parameters": best}
     for name, p in shown.items():
-        count = np.stack([p[train][regime[train] == k].sum(0) for k in kinds])  # (R, K)
+        count = np.stack(
+            [p[train][regime[train] == k].sum(0) for k in kinds]
+        )  # (R, K)
         guess = (p @ np.eye(len(kinds))[count.argmax(0)]).argmax(1)
         cells = [name]
         for split in ("eval", "test"):
@@ -480,7 +537,10 @@ def check_regimes(run, part, filtered):
     head = "filter", "right, eval", "right, test", "lag, bars", "changes missed"
     part.tables.append(("The true regime", head, table))
     text = f"it names the regime on {right:.1%} of the eval rows, probability of chance "
-    part.judge("broken" if by_chance > CHANCE else "sound", f"{text}{by_chance:.3f} (at most .05)")
+    part.judge(
+        "broken" if by_chance > CHANCE else "sound",
+        f"{text}{by_chance:.3f} (at most .05)",
+    )
 
 
 def context_value(run: Subject) -> dict:
@@ -490,14 +550,19 @@ def context_value(run: Subject) -> dict:
     """
     market, errors, found = run.market, {}, {}
     target = market.expected if run.known else market.ret
-    later = np.concatenate([np.arange(*run.rows[split]) for split in ("eval", "test")])
+    later = np.concatenate(
+        [np.arange(*run.rows[split]) for split in ("eval", "test")]
+    )
+    # interactions only: the context alone has no sign
     wide = with_products(run.table, market.n_tech)
     for name, x in (("without", wide[:, : market.n_tech]), ("with", wide)):
         linear, _ = fit_linear(replace(market.series, x=x))
         forecast = (x[later] - linear["center"]) @ np.array(linear["weights"])
         errors[name] = (target[later] - forecast) ** 2
         found[name] = 1 - errors[name].mean() / (target[later] ** 2).mean()
-    return found | {"gain": (errors["without"] - errors["with"]) / (target[later] ** 2).mean()}
+    return found | {
+        "gain": (errors["without"] - errors["with"]) / (target[later] ** 2).mean()
+    }
 
 
 def check_products(run, part):
@@ -505,7 +570,9 @@ def check_products(run, part):
     low_high = interval(found["gain"], run.rng)
     of = "known mean of the next return" if run.known else "next return"
     rows = [("columns", f"{found['without']:.4f}", "")]
-    rows.append(("columns, HMM and products", f"{found['with']:.4f}", ends(low_high)))
+    rows.append(
+        ("columns, HMM and products", f"{found['with']:.4f}", ends(low_high))
+    )
     part.numbers["context_value"] = float(found["gain"].mean())
     title = f"Share of the {of} that a lasso explains, eval and test rows"
     part.tables.append((title, ("lasso on", "explained", "gain"), rows))
@@ -517,9 +584,17 @@ def draw_states(run, part):
     fig, (ax,) = canvas(9.4, 2.6)
     p = run.posteriors[a:b]
     labels = [f"state {k}" for k in range(p.shape[1])]
-    ax.stackplot(np.arange(a, b), p.T, labels=labels, colors=CYCLE[: p.shape[1]], alpha=0.75)
+    ax.stackplot(
+        np.arange(a, b), p.T, labels=labels, colors=CYCLE[: p.shape[1]], alpha=0.75
+    )
     if run.known and len(run.market.bars.truth.law.sigma) > 1:
-        ax.step(np.arange(a, b), run.market.bars.truth.regime[a:b], "k", lw=1.2, label="true regime")
+        ax.step(
+            np.arange(a, b),
+            run.market.bars.truth.regime[a:b],
+            "k",
+            lw=1.2,
+            label="true regime",
+        )
     ax.set_xlabel("row")
     caption = "Filtered posteriors, calmest state first."
     part.figures.append(("hmm_states", "States, last eval rows", fig, caption))
@@ -527,46 +602,88 @@ def draw_states(run, part):
 
 # ------------------------------------------------------------------------------------------ encoder
 def audit_mae(run: Subject, part: Part):
-    """Reconstruction against the column's mean and the last visible bar; what an embedding knows."""
+    """Reconstruction, against the column's mean and the last visible bar; a probe."""
     live = np.flatnonzero(run.model.passed)
     if not len(live):
-        part.judge("off", "no technical column passed the screen: every window is zeros")
+        part.judge(
+            "off", "no technical column passed the screen: every window is zeros"
+        )
         return
     train = run.market.table[slice(*run.market.rows["train"]), : run.market.n_tech]
     mean = torch.as_tensor(train.mean(0))
-    errors = {split: reconstruct(run, split, mean, live) for split in run.rows}
-    found = {split: {k: v.mean() for k, v in of.items()} for split, of in errors.items()}
-    names = "encoder", "column mean", "last visible bar"
+    fresh = new_encoder(run)
+    errors = {
+        split: reconstruct(run, fresh, split, mean, live) for split in run.rows
+    }
+    found = {
+        split: {k: v.mean() for k, v in of.items()} for split, of in errors.items()
+    }
+    names = "encoder", "a new encoder", "column mean", "last visible bar"
     table = [(split, *(f"{found[split][k]:.4f}" for k in names)) for split in found]
-    part.tables.append(("Squared error at hidden bars, columns in use", ("split", *names), table))
+    part.tables.append(
+        ("Squared error at hidden bars, columns in use", ("split", *names), table)
+    )
 
     of = errors["eval"]
     table = []
     for i, column in enumerate(live):
         cells = [of[k][:, i].mean() for k in names]
-        by_mean, by_last = 1 - cells[0] / cells[1], 1 - cells[0] / cells[2]
+        by_mean, by_last = (1 - cells[0] / other for other in cells[2:])
         shown = f"{by_mean:+.2f}", f"{by_last:+.2f}"
-        table.append((run.model.columns[column], *(f"{c:.3f}" for c in cells), *shown))
+        table.append(
+            (run.model.columns[column], *(f"{c:.3f}" for c in cells), *shown)
+        )
     head = "column", *names, "better than mean", "than last"
     part.tables.append(("By column, eval rows", head, table))
 
-    error, by_mean, by_last = (of[k].mean(1) for k in names)
-    gain = interval(by_mean - error, run.rng)
+    error, other, by_mean, by_last = (of[k].mean(1) for k in names)
+    gain, others = by_mean - error, by_mean - other
     skill = 1 - error.mean() / by_mean.mean()
-    part.numbers |= {"skill": float(skill), "gain": float((by_mean - error).mean())}
-    text = f"hidden bars on eval rows: squared error {error.mean():.3f}, column mean "
-    text += f"{by_mean.mean():.3f}, gain {ends(gain)} (must be above 0)"
-    part.judge("broken" if gain[0] <= 0 else "sound", text)
+    part.numbers |= {"skill": float(skill), "gain": float(gain.mean())}
+    part.numbers["gain_of_new"] = float(others.mean())
+    low_high = interval(gain, run.rng)
+    text = (
+        f"hidden bars on eval rows: squared error {error.mean():.3f}, column mean "
+    )
+    text += f"{by_mean.mean():.3f}, gain {ends(low_high)} (must be above 0)"
+    part.judge("broken" if low_high[0] <= 0 else "sound", text)
+    # nearer to the new one than to the column mean
+    lead = interval(2 * gain - others, run.rng)
+    text = f"an encoder that was pre-trained just now gains {others.mean():.3f}, this one "
+    text += f"{gain.mean():.3f}; twice this less that: {ends(lead)} (must reach 0)"
+    part.judge("broken" if lead[1] < 0 else "sound", text)
     lead = interval(by_last - error, run.rng)
     if lead[1] < 0:
         text = f"the last visible bar reconstructs better: {by_last.mean():.3f} instead of "
-        part.judge("weak", f"{text}{error.mean():.3f} (difference {ends(lead)}, must reach 0)")
+        part.judge(
+            "weak",
+            f"{text}{error.mean():.3f} (difference {ends(lead)}, must reach 0)",
+        )
     check_probe(run, part)
     draw_columns(run, part, of, live)
 
 
+def new_encoder(run: Subject):
+    """Pre-trained now, on the same train rows, by as many steps (--encoder: by the default)."""
+    steps = run.state["loop"]["mae_steps"] or tqc.Args.mae_steps
+    trainer = SimpleNamespace(
+        args=replace(run.args, mae_steps=steps),
+        guard=SimpleNamespace(remaining=lambda: math.inf),
+        out_of_time=lambda: False,
+        log=lambda *_: None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(run.args.seed)
+        encoder = tqc.build_encoder(run.config)
+        contexts = tqc.Contexts(
+            encoder, run.market, torch.device("cpu"), keep=False
+        )
+        tqc.pretrain(contexts, trainer, tqc.Loop())
+    return encoder.eval()
+
+
 @torch.no_grad()
-def reconstruct(run: Subject, split: str, mean, live) -> dict:
+def reconstruct(run: Subject, fresh, split: str, mean, live) -> dict:
     """{who: (windows, columns in use) squared error at hidden bars} on a split."""
     a, b = run.rows[split]
     rows = torch.as_tensor(np.unique(np.linspace(a, b - 1, WINDOWS).astype(int)))
@@ -574,15 +691,25 @@ def reconstruct(run: Subject, split: str, mean, live) -> dict:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(x.shape[:2], generator=generator) < tqc.MASKED
     mask[:, 0], mask[:, -1] = False, True  # a bar to copy, and one to hide
-    encoder, parts = run.encoder, []
-    for piece, hidden in zip(x.split(64), mask.split(64)):
-        z = torch.where(hidden[..., None], encoder.mask_token, encoder.embed(piece))
-        parts.append(encoder.decode(encoder.encode(z)))
-    at = torch.where(mask, 0, torch.arange(x.shape[1])).cummax(1).values  # last visible bar
+    guesses = {}
+    for name, encoder in (("encoder", run.encoder), ("a new encoder", fresh)):
+        parts = []
+        for piece, hidden in zip(x.split(64), mask.split(64)):
+            z = torch.where(
+                hidden[..., None], encoder.mask_token, encoder.embed(piece)
+            )
+            parts.append(encoder.decode(encoder.encode(z)))
+        guesses[name] = torch.cat(parts)
+    at = (
+        torch.where(mask, 0, torch.arange(x.shape[1])).cummax(1).values
+    )  # last visible bar
     last = x.gather(1, at[..., None].expand_as(x))
     weight = mask[..., None] / mask.sum(1)[:, None, None]
-    guesses = {"encoder": torch.cat(parts), "column mean": mean, "last visible bar": last}
-    return {k: (((g - x) ** 2 * weight).sum(1)).numpy()[:, live] for k, g in guesses.items()}
+    guesses |= {"column mean": mean, "last visible bar": last}
+    return {
+        k: (((g - x) ** 2 * weight).sum(1)).numpy()[:, live]
+        for k, g in guesses.items()
+    }
 
 
 def check_probe(run, part):
@@ -593,7 +720,9 @@ def check_probe(run, part):
 
     market, contexts = run.market, run.contexts
     target = market.expected if run.known else market.ret
-    later = np.concatenate([np.arange(*run.rows[split]) for split in ("eval", "test")])
+    later = np.concatenate(
+        [np.arange(*run.rows[split]) for split in ("eval", "test")]
+    )
     train = np.arange(*run.rows["train"])
     hmm = run.table[:, market.n_tech :]
     columns = {
@@ -605,7 +734,9 @@ def check_probe(run, part):
         x = []
         for rows in (train, later):
             own = of(rows)
-            x.append(with_products(np.concatenate([own, hmm[rows]], 1), own.shape[1]))
+            x.append(
+                with_products(np.concatenate([own, hmm[rows]], 1), own.shape[1])
+            )
         scaler = StandardScaler().fit(x[0])
         ridge = RidgeCV(np.geomspace(1, 1e6, 13))
         ridge.fit(scaler.transform(x[0]), market.ret[train])
@@ -616,10 +747,19 @@ def check_probe(run, part):
         null = [correlation(np.roll(forecast, s), target[later]) for s in draws]
         by_chance = chance(match, null)
         part.numbers[f"probe_{name.split()[0]}"] = float(match)
-        table.append((name, f"{match:+.3f}", f"{by_chance:.3f}", f"{1 - errors[name].mean():+.4f}"))
+        table.append(
+            (
+                name,
+                f"{match:+.3f}",
+                f"{by_chance:.3f}",
+                f"{1 - errors[name].mean():+.4f}",
+            )
+        )
     head = "ridge on", "correlation", "probability of chance", "explained"
     of = "known mean of the next return" if run.known else "next return"
-    part.tables.append((f"Linear probe of the {of}, eval and test rows", head, table))
+    part.tables.append(
+        (f"Linear probe of the {of}, eval and test rows", head, table)
+    )
     lead = interval(errors["raw columns"] - errors["embedding"], run.rng)
     if lead[1] < 0:
         text = "raw columns of the last bar foretell the next return better than its embedding: "
@@ -635,14 +775,24 @@ def correlation(x, y) -> float:
 
 def draw_columns(run, part, of, live):
     names = [run.model.columns[k] for k in live]
-    fig, (ax,) = canvas(9.4, max(2.2, 0.19 * len(names) + 0.6), left=1.6, bottom=0.4)
+    fig, (ax,) = canvas(
+        9.4, max(2.2, 0.19 * len(names) + 0.6), left=1.6, bottom=0.4
+    )
     at = np.arange(len(names))
     for i, (who, error) in enumerate(of.items()):
         ax.plot(error.mean(0), at, "o", color=CYCLE[i], ms=4, label=who)
     ax.set_yticks(at, names)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("squared error at hidden bars")
-    part.figures.append(("mae_columns", "Reconstruction by column, eval rows", fig, "Left is better."))
+    part.figures.append(
+        (
+            "mae_columns",
+            "Reconstruction by column, eval rows",
+            fig,
+            "Left is better.",
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------- FiLM
@@ -651,13 +801,20 @@ def audit_film(run: Subject, part: Part):
     if not run.args.hmm:
         part.judge("off", "--no-hmm: FiLM's input is zeros")
         return
+    if not run.model.passed.any():
+        part.judge("off", "no technical column passed the screen: nothing to modulate")
+        return
     rows = {split: torch.arange(*run.rows[split]) for split in ("eval", "test")}
     inputs = {split: run.contexts(at) for split, at in rows.items()}
     show_film(run, part, torch.cat([hmm for _, hmm, _ in inputs.values()]))
     ratio = film_ratio(run, inputs["eval"])
     part.numbers["ratio"] = ratio
-    text = f"a shifted context moves the fused features by {ratio:.2g} of what a shifted market does "
-    part.judge("broken" if ratio < ROUNDING else "sound", f"{text}(at least {ROUNDING:.2g})")
+    text = f"a shifted context moves the fused features by {ratio:.2g} of what a shifted "
+    text += "market does "
+    part.judge(
+        "broken" if ratio < ROUNDING else "sound",
+        f"{text}(at least {ROUNDING:.2g})",
+    )
     ablate(run, part, inputs)
 
 
@@ -665,10 +822,15 @@ def audit_film(run: Subject, part: Part):
 def film_ratio(run, inputs) -> float:
     z, hmm, forecast = inputs
     intact = run.agent.extractor(z, hmm, forecast)[:, :-1]
+    # half the rows is the farthest shift: nothing of the own neighbourhood is left
     half = len(z) // 2
-    by_context = run.agent.extractor(z, hmm.roll(half, 0), forecast)[:, :-1] - intact
+    by_context = (
+        run.agent.extractor(z, hmm.roll(half, 0), forecast)[:, :-1] - intact
+    )
     by_market = run.agent.extractor(z.roll(half, 0), hmm, forecast)[:, :-1] - intact
-    return float(by_context.square().mean().sqrt() / by_market.square().mean().sqrt())
+    return float(
+        by_context.square().mean().sqrt() / by_market.square().mean().sqrt()
+    )
 
 
 @torch.no_grad()
@@ -679,12 +841,20 @@ def show_film(run, part, hmm):
     pure = torch.eye(states, tqc.HMM_COLUMNS)
     gamma, beta = film(hmm).chunk(2, -1)
     table = [("over eval and test rows, mean", *sizes(gamma, beta))]
-    table.append(("their spread over rows", *sizes(gamma - gamma.mean(0), beta - beta.mean(0))))
+    table.append(
+        (
+            "their spread over rows",
+            *sizes(gamma - gamma.mean(0), beta - beta.mean(0)),
+        )
+    )
     at_pure = 1 + film(pure).chunk(2, -1)[0]
     for k in range(states):
         g, b = film(pure[k : k + 1]).chunk(2, -1)
         table.append((f"state {k} certain", *sizes(g, b)))
-    part.numbers |= {"gamma_spread": float(gamma.std(0).mean()), "beta_spread": float(beta.std(0).mean())}
+    part.numbers |= {
+        "gamma_spread": float(gamma.std(0).mean()),
+        "beta_spread": float(beta.std(0).mean()),
+    }
     head = "where", "gamma, mean", "gamma - 1, RMS", "beta, mean", "beta, RMS"
     part.tables.append(("FiLM", head, table))
     fig, (ax,) = canvas(9.4, 2.4, bottom=0.42)
@@ -694,12 +864,19 @@ def show_film(run, part, hmm):
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set_xlabel("channel, by what the storm changes")
     ax.set_ylabel("gamma")
-    part.figures.append(("film_gamma", "gamma where one state is certain", fig, "1: untouched."))
+    part.figures.append(
+        ("film_gamma", "gamma where one state is certain", fig, "1: untouched.")
+    )
 
 
 def sizes(gamma, beta) -> tuple:
     root = [float(x.square().mean().sqrt()) for x in (gamma, beta)]
-    return f"{1 + gamma.mean():.3f}", f"{root[0]:.3f}", f"{beta.mean():+.3f}", f"{root[1]:.3f}"
+    return (
+        f"{1 + gamma.mean():.3f}",
+        f"{root[0]:.3f}",
+        f"{beta.mean():+.3f}",
+        f"{root[1]:.3f}",
+    )
 
 
 def variants(run: Subject, split: str, inputs):
@@ -708,10 +885,15 @@ def variants(run: Subject, split: str, inputs):
     extractor, start = run.agent.extractor, run.rows[split][0]
     at = np.arange(start, start + len(z))
     yield "as it is", extractor(z, hmm, forecast)
-    off = {name: torch.zeros_like(x) for name, x in extractor.film.state_dict().items()}
+    off = {
+        name: torch.zeros_like(x) for name, x in extractor.film.state_dict().items()
+    }
     with swapped(extractor.film, off):
         yield "FiLM off (gamma 1, beta 0)", extractor(z, hmm, forecast)
-    yield "FiLM at its mean", extractor(z, hmm.mean(0, keepdim=True).expand_as(hmm), forecast)
+    yield (
+        "FiLM at its mean",
+        extractor(z, hmm.mean(0, keepdim=True).expand_as(hmm), forecast),
+    )
     yield "forecast 0", extractor(z, hmm, 0 * forecast)
     rng = np.random.default_rng(1)
     for shift in shifts(len(z), WALKS, rng):
@@ -719,7 +901,10 @@ def variants(run: Subject, split: str, inputs):
         latents = extractor(z, moved, forecast)
         yield "context shifted in FiLM", latents
         if run.args.forecast:
-            table = np.concatenate([run.market.table[at, : run.market.n_tech], moved.numpy()], 1)
+            # the lasso reads the context times the columns: its share goes with it
+            table = np.concatenate(
+                [run.market.table[at, : run.market.n_tech], moved.numpy()], 1
+            )
             other = torch.as_tensor(run.model.forecast(table))[:, None]
             latents = torch.cat([latents[:, :-1], other], 1)
         yield "context shifted in FiLM and forecast", latents
@@ -744,7 +929,9 @@ def ablate(run, part, inputs):
     for split in inputs:
         for name, latents in variants(run, split, inputs[split]):
             path = run.path_of(split, latents)
-            earned.setdefault(name, {}).setdefault(split, []).append(run.earned(path, split))
+            earned.setdefault(name, {}).setdefault(split, []).append(
+                run.earned(path, split)
+            )
     series = {}  # name -> (draws, rows of eval and test)
     for name, of in earned.items():
         series[name] = np.concatenate([np.array(of[split]) for split in of], 1)
@@ -754,12 +941,24 @@ def ablate(run, part, inputs):
     for name, draws in series.items():
         paired = intact - draws.mean(0)
         loss[name] = paired.mean(), interval(paired, run.rng)
-        by_chance = chance(intact.mean(), draws.mean(1)) if len(draws) == WALKS else None
+        by_chance = (
+            chance(intact.mean(), draws.mean(1)) if len(draws) == WALKS else None
+        )
         cells = f"{draws.mean():+.3f}", f"{paired.mean():+.3f}", ends(loss[name][1])
-        table.append((name, *cells, "" if by_chance is None else f"{by_chance:.2f}"))
-    head = "agent", f"bp a bar, {run.unit}", "it costs", "interval", "probability of chance"
+        table.append(
+            (name, *cells, "" if by_chance is None else f"{by_chance:.2f}")
+        )
+    head = (
+        "agent",
+        f"bp a bar, {run.unit}",
+        "it costs",
+        "interval",
+        "probability of chance",
+    )
     part.tables.append(("With an input spoiled, eval and test rows", head, table))
-    part.numbers |= {f"cost, {name}": float(mean) for name, (mean, _) in loss.items()}
+    part.numbers |= {
+        f"cost, {name}": float(mean) for name, (mean, _) in loss.items()
+    }
     draw_costs(part, loss, run.unit)
 
     mean, low_high = loss["context shifted in FiLM and forecast"]
@@ -767,15 +966,17 @@ def ablate(run, part, inputs):
     worth = interval(value, run.rng)
     moves = max(np.ptp(run.paths[split]) for split in inputs) > STILL
     text = f"the true context earns {mean:+.2f} bp a bar more than a shifted one ({ends(low_high)})"
+    # only an agent that moves can ignore a context, and only one that pays
     if worth[0] > 0 and moves:
-        text += f"; it makes a lasso explain {value.mean():.1%} more ({ends(worth)})"
+        text += " (must be above 0); a lasso's explained share rises with it by "
+        text += f"{value.mean():.2f} ({ends(worth)})"
         part.judge("broken" if low_high[0] <= 0 else "sound", text)
     elif low_high[0] > 0:
         part.judge("sound", text)
     mean, low_high = loss["context shifted in FiLM"]
     if low_high[0] <= 0:
-        text = f"FiLM's own share of that is not to be seen: {mean:+.3f} bp a bar ({ends(low_high)})"
-        part.judge("weak", text)
+        text = f"FiLM's own share of that is not to be seen: {mean:+.3f} bp a bar "
+        part.judge("weak", f"{text}({ends(low_high)})")
 
 
 def draw_costs(part, loss, unit):
@@ -786,7 +987,9 @@ def draw_costs(part, loss, unit):
     ax.axvline(0, color="k", lw=0.8)
     ax.set_yticks(range(len(loss)), list(loss))
     ax.set_xlabel(f"bp a bar that it costs, {unit}")
-    part.figures.append(("film_costs", "What each input earns", fig, "95 % intervals."))
+    part.figures.append(
+        ("film_costs", "What each input earns", fig, "95 % intervals.")
+    )
 
 
 # -------------------------------------------------------------------------------------------- agent
@@ -804,6 +1007,7 @@ def audit_tqc(run: Subject, part: Part):
 def diagnose_split(run: Subject, split: str) -> dict:
     """diagnose() and the verdict, as the script makes them, of another split."""
     contexts = run.contexts
+    # it looks at the eval rows: for this call, those of `split`
     own, contexts.rows = contexts.rows, {"eval": run.rows[split]}
     try:
         found = tqc.diagnose(run.agent, contexts)
@@ -813,17 +1017,25 @@ def diagnose_split(run: Subject, split: str) -> dict:
     market, path = run.market, run.paths[split]
     a, b = run.rows[split]
     series = replace(market.series, rows=market.rows | {"eval": (a, b)})
-    paths = {name: [p] for name, p in tqc.fixed_paths(market, a, b).items()} | {"agent": [path]}
+    paths = {name: [p] for name, p in tqc.fixed_paths(market, a, b).items()} | {
+        "agent": [path]
+    }
     audit |= edges([series], paths, tqc.LEVELS, market.bars.bars_per_year)
     reward, mean, change, held = market.walk(path, a, b)
-    metrics, _ = tqc.path_metrics(reward, mean, change, held, market.bars.bars_per_year)
+    metrics, _ = tqc.path_metrics(
+        reward, mean, change, held, market.bars.bars_per_year
+    )
     updates = run.state["loop"]["updates"]
     word, reasons = verdict(audit, metrics, updates, tqc.FEW_UPDATES, b - a, False)
     null = []
     for shift in shifts(b - a, DRAWS, run.rng):
         null.append(run.earned(np.roll(path, shift), split).mean())
     earned = run.earned(path, split)
-    audit |= {"verdict": word, "reason": reasons[0], "turnover": metrics["turnover"]}
+    audit |= {
+        "verdict": word,
+        "reason": reasons[0],
+        "turnover": metrics["turnover"],
+    }
     return audit | {"earned": earned.mean(), "chance": chance(earned.mean(), null)}
 
 
@@ -846,15 +1058,21 @@ def check_edge(run, part, found):
     table = []
     for name, label in names.items():
         cells = [found[split][name] for split in found]
-        table.append((label, *(c if isinstance(c, str) else number(c) for c in cells)))
+        table.append(
+            (label, *(c if isinstance(c, str) else number(c) for c in cells))
+        )
     part.tables.append(("Diagnostics by split", ("", *found), table))
     of = found["eval"]
     part.numbers |= {k: v for k, v in of.items() if not isinstance(v, str)}
     part.numbers["verdict"] = of["verdict"]
     text = f"eval rows: {of['verdict']} ({of['reason']}); {of['earned']:+.2f} bp a bar, edge "
-    text += f"{of['edge_bps']:+.2f} over the best constant, state dependence "
-    text += f"{of['state_dependence']:.3f} (at least {STILL}); positions shifted along the rows earn "
-    text += f"as much with probability {of['chance']:.3f} (at most {CHANCE})"
+    text += (
+        f"{of['edge_bps']:+.2f} over the best constant or flat, state dependence "
+    )
+    text += f"{of['state_dependence']:.3f} (at least {STILL}); positions shifted along the "
+    text += (
+        f"rows earn as much with probability {of['chance']:.3f} (at most {CHANCE})"
+    )
     level = "sound"
     if of["verdict"] in ("collapsed", "untrained"):
         level = "broken"
@@ -872,15 +1090,26 @@ def check_other_policy(run, part):
     table, flat = [], torch.zeros(len(latents), 1)
     for policy in tqc.POLICIES:
         with patch.dict(run.agent.config, policy=policy):
-            fixed = [tqc.act(run.agent, latents, flat + p, flat) for p in (-1.0, 0.0, 1.0)]
+            fixed = [
+                tqc.act(run.agent, latents, flat + p, flat)
+                for p in (-1.0, 0.0, 1.0)
+            ]
         spread = float(torch.stack(fixed).std(1).mean())
         path = run.path_of("eval", policy=policy)
         ships = " (ships)" if policy == run.config["policy"] else ""
-        table.append((policy + ships, f"{spread:.3f}", f"{run.earned(path, 'eval').mean():+.3f}"))
+        table.append(
+            (
+                policy + ships,
+                f"{spread:.3f}",
+                f"{run.earned(path, 'eval').mean():+.3f}",
+            )
+        )
         part.numbers[f"state_dependence_{policy}"] = spread
         if not ships and spread < STILL and part.numbers["verdict"] == "healthy":
             text = f"{policy}, which does not ship, takes one position whatever the market: state "
-            part.judge("broken", f"{text}dependence {spread:.3f} (at least {STILL})")
+            part.judge(
+                "broken", f"{text}dependence {spread:.3f} (at least {STILL})"
+            )
     head = "policy", "state dependence", f"bp a bar, {run.unit}"
     part.tables.append(("Both policies, eval rows", head, table))
 
@@ -905,13 +1134,16 @@ def calibration(run: Subject, split: str, w_cost=0.0) -> dict:
     reward, _, change, _ = run.market.walk(path, a, b)
     span = slice(a, b)
     earned = path * (run.market.ret[span] - run.market.funding[span])
-    held = scale * np.log(np.maximum(1 + earned, tqc.RUIN))  # what holding earns, no trade
+    held = scale * np.log(
+        np.maximum(1 + earned, tqc.RUIN)
+    )  # what holding earns, no trade
     whole = scale * (reward - penalty * change)
     result, tail = held.copy(), 0.0
     for t in reversed(range(len(path))):
         result[t] += gamma * tail
         tail = whole[t] + gamma * tail
     n = max(len(path) - int(HORIZON / (1 - gamma)), 1)
+    # the next row's quantiles stand for the rest, as in the critic's target
     drawn = run.rng.integers(atoms.shape[1], size=n)
     rows = np.arange(n)
     following = atoms[rows + 1, drawn] + (whole - held)[1 : n + 1]
@@ -941,7 +1173,9 @@ def check_calibration(run, part):
     for split in run.rows:
         of = places[split] = calibration(run, split)
         cells = [inside(of[k]).mean() for k in ("step", "return")]
-        table.append((split, *(f"{c:.3f}" for c in cells), f"{of['return'].mean():.3f}"))
+        table.append(
+            (split, *(f"{c:.3f}" for c in cells), f"{of['return'].mean():.3f}")
+        )
     head = "rows", "inside, next step", "inside, return", "mean place of the return"
     regime, kind = run.regimes
     a, b = run.rows["eval"]
@@ -962,10 +1196,15 @@ def check_calibration(run, part):
     draw_pit(part, of)
 
     step, whole = (inside(of[name]) for name in ("step", "return"))
-    part.numbers |= {"inside_step": float(step.mean()), "inside_return": float(whole.mean())}
+    part.numbers |= {
+        "inside_step": float(step.mean()),
+        "inside_return": float(whole.mean()),
+    }
     part.numbers["place"] = float(of["return"].mean())
     if of["size"] < SAME:
-        part.judge("sound", "it never holds a position on eval rows: nothing to calibrate")
+        part.judge(
+            "sound", "it never holds a position on eval rows: nothing to calibrate"
+        )
         return
     # nearer to a point, to everything, or to one side than to a calibrated critic
     narrow, wide, side = INNER / 2, (1 + INNER) / 2, 0.25
@@ -976,9 +1215,15 @@ def check_calibration(run, part):
     reach = interval(whole, run.rng)
     text = f"{whole.mean():.0%} of the returns lie inside the predicted {INNER:.0%} range "
     if reach[0] > wide:
-        part.judge("broken", f"{text}({ends(reach)}; nearer to {INNER} than to 1: below {wide:g})")
+        part.judge(
+            "broken",
+            f"{text}({ends(reach)}; nearer to {INNER} than to 1: below {wide:g})",
+        )
     if reach[1] < INNER:
-        part.judge("weak", f"{text}({ends(reach)}): too narrow, so do not read them as risk")
+        part.judge(
+            "weak",
+            f"{text}({ends(reach)}): too narrow, so do not read them as risk",
+        )
     reach = interval(of["return"], run.rng)
     text = f"returns stand at {of['return'].mean():.2f} among their quantiles ({ends(reach)}; "
     text += f"nearer to .5 than to an end: from {side} to {1 - side})"
@@ -995,9 +1240,16 @@ def check_regime_rewards(run, part):
         names = [k for k in ("agent", "sparse_linear", "optimum") if k in everyone]
         for k in np.unique(regime[a:b]):
             here = regime[a:b] == k
-            cells = [f"{run.earned(everyone[name], split)[here].mean():+.2f}" for name in names]
+            cells = [
+                f"{run.earned(everyone[name], split)[here].mean():+.2f}"
+                for name in names
+            ]
             held = run.paths[split][here]
-            cells += [f"{here.mean():.0%}", f"{held.mean():+.2f}", f"{np.abs(held).mean():.2f}"]
+            cells += [
+                f"{here.mean():.0%}",
+                f"{held.mean():+.2f}",
+                f"{np.abs(held).mean():.2f}",
+            ]
             table.append((f"{split}, {kind} {k}", *cells))
     head = "rows", *names, "share of rows", "mean exposure", "mean size"
     part.tables.append((f"By {kind}: bp a bar, {run.unit}", head, table))
@@ -1010,14 +1262,23 @@ def check_w_cost(run, part):
         path = run.path_of("eval", w_cost=w)
         change = np.abs(np.diff(path, prepend=0.0))
         trades.append(change)
-        table.append((f"{w:g}", f"{change.mean():.4f}", f"{run.earned(path, 'eval').mean():+.3f}"))
+        table.append(
+            (
+                f"{w:g}",
+                f"{change.mean():.4f}",
+                f"{run.earned(path, 'eval').mean():+.3f}",
+            )
+        )
     head = "w_cost", "turnover", f"bp a bar, {run.unit}"
     part.tables.append(("By w_cost, eval rows", head, table))
     saved = trades[0] - trades[-1]
     part.numbers["turnover_saved"] = float(saved.mean())
     low_high = interval(saved, run.rng)
     if run.config["penalty"] > 0 and trades[0].sum() > 2 and low_high[1] < 0:
-        part.judge("weak", f"it trades more when trading costs more: turnover falls by {ends(low_high)}")
+        part.judge(
+            "weak",
+            f"it trades more when trading costs more: turnover falls by {ends(low_high)}",
+        )
 
 
 def draw_pit(part, of):
@@ -1028,21 +1289,32 @@ def draw_pit(part, of):
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set_xlabel("place among the predicted quantiles")
     caption = "Calibrated: flat at 1. High ends: too narrow."
-    part.figures.append(("tqc_places", "Calibration of the quantiles, eval rows", fig, caption))
+    part.figures.append(
+        ("tqc_places", "Calibration of the quantiles, eval rows", fig, caption)
+    )
 
 
 def draw_path(run, part):
     a, b = run.rows["test"]
     fig, axes = canvas(9.4, 3.6, 2, sharex=True)
     everyone = {"agent": run.paths["test"]} | tqc.fixed_paths(run.market, a, b)
-    for i, name in enumerate(k for k in ("agent", "sparse_linear", "optimum") if k in everyone):
+    for i, name in enumerate(
+        k for k in ("agent", "sparse_linear", "optimum") if k in everyone
+    ):
         total = np.cumsum(run.earned(everyone[name], "test"))
-        axes[0].plot(np.arange(a, b), total / 100, color=CYCLE[i], label=name.replace("_", " "))
+        axes[0].plot(
+            np.arange(a, b),
+            total / 100,
+            color=CYCLE[i],
+            label=name.replace("_", " "),
+        )
     axes[0].set_ylabel(f"% {run.unit}")
     axes[1].plot(np.arange(a, b), everyone["agent"], color=CYCLE[0], lw=0.7)
     axes[1].set_ylabel("exposure")
     axes[1].set_xlabel("row")
-    part.figures.append(("tqc_path", "Test rows", fig, "Simple sums, net of costs."))
+    part.figures.append(
+        ("tqc_path", "Test rows", fig, "Simple sums, net of costs.")
+    )
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -1072,21 +1344,28 @@ def build(folder: Path, parts: list[Part], command: str) -> Page:
         page.add(f'<span class="chip {TONES[part.verdict]}">{chip}</span>')
     page.add(f"</div><pre>{esc(command)}</pre><!--nav-->")
     for part in parts:
-        page.section(part.name, TITLES[part.name], f"{part.verdict}: {RULE[part.verdict]}")
+        page.section(
+            part.name, TITLES[part.name], f"{part.verdict}: {RULE[part.verdict]}"
+        )
         checks = sorted(part.checks, key=lambda c: -LEVELS.index(c[0]))
-        reasons = "".join(f"<li><b>{level}</b>: {esc(why)}</li>" for level, why in checks)
+        reasons = "".join(
+            f"<li><b>{level}</b>: {esc(why)}</li>" for level, why in checks
+        )
         page.add(f'<ul class="reasons">{reasons}</ul>')
         page.add('<div class="grid">')
         for name, title, fig, caption in part.figures:
             page.plot(name, title, fig, caption, wide=True)
         page.add("</div>")
         for title, head, rows in part.tables:
-            page.add(f"<h3>{esc(title)}</h3>{html_table(head, rows)}")
+            page.add(
+                f'<h3 style="margin-top:26px">{esc(title)}</h3>{html_table(head, rows)}'
+            )
     return page
 
 
 def html_table(head, rows) -> str:
-    first = "".join(f"<th>{esc(name)}</th>" for name in head)
+    first = f'<th style="text-align:left">{esc(head[0])}</th>'
+    first += "".join(f"<th>{esc(name)}</th>" for name in head[1:])
     body = ""
     for row in rows:
         cells = "".join(f"<td>{esc(cell)}</td>" for cell in row[1:])
@@ -1096,21 +1375,28 @@ def html_table(head, rows) -> str:
 
 
 def write(folder: Path, parts: list[Part], command: str):
-    """RUN_DIR/audit/, each file whole or not at all."""
+    """RUN_DIR/audit/, whole or not at all."""
     out = folder / "audit"
     half = folder / f".audit.{os.getpid()}.tmp"
-    shutil.rmtree(half, ignore_errors=True)
-    with matplotlib.rc_context(RC):
-        page = build(folder, parts, command)
-        write_figures(page, half)
-    (half / "audit.html").write_text(page.html(f"audit: {folder.name}"), encoding="utf-8")
     found = {}
     for part in parts:
-        record = {"verdict": part.verdict, "checks": part.checks, "numbers": part.numbers}
+        record = {
+            "verdict": part.verdict,
+            "checks": part.checks,
+            "numbers": part.numbers,
+        }
         found[part.name] = record
-    write_json_atomic(found, half / "audit.json")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(half, out)
+    try:
+        with matplotlib.rc_context(RC):
+            page = build(folder, parts, command)
+            write_figures(page, half)
+        text = page.html(f"audit: {folder.name}")
+        (half / "audit.html").write_text(text, encoding="utf-8")
+        write_json_atomic(found, half / "audit.json")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(half, out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 AUDITS = {"hmm": audit_hmm, "mae": audit_mae, "film": audit_film, "tqc": audit_tqc}
@@ -1142,7 +1428,9 @@ def main(argv=None) -> dict:
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     console = Console(width=max(shutil.get_terminal_size((120, 24)).columns, 100))
-    command = " ".join(["python scripts/audit_pipeline.py", *map(str, argv or sys.argv[1:])])
+    command = " ".join(
+        ["python scripts/audit_pipeline.py", *map(str, argv or sys.argv[1:])]
+    )
     found = {}
     for folder in run_dirs(args):
         parts = audit_run(folder, args.mode)
