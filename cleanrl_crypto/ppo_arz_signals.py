@@ -10,6 +10,10 @@ A grid of N x N junctions, or your own network (a CSV of segments, a JSON of sig
     python cleanrl_crypto/ppo_arz_signals.py --scenario town3 --num-envs 64 --timeout 1200
     python cleanrl_crypto/ppo_arz_signals.py --scenario roads.csv --timeout 600
 
+A map of SUMO (CityFlow, OpenStreetMap) with its demand:
+
+    python cleanrl_crypto/ppo_arz_signals.py --network MAP.net.xml --demand MAP.rou.xml --timeout 600
+
 GPU, Kaggle: a GPU is used where a probe shows that it works.
 
     python cleanrl_crypto/ppo_arz_signals.py --num-envs 4096 --run-dir /kaggle/working/run --timeout 3600
@@ -74,12 +78,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from numba import cuda
 
-from common.lanes import SimulatedLanes, register
+from common.lanes import SimulatedLanes, register, write_trace
 from common.networks import CELL_LENGTH, QUEUE_WAVE, Network, NetworkError, find_network
 
-SCHEMA = 5  # of the checkpoint
+SCHEMA = 6  # of the checkpoint
 EVAL_SEED = 2**31  # of the evaluation cases: no training seed shares their counters
 EVAL_LANES = 125  # 25 to choose by, 50 of other seeds at demand x1.0 and 50 at x1.3
+MAP_LANES = 25  # the same of a map, whose episodes are long
+SPREADS = 0.1, 0.2  # of saturation flows and turning shares on a map
 # demand over its mean: range of a training episode, the two of evaluation
 LEVELS = 1.0, 1.3
 BLOCK = 128  # most lanes that a CPU task simulates together
@@ -93,6 +99,8 @@ TUNING_SHARE = 0.1  # of the time that is left, for the baselines' constants
 # literals of the kernels: a float32 times these stays float32 (Python's 0.5 would widen it)
 ZERO, ONE, TEN = map(np.float32, (0.0, 1.0, 10.0))
 TINY = np.float32(1e-30)
+INF = np.float32(np.inf)
+SOON = 1e-6  # s: ages are sums
 THIN = np.float32(1e-5)  # of the jam density: below it w = (rho w) / rho is rounding
 WAVE = np.float32(QUEUE_WAVE)
 ALPHA = np.float32(0.6)  # of a motorcycle's pressure: what a car counts
@@ -110,12 +118,27 @@ class Args(RunArgs):
     scenario: str = "corridor"
     """corridor, townN (N x N junctions), or a CSV of segments with a JSON of signals and demand
     beside it"""
+    network: str | None = None
+    """instead of a scenario a map of another program: .net.xml or .sumocfg of SUMO, roadnet.json of
+    CityFlow, an edge table of OpenStreetMap"""
+    demand: tuple[str, ...] = ()
+    """with --network: files of its routes, trips or flows"""
+    levels: tuple[float, float] = LEVELS
+    """mean demand of a training episode over the network's: least and largest, which are also the
+    two of evaluation"""
+    variation: tuple[float, float, float] = VARIATION
+    """demand within an episode: least and largest of the factors that change every five minutes,
+    half width of those of a minute"""
+    saturation_spread: float | None = None
+    """half width of an episode's random factors of saturation flows; None: 0, with --network .1"""
+    turn_spread: float | None = None
+    """half width of those of turning shares; None: 0, with --network .2"""
     num_envs: int = 128
     """lanes (independent copies of the network), over all processes"""
     decision_interval: float = 5.0
-    """seconds between decisions: at least the network's all-red time, or a part of it"""
-    episode_seconds: float = 450.0
-    """seconds after which an episode is truncated"""
+    """seconds between decisions"""
+    episode_seconds: float | None = None
+    """seconds after which an episode is truncated; None: 450, with --network all of its demand"""
     cell_length: float = 25.0
     """metres of a cell, as near as a segment's length allows"""
     sim_timeout: float | None = None
@@ -177,12 +200,15 @@ class Args(RunArgs):
                 (1, 200): "cell_length",
                 (0.25, 3600): "decision_interval",
                 (0.25, 86400): "episode_seconds",
+                (0, 0.9): "saturation_spread turn_spread",
             },
         )
+        low, high = self.levels
+        least, most, jitter = self.variation
         rows = self.num_envs * self.num_steps
         refuse(
             (
-                self.episode_seconds % self.decision_interval,
+                (self.episode_seconds or 0) % self.decision_interval,
                 f"--episode-seconds {self.episode_seconds} must be a multiple of "
                 f"--decision-interval {self.decision_interval}",
             ),
@@ -190,6 +216,17 @@ class Args(RunArgs):
                 rows % self.num_minibatches,
                 f"--num-envs {self.num_envs} times --num-steps {self.num_steps} is not a "
                 f"multiple of --num-minibatches {self.num_minibatches}",
+            ),
+            (self.demand and not self.network, "--demand needs --network"),
+            (
+                self.network and self.scenario != "corridor",
+                f"--network {self.network} and --scenario {self.scenario}: give one of them",
+            ),
+            (not 0 < low < high < 100, f"--levels {low} {high}: must be above 0 and rise"),
+            (
+                not (0 <= least <= most <= 100 and 0 <= jitter <= 1),
+                f"--variation {least} {most} {jitter}: must be 0 <= LEAST <= MOST <= 100 and the "
+                "last one from 0 to 1",
             ),
         )
 
@@ -208,22 +245,36 @@ class Roads(NamedTuple):
     inv_dx: np.ndarray
     jam: np.ndarray  # (S,) veh/m
     inv_jam: np.ndarray
+    room: np.ndarray  # (3, S) vehicles in a zone at jam density
     limit: np.ndarray  # (2, S) m/s
     target_ptr: np.ndarray  # (S + 1,) a segment's part of targets
     targets: np.ndarray  # (M,) segments that it leads into
     source_ptr: np.ndarray  # (S + 1,) a segment's part of sources and share
     sources: np.ndarray  # (M,) segments that lead into it
     share: np.ndarray  # (M,) of a source's vehicles
+    place: np.ndarray  # (M,) where the share of each of targets stands in share
+    leave: np.ndarray  # (S,) share of a segment's vehicles that end there
+    saturation: np.ndarray  # (S,) veh/s over its end, or inf
+    limited: np.ndarray  # segments whose end has a saturation flow, or gives way
+    yield_ptr: np.ndarray  # (S + 1,) a segment's part of yield_to
+    yield_to: np.ndarray  # segments that have priority
+    gap: np.ndarray  # (S,) s
+    follow: np.ndarray  # (S,) veh/s into an endless gap
     entry: np.ndarray  # (S,) its number or -1
     demand: np.ndarray  # (decisions, 2, E) mean, veh/s; one row where it never changes
     signal: np.ndarray  # (S,) at its end, or -1
     green: np.ndarray  # (S,) bit p: green in phase p
+    minor: np.ndarray  # (S,) bit p: gives way in phase p
     n_phases: np.ndarray  # (G,)
+    closes: np.ndarray  # (G,) s after a switch, float64 as the next two
+    opens: np.ndarray  # (G,)
+    free: np.ndarray  # (G,) from then on a request counts
+    pieces: np.ndarray  # s of an interval in which no signal changes what it shows
     zone_of: np.ndarray  # (cells,)
     zone_share: np.ndarray  # (cells,)
     approach: np.ndarray  # (G, A) segments or -1
     exits: np.ndarray  # (G, A)
-    owner: np.ndarray  # (S,) the junction that pays for its delay, -1: all
+    owner: np.ndarray  # (S,) the signal that pays for its delay, -1: all
 
 
 class Cells(NamedTuple):
@@ -246,6 +297,11 @@ class Cells(NamedTuple):
 class Scratch(NamedTuple):
     __module__ = MODULE
     gate: np.ndarray  # (S, N) 0 at a red stop line, else 1
+    follow: np.ndarray  # (S, N) veh/s into an endless gap; inf: has priority
+    saturation: np.ndarray  # (S, N) veh/s, of the episode
+    admit: np.ndarray  # (S, N) share of what wants over a segment's end that both allow
+    share: np.ndarray  # (M, N) of the episode
+    leave: np.ndarray  # (S, N)
     fits: np.ndarray  # (2, S, N) share of what wants in that fits in
     out: np.ndarray  # (2, S, N) veh/s over a segment's end
     into: np.ndarray  # (2, S, N) veh/s over its start
@@ -267,6 +323,7 @@ class Street(NamedTuple):
 
     __module__ = MODULE
     phase: np.ndarray  # (G, N) int64
+    before: np.ndarray  # (G, N) int64, the phase before the switch
     age: np.ndarray  # (G, N) s since the switch
     queue: np.ndarray  # (2, E, N) veh outside
     delay: np.ndarray  # (S, N) veh s of the interval
@@ -294,21 +351,23 @@ class Rules(NamedTuple):
     seed: int
     length: int  # decisions of an episode
     interval: float  # s
-    all_red: float  # s
-    min_green: float  # s
+    wide: int  # 1: observations hold sources without a signal, and phases
     low: float  # range of the slow demand factor
     high: float
     jitter: float  # half width of the fast one
     fill: float
+    saturation: float  # half width of an episode's factors of saturation flows
+    turns: float  # and of shares
 
 
-# shapes of the arrays above (C cells, D numbers, R rows of totals), names, type or the simulator's
+# shapes of the arrays above (C cells, M moves, D numbers, R rows of totals), names, type or the simulator's
 ARRAYS = (
     ("CN", "rho_m rho_c mom_m mom_c v_m v_c w_m w_c", None),
     ("N", "dt rest speed", None),
     ("2N", "face left left_mom lost gain", None),
     ("4N", "total", None),
-    ("SN", "gate", None),
+    ("SN", "gate follow saturation admit leave", None),
+    ("MN", "share", None),
     ("2SN", "fits out into into_mom", None),
     ("6SN", "zones", None),
     ("2EN", "rate queue", np.float64),
@@ -318,7 +377,7 @@ ARRAYS = (
     ("NG", "local_reward", np.float64),
     ("RN", "totals finals", np.float64),
     ("N", "lane_id episode_id decision broken", np.int64),
-    ("GN", "phase", np.int64),
+    ("GN", "phase before", np.int64),
     ("NG", "action", np.int64),
     ("NGD", "obs final_obs", np.float32),
     ("2N", "flags", np.bool_),
@@ -620,27 +679,24 @@ def share_nb(want, other, supply):
 
 
 @fast
-def enter_nb(lo, hi, s, roads, cells, scratch, street, totals):
-    """Fluxes over an entry.
-
-    What waits outside and what arrives, as far as the first cell lets it in.
-    """
-    c = roads.first[s]
+def wait_nb(lo, hi, s, roads, scratch, street):
+    """scratch.into[:, s] <- what wants in over an entry: who waits outside, and who arrives."""
     e = roads.entry[s]
     queue, rate, dt = street.queue, scratch.rate, scratch.dt
-    want = scratch.total
     for k in range(2):
         for ln in range(lo, hi):
             step = dt[ln] if dt[ln] > ZERO else ONE
-            want[k, ln] = queue[k, e, ln] / step + rate[k, e, ln]
+            scratch.into[k, s, ln] = queue[k, e, ln] / step + rate[k, e, ln]
+
+
+@fast
+def enter_nb(lo, hi, s, roads, scratch, street, totals):
+    """What fits in over an entry enters, the others wait."""
+    e = roads.entry[s]
+    queue, rate, dt = street.queue, scratch.rate, scratch.dt
     for k in range(2):
-        _, _, _, v, _, cross = class_of_nb(cells, k)
-        limit = roads.limit[k, s]
         for ln in range(lo, hi):
-            supply = roads.jam[s] * supply_nb(limit, v[c, ln], limit)
-            flow = want[k, ln] * share_nb(want[k, ln], cross * want[1 - k, ln], supply)
-            scratch.into[k, s, ln] = flow
-            scratch.into_mom[k, s, ln] = flow * limit
+            scratch.into[k, s, ln] = scratch.into[k, s, ln] * scratch.fits[k, s, ln]
         for ln in range(lo, hi):
             came = dt[ln] * rate[k, e, ln]
             after = queue[k, e, ln] + came - dt[ln] * scratch.into[k, s, ln]
@@ -661,17 +717,22 @@ def want_nb(lo, hi, s, roads, cells, scratch):
     """
     c = roads.first[s]
     total = scratch.total
+    begin, end = roads.source_ptr[s], roads.source_ptr[s + 1]
     for k in range(2):
         _, _, _, _, w, _ = class_of_nb(cells, k)
+        limit = roads.limit[k, s]
         for ln in range(lo, hi):
             total[k, ln] = ZERO
             total[2 + k, ln] = ZERO
-        for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+        if roads.entry[s] >= 0:
+            for ln in range(lo, hi):
+                total[k, ln] += scratch.into[k, s, ln]
+                total[2 + k, ln] += scratch.into[k, s, ln] * limit
+        for j in range(begin, end):
             i = roads.sources[j]
-            part = roads.share[j]
             last = roads.first[i + 1] - 1
             for ln in range(lo, hi):
-                flow = part * scratch.out[k, i, ln]
+                flow = scratch.share[j, ln] * scratch.out[k, i, ln]
                 total[k, ln] += flow
                 total[2 + k, ln] += flow * w[last, ln]
     for k in range(2):
@@ -680,7 +741,7 @@ def want_nb(lo, hi, s, roads, cells, scratch):
         for ln in range(lo, hi):
             want = total[k, ln]
             mean = total[2 + k, ln] / (want + TINY)
-            mean = mean if mean < limit else limit
+            mean = mean if mean < limit and begin < end else limit
             supply = roads.jam[s] * supply_nb(mean, v[c, ln], limit)
             fits = share_nb(want, cross * total[1 - k, ln], supply)
             scratch.fits[k, s, ln] = fits
@@ -688,18 +749,18 @@ def want_nb(lo, hi, s, roads, cells, scratch):
 
 @fast
 def pass_nb(lo, hi, s, k, roads, cells, scratch):
-    """What enters segment s from its sources, no faster than its limit."""
+    """What enters segment s over an entry and from its sources, no faster than its limit."""
     _, _, _, _, w, _ = class_of_nb(cells, k)
     limit = roads.limit[k, s]
     for ln in range(lo, hi):
-        scratch.into[k, s, ln] = ZERO
-        scratch.into_mom[k, s, ln] = ZERO
+        flow = scratch.into[k, s, ln] if roads.entry[s] >= 0 else ZERO
+        scratch.into[k, s, ln] = flow
+        scratch.into_mom[k, s, ln] = flow * limit
     for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
         i = roads.sources[j]
-        part = roads.share[j]
         last = roads.first[i + 1] - 1
         for ln in range(lo, hi):
-            flow = part * scratch.out[k, i, ln]
+            flow = scratch.share[j, ln] * scratch.out[k, i, ln]
             fastest = w[last, ln] if w[last, ln] < limit else limit
             scratch.into[k, s, ln] += flow
             scratch.into_mom[k, s, ln] += flow * fastest
@@ -719,6 +780,26 @@ def send_nb(lo, hi, s, k, roads, cells, scratch):
 
 
 @fast
+def admit_nb(lo, hi, s, roads, scratch):
+    """scratch.admit[s] <- the share of what wants over the end of segment s that may.
+
+    At most the saturation flow and, where it gives way, what the gaps between those who have
+    priority let through: Siegloch's (1973) f exp(-gap q) for their flow q.
+    """
+    out, total = scratch.out, scratch.total
+    for ln in range(lo, hi):
+        total[0, ln] = ZERO
+    for j in range(roads.yield_ptr[s], roads.yield_ptr[s + 1]):
+        i = roads.yield_to[j]
+        for ln in range(lo, hi):
+            total[0, ln] += out[0, i, ln] + out[1, i, ln]
+    for ln in range(lo, hi):
+        most = scratch.follow[s, ln] * math.exp(-roads.gap[s] * total[0, ln])
+        most = most if most < scratch.saturation[s, ln] else scratch.saturation[s, ln]
+        scratch.admit[s, ln] = share_nb(out[0, s, ln], out[1, s, ln], most)
+
+
+@fast
 def junctions_nb(lo, hi, roads, cells, scratch, street, totals):
     """Fluxes over the ends and starts of all segments.
 
@@ -731,11 +812,19 @@ def junctions_nb(lo, hi, roads, cells, scratch, street, totals):
     for s in range(n):
         for k in range(2):
             send_nb(lo, hi, s, k, roads, cells, scratch)
+    for i in range(roads.limited.size):  # none changes what the others want before all are done
+        admit_nb(lo, hi, roads.limited[i], roads, scratch)
+    for i in range(roads.limited.size):
+        s = roads.limited[i]
+        for k in range(2):
+            for ln in range(lo, hi):
+                out[k, s, ln] = out[k, s, ln] * scratch.admit[s, ln]
     for s in range(n):
         if roads.entry[s] >= 0:
-            enter_nb(lo, hi, s, roads, cells, scratch, street, totals)
-        else:
-            want_nb(lo, hi, s, roads, cells, scratch)
+            wait_nb(lo, hi, s, roads, scratch, street)
+        want_nb(lo, hi, s, roads, cells, scratch)
+        if roads.entry[s] >= 0:
+            enter_nb(lo, hi, s, roads, scratch, street, totals)
     for s in range(n):
         for k in range(2):
             for ln in range(lo, hi):
@@ -747,13 +836,13 @@ def junctions_nb(lo, hi, roads, cells, scratch, street, totals):
                     total[0, ln] = fits if fits < total[0, ln] else total[0, ln]
             for ln in range(lo, hi):
                 out[k, s, ln] = out[k, s, ln] * total[0, ln]
-            if roads.target_ptr[s] == roads.target_ptr[s + 1]:  # an exit
+            if roads.leave[s] > ZERO:  # an exit, or trips that end here
                 for ln in range(lo, hi):
-                    totals[DEPARTED + k, ln] += scratch.dt[ln] * out[k, s, ln]
+                    left = scratch.leave[s, ln] * out[k, s, ln]
+                    totals[DEPARTED + k, ln] += scratch.dt[ln] * left
     for s in range(n):
-        if roads.entry[s] < 0:
-            for k in range(2):
-                pass_nb(lo, hi, s, k, roads, cells, scratch)
+        for k in range(2):
+            pass_nb(lo, hi, s, k, roads, cells, scratch)
 
 
 @fast
@@ -842,7 +931,7 @@ def advance_nb(lo, hi, seconds, roads, cells, scratch, street, totals):
 
 
 @fast
-def switch_nb(lo, hi, action, roads, street, totals, rules):
+def switch_nb(lo, hi, action, roads, street, totals):
     """Take the decisions: action (N, G) int64, the phase asked for.
 
     A request counts after the minimum green.
@@ -850,24 +939,34 @@ def switch_nb(lo, hi, action, roads, street, totals, rules):
     for g in range(roads.n_phases.size):
         for ln in range(lo, hi):
             asked = action[ln, g]
-            free = street.age[g, ln] >= rules.all_red + rules.min_green
+            free = street.age[g, ln] + SOON >= roads.free[g]
             if free and asked != street.phase[g, ln] and 0 <= asked < roads.n_phases[g]:
+                street.before[g, ln] = street.phase[g, ln]
                 street.phase[g, ln] = asked
                 street.age[g, ln] = 0.0
                 totals[SWITCHES, ln] += 1.0
 
 
 @fast
-def gates_nb(lo, hi, roads, gate, street, rules):
-    """gate <- 0 where a signal shows red or all-red, else 1."""
+def gates_nb(lo, hi, roads, scratch, street):
+    """gate <- 1 where a stop line is open, else 0; follow <- inf where it does not give way.
+
+    A green that ends is open through amber; one that goes on in the next phase stays open.
+    """
     for s in range(roads.signal.size):
         g = roads.signal[s]
         for ln in range(lo, hi):
-            is_open = g < 0 or (
-                street.age[g, ln] >= rules.all_red
-                and (roads.green[s] >> street.phase[g, ln]) & 1 == 1
-            )
-            gate[s, ln] = ONE if is_open else ZERO
+            is_open = gives_way = True
+            if g >= 0:
+                age = street.age[g, ln] + SOON
+                new = (roads.green[s] >> street.phase[g, ln]) & 1 == 1
+                opened = age >= roads.opens[g]
+                shown = street.phase[g, ln] if opened else street.before[g, ln]
+                is_open = (roads.green[s] >> shown) & 1 == 1
+                is_open = is_open and (new or age < roads.closes[g])
+                gives_way = (roads.minor[s] >> shown) & 1 == 1
+            scratch.gate[s, ln] = ONE if is_open else ZERO
+            scratch.follow[s, ln] = roads.follow[s] if gives_way else INF
 
 
 @fast
@@ -919,6 +1018,28 @@ def zones_nb(lo, hi, roads, cells, total, street, totals):
 
 
 @fast
+def vehicles_nb(ln, s, first, roads, street):
+    """Vehicles on segment s by rows `first`, `first` + 1, `first` + 2 of the zones: all, or (3)
+    what stands of them."""
+    total = ZERO
+    for z in range(3):
+        total += roads.room[z, s] * street.zones[first + z, s, ln]
+    return total
+
+
+@fast
+def load_nb(ln, s, first, roads, street):
+    """Vehicles that the end of segment s is to serve: vehicles_nb of it and, up to the signals
+    behind it, of its sources."""
+    total = vehicles_nb(ln, s, first, roads, street)
+    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+        i = roads.sources[j]
+        if roads.signal[i] < 0:
+            total += roads.share[j] * vehicles_nb(ln, i, first, roads, street)
+    return total
+
+
+@fast
 def observe_nb(lo, hi, obs, roads, street, rules):
     """obs (N, G, D): what each junction sees. Layout: NetworkVectorEnv."""
     zones, queue, phase, age = street.zones, street.queue, street.phase, street.age
@@ -932,6 +1053,7 @@ def observe_nb(lo, hi, obs, roads, street, rules):
             for d in range(obs.shape[2]):
                 obs[ln, g, d] = ZERO
             d = 0
+            of_phase = obs.shape[2] - 2 * most  # where it stands in a wide observation
             for a in range(width):
                 s = roads.approach[g, a]
                 if s >= 0:
@@ -941,18 +1063,23 @@ def observe_nb(lo, hi, obs, roads, street, rules):
                     if e >= 0:
                         obs[ln, g, d + 6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
                     obs[ln, g, d + 7] = (roads.green[s] >> phase[g, ln]) & 1
-                    for j in range(
-                        roads.source_ptr[s], roads.source_ptr[s + 1]
-                    ):  # who may be on the way here
-                        i = roads.sources[j]
+                    # who may be on the way here
+                    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+                        i, share = roads.sources[j], roads.share[j]
                         far = roads.signal[i]
-                        is_open = (
-                            far >= 0 and (roads.green[i] >> phase[far, ln]) & 1 == 1
-                        )
-                        obs[ln, g, d + (8 if is_open else 9)] += (
-                            roads.share[j] * zones[0, i, ln]
-                        )
-                d += 10
+                        is_open = far >= 0 and (roads.green[i] >> phase[far, ln]) & 1
+                        obs[ln, g, d + (8 if is_open else 9)] += share * zones[0, i, ln]
+                        if rules.wide and far < 0:
+                            for z in range(6):
+                                obs[ln, g, d + 10 + z] += share * zones[z, i, ln]
+                    if rules.wide:
+                        waits = load_nb(ln, s, 3, roads, street) + 10 * obs[ln, g, d + 6]
+                        comes = load_nb(ln, s, 0, roads, street)
+                        for p in range(roads.n_phases[g]):
+                            if (roads.green[s] >> p) & 1:
+                                obs[ln, g, of_phase + p] += 0.1 * waits
+                                obs[ln, g, of_phase + most + p] += 0.1 * comes
+                d += 16 if rules.wide else 10
             for a in range(width):
                 s = roads.exits[g, a]
                 if s >= 0:
@@ -963,10 +1090,9 @@ def observe_nb(lo, hi, obs, roads, street, rules):
             d += most
             minutes = age[g, ln] / 60.0
             obs[ln, g, d] = minutes if minutes < 2.0 else 2.0
-            obs[ln, g, d + 1] = (
-                ONE if age[g, ln] >= rules.all_red + rules.min_green else ZERO
-            )
-            if obs.shape[2] > d + 2:
+            obs[ln, g, d + 1] = ONE if age[g, ln] + SOON >= roads.free[g] else ZERO
+            end = of_phase if rules.wide else obs.shape[2]
+            if end > d + 2:
                 obs[ln, g, d + 2 + g] = ONE
 
 
@@ -1005,7 +1131,8 @@ def start_nb(ln, roads, cells, street, totals, rules):
         totals[row, ln] = 0.0
     for g in range(roads.n_phases.size):
         street.phase[g, ln] = 0
-        street.age[g, ln] = rules.all_red + rules.min_green
+        street.before[g, ln] = 0
+        street.age[g, ln] = roads.free[g]
     for e in range(roads.demand.shape[2]):
         street.queue[0, e, ln] = 0.0
         street.queue[1, e, ln] = 0.0
@@ -1041,6 +1168,33 @@ def draw_demand_nb(lo, hi, roads, scratch, street, rules):
 
 
 @fast
+def spread_nb(half, ln, draw, street, rules):
+    """A factor of lane ln's episode, from 1 - half to 1 + half."""
+    lane, episode = street.lane_id[ln], street.episode_id[ln]
+    return 1.0 + half * (2.0 * uniform_nb(rules.seed, lane, episode, draw) - 1.0)
+
+
+@fast
+def draw_roads_nb(lo, hi, roads, scratch, street, rules):
+    """Saturation flows and turning shares of the lanes' episodes."""
+    for s in range(roads.signal.size):
+        for ln in range(lo, hi):
+            factor = spread_nb(rules.saturation, ln, (1 << 42) + s, street, rules)
+            scratch.saturation[s, ln] = roads.saturation[s] * factor
+            total = 1.0 * roads.leave[s]
+            for m in range(roads.target_ptr[s], roads.target_ptr[s + 1]):
+                j = roads.place[m]
+                factor = spread_nb(rules.turns, ln, (1 << 43) + j, street, rules)
+                scratch.share[j, ln] = roads.share[j] * factor
+                total += scratch.share[j, ln]
+            total = total if rules.turns > 0.0 else 1.0
+            scratch.leave[s, ln] = roads.leave[s] / total
+            for m in range(roads.target_ptr[s], roads.target_ptr[s + 1]):
+                j = roads.place[m]
+                scratch.share[j, ln] = scratch.share[j, ln] / total
+
+
+@fast
 def end_nb(lo, hi, roads, cells, scratch, street, result, rules):
     """Lanes whose episode is over keep its last observation and totals, and begin the next."""
     for ln in range(lo, hi):
@@ -1071,16 +1225,15 @@ def decide_nb(lo, hi, action, roads, cells, scratch, street, result, rules):
         for ln in range(lo, hi):
             street.delay[s, ln] = 0.0
     draw_demand_nb(lo, hi, roads, scratch, street, rules)
-    switch_nb(lo, hi, action, roads, street, totals, rules)
-    part = rules.all_red if rules.all_red < rules.interval else rules.interval
-    for _ in range(2):  # an interval that begins with a switch is all red at first
-        if part > 0.0:
-            gates_nb(lo, hi, roads, scratch.gate, street, rules)
-            advance_nb(lo, hi, part, roads, cells, scratch, street, totals)
-            for g in range(roads.n_phases.size):
-                for ln in range(lo, hi):
-                    street.age[g, ln] += part
-        part = rules.interval - part
+    draw_roads_nb(lo, hi, roads, scratch, street, rules)
+    switch_nb(lo, hi, action, roads, street, totals)
+    for i in range(roads.pieces.size):
+        piece = roads.pieces[i]
+        gates_nb(lo, hi, roads, scratch, street)
+        advance_nb(lo, hi, piece, roads, cells, scratch, street, totals)
+        for g in range(roads.n_phases.size):
+            for ln in range(lo, hi):
+                street.age[g, ln] += piece
     pay_nb(lo, hi, roads, street, result)
     zones_nb(lo, hi, roads, cells, scratch.total, street, totals)
     observe_nb(lo, hi, result.obs, roads, street, rules)
@@ -1097,6 +1250,12 @@ def begin_nb(lo, hi, stagger, roads, cells, scratch, street, result, rules):
         street.decision[ln] = int(part * rules.length * stagger)
         street.broken[ln] = 0
     zones_nb(lo, hi, roads, cells, scratch.total, street, result.totals)
+    observe_nb(lo, hi, result.obs, roads, street, rules)
+
+
+@fast
+def show_nb(lo, hi, _, roads, cells, scratch, street, result, rules):
+    """result.obs <- what street.zones, queue, phase and age look like."""
     observe_nb(lo, hi, result.obs, roads, street, rules)
 
 
@@ -1117,6 +1276,13 @@ def begin_cpu(block, stagger, roads, cells, scratch, street, result, rules):
     begin_nb(lo, hi, stagger, roads, cells, scratch, street, result, rules)
 
 
+@nb.njit(cache=True, error_model="numpy")
+def show_cpu(block, argument, roads, cells, scratch, street, result, rules):
+    lo = np.uint64(0)
+    hi = np.uint64(street.lane_id.size)
+    show_nb(lo, hi, argument, roads, cells, scratch, street, result, rules)
+
+
 @cache
 def on_gpu(function):
     """A kernel of decide_cpu's and begin_cpu's arguments, one thread a lane."""
@@ -1132,51 +1298,48 @@ def on_gpu(function):
 
 
 # -------------------------------------------------------------------------------------- environment
-def padded(rows: list[list[int]], width: int) -> np.ndarray:
-    rows = [row + [-1] * (width - len(row)) for row in rows]
-    return np.array(rows, np.int64)
-
-
-def roads_of(net: Network, demand: np.ndarray, dtype) -> Roads:
-    """What the kernels read of a network."""
+def roads_of(net: Network, interval: float, length: int, saturation, dtype) -> Roads:
+    """What the kernels read of a network; saturation: one for every segment."""
     n = len(net.ends)
-    junctions = range(len(net.nodes))
     order = np.argsort(net.move_to, kind="stable")
+    approach, exits = net.around()
     ptr = [
         np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64)
         for m in (net.move_from, net.move_to)
     ]
-    number = {node: g for g, node in enumerate(net.nodes)}
-    begins_at = np.array([number.get(start, -1) for start, _ in net.ends])
-    approach, exits = (
-        [np.flatnonzero(junction == g).tolist() for g in junctions]
-        for junction in (net.signal, begins_at)
-    )
-    width = max(map(len, approach + exits))
-    real = partial(np.ascontiguousarray, dtype=dtype)
-    return Roads(
-        net.first,
-        real(net.dx),
-        real(1 / net.dx),
-        real(net.jam),
-        real(1 / net.jam),
-        real(net.limit),
-        ptr[0],
-        net.move_to,
-        ptr[1],
-        net.move_from[order],
-        real(net.share[order]),
-        net.entry,
-        demand,
-        net.signal,
-        net.green,
-        net.n_phases,
-        net.zone_of,
-        real(net.zone_share),
-        padded(approach, width),
-        padded(exits, width),
-        np.where(net.signal >= 0, net.signal, begins_at),
-    )
+    real = {
+        "dx": net.dx,
+        "inv_dx": 1 / net.dx,
+        "jam": net.jam,
+        "inv_jam": 1 / net.jam,
+        "room": net.zone_length * net.jam,
+        "limit": net.limit,
+        "share": net.share[order],
+        "leave": net.leave,
+        "saturation": saturation,
+        "gap": net.gap,
+        "follow": net.follow,
+        "zone_share": net.zone_share,
+    }
+    real = {k: np.ascontiguousarray(x, dtype) for k, x in real.items()}
+    others = {
+        "target_ptr": ptr[0],
+        "targets": net.move_to,
+        "source_ptr": ptr[1],
+        "sources": net.move_from[order],
+        "place": np.argsort(order),
+        "limited": np.flatnonzero(np.isfinite(saturation) | np.isfinite(net.follow)),
+        "demand": net.demand_table(interval, length),
+        "closes": net.amber,
+        "opens": net.change + net.start_up,
+        "free": net.change + net.min_green,
+        "pieces": net.pieces(interval),
+        "approach": approach,
+        "exits": exits,
+        "owner": net.owners(),
+    }
+    values = vars(net) | others | real
+    return Roads(*(values[name] for name in Roads._fields))
 
 
 class NetworkVectorEnv(SimulatedLanes):
@@ -1186,28 +1349,20 @@ class NetworkVectorEnv(SimulatedLanes):
     the next 100 and of the rest, what stands there, vehicles waiting outside / 10, is it green,
     filling that may come through an open and through a closed stop line; up to A exits: filling of
     the three zones; then the phase (one-hot), its age / 60 s, whether a request counts now and, up
-    to 16 junctions, which junction it is (one-hot). Action: the phase of every junction, asked for
-    each `interval` seconds. Reward: minus the delay (veh s) of the interval; local_reward is that
-    of each junction: of the segments that end there, and of exits that begin there.
+    to 16 junctions, which junction it is (one-hot). Where a junction has more than two phases, or
+    segments without a signal lead to one: of an approach also what fills those by zone, what stands
+    of it; at the end for every phase the vehicles / 10 that stand before the stop lines that it
+    serves, and all of them; and up to 64 junctions are told apart. Action: the phase of every
+    junction, asked for each `interval` seconds. Reward: minus the delay (veh s) of the interval;
+    local_reward is that of each junction: of the segments that lead to it, and of exits behind it.
+    level, variation: range of an episode's mean demand, and of its factors within; saturation,
+    turns: half widths of an episode's factors of saturation flows and turning shares.
     """
 
-    SAVED = (  # all that a resumed run needs
-        "rho_m",
-        "rho_c",
-        "mom_m",
-        "mom_c",
-        "phase",
-        "age",
-        "queue",
-        "zones",
-        "level",
-        "lane_id",
-        "episode_id",
-        "decision",
-        "broken",
-        "totals",
-        "finals",
-        "obs",
+    # all that a resumed run needs
+    SAVED = tuple(
+        "rho_m rho_c mom_m mom_c phase before age queue zones level lane_id episode_id decision "
+        "broken totals finals obs".split()
     )
     WORST = "mass_error", "max_cfl"
     traced = 0
@@ -1228,6 +1383,8 @@ class NetworkVectorEnv(SimulatedLanes):
         variation: tuple[float, float, float] = VARIATION,
         fill: float = START_FILL,
         block: int | None = None,
+        saturation: float = 0.0,
+        turns: float = 0.0,
     ):
         net = self.network = find_network(network, dx)
         check_network(net, interval, seconds)
@@ -1236,29 +1393,34 @@ class NetworkVectorEnv(SimulatedLanes):
         self.agents = len(net.nodes)
         phases = int(net.n_phases.max())
         real = np.dtype(dtype)
-        self.roads = roads_of(net, net.demand_table(interval, self.length), real)
+        # an episode's saturation flow is its factor's, not the diagram's
+        flows = net.capacity if saturation else net.saturation
+        self.roads = roads_of(net, interval, self.length, flows, real)
+        through = (net.signal[net.move_from] < 0) & (net.signal[net.move_to] >= 0)
+        wide = phases > 2 or bool(through.any())
         # column where the phase begins
-        self.phase_at = 13 * self.roads.approach.shape[1]
+        self.phase_at = (19 if wide else 13) * self.roads.approach.shape[1]
         self.row_obs = self.phase_at + phases + 2
-        if self.agents <= 16:
+        if self.agents <= (64 if wide else 16):
             self.row_obs += self.agents
+        self.row_obs += 2 * phases * wide
         shape = self.agents, self.row_obs
         observation = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         action = gym.spaces.MultiDiscrete(net.n_phases)
         super().__init__(num_envs, observation, action, backend, seed)
         self.take_all(real)
-        self.times = interval, float(net.all_red.max()), float(net.min_green.max()), *variation, fill
+        self.times = interval, int(wide), *variation, fill, float(saturation), float(turns)
         self.block = block or min(BLOCK, -(-num_envs // nb.get_num_threads()))
-        self.kernels = decide_cpu, begin_cpu
+        self.kernels = decide_cpu, begin_cpu, show_cpu
         if backend == "cuda":
             self.roads = Roads(*map(cuda.to_device, self.roads))
             grid = (num_envs + 63) // 64, 64
-            self.kernels = on_gpu(decide_nb)[grid], on_gpu(begin_nb)[grid]
+            self.kernels = tuple(on_gpu(f)[grid] for f in (decide_nb, begin_nb, show_nb))
         self.splits, self.n_phases = {}, self.on_device(net.n_phases)
         lane_id = lane0 + np.arange(num_envs)
         levels = np.repeat(np.array(level, float)[:, None], num_envs, 1)
         if cases == "eval":
-            lane_id, levels, self.splits = eval_cases(num_envs)
+            lane_id, levels, self.splits = eval_cases(num_envs, level)
         self.assign(lane_id, levels)
 
     def on_device(self, array) -> torch.Tensor:
@@ -1268,7 +1430,7 @@ class NetworkVectorEnv(SimulatedLanes):
         """State and scratch of the kernels, from the pool."""
         sizes = {"N": self.num_envs, "G": self.agents, "D": self.row_obs, "R": ROWS}
         sizes |= {"C": int(self.network.first[-1]), "S": len(self.network.ends)}
-        sizes |= {"E": self.network.base.shape[2]}
+        sizes |= {"E": self.network.base.shape[2], "M": len(self.network.share) or 1}
         for shape, names, kind in ARRAYS:
             shape = tuple(sizes.get(axis) or int(axis) for axis in shape)
             for name in names.split():
@@ -1312,6 +1474,16 @@ class NetworkVectorEnv(SimulatedLanes):
         return self.local_reward.sum(1), self.flags[0], self.flags[1]
 
     def observe(self):
+        return self.obs
+
+    def look(self):
+        """The observation of what a caller has written into the lanes.
+
+        zones (6, S, N): share of jam density in the near, middle and far zone of a segment, and of
+        that what stands (a vehicle counts 1 - v / limit); queue (2, E, N): vehicles outside; phase
+        (G, N); age (G, N): s since the switch.
+        """
+        self.launch(self.kernels[2], 0)
         return self.obs
 
     def last_observations(self):
@@ -1361,21 +1533,16 @@ class NetworkVectorEnv(SimulatedLanes):
         outside = self.queue[:, :, 0].sum()
         row["inside_veh"] = float(self.totals[STORED:, 0].sum() - outside)
         row["outside_veh"] = float(outside)
-        return row
+        return row | self.fillings()
 
 
 def check_network(net: Network, interval: float, seconds: float):
     """Raises NetworkError where nothing can be controlled or times do not fit."""
     steps = seconds / interval
-    red = net.all_red.max(initial=0.0)
     for wrong, why in (
         (
             not interval > 0 or steps != round(steps),
             f"interval {interval} s must divide the episode's {seconds} s",
-        ),
-        (
-            red > interval and red % interval,
-            f"--decision-interval {interval}: at least all_red ({red} s), or a part of it",
         ),
         (not len(net.nodes), f"{net.name}: no signal to control"),
         (
@@ -1392,23 +1559,19 @@ def check_network(net: Network, interval: float, seconds: float):
             raise NetworkError(why)
 
 
-def eval_cases(n: int) -> tuple:
+def eval_cases(n: int, levels: tuple) -> tuple:
     """A fifth of the lanes to choose by, two fifths of other seeds at each demand level."""
     k = n // 5
     if n < 5 or n % 5:
         raise ValueError(
-            f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 x1.0, 2 x1.3)"
+            f"num_envs {n}: evaluation lanes come in fifths (1 selects, 2 for each level)"
         )
+    low, high = levels
     unseen = (1 << 20) + np.arange(2 * k)
     lane_id = (1 << 32) + np.r_[np.arange(k), unseen, unseen]
-    level = np.r_[
-        np.where(np.arange(k) % 2, LEVELS[1], LEVELS[0]), np.repeat(LEVELS, 2 * k)
-    ]
-    return (
-        lane_id,
-        np.stack((level, level)),
-        {"eval": slice(0, k), "x1.0": slice(k, 3 * k), "x1.3": slice(3 * k, n)},
-    )
+    level = np.r_[np.where(np.arange(k) % 2, high, low), np.repeat(levels, 2 * k)]
+    splits = {"eval": slice(0, k), f"x{low}": slice(k, 3 * k), f"x{high}": slice(3 * k, n)}
+    return lane_id, np.stack((level, level)), splits
 
 
 def make_vec(num_envs: int = 1, **kwargs) -> NetworkVectorEnv:
@@ -1432,27 +1595,20 @@ def served(net: Network) -> np.ndarray:
 
 
 def flow_ratios(env) -> np.ndarray:
-    """Critical flow of every phase over capacity in the mean demand of an episode, (G, phases)."""
+    """Critical flow of every phase over capacity in the mean demand of an episode, (G, phases).
+
+    What is green in several phases counts in one of them, as far as the others leave it short.
+    """
     net = env.network
     demand = net.demand_table(env.decision_interval * env.length, 1)[0]
-    return (served(net) * mean_flows(net, demand) / net.capacity).max(2)
-
-
-def mean_flows(net: Network, demand: np.ndarray) -> np.ndarray:
-    """Mean flow (veh/s) of every segment when nothing queues for ever.
-
-    The entries' demand (2, E), passed on by turning shares.
-    """
-    source = np.zeros(len(net.ends))
-    source[net.entry >= 0] = demand.sum(0)[net.entry[net.entry >= 0]]
-    total = source.copy()
-    for _ in range(10 * len(net.ends)):
-        after = source.copy()
-        np.add.at(after, net.move_to, net.share * total[net.move_from])
-        if np.abs(after - total).max() < 1e-12:
-            break
-        total = after
-    return total
+    ratio = net.mean_flows(demand) / net.capacity
+    table, critical = served(net), np.zeros((env.agents, int(net.n_phases.max())))
+    for s in np.argsort(table.sum((0, 1)), kind="stable"):
+        for y, greens in zip(critical, table[:, :, s]):
+            if greens.any():
+                p = np.flatnonzero(greens)[y[greens].argmax()]
+                y[p] = max(y[p], ratio[s] - (y[greens].sum() - y[p]))
+    return critical
 
 
 def webster_plan(flows, saturation: float, lost: float) -> tuple[float, np.ndarray]:
@@ -1480,29 +1636,39 @@ def serve_in_turn(env, slots: np.ndarray, speed):
     """
     net = env.network
     interval = env.decision_interval
-    least = math.ceil((net.all_red.max() + net.min_green.max()) / interval) * interval
+    least = np.ceil((net.change + net.min_green) / interval) * interval
     exists = (np.arange(slots.shape[1]) < net.n_phases[:, None])[..., None]
-    slots = np.maximum(slots, least) * exists
+    slots = np.maximum(slots, least[:, None, None]) * exists
     own = slots.sum(1, keepdims=True)
     cycle = own.max(0, keepdims=True)
     slots = slots * (cycle / own)
-    reach = np.zeros(env.agents)
-    for g, pair in enumerate(zip(net.nodes, net.nodes[1:]), 1):
-        length = net.lengths[net.ends.index(pair)] if pair in net.ends else 0.0
-        reach[g] = reach[g - 1] + length
     speed = speed.cpu().numpy()
-    offset = np.where(speed > 0, reach[:, None] / np.maximum(speed, 1e-9), 0.0)
-    offset = env.on_device(offset)
-    cycle = env.on_device(cycle[:, 0])
-    ends = env.on_device(slots.cumsum(1))
+    reach = net.reach()[:, None]
+    offset = np.where(speed > 0, reach / np.maximum(speed, 1e-9), 0.0)
+    return in_turn(env, slots, cycle[:, 0], offset)
+
+
+def in_turn(env, slots, cycle, offset):
+    """Phases for slots (G, phases, N or 1) s, again every `cycle` s; the first begins at
+    `offset`."""
+    offset, cycle, ends = map(env.on_device, (offset, cycle, slots.cumsum(1)))
     last = env.n_phases - 1
 
     def act(obs):
-        at = (env.decision * interval - offset) % cycle  # (G, N)
+        at = (env.decision * env.decision_interval - offset) % cycle  # (G, N)
         phase = (ends <= at[:, None] + 1e-6).sum(1)
         return torch.minimum(phase, last[:, None]).T
 
     return act
+
+
+def own_program(env):
+    """The map's own program, its switches at the decisions nearest to them."""
+    net = env.network
+    slots = np.where(net.durations > 0, net.durations + net.change[:, None], 0.0)[..., None]
+    # a slot begins with the switch, the program's first green after amber and all-red
+    offset = net.offset - net.change - env.decision_interval / 2
+    return in_turn(env, slots, slots.sum(1), offset[:, None])
 
 
 def fixed_cycle(env, cycle, skew, speed):
@@ -1530,8 +1696,8 @@ def webster(env, saturation, speed):
         y = ratio[g, : net.n_phases[g]] / flows[k]
         # beyond .9 the formula's cycle has no end
         y = y * min(1.0, 0.9 / max(y.sum(), 1e-9))
-        _, greens = webster_plan(y, 1.0, net.all_red.max() * len(y))
-        slots[g, : len(y), which == k] = greens + net.all_red.max()
+        _, greens = webster_plan(y, 1.0, net.change[g] * len(y))
+        slots[g, : len(y), which == k] = greens + net.change[g]
     return serve_in_turn(env, slots, speed)
 
 
@@ -1559,6 +1725,7 @@ def actuated(env, gap, longest):
     served = served_segments(env)
     phases = env.n_phases[:, None]
     empty = (served[..., 0] < 0)[..., None]
+    change = env.on_device(env.network.change)[:, None]
 
     def act(obs):
         # (G, phases, N)
@@ -1571,16 +1738,17 @@ def actuated(env, gap, longest):
                 candidate != env.phase
             )
             following = torch.where(waits, candidate, following)
-        leave = (own < gap) | (env.age >= longest + env.network.all_red.max())
+        leave = (own < gap) | (env.age >= longest + change)
         return torch.where(leave, following, env.phase).T
 
     return act
 
 
-def phase_pressures(env, standing):
+def phase_pressures(env, standing, downstream: bool = True):
     """Varaiya's pressure of every phase: pressures() -> (G, phases, N).
 
-    saturation x (upstream - share-weighted downstream), of vehicles that stand or (standing 0) all.
+    saturation x (upstream - share-weighted downstream), of vehicles that stand or (standing 0) all;
+    without `downstream` just the vehicles upstream. Upstream reaches to the signals behind.
     """
     net = env.network
     table = served(env.network)
@@ -1593,34 +1761,45 @@ def phase_pressures(env, standing):
     saturation = env.on_device(net.capacity)[:, None]
     serves = env.on_device(table * 1.0)
     no_phase = env.on_device(~table.any(2))[..., None]
+    through = env.on_device(np.flatnonzero(net.signal[net.move_from] < 0))
 
     def pressures():
         # (S, N) vehicles
         x = torch.where(standing > 0, env.counts(True), env.counts())
         x[entries] += env.queue.sum(0)[queues]
-        gap = x.index_add(0, move_from, x[move_to] * share) * saturation
+        before = -share[through] * x[move_from[through]]
+        gap = x.index_add(0, move_to[through], before)
+        if downstream:
+            gap = gap.index_add(0, move_from, x[move_to] * share) * saturation
         return (serves @ gap).masked_fill(no_phase, -math.inf)
 
     return pressures
 
 
-def max_pressure(env, period, standing, margin):
-    """Every `period` s the phase of the largest pressure.
-
-    The one that is green has a `margin` (vehicles).
-    """
-    unit = float(np.median(env.network.capacity))
-    pressures = phase_pressures(env, standing)
+def serve_highest(env, pressures, period, margin):
+    """Every `period` s the phase of the highest pressure; the one that is green has a `margin`."""
 
     def act(obs):
         value = pressures()
-        present = value.gather(1, env.phase[:, None]) + margin * unit
+        present = value.gather(1, env.phase[:, None]) + margin
         value = value.scatter(1, env.phase[:, None], present)
         # the first decision of each period
         ask = env.decision * env.decision_interval % period < env.decision_interval
         return torch.where(ask, value.argmax(1), env.phase).T
 
     return act
+
+
+def max_pressure(env, period, standing, margin):
+    """The phase of the largest pressure; margin: vehicles."""
+    unit = float(np.median(env.network.capacity))
+    return serve_highest(env, phase_pressures(env, standing), period, margin * unit)
+
+
+def greedy_wave(env, period, margin):
+    """The phase with most approaching and standing vehicles."""
+    pressures = phase_pressures(env, torch.zeros_like(margin), downstream=False)
+    return serve_highest(env, pressures, period, margin)
 
 
 def always_switch(env):
@@ -1631,14 +1810,24 @@ def always_switch(env):
 
 CONTROLLERS = {
     make.__name__: make
-    for make in (fixed_cycle, webster, actuated, max_pressure, always_switch)
+    for make in (
+        fixed_cycle,
+        webster,
+        actuated,
+        max_pressure,
+        greedy_wave,
+        own_program,
+        always_switch,
+    )
 }
 # where the search begins, and what it tries of each constant: s, powers, m/s, filling, vehicles
 START = {
     "actuated": {"gap": 0.175, "longest": 25.0},
     "max_pressure": {"period": 15.0, "standing": 1.0, "margin": 1.0},
+    "greedy_wave": {"period": 10.0, "margin": 1.0},
     "webster": {"saturation": 0.9, "speed": 12.0},
     "fixed_cycle": {"cycle": 40.0, "skew": 0.5, "speed": 12.0},
+    "own_program": {},
     "always_switch": {},
 }
 GRIDS = {
@@ -1681,7 +1870,7 @@ def delays(
     return np.array(found)
 
 
-def tune(env, seconds: float = math.inf) -> tuple[dict, int]:
+def tune(env, seconds: float = math.inf, levels: tuple = LEVELS) -> tuple[dict, int]:
     """Constants of every controller for each demand level -> {name: {level: constants}}, sweeps.
 
     Coordinate search on training lanes of this network: two sweeps over the constants, or as many
@@ -1689,19 +1878,21 @@ def tune(env, seconds: float = math.inf) -> tuple[dict, int]:
     """
     deadline = time.monotonic() + seconds
     best = {
-        name: {level: dict(start) for level in LEVELS} for name, start in START.items()
+        name: {level: dict(start) for level in levels} for name, start in START.items()
     }
+    if not env.network.durations.any(1).all():
+        best.pop("own_program")
     for sweep in range(2):
         for name, tuned in best.items():
             for key in START[name]:
                 periods = [env.decision_interval * k for k in range(1, 7)]
                 values = periods if key == "period" else GRIDS[key]
-                rows = [tuned[level] | {key: x} for level in LEVELS for x in values]
-                levels = [level for level in LEVELS for _ in values]
-                delay = delays(env, name, rows, levels, deadline)
+                rows = [tuned[level] | {key: x} for level in levels for x in values]
+                of_row = [level for level in levels for _ in values]
+                delay = delays(env, name, rows, of_row, deadline)
                 if delay is None:
                     return best, sweep
-                for level, row in zip(LEVELS, delay.reshape(len(LEVELS), -1).argmin(1)):
+                for level, row in zip(levels, delay.reshape(len(levels), -1).argmin(1)):
                     tuned[level][key] = values[row]
     return best, 2
 
@@ -1925,10 +2116,8 @@ def check_env(envs):
     envs.load_state_dict(state)
     envs.step_lanes(still)
     gap, moved = (float((envs.observe() - x).abs().max()) for x in (other, first))
-    arrived = envs.totals[ARRIVED : ARRIVED + 2].sum(0)
-    rate = envs.rate.sum((0, 1))
-    interval = envs.decision_interval
-    inflow = float((arrived / rate.clamp(min=1e-9)).mean())
+    arrived = float(envs.totals[ARRIVED : ARRIVED + 2].sum())
+    due = float(envs.rate.sum()) * envs.decision_interval
     # to the end of the episode, without all of the way there
     envs.decision.fill_(envs.length - decisions)
     rewards = []
@@ -1954,9 +2143,9 @@ def check_env(envs):
             f"a change of {moved}",
         ),
         (
-            abs(inflow - interval) < 1e-3 * interval,
-            f"the demand of {interval} s to arrive in a decision of --decision-interval",
-            f"{inflow:.3f} s",
+            abs(arrived - due) <= 1e-3 * due,
+            f"{due:.3f} vehicles to arrive in a decision of --decision-interval",
+            f"{arrived:.3f}",
         ),
         (
             early == ended,
@@ -2103,37 +2292,45 @@ class Loop:
 
 def make_envs(
     args: Args,
+    net: Network,
     backend: str,
-    num_envs: int = EVAL_LANES,
+    num_envs: int | None = None,
     lane0: int = 0,
     cases: str | None = None,
 ):
     """The training environment, or with cases="eval" the evaluation one."""
+    seconds = net.horizon(args.decision_interval) if args.network else 450.0
+    spreads = SPREADS if args.network else (0.0, 0.0)
+    given = args.saturation_spread, args.turn_spread
+    spreads = [b if a is None else a for a, b in zip(given, spreads)]
     envs = NetworkVectorEnv(
-        num_envs,
-        args.scenario,
+        num_envs or (MAP_LANES if args.network else EVAL_LANES),
+        net,
         args.decision_interval,
-        args.episode_seconds,
-        LEVELS,
+        args.episode_seconds or seconds,
+        args.levels,
         args.cell_length,
         seed=args.seed,
         backend=backend,
         lane0=lane0,
         cases=cases,
+        variation=args.variation,
+        saturation=spreads[0],
+        turns=spreads[1],
     )
     envs.timed = args.sim_timeout is not None
     return envs
 
 
-def describe(run: Run, envs) -> dict:
+def describe(run: Run, envs, eval_envs) -> dict:
     """What the run is about: the network, and what an evaluation draws."""
     return {
-        "spec": run.args.scenario,
+        "spec": run.args.network or run.args.scenario,
         "sha256": envs.network.sha256(),
-        "levels": LEVELS,
-        "variation": VARIATION,
+        "levels": list(run.args.levels),
+        "variation": list(run.args.variation),
         "eval_seed": EVAL_SEED,
-        "eval_lanes": EVAL_LANES,
+        "eval_lanes": eval_envs.num_envs,
     }
 
 
@@ -2185,7 +2382,7 @@ def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
     run.phase("baselines")
     lanes = envs.lane_id.clone()
     levels = envs.level.clone()
-    tuned, sweeps = tune(envs, run.eval_limit(TUNING_SHARE))
+    tuned, sweeps = tune(envs, run.eval_limit(TUNING_SHARE), run.args.levels)
     envs.assign(lanes, levels)
     print(
         f"baselines: constants tuned on {min(TUNING_LANES, envs.num_envs)} training lanes, "
@@ -2201,7 +2398,9 @@ def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
         ]
         print(f"baseline {name}: {'; '.join(words) or 'nothing to tune'}")
         make = partial(tuned_controller, name=name, tuned=levels)
-        results[name], _, cut = evaluate(make, eval_envs, run.eval_limit(0.05))
+        watched = name == "fixed_cycle"
+        results[name], rows, cut = evaluate(make, eval_envs, run.eval_limit(0.05), trace=watched)
+        write_trace(run.dir, f"{eval_envs.network.name}_{name}", rows)
         short |= cut
     return results, short
 
@@ -2227,14 +2426,10 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
 
 def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short):
     """The best agent's results beside the baselines', its diagnostics; writes a trace."""
-    import pandas as pd
-
     policy = Greedy(agent)
     limit = run.eval_limit(0.8)
     result, rows, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
-    path = run.dir / "traces" / f"{eval_envs.network.name}.parquet"
-    path.parent.mkdir(exist_ok=True)
-    pd.DataFrame(rows).to_parquet(path)
+    write_trace(run.dir, eval_envs.network.name, rows)
     results = {}
     for split, metrics in result.items():
         others = {name: baseline[split] for name, baseline in baselines.items()}
@@ -2259,10 +2454,12 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     uneven = f"--num-envs {args.num_envs}: not a multiple of {run.world} processes"
     refuse((args.num_envs % run.world, uneven))
     lanes = args.num_envs // run.world
-    envs = run.closing(envs or make_envs(args, run.backend, lanes, run.rank * lanes))
-    eval_envs = run.closing(eval_envs or make_envs(args, run.backend, cases="eval"))
+    net = find_network(args.network or args.scenario, args.cell_length, args.demand)
+    make = partial(make_envs, args, net, run.backend)
+    envs = run.closing(envs or make(num_envs=lanes, lane0=run.rank * lanes))
+    eval_envs = run.closing(eval_envs or make(cases="eval"))
     config = agent_config(run, envs)
-    run.open(envs.network.name, describe(run, envs))
+    run.open(envs.network.name, describe(run, envs, eval_envs))
     check_network_env(run, envs)
     baselines = {}
     short = False
@@ -2404,6 +2601,7 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     longest = max(envs.longest_call, eval_envs.longest_call)
     more = {
         "selected_by": next(iter(results)),
+        "shapes": envs.network.shapes,
         "samples_per_transition": loop.updates * size / max(loop.global_step, 1),
         "device": {"longest_simulation_call_s": longest},
     }

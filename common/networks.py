@@ -158,6 +158,73 @@ class Network:
         """(S,) whether anything leads out of a segment; where not, it is an exit."""
         return np.isin(np.arange(len(self.ends)), self.move_from)
 
+    def owners(self) -> np.ndarray:
+        """(S,) the signal that a segment's delay belongs to: the next on the way, else the last.
+
+        -1: there is none.
+        """
+        owner = self.signal.copy()
+        heaviest = np.argsort(self.share, kind="stable")  # of several writes the last one counts
+        ways = self.move_from[heaviest], self.move_to[heaviest]
+        for behind, ahead in (ways, ways[::-1]):
+            while True:
+                new = (owner[behind] < 0) & (owner[ahead] >= 0)
+                if not new.any():
+                    break
+                owner[behind[new]] = owner[ahead[new]]
+        return owner
+
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """(G, A) segments that end at each signal, and that those lead into; -1 fills a row."""
+        rows = []
+        for g in range(len(self.nodes)):
+            ahead = self.move_to[self.signal[self.move_from] == g]
+            rows.append((np.flatnonzero(self.signal == g), np.unique(ahead)))
+        width = max(len(row) for pair in rows for row in pair)
+        tables = np.full((2, len(rows), width), -1, np.int64)
+        for g, pair in enumerate(rows):
+            for table, row in zip(tables, pair):
+                table[g, : len(row)] = row
+        return tables[0], tables[1]
+
+    def pieces(self, interval: float) -> np.ndarray:
+        """s between the moments of an interval at which some signal may change what it shows.
+
+        Switches are at its beginning.
+        """
+        marks = np.r_[self.amber, self.change, self.change + self.start_up] % interval
+        return np.diff(np.unique(np.r_[0.0, marks.round(6), interval]))
+
+    def horizon(self, interval: float) -> float:
+        """s of the demand, in whole intervals: its last change lasts as long as the one before.
+
+        An hour where it never changes.
+        """
+        changes = self.change_at
+        end = 2 * changes[-1] - changes[-2] if len(changes) > 1 else 3600.0
+        return math.ceil(end / interval) * interval
+
+    def reach(self) -> np.ndarray:
+        """(G,) m from the first signal on, where each has a segment to the next."""
+        reach = np.zeros(len(self.nodes))
+        for g, pair in enumerate(zip(self.nodes, self.nodes[1:]), 1):
+            length = self.lengths[self.ends.index(pair)] if pair in self.ends else 0.0
+            reach[g] = reach[g - 1] + length
+        return reach
+
+    def mean_flows(self, demand: np.ndarray) -> np.ndarray:
+        """(S,) veh/s when nothing queues for ever: demand (2, E), passed on by turning shares."""
+        source = np.zeros(len(self.ends))
+        source[self.entry >= 0] = demand.sum(0)[self.entry[self.entry >= 0]]
+        total = source.copy()
+        for _ in range(10 * len(self.ends)):
+            after = source.copy()
+            np.add.at(after, self.move_to, self.share * total[self.move_from])
+            if np.abs(after - total).max() < 1e-12:
+                break
+            total = after
+        return total
+
     def demand_table(self, interval: float, count: int) -> np.ndarray:
         """Mean demand (veh/s) of `count` intervals of `interval` s, (count, 2, E).
 
@@ -169,7 +236,9 @@ class Network:
         lasts = np.diff(self.change_at, append=np.inf)
         before = np.clip(edges - self.change_at, 0.0, lasts)
         seconds = np.diff(before, axis=0)  # (count, B) of every bin in every interval
-        return np.einsum("nb,bke->nke", seconds, self.base) / interval
+        table = np.einsum("nb,bke->nke", seconds, self.base) / interval
+        table.setflags(write=False)  # as `base` is: kernels are compiled for one type
+        return table
 
     def sha256(self) -> str:
         """Of all that the physics reads."""

@@ -115,7 +115,6 @@ def test_staggered_lanes_end_at_different_times():
 
 @pytest.mark.parametrize("change, words", [
     (dict(interval=7.0, seconds=450.0), "interval 7.0 s must divide"),
-    (dict(interval=3.0, seconds=450.0), "all_red"),
     (dict(network=networks.build_network("x", CROSS, {"demand": {n: {"car": 9} for n in "NESW"}})), "no signal"),
     (dict(network=crossing(demand={n: {} for n in "NESW"})), "demand is 0 everywhere"),
     (dict(network=crossing(demand={n: {"car": [[0, 9], [1.5, 5]]} for n in "NESW"})), "changes at minute 1.5, after"),
@@ -195,7 +194,7 @@ def test_all_red_shuts_every_approach():
 
 
 def test_demand_is_random_changes_within_an_episode_and_has_the_mean_it_should():
-    rules = arz.Rules(1, 1, 1.0, 0.0, 0.0, *arz.VARIATION, 0.0)
+    rules = arz.Rules(1, 1, 1.0, 0, *arz.VARIATION, 0.0, 0.0, 0.0)
     factor = np.array([[[arz.demand_factor_nb(1, lane, 0, e, float(t), rules) for t in range(0, 450, 15)]
                         for e in range(4)] for lane in range(200)])
     assert factor.mean() == pytest.approx(1.0, abs=0.03)
@@ -247,7 +246,7 @@ def delays():
     return found, served, tuned
 
 
-@pytest.mark.parametrize("name", arz.CONTROLLERS)
+@pytest.mark.parametrize("name", arz.CONTROLLERS.keys() - {"own_program"})  # the crossing has none
 def test_baselines_serve_every_phase_of_a_network_that_is_no_corridor(delays, name):
     found, served, _ = delays
     assert found[name] < 0.6 * found["stuck"] and min(served[name]) == 4

@@ -231,10 +231,10 @@ def test_a_lane_does_not_depend_on_its_neighbours(dtype):
 
 def roll(make):
     """Numbers of a few decisions and one end of an episode, of either backend."""
-    envs, rows = make(3, "town1", 15.0, 45.0, level=(1.0, 1.3)), []
+    envs, rows = make(3, lay(), 15.0, 45.0, level=(1.0, 1.3), saturation=0.1, turns=0.2), []
     envs.reset(seed=5)
     for t in range(4):
-        reward, _, truncated = envs.step_lanes(torch.full((3, 1), t % 2))
+        reward, _, truncated = envs.step_lanes(torch.full((3, 1), t % 3))
         rows += [envs.obs.double().flatten(), reward.clone(), truncated.double(), envs.rho_c.double().flatten()]
     return torch.cat([*rows, envs.finals.flatten()]).numpy()
 
@@ -270,13 +270,14 @@ def type_of(x):  # records keep their names
 envs = arz.NetworkVectorEnv(4, "town1")
 rules = arz.Rules(1, 90, *envs.times)
 emit(arz.on_gpu(arz.decide_nb), 1, envs.arrays["action"], envs.roads, *envs.records, rules)
-emit(arz.on_gpu(arz.begin_nb), 1, 0, envs.roads, *envs.records, rules)
+for kernel in (arz.begin_nb, arz.show_nb):
+    emit(arz.on_gpu(kernel), 1, 0, envs.roads, *envs.records, rules)
 """
 
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_a_real_gpu(repo, tmp_path):
-    assert_compiles_for_a_gpu(repo, tmp_path, COMPILED, 2)
+    assert_compiles_for_a_gpu(repo, tmp_path, COMPILED, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -428,6 +429,161 @@ def test_town():
     assert total[net.leads_on()] == pytest.approx(1.0) and (~net.leads_on()).sum() == 16
 
 
+# ------------------------------------------------------------------------------------------- parts, turns, signals
+LAID = [("up", "A", "a"), ("through", "a", "J"), ("left", "a", "J"), ("against", "B", "J"), ("side", "C", "J"),
+        ("east", "J", "X"), ("west", "J", "Y"), ("main", "Y", "Z"), ("minor", "Q", "Z"), ("out", "Z", "W")]
+TURNS = [("up", "through", 0.7), ("up", "left", 0.3), ("through", "east", 1), ("left", "west", 1),
+         ("side", "east", 0.5), ("side", "west", 0.5), ("against", "west", 1), ("west", "main", 0.8), ("west", "", 0.2),
+         ("main", "out", 1), ("minor", "out", 1)]
+LIGHT = networks.Signal("J", ({"through", "left", "against"}, {"through", "left"}, {"side"}), ({"left"}, set(), set()),
+                        (20.0, 8.0, 12.0), offset=7.0, amber=3.0, all_red=1.0, min_green=5.0, start_up=2.0)
+FLOWS = {"up": {"car": 700, "motorcycle": 100}, "against": {"car": 400}, "side": {"car": 200}, "minor": {"car": 300},
+         "main": {"car": [[0, 50], [0.5, 90]]}}  # main begins inside: west leads into it
+YIELDS = {"left": (4.5, 2.5, ("against",)), "minor": (5.0, 3.0, ("main",))}
+
+
+def lay(part=None, turns=TURNS, signals=(LIGHT,), demand=FLOWS, yields=YIELDS, **change):
+    """Two parallel lanes behind a short road, a left turn that gives way in phase 1, an entry and a sink inside."""
+    parts = [networks.Part(*names, 50.0, 1, 10.0) for names in LAID]
+    parts = [one._replace(**change) if one.id == part else one for one in parts]
+    return networks.assemble("laid", parts, [networks.Turn(*turn) for turn in turns], signals, demand, yields)
+
+
+def test_parts_with_names_of_their_own():
+    net = lay("through", saturation=1200.0, lanes=2, shape=((0, 0), (50, 0)))
+    assert net.ids[2] == "left" and net.ends[1] == net.ends[2] == ("a", "J") and net.shapes[1] == ((0, 0), (50, 0))
+    assert net.leave == pytest.approx([0, 0, 0, 0, 0, 1, 0.2, 0, 0, 1]) and net.capacity[1] == pytest.approx(2 / 3)
+    assert net.green.tolist() == [0, 3, 3, 1, 4, 0, 0, 0, 0, 0] and net.minor.tolist() == [0, 0, 1] + [0] * 7
+    assert (net.entry >= 0).nonzero()[0].tolist() == [0, 3, 4, 7, 8] and (net.change, net.offset) == ([4], [7])
+    assert net.gap[[2, 8]] == pytest.approx([3.25, 3.5]) and net.follow[8] == pytest.approx(1 / 3)
+    # a road pays to the signal it leads to, else to the one behind it
+    assert net.owners().tolist() == [0] * 8 + [-1, 0] and net.around()[0].tolist() == [[1, 2, 3, 4]]
+    assert net.pieces(5.0).tolist() == [1, 2, 1, 1] and net.horizon(20.0) == 60.0
+    flow = 3600 * net.mean_flows(net.base[0])
+    assert flow[[6, 7, 9]] == pytest.approx([740, 50 + 0.8 * 740, 350 + 0.8 * 740])
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: lay("left", id="through"), "part 'through': its id"),
+    (lambda: lay("left", length=-1), "part 'left': length -1 must be"),
+    (lambda: lay("left", saturation=math.nan), "part 'left': saturation nan"),
+    (lambda: lay(turns=TURNS[1:]), "turns of part 'up' add up to 0.3"),
+    (lambda: lay(turns=TURNS + [("east", "est", 1)]), "no part 'est', did you mean west?"),
+    (lambda: lay(turns=TURNS + [TURNS[0]]), "turn 'up' > 'through': is there twice"),
+    (lambda: lay(signals=[LIGHT._replace(phases=LIGHT.phases[:1])]), "signal 'J': 1 phases"),
+    (lambda: lay(signals=[LIGHT._replace(phases=({"thru"}, {"left"}))]), "signal 'J': phase 1: no part 'thru'"),
+    (lambda: lay(signals=[LIGHT, LIGHT]), "has another signal already"),
+    (lambda: lay(signals=[LIGHT._replace(minor=({"side"},))]), "minor 1: part 'side' is not green"),
+    (lambda: lay(signals=[LIGHT._replace(durations=(9.0,))]), "signal 'J': durations"),
+    (lambda: lay(signals=[LIGHT._replace(amber=-1)]), "signal 'J': amber -1"),
+    (lambda: lay(yields={"minor": YIELDS["minor"]}), "part 'left' has a minor green but no yields"),
+    (lambda: lay(yields=YIELDS | {"side": (1.0, 2.0, ())}), "yields: side: 1.0, 2.0"),
+    (lambda: lay(demand={}), "no demand"),
+    (lambda: lay(demand={"up": {"bus": 1}}), "demand: up: unknown class 'bus'"),
+    (lambda: lay(demand={"upp": {"car": 1}}), "demand: no part 'upp', did you mean up?")])
+def test_what_cannot_be_assembled_is_named(make, words):
+    with pytest.raises(networks.NetworkError) as caught:
+        make()
+    assert words in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).startswith("laid: ")
+
+
+def lanes_of(net, seconds=60.0, n=1, interval=1.0, **kwargs):
+    envs = arz.NetworkVectorEnv(n, net, interval, seconds, **(STEADY | kwargs))
+    envs.reset(seed=2)
+    return envs
+
+
+def test_amber_all_red_and_greens_that_last_through_a_switch():
+    """Second by second after each switch, which stop lines let through, and who gives way."""
+    envs, rows = lanes_of(lay()), []
+    for t in range(30):
+        envs.step_lanes(torch.tensor([[1 + (t >= 12)]]))
+        rows.append("".join("-Gg"[int(gate) * (1 + bool(torch.isfinite(follow)))]
+                            for gate, follow in zip(envs.gate[1:5, 0], envs.follow[1:5, 0])))
+    assert rows[:7] == ["GgG-"] * 3 + ["Gg--"] * 3 + ["GG--"]  # against closes after amber, the others stay
+    assert rows[12:20] == ["GG--"] * 3 + ["----"] * 3 + ["---G"] * 2  # start-up after amber and all-red
+    assert float(envs.totals[arz.SWITCHES]) == 2
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)])
+def test_vehicles_that_begin_and_end_inside_are_conserved(dtype, limit):
+    envs = lanes_of(lay(), 300.0, 4, 5.0, dtype=dtype, saturation=0.2, turns=0.3, fill=0.3, level=(1.0, 1.5))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(59):
+        envs.step_lanes(torch.randint(0, 3, (4, 1), generator=generator))
+    dx = torch.as_tensor(np.repeat(envs.network.dx, np.diff(envs.network.first)))
+    totals = envs.totals
+    stored = sum(dx @ rho.double() for rho in (envs.rho_m, envs.rho_c)) + envs.queue.sum((0, 1))
+    came, gone = (totals[row : row + 2].sum(0) for row in (arz.STARTED, arz.DEPARTED))
+    came += totals[arz.ARRIVED : arz.ARRIVED + 2].sum(0)
+    assert (gone > 60).all() and ((stored + gone - came).abs() / came).max() < limit
+    # every episode has shares and flows of its own, which add up
+    share = envs.share.double()
+    order = np.argsort(envs.network.move_to, kind="stable")
+    whole = envs.leave.double().index_add(0, torch.as_tensor(envs.network.move_from[order]), share)
+    assert whole.numpy() == pytest.approx(1.0, abs=1e-6) and share.std(1).max() > 0.02
+    factor = (envs.saturation.double() / torch.as_tensor(envs.network.capacity)[:, None]).numpy()
+    assert factor.min() > 0.8 and factor.max() < 1.2 and factor.std() > 0.05
+
+
+def test_a_green_discharges_its_saturation_and_gaps_let_siegloch_s_flow_through():
+    """Long queues: through is limited, left and minor wait for gaps in a steady flow."""
+    flows = {"up": {"car": 1800}, "against": {"car": 400}, "side": {}, "main": {"car": 300}, "minor": {"car": 1500}}
+    turns = [t for t in TURNS if t[0] not in ("west", "left")] + [("west", "", 1), ("left", "", 1)]
+    for part, share in (("through", 1.0), ("left", 0.0)):
+        split = [("up", "through", share), ("up", "left", 1 - share)]
+        envs = lanes_of(lay("through", turns=split + turns[2:], demand=flows, saturation=900.0), 600.0)
+        s, counts = envs.network.ids.index(part), []
+        for _ in range(500):
+            envs.step_lanes(torch.zeros(1, 1))
+            counts.append([float(envs.out[1, i, 0]) for i in (s, envs.network.ids.index("minor"))])
+        flow, minor = np.mean(counts[300:], 0)
+        expected = 0.25 if part == "through" else math.exp(-400 / 3600 * 3.25) / 2.5
+        assert flow == pytest.approx(expected, rel=0.02)
+        assert minor == pytest.approx(math.exp(-300 / 3600 * 3.5) / 3, rel=0.02)
+
+
+def test_what_a_junction_of_many_phases_sees():
+    envs, zones = lanes_of(lay(), fill=0.0), torch.zeros(6, 10, 1)
+    zones[0, 0], zones[0, 1], zones[3, 1], envs.queue[1, 0] = 0.2, 0.4, 0.1, 3.0
+    envs.zones.copy_(zones)
+    obs = envs.look()[0, 0]
+    cars = 50 * JAM
+    assert obs[:2].tolist() == [pytest.approx(0.4), 0] and obs[10].item() == pytest.approx(0.7 * 0.2)
+    assert obs[16 + 10].item() == pytest.approx(0.3 * 0.2) and len(obs) == envs.row_obs == 4 * 19 + 3 + 2 + 1 + 6
+    waits, comes = obs[-6:-3], obs[-3:]
+    assert waits.tolist() == pytest.approx([0.01 * cars, 0.01 * cars, 0], abs=1e-6)
+    assert comes.tolist() == pytest.approx([0.1 * cars * 0.6, 0.1 * cars * 0.6, 0], rel=1e-5)
+    wave = arz.phase_pressures(envs, torch.zeros(1), downstream=False)()[0, :, 0]
+    assert wave.numpy() == pytest.approx([cars * 0.6 + 3, cars * 0.6 + 3, 0], rel=1e-5)
+
+
+def test_the_map_s_own_program_and_flows_that_are_green_twice():
+    envs = lanes_of(lay(), 120.0)
+    act, asked = arz.own_program(envs), []
+    for _ in range(110):
+        asked.append(int(act(None)))
+        envs.step_lanes(act(None))
+    begins = [t for t in range(1, 110) if asked[t] != asked[t - 1]]
+    assert begins == [3, 27, 39, 55, 79, 91, 107] and asked[3] == 0  # greens of 20, 8 and 12 s after 4 s of change
+    capacity = 3600 * envs.network.capacity[0]
+    mean = 3600 * envs.network.mean_flows(envs.network.demand_table(120.0, 1)[0])
+    ratios = mean / capacity
+    assert arz.flow_ratios(envs)[0] == pytest.approx([max(ratios[1:4]), 0, ratios[4]])
+
+
+def test_amber_and_priority_of_a_plan(tmp_path):
+    table = TABLE + "J,K,50,secondary,1,\nX,C,50,residential,1,\nC,D,50,secondary,1,\n"
+    plan = edit(demand=PLAN["demand"] | {"X": {"car": 60}}, amber=3, priority={"C": ["J"]})
+    net = networks.load_network(write_network(tmp_path, table, plan))
+    minor = net.ids.index("X > C")
+    assert net.amber.tolist() == [3] and net.yield_to[net.yield_ptr[minor] : net.yield_ptr[minor + 1]].tolist() == [2]
+    assert net.follow[minor] == pytest.approx(1 / 3.3) and np.isinf(net.follow).sum() == 5
+    for wrong, words in (({"J": ["A"]}, "priority: J: has a signal"), ({"C": ["K"]}, "priority: C: no segment K > C")):
+        with pytest.raises(networks.NetworkError, match=words):
+            networks.load_network(write_network(tmp_path, table, plan | {"priority": wrong}))
+
+
 # ------------------------------------------------------------------------------------------------------ baselines
 def test_webster():
     cycle, green = arz.webster_plan([0.2, 0.15], 0.5, 10.0)
@@ -440,7 +596,7 @@ def test_webster():
 
 def test_mean_flows_follow_the_turns():
     net = networks.corridor_network()
-    flow = arz.mean_flows(net, net.base[0])
+    flow = net.mean_flows(net.base[0])
     assert flow[~net.leads_on()].sum() == pytest.approx(net.base.sum())
     into = net.ends.index(("J1", "J2"))
     w, n, s = (net.base[0, :, net.entry[net.ends.index((a, "J1"))]].sum() for a in ("W", "N1", "S1"))

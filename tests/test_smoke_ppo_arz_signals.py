@@ -59,7 +59,7 @@ def test_a_run_and_what_it_leaves(finished):
     assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
     assert summary["env_builds"] == 2 and set(summary["eval"]) == {"eval", "x1.0", "x1.3"}
     for result in summary["eval"].values():
-        assert set(result["baselines"]) == set(arz.CONTROLLERS)
+        assert set(result["baselines"]) == set(arz.CONTROLLERS) - {"own_program"}
         for metrics in (result["agent"], *result["baselines"].values()):
             assert all(math.isfinite(v) for v in metrics.values()) and metrics["delay_veh_s"] > 0
             assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 0.9 + 1e-6
@@ -150,7 +150,8 @@ def test_refusals_are_one_line_with_exit_code_2(refusal_of, tmp_path):
             (dict(num_minibatches=3), "--num-minibatches 3"), (dict(decision_interval=7), "--decision-interval 7"),
             (dict(gamma=1.0), "--gamma 1.0"),
             (dict(scenario="freeway"), "--scenario freeway"), (dict(cell_length=1000), "--cell-length 1000"),
-            (dict(decision_interval=3, episode_seconds=51), "all_red"),
+            (dict(levels=(1.3, 1.0)), "--levels 1.3 1.0"), (dict(demand="a.rou.xml"), "--demand"),
+            (dict(network="a.net.xml"), "--network a.net.xml and --scenario"),
             (dict(scenario=tmp_path / "none.csv"), "none.csv: no such file"), (dict(seed=2**31), "--seed")):
         assert words in refusal(flags(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
