@@ -147,6 +147,7 @@ MAX_GRAD_NORM = 10.0  # never reached in a healthy run: it stops one bad batch
 AVERAGE = 0.999
 START_E = 1.0  # first probability of a random action: nothing is known yet
 LAST_RATE = 0.02  # of --learning-rate, at the end of the cosine
+SCHEDULE = 2_000_000  # transitions over which both fall, unless --total-timesteps says
 EVAL_EPISODES = 100  # of a custom environment
 EVAL_STEPS = 100_000  # vector steps after which these are cut: an episode may never end
 
@@ -247,8 +248,9 @@ class Args(RunArgs):
     """seconds after which a worker that does not answer is taken for dead"""
 
     # algorithm
-    total_timesteps: int = 2_000_000
-    """environment transitions (the sum over lanes)"""
+    total_timesteps: int | None = None
+    """environment transitions, the sum over lanes (default: 2 M; with --timeout: until time or
+    patience is over)"""
     learning_starts: int = 16_384
     """transitions with uniform random actions before the first update"""
     buffer_size: int = 1_000_000
@@ -266,9 +268,9 @@ class Args(RunArgs):
     end_e: float = 0.05
     """last probability of a random action, from 1"""
     exploration_fraction: float = 0.3
-    """share of --total-timesteps over which it falls"""
+    """share of --total-timesteps (2 M where it is not given) over which it falls"""
     learning_rate: float = 3e-4
-    """AdamW; falls to 2 % by a cosine"""
+    """AdamW; falls to 2 % by a cosine over --total-timesteps (2 M where it is not given)"""
     weight_decay: float = 0.3
     """AdamW, decoupled"""
     hidden: int = 32
@@ -1873,14 +1875,32 @@ class Loop:
     recent: list = field(default_factory=list)  # last scores
 
 
+def schedule_of(args):
+    """Transitions over which exploration and learning rate fall: never seconds."""
+    return SCHEDULE if args.total_timesteps is None else args.total_timesteps
+
+
+def limit_of(args):
+    """Transitions after which training ends; time given is time used."""
+    open_end = args.total_timesteps is None and args.timeout
+    return math.inf if open_end else schedule_of(args)
+
+
 def go_on(run, loop):
-    """Whether there is more to do, and time."""
+    """Whether there is more to do, and time; the end says why."""
     args = run.args
-    if args.patience and loop.stale >= args.patience:
-        print(f"no better agent in {loop.stale} evaluations (--patience)")
+    why = None
+    if args.eval_only:
         return False
-    more = not args.eval_only and loop.global_step < args.total_timesteps
-    return more and not run.out_of_time()
+    if args.patience and loop.stale >= args.patience:
+        why = f"no better agent in {loop.stale} evaluations (--patience)"
+    elif loop.global_step >= limit_of(args):
+        why = run.guard.status  # finished
+    elif run.out_of_time():
+        why = run.guard.status  # timeout or interrupted
+    if why:
+        print(f"training ends at {loop.global_step} transitions: {why}")
+    return why is None
 
 
 @experiment
@@ -1928,7 +1948,7 @@ def main(argv: list[str] | None = None) -> dict:
     while go_on(run, loop):
         # ALGO LOGIC: action; a step is sent off, the learner works, then its result is taken in
         run.phase("rollout")
-        duration = args.exploration_fraction * args.total_timesteps
+        duration = args.exploration_fraction * schedule_of(args)
         epsilon = linear_schedule(START_E, args.end_e, duration, loop.global_step)
         if loop.global_step < args.learning_starts:
             epsilon = 1.0
@@ -1946,7 +1966,7 @@ def main(argv: list[str] | None = None) -> dict:
         collected = rb.total * args.lanes
         if collected >= max(args.learning_starts, 1):
             run.phase("learn")
-            rate = args.learning_rate * cosine(collected, args.total_timesteps)
+            rate = args.learning_rate * cosine(collected, schedule_of(args))
             optimizer.param_groups[0]["lr"] = rate
             for _ in range(args.updates_per_step):
                 obs, action, reward, next_obs, done = rb.sample(run.rng, args.batch_size)
@@ -1971,7 +1991,7 @@ def main(argv: list[str] | None = None) -> dict:
             move_towards(averaged, q_network, 1 - AVERAGE**args.updates_per_step)
 
         # log, evaluate, keep the best; the last weights are a candidate too
-        last = loop.global_step >= args.total_timesteps
+        last = loop.global_step >= limit_of(args)
         if (run.every(args.eval_interval, loop.global_step) or last) and loop.judged < loop.updates:
             record = collector.charts() | run.charts(loop, loop.updates * args.batch_size)
             record |= {

@@ -291,6 +291,17 @@ def test_no_update_is_called_untrained_and_patience_ends_once_and_for_all(tmp_pa
     assert resumed["global_step"] == stopped["global_step"] and resumed["eval"] == stopped["eval"]
 
 
+def test_time_given_is_time_used_and_schedules_count_transitions(tmp_path, monkeypatch):
+    monkeypatch.setattr(dqn, "SCHEDULE", 1024)
+    changes = dict(total_timesteps=None, learning_rate=0.0)
+    alone = dqn.main(flags(tmp_path / "alone", **changes))
+    assert alone["status"] == "finished" and alone["global_step"] == 1024
+    timed = dqn.main(flags(tmp_path / "timed", **changes, timeout=600, patience=4))
+    assert timed["global_step"] == 2560  # an untrained agent, and five evaluations of one that stays
+    rows = [r for r in records(tmp_path / "timed") if "charts/epsilon" in r]
+    assert [r["charts/epsilon"] for r in rows[1:]] == [0.05] * 4  # not a share of what time allowed
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(dqn, "td_target", lambda reward, *rest: reward * math.nan)
     with pytest.raises(CheckFailed, match="not finite"):
