@@ -332,6 +332,22 @@ def test_the_end_is_evaluated_and_an_evaluation_that_time_cut_short_chooses_noth
     assert summary["best_step"] == 0 and summary["updates"] > 0
 
 
+def test_a_partial_evaluation_does_not_enter_the_mean_that_chooses(tmp_path, monkeypatch):
+    latents_of, limited = tqc.latents_of, []
+
+    def cut(agent, contexts, rows, until=math.inf):
+        limited.extend([1] * (until < math.inf))
+        return latents_of(agent, contexts, rows[:200] if len(limited) == 3 else rows, until)
+
+    monkeypatch.setattr(tqc, "latents_of", cut)
+    bars = write_bars(tmp_path / "bars.parquet", "synthetic:regime?bars=3000")
+    tqc.main(flags(tmp_path / "run", data=bars, total_timesteps=1536, eval_timeout=1e6))
+    metric = "eval/eval/mean_reward_bps"
+    scores = [line[metric] for line in records(tmp_path / "run") if metric in line]
+    loop = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["loop"]
+    assert len(scores) == 4 and loop["recent"] == pytest.approx([scores[1], scores[3]])
+
+
 # --------------------------------------------------------------------------------------- eval-only
 def test_eval_only_takes_everything_from_the_checkpoint(base, tmp_path, capsys):
     best, trained = base[0] / "checkpoints" / "best.pt", load_summary(base[0])
