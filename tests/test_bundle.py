@@ -115,6 +115,66 @@ def test_a_file_runs(script, tmp_path):
     assert load_summary(path.parent / "again")["eval"].keys() == summary["eval"].keys()
 
 
+# ---------------------------------------------------------------------------------- an image that lacks packages
+LACKING = """
+import runpy, sys
+for name in {names}:
+    sys.modules[name] = None  # what an import of a package that is not there meets
+sys.argv = {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("names, argv, words", [
+    (["numba", "tyro", "talib"], ["--timeout", "3"], ["pip install numba tyro TA-Lib"]),
+    (["tyro", "rich"], ["--timeout", "3"], ["main(timeout=300)", "pip install tyro rich"]),
+])
+def test_all_missing_packages_are_one_line(names, argv, words, repo, tmp_path):
+    argv = [str(repo / "cleanrl_crypto" / "ppo_arz_gpu.py"), *argv]
+    err = run(tmp_path, "-c", LACKING.format(names=names, argv=argv), code=2)[1]
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words) and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_columns_that_need_a_missing_package_are_named(monkeypatch):
+    from common.data import load_bars
+    from common.features import fit_columns
+
+    bars = load_bars("synthetic:signal?bars=1000")
+    monkeypatch.setitem(sys.modules, "talib", None)
+    with pytest.raises(UsageError, match="rsi_14, adx_14 .*pip install TA-Lib"):
+        fit_columns(bars, ("ret_1", "rsi_14", "log_range", "adx_14"), 700)
+    assert fit_columns(bars, ("ret_1", "log_range"), 700).columns == ("ret_1", "log_range")
+
+
+@pytest.mark.slow
+def test_traffic_runs_where_an_image_lacks_what_it_may(tmp_path):
+    path = bundle(tmp_path / "b", "ppo_arz_gpu", FLAGS["ppo_arz_gpu"])
+    names = ["tyro", "rich", "talib", "hmmlearn", "empyrical", "wandb", "ccxt"]
+    out = run(path.parent, "-c", LACKING.format(names=names, argv=[str(path)]))[0]
+    ran_well(path.parent, "ppo_arz_gpu")
+    assert "episode_return" in out
+
+
+@pytest.mark.slow
+def test_the_wheel_runs(tmp_path, repo):
+    setuptools = pytest.importorskip("setuptools", minversion="77", reason="builds the wheel")
+    files = subprocess.run(["git", "ls-files"], cwd=repo, capture_output=True, text=True).stdout.split()
+    for name in files:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repo / name, tmp_path / "tree" / name)
+    build = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), "."]
+    run(tmp_path / "tree", *build)
+    call = f"import runpy, sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.argv[1:] = {{}};" \
+        "runpy.run_module('cleanrl_crypto.ppo_arz_gpu', run_name='__main__', alter_sys=True)"
+    (tmp_path / "empty").mkdir()
+    assert "ppo_arz_gpu 0.2.0" in run(tmp_path / "empty", "-c", call.format(["--version"]))[0], setuptools.__version__
+    flags = "--torch-threads 1 --num-envs 64 --num-steps 4 --episode-seconds 8 --hidden 8 --total-timesteps 512 --no-cuda"
+    run(tmp_path / "empty", "-c", call.format([*flags.split(), "--run-dir", "run"]))
+    assert "flux" in (tmp_path / "empty" / "run" / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_in_a_clean_kernel(tmp_path):
     pytest.importorskip("nbconvert", reason="executes a notebook")
