@@ -65,10 +65,13 @@ class Mirror(threading.Thread):
         """metrics.jsonl may be longer than last.pt knows, never shorter: last.pt is read first."""
         checkpoint = None
         if self.last.exists():
-            stamp, checkpoint = self.last.stat().st_mtime_ns, self.last.read_bytes()
+            stamp = self.last.stat().st_mtime_ns
+            checkpoint = self.last.read_bytes()
         for path in sorted(self.run_dir.rglob("*")):
-            if path.is_file() and path != self.last and not any(map(path.match, OWN)):
-                self.put(path.relative_to(self.run_dir).as_posix(), path.read_bytes())
+            stays = path == self.last or any(map(path.match, OWN))
+            if path.is_file() and not stays:
+                name = path.relative_to(self.run_dir)
+                self.put(name.as_posix(), path.read_bytes())
         self.put("log", self.log.read_bytes())
         if checkpoint is not None:
             self.put("checkpoints/last.pt", checkpoint)
@@ -77,7 +80,8 @@ class Mirror(threading.Thread):
     def put(self, name: str, content: bytes):
         """Whole or not at all."""
         path = f"{self.url}/{name}"
-        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        folder, _, _ = path.rpartition("/")
+        self.fs.makedirs(folder, exist_ok=True)
         self.fs.pipe_file(f"{path}.part", content)
         self.fs.mv(f"{path}.part", path)
 
@@ -86,7 +90,7 @@ class Mirror(threading.Thread):
         if not self.fs.exists(self.url):
             return
         for path in self.fs.find(self.url):
-            name = path[len(self.fs._strip_protocol(self.url)) + 1 :]
+            name = path[len(self.url) + 1 :]
             if name == leave or name.endswith(".part"):
                 continue
             own = self.log if name == "log" else self.run_dir / name
@@ -158,7 +162,7 @@ def in_place(task: dict) -> dict:
 
 def refuse_strangers(task: dict):
     """UsageError where this machine does not see the study's files."""
-    data = task["argv"][task["argv"].index("--data") + 1].split(",")[0]
+    data, *_ = value_of(task["argv"], "--data").split(",")
     seen = Path(task["place"], data).exists()
     way_out = "put --root on a shared disk, or give --ray-storage"
     refuse((not seen, f"{socket.gethostname()} does not see {data} in {task['place']}: {way_out}"))
@@ -168,15 +172,30 @@ remote = ray.remote(max_retries=RETRIES, retry_exceptions=[Lost])
 run_here_there, run_apart_there = remote(run_here), remote(run_apart)
 
 
+def value_of(argv: list[str], name: str) -> str:
+    return argv[argv.index(name) + 1]
+
+
 # -------------------------------------------------------------------------------------- the driver
+def threads_of(args: wfo.Args, jobs: int, argv: list[str]) -> int:
+    """Cores of a run: --torch-threads behind --, a share of this machine, or 1 on a cluster."""
+    if "--torch-threads" in argv:
+        return int(value_of(argv, "--torch-threads"))
+    if args.ray_address or "RAY_ADDRESS" in os.environ:
+        return 1
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
 def connect(args: wfo.Args, jobs: int, threads: int):
     """To the cluster of --ray-address, or to one that is started here."""
     how = {"log_to_driver": False, "logging_level": "ERROR"}
     address = args.ray_address or os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        store = {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
-        how |= {"num_cpus": jobs * threads} | store
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as processes of the local engine
+        how["num_cpus"] = jobs * threads
+        how["object_store_memory"] = OBJECT_STORE
+        how["include_dashboard"] = False
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", **how)
@@ -218,10 +237,13 @@ class Sender:
 
     def files(self, task: dict):
         """{path from --root on: content} of what the run reads, in the object store."""
-        number, root = task["segment"], self.args.root
+        number = task["segment"]
         if number not in self.bars or task["needs"]:
-            paths = [*self.args.folder("data", number).iterdir(), *task["needs"]]
-            content = {Path(p).relative_to(root).as_posix(): Path(p).read_bytes() for p in paths}
+            folder = self.args.folder("data", number)
+            content = {}
+            for path in map(Path, [*folder.iterdir(), *task["needs"]]):
+                name = path.relative_to(self.args.root)
+                content[name.as_posix()] = path.read_bytes()
             self.bars[number] = ray.put(content)
         return self.bars[number]
 
@@ -253,7 +275,8 @@ def take_in(task: dict, found: dict, args: wfo.Args) -> dict:
     if "error" in found:
         raise wfo.failed(task, found["exit_code"], found["error"])
     if args.ray_storage:
-        mirror = Mirror(Path(task["run_dir"]), Path(task["log"]), url_of(args, task), 1.0)
+        run_dir, log = Path(task["run_dir"]), Path(task["log"])
+        mirror = Mirror(run_dir, log, url_of(args, task), 1.0)
         mirror.pull(leave="checkpoints/last.pt")
         result = {k: v for k, v in found.items() if k != "run_dir"}
         write_json_atomic(result, task["result"])
@@ -263,18 +286,15 @@ def take_in(task: dict, found: dict, args: wfo.Args) -> dict:
 def run(tasks: list[dict], args: wfo.Args, guard: TimeoutGuard):
     """Yields results as they come."""
     jobs = args.jobs or wfo.default_jobs(len(tasks))
-    cores = os.cpu_count() or 1
-    here = args.ray_address is None and "RAY_ADDRESS" not in os.environ
-    threads = max(1, cores // jobs) if here else 1
-    if "--torch-threads" in tasks[0]["argv"]:
-        threads = int(tasks[0]["argv"][tasks[0]["argv"].index("--torch-threads") + 1])
+    threads = threads_of(args, jobs, tasks[0]["argv"])
     connect(args, jobs, threads)
     room = slots(threads, args.ray_gpus)
     if not room:
         print(f"the cluster has no room for a run ({threads} CPUs, {args.ray_gpus} GPUs) yet")
     room = min(max(room, 1), len(tasks))
     share = wfo.share_of_time(guard, len(tasks), room)
-    sender = Sender(args, share, time.time() + guard.remaining() - wfo.REPORT_SECONDS, threads)
+    until = time.time() + guard.remaining() - wfo.REPORT_SECONDS
+    sender = Sender(args, share, until, threads)
     left, running, seconds, late = list(tasks), {}, [], 0
     progress = wfo.Progress(len(tasks))
     try:
@@ -284,8 +304,10 @@ def run(tasks: list[dict], args: wfo.Args, guard: TimeoutGuard):
                 running[sender.send(task)] = task
             done = len(tasks) - len(left) - len(running) - late
             progress.show(done, list(running.values())[:room], seconds, room)
-            for ref in ray.wait(list(running), timeout=1.0, fetch_local=False)[0]:
-                task, found = running.pop(ref), fetch(ref)
+            over, _ = ray.wait(list(running), timeout=1.0, fetch_local=False)
+            for ref in over:
+                task = running.pop(ref)
+                found = fetch(ref)
                 if not found:
                     late += 1
                     continue

@@ -22,7 +22,7 @@ def cluster():
     """Two machines of one worker each, as far as Ray knows, and no memory to speak of."""
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     size = {"num_cpus": 1, "object_store_memory": 10**8}
     cluster = Cluster(initialize_head=True, head_node_args=size)
     cluster.add_node(**size)

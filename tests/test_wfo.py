@@ -332,6 +332,45 @@ def test_clean_leaves_the_ledger(study, folder, tmp_path):
     assert len(Ledger(tmp_path / "results" / "ledger.jsonl").lines()) == 1
 
 
+def test_clean_asks(folder, tmp_path, monkeypatch):
+    """At a terminal; without a yes nothing is deleted."""
+    args = args_of(folder / "TOY.parquet", "--root", str(tmp_path), "--clean")
+    args.folder("logs", 0).mkdir(parents=True)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    for answer, left in (("", 1), ("n", 1), ("yes", 0)):
+        monkeypatch.setattr("builtins.input", lambda _, said=answer: said)
+        if left:
+            with pytest.raises(UsageError):
+                wfo.clean(args)
+        else:
+            wfo.clean(args)
+        assert len(list(tmp_path.rglob("segment_0"))) == left
+
+
+@pytest.mark.slow
+def test_currency_pairs(tmp_path, repo):
+    """dqn over a folder of pairs: a segment's runs read a folder of their own."""
+    (tmp_path / "forex").mkdir()
+    for seed, name in ((1, "EURUSD"), (2, "GBPUSD")):
+        bars = load_bars(f"synthetic:signal?bars=5350&seed={seed}")
+        table = pd.DataFrame(bars.ohlcv[0], columns="open high low close volume".split())
+        table.insert(0, "timestamp", utc_times(bars.timestamp))
+        table.to_parquet(tmp_path / "forex" / f"{name}_1h.parquet", index=False)
+    argv = argv_of(tmp_path / "forex", tmp_path, "--script", "dqn", "--warm-start")
+    own = """--symbols EURUSD GBPUSD --hidden 8 --batch-size 32 --learning-starts 256 --eval-interval 256
+        --episode-length 16 --vec-mode single --no-cuda --no-report --torch-threads 1""".split()
+    argv = [*argv[: argv.index("--") + 1], *own]
+    done = subprocess.run([sys.executable, repo / PROGRAM, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(results_of(tmp_path)) == {"segment_0", "segment_1"}
+    for k in (0, 1):
+        names = {path.name for path in (tmp_path / f"data/wfo/segment_{k}").glob("*.parquet")}
+        assert names == {f"{x}.parquet" for x in ("EURUSD_1h", "GBPUSD_1h", "train", "eval", "test")}
+        assert (tmp_path / f"weights/wfo/segment_{k}/agent.pt").exists()
+    table = pd.read_csv(tmp_path / "results" / "wfo" / "report.csv")
+    assert set(table["who"]) == {"agent", *wfo.RIVALS}
+
+
 def test_score_of_the_optimum_is_one(tmp_path):
     """On a synthetic market the page scores exposures by the known conditional mean."""
     bars = load_bars("synthetic:regime?bars=4000")
