@@ -247,11 +247,13 @@ class SumoLanes:
         self.end = sumo.simulation.getEndTime()
         seconds = math.ceil((self.end - self.now) / case.interval) * case.interval
         seconds = max(seconds, (net.change_at[-1] // case.interval + 1) * case.interval)
-        self.env = arz.NetworkVectorEnv(1, net, case.interval, seconds)
-        self.env.reset(seed=0)
+        self.env = env = arz.NetworkVectorEnv(1, net, case.interval, seconds)
+        for array in (env.phase, env.queue, env.decision):
+            array.zero_()
         self.pieces, self.entries = pieces_of(net, layout)
         self.tls = [layout.tls[node] for node in net.nodes]
         self.lost = net.amber + net.all_red  # (G,) s
+        env.age[:, 0] = env.on_device(self.lost + net.min_green)
         self.due = []  # states to show: (second, number, signal, state)
         for tls, states in self.tls:
             sumo.trafficlight.setRedYellowGreenState(tls, states[0])
@@ -282,15 +284,6 @@ class SumoLanes:
             waiting = len(self.sumo.edge.getPendingVehicles(edge))
             for entry, share in shares.items():
                 queue[1, entry, 0] = waiting * share
-
-    def observe(self) -> torch.Tensor:
-        """What the environment shows of these arrays, (1, G, D)."""
-        env = self.env
-        rules = arz.Rules(env.seed, env.length, *env.times)
-        street = env.records[2]
-        lo, hi = np.uint64(0), np.uint64(1)
-        arz.observe_nb(lo, hi, env.arrays["obs"], env.roads, street, rules)
-        return env.obs
 
     def step(self, action):
         """action (G,): phases asked for; one decision interval."""
@@ -373,63 +366,26 @@ def pieces_of(net: Network, layout) -> tuple[dict, dict]:
 
 
 # -------------------------------------------------------------------------------------- controllers
-def approaching(env) -> torch.Tensor:
-    """(S, 1) vehicles that a segment's stop line is to serve.
-
-    Its own, those that wait outside, and its share of those on the segment before it where no
-    signal stands between them.
-    """
-    net = env.network
-    own = env.counts()
-    at_entry = np.flatnonzero(net.entry >= 0)
-    own[at_entry] += env.queue.sum(0)[net.entry[at_entry]]
-    open_end = np.flatnonzero(net.signal[net.move_from] < 0)
-    share = env.on_device(net.share[open_end])[:, None]
-    before = own[net.move_from[open_end]] * share
-    return own.index_add(0, env.on_device(net.move_to[open_end]), before)
-
-
-def greedy_wave(env):
-    """The phase with most approaching and standing vehicles."""
-    serves = env.on_device(arz.served(env.network) * 1.0)
-    return lambda obs: (serves @ approaching(env)).argmax(1).T
-
-
-def max_pressure(env):
-    """Varaiya (2013): the phase with most vehicles before its stop lines less those behind."""
-    net = env.network
-    serves = env.on_device(arz.served(net) * net.capacity)
-    share = env.on_device(-net.share)[:, None]
-    ahead, behind = env.on_device(net.move_from), env.on_device(net.move_to)
-
-    def act(obs):
-        gap = approaching(env).index_add(0, ahead, env.counts()[behind] * share)
-        return (serves @ gap).argmax(1).T
-
-    return act
-
-
-def webster(env):
-    saturation, speed = torch.tensor([[0.9], [0.0]])
-    return arz.webster(env, saturation, speed)
-
-
-def chance(env, seed: int):
-    rng = np.random.default_rng(seed)
-    return lambda obs: rng.integers(env.network.n_phases)[None]
-
-
-DECIDERS = {"Webster": webster, "max-pressure": max_pressure, "greedy wave": greedy_wave}
+# The environment's own controllers, with these constants: s, vehicles, share of saturation, m/s.
+DECIDERS = {
+    "Webster": ("webster", {"saturation": 0.9, "speed": 0.0}),
+    "max-pressure": ("max_pressure", {"period": 5.0, "standing": 1.0, "margin": 1.0}),
+    "greedy wave": ("greedy_wave", {"period": 5.0, "margin": 1.0}),
+}
 CONTROLLERS = (OWN, *SUMO_TYPES, *DECIDERS, "random")
 
 
 def controller(case: Case, env):
-    """act(obs) -> (1, G) phases."""
+    """act() -> (1, G) phases."""
     if case.controller == POLICY:
-        return arz.load_policy(case.checkpoint)
+        policy = arz.load_policy(case.checkpoint)
+        return lambda: policy(env.look())
     if case.controller == "random":
-        return chance(env, case.seed)
-    return DECIDERS[case.controller](env)
+        rng = np.random.default_rng(case.seed)
+        return lambda: rng.integers(env.network.n_phases)[None]
+    name, constants = DECIDERS[case.controller]
+    act = arz.controller(env, name, [constants])
+    return lambda: act(None)
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -464,8 +420,7 @@ def drive(sumo, case: Case, camera):
     lanes = SumoLanes(sumo, case)
     act = controller(case, lanes.env)
     while lanes.now < end:
-        action = np.asarray(act(lanes.observe()))[0]
-        lanes.step(action)
+        lanes.step(np.asarray(act())[0])
         if camera:
             camera.shoot()
 
@@ -710,7 +665,7 @@ def main(argv: list[str] | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(args, net, layout, interval, checkpoint, found, Path(folder))
         played = list(progress(in_workers(play, cases, args.workers), len(cases)))
-    recorded = {row["controller"]: row["frames"] for row in played if row["frames"]}
+    frames = {row["controller"]: row["frames"] for row in played if row["frames"]}
     runs = pd.DataFrame(played).drop(columns="frames").sort_values(["controller", "seed"])
     rows = summarise(runs)
     title = f"{config.stem}: {found['version']}, {args.seeds} seeds"
@@ -729,7 +684,7 @@ def main(argv: list[str] | None = None) -> dict:
     runs.to_csv(out / "runs.csv", index=False)
     draw(runs, rows, title, out / "transfer.png")
     if args.video:
-        animate(recorded, out / "transfer.gif")
+        animate({name: frames[name] for name in (OWN, POLICY)}, out / "transfer.gif")
     print_table(rows, title)
     for row in rows:
         if row["teleports"]:

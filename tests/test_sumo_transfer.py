@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from cleanrl_crypto import ppo_arz_signals as arz
 from common.networks import find_network
+from common.timeout_guard import save_atomic
 from scripts import sumo_transfer as st
 
 SCRIPT = st.ROOT / "scripts" / "sumo_transfer.py"
@@ -110,27 +112,52 @@ def cologne(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judged(cologne):
+def run_of(cologne):
+    """run_of(name, sha256): the folder of a run whose agent knows nothing."""
+    net, _ = st.read_map(str(cologne), arz.CELL_LENGTH)
+    env = arz.NetworkVectorEnv(1, net)
+    config = {"observations": env.row_obs, "phases": int(net.n_phases.max())}
+    config |= {"hidden": 4, "phase_at": env.phase_at}
+
+    def make(name, sha256=None):
+        state = {"script": "ppo_arz_signals", "schema": arz.SCHEMA, "config": config}
+        state["agent"] = arz.Agent(**config).state_dict()
+        state["args"] = {"decision_interval": 5.0, "cell_length": arz.CELL_LENGTH}
+        state["data"] = {"sha256": sha256 or net.sha256()}
+        folder = cologne.parent / name / "checkpoints"
+        folder.mkdir(parents=True)
+        save_atomic(state, folder / "best.pt")
+        return folder.parent
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def judged(cologne, run_of):
     """The command line on a seed."""
-    argv = [sys.executable, SCRIPT, "--baselines-only", "--sumocfg", cologne, "--seeds", "1"]
-    out = cologne.parent / "out"
-    done = subprocess.run([*argv, "--out", out], capture_output=True, text=True)
+    run = run_of("run")
+    argv = [sys.executable, SCRIPT, run, "--sumocfg", cologne, "--seeds", "1", "--video"]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return out
+    return run / "sumo"
 
 
 def test_every_controller_is_measured_on_the_same_demand(judged):
     runs = pd.read_csv(judged / "runs.csv")
-    assert sorted(runs["controller"]) == sorted(st.CONTROLLERS)
+    assert sorted(runs["controller"]) == sorted([st.POLICY, *st.CONTROLLERS])
     assert runs["wanted"].nunique() == 1 and (runs["teleports"] == 0).all()
     assert (runs["throughput"] + runs["not_inserted"] + runs["not_arrived"] == runs["wanted"]).all()
-    assert runs["delay"].nunique() == len(st.CONTROLLERS)
+    assert runs["delay"].nunique() == len(runs)
     report = json.loads((judged / "transfer.json").read_text())
     means = {row["controller"]: row["delay"] for row in report["controllers"]}
     expected = runs.groupby("controller")["delay"].mean()
     assert means == pytest.approx(expected.to_dict())
     assert expected["random"] > expected["greedy wave"]
+    paired = {row["controller"]: row.get("difference") for row in report["controllers"]}
+    assert paired["random"] == pytest.approx(means["random"] - means[st.POLICY])
     assert (judged / "transfer.png").stat().st_size > 5000
+    with Image.open(judged / "transfer.gif") as movie:
+        assert movie.n_frames == 24  # two minutes from the middle, one every five seconds
 
 
 def test_own_program_is_what_sumo_itself_measures(judged, cologne):
@@ -179,14 +206,16 @@ def test_amber_and_least_green_hold_whoever_decides(cologne, tmp_path):
         (["--baselines-only"], "--sumocfg"),
         (["--baselines-only", "--sumocfg", "nowhere.sumocfg"], "nowhere.sumocfg"),
         (["nowhere", "--sumocfg", "{map}"], "best.pt"),
+        (["{other}", "--sumocfg", "{map}"], "another network"),
         (["run", "--baselines-only", "--sumocfg", "{map}"], "--baselines-only"),
         (["--baselines-only", "--video", "--sumocfg", "{map}"], "--video"),
         (["--baselines-only", "--sumocfg", "{map}", "--seeds", "0"], "--seeds"),
         (["--baselines-only", "--sumocfg", "{broken}"], "no.net.xml"),
     ],
 )
-def test_one_line_says_what_is_wrong(refusal_of, cologne, argv, named):
+def test_one_line_says_what_is_wrong(refusal_of, cologne, run_of, argv, named):
     broken = cologne.with_name("broken.sumocfg")
     broken.write_text(cologne.read_text().replace("cologne1.net.xml", "no.net.xml"))
-    argv = [a.format(map=cologne, broken=broken) for a in argv]
+    other = run_of("other", "0" * 64) if "{other}" in argv else ""
+    argv = [a.format(map=cologne, broken=broken, other=other) for a in argv]
     assert named in refusal_of(SCRIPT)(argv)
