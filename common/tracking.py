@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from queue import Empty, Queue
 
 from common import text_of
 from common.run import UsageError, refuse
 
 WAIT = 30.0  # s for wandb to start, and to upload what is left at the end
 SHARE = 0.1  # at most, of --timeout
+SLACK = 5.0  # s beyond what wandb was told, for its own work
 AXES = {"global_step", "pretrain_step", "wall"}  # of a line, beside its metrics
 # {page: {panel: metrics}}; * stands for any name, as <split> does in the tables of docs/
 PAGES = {
@@ -179,7 +183,8 @@ class Mirrors:
         try:
             import wandb
 
-            self.wandb = wandb.init(
+            begin = partial(
+                wandb.init,
                 project=args.wandb_project_name,
                 entity=args.wandb_entity,
                 mode=args.wandb_mode,
@@ -193,21 +198,22 @@ class Mirrors:
                     x_service_wait=limit,
                     finish_timeout=limit,
                     finish_timeout_raises=True,
-                    console="off",  # or every drawing of the progress line is a line of its log
+                    console="off",  # else every drawing of the progress line is a line of its log
                     silent=True,
                 ),
             )
+            self.wandb = within(2 * limit + SLACK, begin)
             self.wandb.define_metric("*", step_metric="global_step")
-            for line, record in enumerate(history):  # what its server lacks, or an offline piece
-                if line >= self.wandb.step:
-                    self._send(record, line)
+            # what a server lacks; an offline piece gets all, as the one before may have lost lines
+            for line, record in list(enumerate(history))[self.wandb.step :]:
+                self._send(record, line)
             print(f"wandb: {self.wandb.url or self.wandb.dir}")
         except Exception as e:  # whatever wandb raises
             self._give_up("did not start", e)
 
     def _give_up(self, what: str, error: Exception):
         self.wandb = None
-        print(f"wandb {what} ({first_line(error)}): training goes on without", file=sys.stderr)
+        print(f"wandb {what} ({first_line(error)}): the run goes on without", file=sys.stderr)
 
     def log(self, record: dict, line: int):
         """record: line number `line` of metrics.jsonl. One with a pretrain_step has that as its
@@ -283,9 +289,9 @@ class Mirrors:
         if run is None:
             self._end_service()
             return self.tracked
-        again = f"wandb sync {self.folder / 'wandb'}/*run-*"
+        again = f"wandb sync {Path(run.dir).parent}"
         try:
-            run.finish(exit_code=int(failed))
+            within(seconds_of(self.args) + SLACK, partial(run.finish, exit_code=int(failed)))
             if self.args.wandb_mode == "offline":
                 print(f"wandb: {again}")
         except Exception as e:  # whatever wandb raises, out of time too
@@ -299,7 +305,27 @@ class Mirrors:
             import wandb
 
             with suppress(Exception):  # whatever wandb raises
-                wandb.teardown()
+                within(SLACK, wandb.teardown)
+
+
+def within(seconds: float, call):
+    """What call() returns or raises; TimeoutError if it takes longer (it goes on in its thread)."""
+    answer = Queue()
+    threading.Thread(target=put_answer, args=(call, answer), daemon=True).start()
+    try:
+        result, error = answer.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result
+
+
+def put_answer(call, answer: Queue):
+    try:
+        answer.put((call(), None))
+    except Exception as e:
+        answer.put((None, e))
 
 
 def first_line(error: Exception) -> str:
