@@ -257,29 +257,30 @@ class SumoLanes:
         self.due = []  # states to show: (second, number, signal, state)
         for tls, states in self.tls:
             sumo.trafficlight.setRedYellowGreenState(tls, states[0])
-        self.names = sumo.constants
+        # one call brings all vehicles: those around a junction, however far
+        names = sumo.constants
+        self.keys = names.VAR_LANE_ID, names.VAR_LANEPOSITION
+        self.keys += names.VAR_SPEED, names.VAR_ALLOWED_SPEED
         self.center = sumo.junction.getIDList()[0]
-        wanted = [self.names.VAR_LANE_ID, self.names.VAR_LANEPOSITION, self.names.VAR_SPEED]
-        kind = self.names.CMD_GET_VEHICLE_VARIABLE
-        sumo.junction.subscribeContext(self.center, kind, 1e9, wanted)
+        kind = names.CMD_GET_VEHICLE_VARIABLE
+        sumo.junction.subscribeContext(self.center, kind, 1e9, self.keys)
         self.look()
 
     def look(self):
         """Zones and outside queues of `env` from SUMO's lanes."""
         zones, queue = self.env.zones.numpy(), self.env.queue.numpy()
         zones[:] = 0.0
-        lane_key, place_key = self.names.VAR_LANE_ID, self.names.VAR_LANEPOSITION
-        seen = self.sumo.junction.getContextSubscriptionResults(self.center)
-        for vehicle in seen.values():
-            place = vehicle[place_key]
-            for piece in self.pieces.get(vehicle[lane_key], ()):
+        vehicles = self.sumo.junction.getContextSubscriptionResults(self.center)
+        for vehicle in vehicles.values():
+            lane, place, speed, allowed = (vehicle[key] for key in self.keys)
+            for piece in self.pieces.get(lane, ()):
                 if piece.start < place <= piece.end:
                     zone, filling = piece.at(place)
-                    slow = 1 - vehicle[self.names.VAR_SPEED] / piece.limit
+                    slow = max(0.0, 1 - speed / allowed)
                     zones[zone, piece.part, 0] += filling
                     zones[3 + zone, piece.part, 0] += filling * slow
-        # drivers who like to be faster than the limit must not hide those who stand
-        np.maximum(zones[3:], 0.0, out=zones[3:])
+        # short vehicles may stand denser than the environment's
+        np.minimum(zones, 1.0, out=zones)
         for edge, shares in self.entries.items():
             waiting = len(self.sumo.edge.getPendingVehicles(edge))
             for entry, share in shares.items():
@@ -329,7 +330,6 @@ class Piece(NamedTuple):
     end: float
     part: int
     before: float  # m of the segment before the stretch
-    limit: float  # m/s
     dx: float  # m, of the segment's cells
     zones: tuple  # of the segment's cells
     fillings: tuple  # what a vehicle in each cell adds to its zone: share of jam density
@@ -349,10 +349,9 @@ def pieces_of(net: Network, layout) -> tuple[dict, dict]:
         zones = net.zone_of[cells]
         # a lane that several turns share belongs to each of them in part
         fillings = layout.weight.get(part, 1.0) / (net.jam[s] * net.zone_length[zones, s])
-        about = float(net.limit[1, s]), float(net.dx[s])
-        cells = tuple(zones.tolist()), tuple(fillings.tolist())
+        about = float(net.dx[s]), tuple(zones.tolist()), tuple(fillings.tolist())
         for lane, start, end, before in layout.lanes[part]:
-            piece = Piece(start, end, s, before, *about, *cells)
+            piece = Piece(start, end, s, before, *about)
             pieces.setdefault(lane, []).append(piece)
             entry = int(net.entry[s])
             if entry >= 0 and before <= 0:
