@@ -11,6 +11,7 @@ python scripts/draw_map.py MAP.net.xml
 
 import csv
 import dataclasses
+import heapq
 import io
 import json
 import math
@@ -45,7 +46,8 @@ from common.networks import (
 BIN = 60.0  # s of a bin of the demand: in bins of 300 s a queue's random part is lost, docs/maps.md
 SHORTEST = 10.0  # m: shorter roads are joined to a neighbour
 POCKET = 200.0  # m before a stop line in which vehicles stand in the lanes of their turn
-GAP = 4.5, 2.5  # s, critical gap and follow-up time of those who give way
+# s, critical gap and follow-up time of those who give way: docs/maps.md
+GAP_AT_GREEN, GAP = (5.2, 2.5), (4.5, 2.5)
 HEADWAY = 1.0  # s, of the SUMO driver (tau), where a vehicle type gives none
 # measured in SUMO under the maps' own programs, docs/maps.md
 REACTION = 0.4  # s that a queue adds to the driver's headway
@@ -119,7 +121,8 @@ class Group(NamedTuple):
     road: str
     lanes: tuple  # numbers
     width: float  # lanes; a part of one where turns share it
-    flows: dict  # {target: vehicles}
+    flows: dict  # {next road: vehicles}
+    ways: dict  # {(next road, its group or ""): vehicles}
     links: tuple
 
 
@@ -621,30 +624,30 @@ def spread(flows: dict, lanes: dict) -> dict:
     return placed
 
 
-def groups_of(road: str, ways: Ways, flows: dict) -> list[Group]:
-    """Lane groups of a road. flows {target: vehicles}, without those that end there."""
-    here = ways.out_of(road)
-    width = ways.roads[road].width
-    number = len(ways.roads[road].lanes)
-    if not any(x.signal for x in here):
-        return [Group(road, road, tuple(range(number)), width, dict(flows), tuple(here))]
-    lanes, shown = defaultdict(set), {}
-    for x in here:
-        lanes[x.target].add(x.lane)
-        shown[x.lane, x.target] = pattern_of(x, ways.programs, ways.where)
-    placed = spread(flows, lanes)
-    turns = defaultdict(dict)  # lane -> {target: vehicles}
-    for (lane, target), vehicles in placed.items():
+def groups_of(name: str, road: Road, here: list, flows: dict, lanes: dict, shown: dict) -> list:
+    """Lane groups of a road.
+
+    here: links out of it; flows {way: vehicles} and lanes {way: set of lanes} of its ways on, each
+    (next road, its group or ""); shown {(lane, next road): what a signal shows}.
+    """
+    turns = defaultdict(dict)  # lane -> {way: vehicles}
+    for (lane, way), vehicles in spread(flows, lanes).items():
         if vehicles > 0:
-            turns[lane][target] = vehicles
+            turns[lane][way] = vehicles
     alike = defaultdict(list)  # lanes that show the same for the same turns
     for lane, vehicles in sorted(turns.items()):
-        kinds = frozenset((to, shown[lane, to]) for to in vehicles)
+        kinds = frozenset((way, shown[lane, way[0]]) for way in vehicles)
         patterns = frozenset(pattern for _, pattern in kinds)
-        alike[kinds if len(patterns) > 1 else patterns].append(lane)
+        same = len(patterns) == 1 and all(pattern for pattern in patterns)
+        alike[patterns if same else kinds].append(lane)
+    unused = [lane for lane in range(len(road.lanes)) if lane not in turns]
+    width = road.width / len(road.lanes)
     groups = []
     for group in alike.values():
-        groups += split_turns(road, tuple(group), width / number, turns, shown, here)
+        groups += split_turns(name, tuple(group), width, turns, shown, here)
+    if len(groups) == 1 and unused:  # one group has all lanes
+        only = groups[0]
+        groups = [only._replace(lanes=tuple(range(len(road.lanes))), width=road.width)]
     return groups
 
 
@@ -652,8 +655,8 @@ def split_turns(road: str, lanes: tuple, width: float, turns, shown, here) -> li
     """One group, or several where turns with different greens share lanes."""
     kinds = defaultdict(Counter)
     for lane in lanes:
-        for target, vehicles in turns[lane].items():
-            kinds[shown[lane, target]][target] += vehicles
+        for way, vehicles in turns[lane].items():
+            kinds[shown[lane, way[0]]][way] += vehicles
     total = sum(sum(flows.values()) for flows in kinds.values())
     main = max(kinds, key=lambda kind: sum(kinds[kind].values()))
     for kind in list(kinds):
@@ -662,12 +665,14 @@ def split_turns(road: str, lanes: tuple, width: float, turns, shown, here) -> li
     groups = []
     for kind, flows in sorted(kinds.items()):
         share = sum(flows.values()) / total
-        links = [x for x in here if x.lane in lanes and x.target in flows]
+        targets = Counter()
+        for (to, _), vehicles in flows.items():
+            targets[to] += vehicles
+        links = [x for x in here if x.lane in lanes and x.target in targets]
         links = [x for x in links if shown[x.lane, x.target] == kind or len(kinds) == 1]
         name = f"{road}:{'-'.join(map(str, lanes))}" + (kind[1:] and f":{kind[1]}" or "")
-        groups.append(
-            Group(name, road, lanes, width * len(lanes) * share, dict(flows), tuple(links))
-        )
+        wide = width * len(lanes) * share
+        groups.append(Group(name, road, lanes, wide, dict(targets), dict(flows), tuple(links)))
     return groups
 
 
@@ -677,28 +682,110 @@ class Drawing:
 
     def __init__(self, ways: Ways, trips: Trips):
         self.ways, self.trips = ways, trips
-        self.flows = defaultdict(Counter)  # road -> {next road or "": vehicles}
+        self.passes = defaultdict(Counter)  # road -> {(edges of a route, place in it): vehicles}
         for (edges, *_), count in ways.routes.items():
-            for a, b in zip(edges, (*edges[1:], "")):
-                self.flows[a][b] += count
-        self.groups, self.shares = {}, defaultdict(list)
-        for road in ways.roads:
-            onward = {to: n for to, n in self.flows[road].items() if to}
-            self.groups[road] = groups_of(road, ways, onward)
-            for group in self.groups[road]:
-                for to, vehicles in group.flows.items():
-                    self.shares[road, to].append((group.name, vehicles / onward[to]))
-        self.cut = {
-            road
-            for road, groups in self.groups.items()
-            if len(groups) > 1 and ways.roads[road].length > 1.25 * POCKET
-        }
+            for k, road in enumerate(edges):
+                self.passes[road][edges, k] += count
+        # the groups of a road, and the share of a way on that each takes: {(road, way): [...]}
+        self.groups, self.shares, self.sorted, self.cut = {}, defaultdict(list), set(), {}
+        self.group_signals()
         self.of_link = defaultdict(set)  # number of a link -> its groups
         for groups in self.groups.values():
             for group in groups:
                 for link in group.links:
                     for number in link.numbers:
                         self.of_link[number].add(group.name)
+
+    def group_signals(self):
+        """Groups at signals; upstream of them, as far as POCKET, lanes by the groups they lead to."""
+        to_stop = []  # (m from a road's end to a stop line, road)
+        for road in self.ways.roads:
+            links = self.ways.out_of(road)
+            if any(link.signal for link in links):
+                self.group(road, 0.0)
+                heapq.heappush(to_stop, (0.0, road))
+            else:
+                self.groups[road] = [self.whole(road, links)]
+                for to in self.ways.nexts[road]:
+                    self.shares[road, (to, "")] = [(road, 1.0)]
+        while to_stop:
+            metres, road = heapq.heappop(to_stop)
+            metres += self.ways.roads[road].length
+            if road in self.cut or len(self.groups[road]) < 2 or metres > POCKET - SHORTEST:
+                continue
+            for before in sorted(self.ways.befores[road]):
+                wide = len(self.ways.roads[before].lanes) > 1
+                signal = any(link.signal for link in self.ways.out_of(before))
+                if wide and not signal and before not in self.sorted:
+                    self.sorted.add(before)
+                    self.group(before, metres)
+                    heapq.heappush(to_stop, (metres, before))
+
+    def whole(self, road: str, links: list) -> Group:
+        flows = Counter()
+        for (edges, k), vehicles in self.passes[road].items():
+            if k + 1 < len(edges):
+                flows[edges[k + 1]] += vehicles
+        lanes, width = tuple(range(len(self.ways.roads[road].lanes))), self.ways.roads[road].width
+        ways = {(to, ""): vehicles for to, vehicles in flows.items()}
+        return Group(road, road, lanes, width, dict(flows), ways, tuple(links))
+
+    def group(self, name: str, metres: float):
+        """Lane groups of a road that ends `metres` before a stop line."""
+        road, here = self.ways.roads[name], self.ways.out_of(name)
+        flows, lanes = Counter(), defaultdict(set)
+        for (edges, k), vehicles in self.passes[name].items():
+            if k + 1 < len(edges):
+                for way, share in self.ways_on(name, edges, k):
+                    flows[way] += share * vehicles
+        for to, group in flows:
+            links = [x for x in here if x.target == to]
+            entries = {road_lane[0][0] for road_lane in self.lanes_of(to, group)}
+            into = [x for x in links if x.into in entries]
+            lanes[to, group] = {x.lane for x in into or links}
+        shown = {
+            (x.lane, x.target): pattern_of(x, self.ways.programs, self.ways.where) for x in here
+        }
+        found = groups_of(name, road, here, flows, lanes, shown) if flows else []
+        if not found:
+            found = [self.whole(name, here)]
+        if len(found) == 1:
+            found = [found[0]._replace(name=name)]
+        self.groups[name] = found
+        for way in flows:
+            self.shares[name, way] = [
+                (group.name, group.ways[way] / flows[way]) for group in found if way in group.ways
+            ]
+        pocket = POCKET - metres
+        if len(found) > 1 and road.length > pocket + POCKET / 4:
+            self.cut[name] = pocket
+
+    def lanes_of(self, road: str, group: str) -> list:
+        lanes = self.ways.roads[road].lanes
+        for one in self.groups.get(road, ()):
+            if one.name == group:
+                return [lanes[k] for k in one.lanes]
+        return list(lanes)
+
+    def ways_on(self, road: str, edges: tuple, k: int) -> list:
+        """Ways on of a route from its k-th road, each with its share."""
+        to = edges[k + 1]
+        by_group = road in self.sorted and to not in self.cut and len(self.groups[to]) > 1
+        if not by_group or k + 2 >= len(edges):
+            return [((to, ""), 1.0)]
+        return [((to, group), share) for group, share in self.choice(edges, k + 1)]
+
+    def choice(self, edges: tuple, k: int) -> list:
+        """Groups in which a route drives on its k-th road, each with its share."""
+        if k + 1 == len(edges):
+            groups = self.groups[edges[k]]
+            total = sum(group.width for group in groups)
+            return [(group.name, group.width / total) for group in groups]
+        shares = Counter()
+        for way, share in self.ways_on(edges[k], edges, k):
+            for group, part in self.shares[edges[k], way]:
+                shares[group] += share * part
+        return list(shares.items())
 
     def saturation_of(self, group: Group) -> float:
         """veh/h and lane: the driver's headway, and the way of a vehicle at the turn's speed."""
@@ -717,8 +804,8 @@ class Drawing:
         for name, road in self.ways.roads.items():
             length = road.length
             if name in self.cut:
-                length -= POCKET
-                upstream, at_end = split_line(road.shape, POCKET)
+                length -= self.cut[name]
+                upstream, at_end = split_line(road.shape, self.cut[name])
                 parts.append(
                     Part(
                         name,
@@ -735,7 +822,7 @@ class Drawing:
                 end = road.end
                 start, shape, length = road.start, road.shape, road.length
                 if name in self.cut:
-                    start, shape, length = road.start + "|" + name, at_end, POCKET
+                    start, shape, length = road.start + "|" + name, at_end, self.cut[name]
                 saturation = None
                 if any(x.signal for x in group.links):
                     saturation = self.saturation_of(group)
@@ -745,34 +832,46 @@ class Drawing:
                 )
         return parts
 
-    def stops(self, road: str, to: str) -> list[tuple[str, float]]:
-        """Parts that a vehicle drives through on a road, each with its share; () is the last."""
-        if to:
-            return self.shares[road, to]
-        groups = self.groups[road]
-        return [(group.name, group.width / sum(g.width for g in groups)) for group in groups]
+    def trace(self, edges: tuple) -> tuple[dict, dict]:
+        """A route by parts: {part: share} where it begins, {(part, next part or ""): share}."""
+        after, pairs = {"": 1.0}, Counter()
+        for k in range(len(edges) - 1, -1, -1):
+            road = edges[k]
+            ends = k + 1 == len(edges)
+            if ends and len(self.groups[road]) > 1 and (k or road in self.cut):
+                here = {}  # it ends before the stop line
+            elif ends or len(after) == 1:
+                here = dict(self.choice(edges, k))
+                pairs.update({(a, b): x * y for a, x in here.items() for b, y in after.items()})
+            else:
+                here = self.lead(road, edges, k, after, pairs)
+            if road in self.cut:
+                pairs.update({(road, part): share for part, share in (here or after).items()})
+                here = {road: 1.0}
+            after = here or after
+        return after, pairs
 
-    def steps(self, edges: tuple) -> list[list]:
-        """Where a route goes: lists of (part, share)."""
-        found = []
-        for k, (a, b) in enumerate(zip(edges, (*edges[1:], ""))):
-            if a in self.cut:
-                found.append([(a, 1.0)])
-            ends_before_signal = not b and len(self.groups[a]) > 1
-            if not ends_before_signal or (k == 0 and a not in self.cut):
-                found.append(self.stops(a, b))
-        return found
+    def lead(self, road: str, edges: tuple, k: int, after: dict, pairs: Counter) -> dict:
+        """Shares of the groups of a road before others: lanes lead to the groups they lead to."""
+        here, to = Counter(), edges[k + 1]
+        for part, share in after.items():
+            of_way = self.shares.get((road, (to, part))) or self.shares[road, (to, "")]
+            for group, own in of_way:
+                here[group] += share * own
+                pairs[group, part] += share * own
+        return here
 
     def turns_and_demand(self) -> tuple[list, dict]:
         counts, begun = defaultdict(Counter), defaultdict(Counter)
+        traces = {}
         for (edges, at, kind), vehicles in self.ways.routes.items():
-            steps = self.steps(edges)
-            for part, share in steps[0]:
+            if edges not in traces:
+                traces[edges] = self.trace(edges)
+            starts, pairs = traces[edges]
+            for part, share in starts.items():
                 begun[part, kind][at] += share * vehicles
-            for here, then in zip(steps, (*steps[1:], [("", 1.0)])):
-                for a, first in here:
-                    for b, second in then:
-                        counts[a][b] += vehicles * first * second
+            for (a, b), share in pairs.items():
+                counts[a][b] += share * vehicles
         turns = [
             Turn(a, b, n / sum(to.values())) for a, to in counts.items() for b, n in to.items() if n
         ]
@@ -824,7 +923,7 @@ class Drawing:
                 phases.append(frozenset(g for g, chars in shown.items() if chars[p] in "Ggs"))
                 waits = [g for g in groups if shown[g.name][p] in "gs" and self.rivals(g)]
                 minor.append(frozenset(g.name for g in waits))
-                yields |= {g.name: (*GAP, tuple(sorted(self.rivals(g)))) for g in waits}
+                yields |= {g.name: (*GAP_AT_GREEN, tuple(sorted(self.rivals(g)))) for g in waits}
             if len(phases) < 2:
                 self.ways.notes.append(f"signal {name}: one phase: always open")
                 continue
@@ -839,8 +938,9 @@ class Drawing:
         lanes, weight = {}, {}
         for name, road in self.ways.roads.items():
             if name in self.cut:
-                lanes[name] = stretch(road, range(len(road.lanes)), 0.0, road.length - POCKET)
-            begin = road.length - POCKET if name in self.cut else 0.0
+                upstream = road.length - self.cut[name]
+                lanes[name] = stretch(road, range(len(road.lanes)), 0.0, upstream)
+            begin = road.length - self.cut.get(name, road.length)
             for group in self.groups[name]:
                 lanes[group.name] = stretch(road, group.lanes, begin, road.length)
                 most = road.width * len(group.lanes) / len(road.lanes)
