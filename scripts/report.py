@@ -193,10 +193,22 @@ svg.spark{display:block;width:100%;height:44px}svg.spark path{fill:none;stroke:v
 stroke-width:1.6;
 vector-effect:non-scaling-stroke;stroke-linejoin:round}
 i.bar{display:block;height:14px;margin-top:3px;border-radius:3px;background:#7d8fa3}
+details :is(th,td){padding-left:6px;padding-right:6px}
 details{border:1px solid var(--line);border-radius:10px;padding:10px 14px;margin-top:14px}
 summary{cursor:pointer;font-weight:600}details[open]>summary{margin-bottom:8px}
 .note{background:var(--wash);border-radius:8px;padding:8px 12px;font-size:.9rem;margin-top:12px}
-@media(max-width:600px){main{padding:18px 14px 48px}h1{font-size:1.35rem}h2{margin-top:40px}
+.film{margin-top:26px}.film .maps{display:grid;grid-template-columns:repeat(auto-fit,
+minmax(min(100%,420px),1fr));gap:14px}
+.film svg{display:block;width:100%;height:auto;max-height:70vh;background:var(--wash);
+border-radius:8px;margin-top:4px}.film polyline{fill:none;stroke:#cfe2f3;stroke-width:5;
+stroke-linecap:butt;vector-effect:non-scaling-stroke}.film output{color:var(--soft)}
+.film.road polyline{stroke-width:22}
+.film .legend i{width:5px;height:12px;border:0;margin:0}.film .legend{gap:0;align-items:center;
+white-space:pre}.film p{display:flex;gap:12px;margin-top:10px}.film input{flex:1;max-width:520px}
+.film button{font:inherit;min-width:84px;padding:4px 14px;border:1px solid var(--line);
+border-radius:8px;background:#fff;color:var(--blue)}
+@media(max-width:600px){.film polyline{stroke-width:3.5}.film.road polyline{stroke-width:16}
+main{padding:18px 14px 48px}h1{font-size:1.35rem}h2{margin-top:40px}
 .tile b{font-size:1.35rem}.tiles{grid-template-columns:1fr 1fr}.wide .scroll img{min-width:820px}
 .wide .scroll::before,.scroll:has(table)::before{content:"scroll sideways \\2192";
 position:sticky;left:0;
@@ -259,7 +271,8 @@ class Meaning(NamedTuple):
 def metric_table(page: str) -> dict[str, Meaning]:
     """{name: row} of the tables of a docs page whose first heading is `metric`.
 
-    Their cells: one or more names in backticks, formula, healthy range, what to do if not.
+    Their cells: one or more names in backticks, formula, healthy range, what to do if not. "as
+    above" stands for the cell above, "as there" for that of the metric X whose formula is "as `X`".
     """
     table, inside, above = {}, False, Meaning("", "", "")
     for line in page.splitlines():
@@ -273,6 +286,10 @@ def metric_table(page: str) -> dict[str, Meaning]:
             pairs = zip(cells[1:] + [""] * 3, above)
             above = Meaning(*(b if a == "as above" else a for a, b in pairs))
             table |= {name: above for name in re.findall(r"`([^`]+)`", cells[0])}
+    for name, row in table.items():
+        other = re.match(r"as `([^`]+)`", row.formula)
+        there = table.get(other[1], row) if other else row
+        table[name] = Meaning(*(b if a == "as there" else a for a, b in zip(row, there)))
     return table
 
 
@@ -823,7 +840,7 @@ def tiles_of(run: Record) -> list[tuple[str, str, str]]:
     speed = show(summary.get("sps"), "int")
     for label, key, small in (
         ("gradient updates", "updates", f"{ratio} rows a transition"),
-        ("transitions", "global_step", f"{speed} a second"),
+        ("transitions", "global_step", "" if speed == "–" else f"{speed} a second"),
         ("wall clock, s", "wall_seconds", limit),
     ):
         tiles.append((label, show(summary.get(key), "int"), small))
@@ -904,11 +921,11 @@ def add_table(page: Page, run: Record):
 
 def note_of(result: dict) -> str:
     """Which rows a split has, and whether time cut it."""
-    note = "PARTIAL, time ran out " if result.get("partial") else ""
+    notes = ["PARTIAL: time ran out"] if result.get("partial") else []
     rows = result.get("rows")
     if isinstance(rows, list) and rows and isinstance(rows[0], int):
-        note += f"rows {rows[0]:,} to {rows[1] - 1:,}"
-    return note
+        notes.append(f"rows {rows[0]:,} to {rows[1] - 1:,}")
+    return ", ".join(notes)
 
 
 def eval_curves(metrics: dict) -> dict[str, dict]:
@@ -1053,6 +1070,7 @@ def add_details(page: Page, run: Record):
     page.section("details", "Details")
     elsewhere = ("eval", "audit", "phases")
     rest = {k: v for k, v in run.summary.items() if k not in elsewhere}
+    rest.pop("shapes", None)  # thousands of numbers
     add_pairs(page, "Flags (args.json)", flat_items(run.args))
     add_pairs(page, "Run (summary.json)", flat_items(rest))
     for note in run.notes:

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from typing import NamedTuple
 
 import numpy as np
 
-from scripts.report import CYCLE, INK, Page, Record, thin, within, words
+from common.pictures import FULL, beside, tones
+from scripts.report import CYCLE, INK, Page, Record, esc, show, thin, within, words
 
 # columns that are drawn together over time_s
 EPISODE = re.compile(
-    r"(rho|v|action)_\d+|phase_.+|(in|out)side_veh|reward|time_s"
+    r"(rho|v|action|fill)_\d+|phase_.+|(in|out)side_veh|reward|time_s"
 )
-CONTROL = "_constant"  # ends the name of a trace of the same episode without control
+# ends the name of a trace of the same episode without the agent -> what to call it
+CONTROLS = {"_constant": "without control", "_fixed_cycle": "fixed cycle"}
+FILM_BYTES = 600_000  # of an animation: it gets fewer frames, or none
+FILM = """<script>
+for (const film of document.querySelectorAll(".film")) {
+  const data = JSON.parse(film.querySelector("script").textContent);
+  const [slider, button] = [film.querySelector("input"), film.querySelector("button")];
+  const sides = [...film.querySelectorAll("svg")].map((svg, i) => ({
+    lines: [...svg.children], says: film.querySelectorAll("output")[i], veh: data.veh[i],
+    levels: Uint8Array.from(atob(data.levels[i]), c => c.charCodeAt(0))}));
+  const paint = frame => sides.forEach(({lines, says, veh, levels}) => {
+    const at = (frame + 1) * lines.length;
+    lines.forEach((line, s) => line.style.stroke = data.tones[levels[at + s]]);
+    says.textContent = frame < 0 ? "mean of the episode" : data.time[frame] + " s"
+      + (veh.length ? ", " + veh[frame] + " vehicles" : "");
+  });
+  let timer = 0;
+  const stop = () => { clearInterval(timer); timer = 0; button.textContent = "Play"; };
+  const go = () => {
+    paint(++slider.value && +slider.value);
+    if (+slider.value >= data.time.length - 1) stop();
+  };
+  slider.oninput = () => { stop(); paint(+slider.value); };
+  button.onclick = () => {
+    if (timer) return stop();
+    if (+slider.value >= data.time.length - 1) slider.value = -1;
+    button.textContent = "Pause";
+    timer = setInterval(go, 100);
+  };
+  paint(-1);
+}
+</script>"""
 # a column of the trace -> what the figure shows, and how to read it
 KINDS = {
     "rho_0": (
@@ -202,15 +236,91 @@ def add_traces(page: Page, run: Record):
     lead = "One episode of the agent that is reported, without exploration noise."
     page.section("road", "On the road", lead)
     for name, trace in traces.items():
-        if name.endswith(CONTROL) and name.removesuffix(CONTROL) in traces:
+        if any(name.removesuffix(end) in traces for end in CONTROLS if name.endswith(end)):
             continue
         sides = {"agent": trace}
-        free = traces.get(name + CONTROL)
-        if free and set(trace) <= set(free):
-            sides["without control"] = free
+        for end, title in CONTROLS.items():
+            other = traces.get(name + end)
+            if other and set(trace) <= set(other):
+                sides[title] = other
         kind = next((k for k in KINDS if k in trace), "reward")
         what, caption = KINDS[kind]
         fig = draw_episode(sides, length, actions)
         title = f"{name}: {what} over one episode"
         alt = f"{title}, {' beside '.join(sides)}"
         page.plot(f"episode_{name}", title, fig, caption, alt, wide=True)
+        add_film(page, run, name, sides, length)
+    if any('class="film' in part for part in page.parts):
+        page.add(FILM)
+
+
+def add_film(page: Page, run: Record, name: str, sides: dict, length: float | None):
+    """The episode as a map whose segments change their colours, side by side."""
+    trace = sides["agent"]
+    keys = list(columns_of(trace, "fill_"))
+    what, low, full = "filling of a segment", 0.0, FULL
+    lines = beside(run.summary.get("shapes") or [])
+    if not keys:  # one road: its points in a row
+        keys = list(columns_of(trace, "rho_"))
+        x = np.linspace(0, length or 1, len(keys) + 1)
+        lines = [np.array([(a, 0), (b, 0)]) for a, b in zip(x, x[1:])]
+        every = [t[key] for t in sides.values() for key in keys] or [np.ones(1)]
+        what, low, full = "density, veh/m", np.nanmin(every), np.nanmax(every)
+    if not keys or len(lines) != len(keys):
+        page.lack(f"{name} as a map", "summary.json has no coordinates of its segments (shapes)")
+        return
+    frames = int(FILM_BYTES / len(sides) / len(keys) / 1.4)
+    paths = svg_lines(lines)
+    if frames < 10 or len(paths) * len(sides) > FILM_BYTES:
+        page.lack(f"{name} as a map", f"{len(keys)} segments are too many for an animation")
+        return
+    step = -(-len(trace["time_s"]) // frames)
+    levels = []
+    for t in sides.values():
+        fill = np.stack([t[key] for key in keys], 1)
+        fill = np.concatenate([fill.mean(0, keepdims=True), fill[::step]])
+        fill = (fill - low) / max(full - low, 1e-9)
+        levels.append((31 * np.nan_to_num(fill).clip(0, 1)).round().astype(np.uint8))
+    palette = ["#" + bytes(c).hex() for c in tones(np.linspace(0, 1, 32))]
+    veh = [vehicles_of(t)[::step] for t in sides.values()]
+    data = {
+        "tones": palette,
+        "time": [f"{t:g}" for t in trace["time_s"][::step]],
+        "veh": veh,
+        "levels": [base64.b64encode(x.tobytes()).decode() for x in levels],
+    }
+    maps = "".join(
+        f"<div><b>{esc(title)}</b> <output></output>{paths}</div>" for title in sides
+    )
+    scale = "".join(f'<i style="background:{c}"></i>' for c in palette)
+    legend = f"{what}: {show(low)} {scale} {show(full)}"
+    kind = "film" if "fill_0" in trace else "film road"
+    page.add(
+        f'<figure class="{kind}"><h3>{esc(name)}: the episode on the map</h3>'
+        f'<div class="legend">{legend}</div><div class="maps">{maps}</div>'
+        f'<p><button type="button">Play</button> <input type="range" min="-1" value="-1" '
+        f'max="{len(data["time"]) - 1}" aria-label="time"></p>'
+        f'<script type="application/json">{json.dumps(data)}</script></figure>'
+    )
+
+
+def vehicles_of(trace: dict) -> list[str]:
+    """Vehicles inside and outside at every decision; [] where the trace does not say."""
+    if "inside_veh" not in trace:
+        return []
+    return [f"{x:.0f}" for x in trace["inside_veh"] + trace["outside_veh"]]
+
+
+def svg_lines(lines: list[np.ndarray]) -> str:
+    """Polylines in m as an SVG, north up; 0.3 % of the width is the least that is told apart."""
+    points = np.concatenate(lines)
+    low, size = points.min(0), np.ptp(points, 0)
+    wide = max(float(size.max()), 1.0)
+    scale = 1000 / wide
+    width, height = np.maximum(size * scale, (1, 30)) + 24
+    paths = ""
+    for line in lines:
+        at = (line - low) * scale
+        text = " ".join(f"{12 + x:.0f},{height - 12 - y:.0f}" for x, y in at)
+        paths += f'<polyline points="{text}"/>'
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img">{paths}</svg>'

@@ -182,11 +182,11 @@ def rows_in(page: str, start: str = "<table") -> dict[str, list[str]]:
 
 def text_of(page: str) -> str:
     """What a reader sees; every tag but the empty ones must be closed, in order."""
-    body, stack = re.sub("<style>.*?</style>", "", page, flags=re.S), []
+    body, stack = re.sub("<(style|script).*?</\\1>", "", page, flags=re.S), []
     for close, tag in re.findall(r"<(/?)([a-z]\w*)[^>]*>", body):
         if close:
             assert stack.pop() == tag
-        elif tag not in ("meta", "img", "br", "path"):
+        elif tag not in ("meta", "img", "br", "path", "input", "polyline"):
             stack.append(tag)
     assert stack == []
     return re.sub("<[^>]*>", "", body)
@@ -509,6 +509,28 @@ def test_road_in_space_and_time_beside_the_road_without_control(tmp_path):
     for row, key in ((2, "action_0"), (3, "reward")):
         for ax, trace in zip(panels[row], sides.values(), strict=True):
             assert np.array_equal(ax.lines[0].get_ydata()[:-1], trace[key])
+
+
+def test_an_episode_moves_on_a_map_beside_the_one_without_the_agent(tmp_path):
+    """The levels that the page's script paints: a row of the mean, then one a decision."""
+    run = make_road(tmp_path / "run", kind="town")
+    path = run / "traces" / "town.parquet"
+    trace = pd.read_parquet(path)
+    for s in range(3):
+        trace[f"fill_{s}"] = np.linspace(0, 0.2 * s, len(trace))
+    trace.to_parquet(path)
+    assert "as a map" in text_of(page_of(run)) and "<script" not in page_of(run)  # no coordinates
+    trace.assign(fill_0=0.5).to_parquet(run / "traces" / "town_fixed_cycle.parquet")
+    edit(run / "summary.json", shapes=[[[0, 0], [0, 100]], [[0, 100], [80, 100]], [[80, 100], [0, 0]]])
+    page = page_of(run)
+    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page)[1])
+    agent, other = (np.frombuffer(base64.b64decode(x), np.uint8).reshape(-1, 3) for x in data["levels"])
+    assert agent.shape == (61, 3) and page.count("<polyline") == 6 and len(data["tones"]) == 32
+    # full is half of what a segment holds
+    assert agent[1].tolist() == [0, 0, 0] and agent[-1].tolist() == [0, 12, 25] and agent[0].tolist() == [0, 6, 12]
+    assert (other[:, 0] == 31).all() and (other[:, 1:] == agent[:, 1:]).all()
+    assert data["time"][-1] == "295" and data["veh"][0][0] == "100" and "fixed cycle" in text_of(page)
+    assert len(page) < 1_000_000 and "as a map" not in text_of(page)
 
 
 def test_headline_of_traffic(tmp_path):
