@@ -125,7 +125,7 @@ class Lanes(gym.vector.VectorEnv):
         raise NotImplementedError
 
     def gauges(self) -> dict[str, torch.Tensor]:
-        """What a picture shows of every lane: curves (N,) over the decisions, or roads (N, points)."""
+        """What a picture shows of every lane: curves (N,) over decisions, or roads (N, points)."""
         return {name: getattr(self, name) for name in ("equity", "position")}
 
     def check_action(self, actions) -> torch.Tensor:
@@ -200,7 +200,7 @@ class Lanes(gym.vector.VectorEnv):
         self.film.append(to_numpy(self.gauges()))
 
     def picture(self, lane: int, over: bool = False) -> np.ndarray:
-        """The running episode of a lane up to now, or the one before it: (height, width, 3) uint8."""
+        """The running episode of a lane up to now, or the one before: (height, width, 3) uint8."""
         from common.pictures import Picture
 
         if not self.was_reset:

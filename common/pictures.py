@@ -1,4 +1,4 @@
-"""Pictures of environments, render_mode="rgb_array": what lanes.py keeps of a running episode, drawn.
+"""Pictures of environments, render_mode="rgb_array": what lanes.py keeps of an episode, drawn.
 
     picture = Picture(network).draw({"equity": (n,), "position": (n,)})  # (H, W, 3) uint8
 

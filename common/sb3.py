@@ -1,4 +1,4 @@
-"""Our lanes as a Stable-Baselines3 VecEnv: one batched environment, no processes, no loop over lanes.
+"""Our lanes as a Stable-Baselines3 VecEnv: one batched environment, no processes, no loop over them.
 
     from common.sb3 import LanesVecEnv
     envs = gymnasium.make_vec("cleanrl_crypto/Freeway-v0", num_envs=64)

@@ -1,5 +1,5 @@
-r"""Download real bars, of an exchange through ccxt or of currencies from Dukascopy, into the parquet
-that every script here reads.
+r"""Download real bars, of an exchange through ccxt or of currencies from Dukascopy, into the
+parquet that every script here reads.
 
     python scripts/download_data.py --exchange binance --symbol BTC/USDT --timeframe 1h \
         --since 2020-01-01 --until 2025-01-01 --out data/BTCUSDT_1h.parquet
@@ -65,9 +65,11 @@ class Args:
     exchange: str = "binance"
     """with ccxt: its id of the exchange: binance, kraken, bybit, okx, coinbase, ..."""
     symbol: str = "BTC/USDT"
-    """ccxt's unified symbol: BTC/USDT is spot, BTC/USDT:USDT the perpetual; or EURUSD, XAUUSD, ..."""
+    """ccxt's unified symbol: BTC/USDT is spot, BTC/USDT:USDT the perpetual; or EURUSD, XAUUSD,
+    ..."""
     timeframe: str = "1h"
-    """length of a bar, one that the source offers: 1m, 5m, 15m, 1h, 4h, 1d, ...; dukascopy 1m, 1h, 1d"""
+    """length of a bar, one that the source offers: 1m, 5m, 15m, 1h, 4h, 1d, ...; dukascopy has 1m,
+    1h and 1d"""
     since: str = "2020-01-01"
     """open time of the first bar, ISO date or time, UTC unless it carries an offset"""
     until: str | None = None

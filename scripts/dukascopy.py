@@ -64,7 +64,7 @@ def point_of(symbol: str) -> float:
 
 
 def decode(raw: bytes, began: int, point: float, name: str) -> Candles:
-    """The content of a .bi5 file of candles whose period began at `began` (ms); b"" is no candle."""
+    """What a .bi5 file of candles holds whose period began at `began` (ms); b"" is no candle."""
     try:
         plain = lzma.decompress(raw) if raw else b""
     except (lzma.LZMAError, EOFError) as e:
@@ -80,7 +80,7 @@ def decode(raw: bytes, began: int, point: float, name: str) -> Candles:
 
 
 def middle(bid: Candles, ask: Candles, digits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bars (n, 6) [ms, open, high, low, close, volume] halfway between both sides, and spreads (n,).
+    """Bars (n, 6) [ms, open, high, low, close, volume] halfway between the sides, and spreads (n,).
 
     Only what both sides have, and where somebody traded.
     """
@@ -185,7 +185,8 @@ def download(args, since: int, until: int | None, folder: Path) -> tuple[np.ndar
     inside = (table[:, 0] >= since) & (table[:, 0] < until)
     if missing:
         first, last = missing[0].date(), missing[-1].date()
-        print(f"{args.symbol}: no bars in {len(missing)} of {len(periods)} files, {first} to {last}")
+        count = f"{len(missing)} of {len(periods)} files"
+        print(f"{args.symbol}: no bars in {count}, {first} to {last}")
     return table[inside], spread[inside]
 
 

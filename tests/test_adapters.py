@@ -112,14 +112,15 @@ def test_many_lanes_render_and_reported_returns():
     np.testing.assert_allclose(4 * info["episode"]["r"], reported, rtol=1e-5)
 
 
-LEARNERS = {  # algorithm -> module, environment, policy, keywords of the environment, the algorithm, the adapter
-    "PPO": ("stable_baselines3", "Freeway-v0", "MlpPolicy", dict(episode_seconds=4), dict(n_steps=16, batch_size=64), {}),
-    "SAC": ("stable_baselines3", "Freeway-v0", "MlpPolicy", dict(episode_seconds=4), dict(learning_starts=64), {}),
-    "TQC": ("sb3_contrib", "Market-v0", "MultiInputPolicy", MARKET, dict(learning_starts=64), {}),
-    "DQN": ("stable_baselines3", "Network-v0", "MlpPolicy", dict(seconds=30), dict(learning_starts=64), dict(joint=True)),
+SB3 = "stable_baselines3"
+ROAD, START = dict(episode_seconds=4), dict(learning_starts=64)
+# algorithm -> module, environment, policy, keywords of the environment, of the algorithm, of the adapter
+LEARNERS = {
+    "PPO": (SB3, "Freeway-v0", "MlpPolicy", ROAD, dict(n_steps=16, batch_size=64), {}),
+    "SAC": (SB3, "Freeway-v0", "MlpPolicy", ROAD, START, {}),
+    "TQC": ("sb3_contrib", "Market-v0", "MultiInputPolicy", MARKET, START, {}),
+    "DQN": (SB3, "Network-v0", "MlpPolicy", dict(seconds=30), START, dict(joint=True)),
 }
-
-
 SLOW = ("SAC", "TQC")  # 10 s of CPU each
 
 
