@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import toy
 from common.run import UsageError
 from runs import load_summary
 from scripts import kaggle_bundle as kb
@@ -30,6 +31,17 @@ shell = InteractiveShell.instance()
 sys.argv = ["kernel_launcher.py", "-f", "kernel.json"]
 for name in {cells}:
     shell.run_cell(open(name).read()).raise_error()
+"""
+NEXT_CELL = """
+import traceback
+from common.run import check
+assert summary["exit_code"] == 0 and callable(load_policy("run/checkpoints/best.pt"))
+try:
+    check(object(), {"kind": ()}, {})
+except AttributeError as e:
+    place = traceback.extract_tb(e.__traceback__)[-1]
+    assert place.filename == main.__code__.co_filename
+    print(f"raised in line {place.lineno}")
 """
 
 
@@ -59,18 +71,12 @@ def test_modules_stand_verbatim_under_a_heading_each(script, tmp_path, repo):
         assert (repo / name).read_text() in text
     top = text[:text.index('r"""')]
     assert "MIT License" in top and "0.2.0" in top and re.search(r"commit [0-9a-f]{12}", top)
-    for flag, word in (("--help", "--checkpoint-interval"), ("--version", script)):
-        assert word in run(path.parent, path, flag)[0]
 
 
-def test_tracebacks_name_lines_of_the_one_file(tmp_path):
+def test_the_one_file_answers_at_once(tmp_path):
     path = bundle(tmp_path / "b", "ppo_arz_gpu")
-    lines = path.read_text().splitlines()
-    code = ("import traceback, one_file\nfrom common.run import check\n"
-            "try: check(object(), {'kind': ()}, {})\n"
-            "except AttributeError as e: at = traceback.extract_tb(e.__traceback__)[-1]; print(at.filename, at.lineno)")
-    name, line = run(path.parent, "-c", code)[0].split()
-    assert name == str(path) and lines[int(line) - 1].strip() == "value = getattr(args, name)"
+    for flag, word in (("--help", "--checkpoint-interval"), ("--version", "ppo_arz_gpu")):
+        assert word in run(path.parent, path, flag)[0]
     assert "no such run directory" in run(path.parent, path, "scripts/report.py", "nowhere", code=2)[1]
 
 
@@ -93,14 +99,15 @@ def ran_well(folder, script):
 @pytest.mark.parametrize("script", [s if s == "tqc_film_batch" else pytest.param(s, marks=pytest.mark.slow)
                                     for s in kb.SCRIPTS])
 def test_a_pasted_cell_runs(script, tmp_path):
-    """With worker processes where there are some; the notebook's own arguments are not flags."""
+    """With worker processes where there are some; the notebook's own arguments are not flags; a traceback names
+    lines of the one file."""
     pytest.importorskip("IPython", reason="a notebook's cell")
     path = bundle(tmp_path / "b", script, FLAGS[script])
-    (path.parent / "next.py").write_text("assert summary['exit_code'] == 0 and main.__module__ != '__main__'\n"
-                                         "print('policy', load_policy('run/checkpoints/best.pt').__name__)")
+    (path.parent / "next.py").write_text(NEXT_CELL)
     out, err = run(path.parent, "-c", PASTE.format(cells=["one_file.py", "next.py"]))
     ran_well(path.parent, script)
-    assert "policy" in out, err
+    line = int(re.search(r"^raised in line (\d+)$", out, re.M)[1])
+    assert path.read_text().splitlines()[line - 1].strip() == "value = getattr(args, name)", err
 
 
 @pytest.mark.slow
@@ -125,16 +132,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("names, argv, words", [
-    (["numba", "tyro", "talib"], ["--timeout", "3"], ["pip install numba tyro TA-Lib"]),
-    (["tyro", "rich"], ["--timeout", "3"], ["main(timeout=300)", "pip install tyro rich"]),
-])
-def test_all_missing_packages_are_one_line(names, argv, words, repo, tmp_path):
-    argv = [str(repo / "cleanrl_crypto" / "ppo_arz_gpu.py"), *argv]
-    err = run(tmp_path, "-c", LACKING.format(names=names, argv=argv), code=2)[1]
-    line = err.strip().splitlines()[-1]
-    assert line.startswith("error: ") and all(word in line for word in words) and "Traceback" not in err
+def test_all_missing_packages_are_one_line(repo, tmp_path):
+    argv = [str(repo / "cleanrl_crypto" / "ppo_arz_gpu.py")]
+    err = run(tmp_path, "-c", LACKING.format(names=["numba", "tyro", "talib"], argv=argv), code=2)[1]
+    assert err.startswith("error: ") and err.count("\n") == 1 and "pip install numba tyro TA-Lib" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_as_keywords_need_no_tyro(tmp_path, monkeypatch):
+    for name in ("tyro", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match="pip install tyro rich"):
+        toy.main(["--seed", "3"])
+    for wrong, word in ((dict(seeed=3), "seed"), (dict(timeout="3"), "timeout"), (dict(seed=True), "seed=True"),
+                        (dict(sizes=["1"]), "sizes")):
+        with pytest.raises(UsageError, match=word):
+            toy.main(**wrong)
+    summary = toy.main(seed=3, sizes=[1, 2], run_dir=str(tmp_path / "r"), report=False, torch_threads=1)
+    assert summary["exit_code"] == 0 and "seed=3" in summary["command"]
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["sizes"] == [1, 2]
 
 
 def test_columns_that_need_a_missing_package_are_named(monkeypatch):
@@ -170,7 +186,7 @@ def test_the_wheel_runs(tmp_path, repo):
         "runpy.run_module('cleanrl_crypto.ppo_arz_gpu', run_name='__main__', alter_sys=True)"
     (tmp_path / "empty").mkdir()
     assert "ppo_arz_gpu 0.2.0" in run(tmp_path / "empty", "-c", call.format(["--version"]))[0], setuptools.__version__
-    flags = "--torch-threads 1 --num-envs 64 --num-steps 4 --episode-seconds 8 --hidden 8 --total-timesteps 512 --no-cuda"
+    flags = "--torch-threads 1 --num-envs 64 --num-steps 4 --episode-seconds 8 --total-timesteps 512 --no-cuda"
     run(tmp_path / "empty", "-c", call.format([*flags.split(), "--run-dir", "run"]))
     assert "flux" in (tmp_path / "empty" / "run" / "report.html").read_text()
 
