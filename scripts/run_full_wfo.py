@@ -307,7 +307,7 @@ def print_segments(segments: list[Segment], assets: list):
             bars = count(assets[0][1], start, stop)
             cells.append(f"{start:%Y-%m-%d} .. {last:%Y-%m-%d} ({bars} bars)")
         table.add_row(*cells)
-    Console(width=max(shutil.get_terminal_size((120, 24)).columns, 110)).print(table)
+    Console(width=max(shutil.get_terminal_size().columns, 130)).print(table)
 
 
 def write_slices(args: Args, segment: Segment, assets: list) -> tuple[str, str]:

@@ -74,7 +74,7 @@ def test_a_worker_is_killed(folder, repo, cluster, local, tmp_path, shared):  # 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     child = subprocess.Popen([sys.executable, repo / PROGRAM, *argv], **options)
     place = root / "logs" if shared else storage
-    wait_until(child, lambda: list(place.rglob("last.pt")), seconds=900)
+    wait_until(child, lambda: len(list(place.rglob("last.pt"))) == 2, seconds=900)
     workers = workers_of(cluster.list_all_nodes())
     workers[0].kill()
     said, _ = child.communicate(timeout=900)
