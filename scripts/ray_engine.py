@@ -51,31 +51,36 @@ class Mirror(threading.Thread):
         self.run_dir, self.log, self.seconds = run_dir, log, seconds
         self.fs, self.url = fsspec.core.url_to_fs(url)
         self.last = run_dir / "checkpoints" / "last.pt"
-        self.copied, self.over = None, threading.Event()
+        self.copied = {}  # path: when it was written, as of the last copy
+        self.over = threading.Event()
 
     def run(self):
         while not self.over.wait(self.seconds):
             try:
-                if self.last.exists() and self.last.stat().st_mtime_ns != self.copied:
+                if self.last.exists() and self.changed(self.last):
                     self.push()
             except Exception as e:  # whatever a storage raises: the next copy may work
                 print(f"{self.url}: not copied ({type(e).__name__}: {e}): the run goes on")
 
     def push(self):
         """metrics.jsonl may be longer than last.pt knows, never shorter: last.pt is read first."""
-        checkpoint = None
+        checkpoint, now = None, {}
         if self.last.exists():
-            stamp = self.last.stat().st_mtime_ns
+            now[self.last] = self.last.stat().st_mtime_ns
             checkpoint = self.last.read_bytes()
         for path in sorted(self.run_dir.rglob("*")):
             stays = path == self.last or any(map(path.match, OWN))
-            if path.is_file() and not stays:
+            if path.is_file() and not stays and self.changed(path):
+                now[path] = path.stat().st_mtime_ns
                 name = path.relative_to(self.run_dir)
                 self.put(name.as_posix(), path.read_bytes())
         self.put("log", self.log.read_bytes())
         if checkpoint is not None:
             self.put("checkpoints/last.pt", checkpoint)
-            self.copied = stamp
+        self.copied |= now
+
+    def changed(self, path: Path) -> bool:
+        return path.stat().st_mtime_ns != self.copied.get(path)
 
     def put(self, name: str, content: bytes):
         """Whole or not at all."""
