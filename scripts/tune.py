@@ -68,7 +68,7 @@ JUDGES = {
     "signals": ("eval/validation/episode_return",),
 }
 # flags of the training script that the study sets
-OWN = {"run_dir", "resume", "eval_only", "checkpoint", "report", "track"}
+OWN = {"run_dir", "resume", "eval_only", "checkpoint", "report"}
 SAME = MAY_CHANGE - {"total_timesteps", "timeout"}  # change no trial's value
 STARTUP = 5  # trials that nobody is cut off in: the median of fewer says little
 SHOWN = 10  # trials in the table
@@ -98,7 +98,7 @@ class Args:
 
     # runtime
     timeout: float | None = None
-    """seconds for this command; trials that are on then are saved, and go on next time"""
+    """seconds for this command; trials that are on then go on next time, from their checkpoints"""
     jobs: int | None = None
     """trials at once (default: as many as cores and memory allow)"""
     storage: str | None = None
@@ -267,15 +267,16 @@ def run_trial(task: dict):
         stop = CheckFailed("interrupted")
         stop.exit_code = summary["exit_code"]
         raise stop
-    write_json_atomic({"value": value_of(summary)}, task["result"])
+    write_json_atomic(result_of(summary), task["result"])
 
 
-def value_of(summary: dict) -> float:
+def result_of(summary: dict) -> dict:
     """What best.pt was chosen by, of best.pt, on the split that chose it."""
-    chosen = summary["selected_by"]
-    if chosen in summary["eval"]:  # traffic names the split
-        return summary["eval"][chosen]["agent"]["episode_return"]
-    return summary["eval"]["eval"]["agent"][chosen]
+    split, metric = "eval", summary["selected_by"]
+    if metric in summary["eval"]:  # traffic names the split
+        split, metric = metric, "episode_return"
+    value = summary["eval"][split]["agent"][metric]
+    return {"metric": f"{metric} on {split}", "value": value}
 
 
 class Job:
@@ -433,8 +434,9 @@ class Tuner:
                 for job in list(self.on):
                     self.look(job)
         finally:
-            wfo.end_runs([job.process for job in self.on])
-            for job in self.on:
+            for job in self.on:  # what it has done since its checkpoint is lost
+                job.process.kill()
+                job.process.join()
                 job.lock.release()
 
     def start(self, jobs: int):
@@ -498,15 +500,21 @@ class Tuner:
 
         result = Path(job.task["result"])
         if result.exists():
-            value = json.loads(result.read_text())["value"]
-            self.study.tell(job.trial, value)
-            print(f"trial {job.trial.number}: {value:.4f}", flush=True)
+            self.take_in(job.trial, **json.loads(result.read_text()))
         elif job.pruned:
             self.study.tell(job.trial, state=optuna.trial.TrialState.PRUNED)
             step = max(job.reported)
             print(f"trial {job.trial.number}: ended at {step} transitions", flush=True)
         else:
             self.fail(job.trial, wfo.last_line(job.task["log"]))
+
+    def take_in(self, trial, metric: str, value: float | None):
+        if value is None:
+            self.fail(trial, f"{metric} is not a number")
+            return
+        trial.set_user_attr("metric", metric)
+        self.study.tell(trial, value)
+        print(f"trial {trial.number}: {value:.4f}", flush=True)
 
     def fail(self, trial, why: str):
         """A trial without a value; the study goes on unless every one is like that."""
@@ -541,7 +549,7 @@ def print_table(args: Args, extra: list[str], study, module):
         table.add_row(str(trial.number), f"{trial.value:.4f}", *values)
     Console(width=max(100, 14 * len(names) + 20)).print(table)
     pruned = len(trials) - len(complete)
-    print(f"{len(complete)} trials, {pruned} ended early; value: {JUDGES[args.script][0]}")
+    print(f"{len(complete)} trials, {pruned} ended early; value: {best[0].user_attrs['metric']}")
     argv = [*extra, *argv_of(best[0].params, module)]
     print(f"python cleanrl_crypto/{SCRIPTS[args.script]}.py {shlex.join(argv)}")
     return best[0]
