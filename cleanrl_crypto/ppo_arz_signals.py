@@ -718,13 +718,14 @@ def want_nb(lo, hi, s, roads, cells, scratch):
     c = roads.first[s]
     total = scratch.total
     begin, end = roads.source_ptr[s], roads.source_ptr[s + 1]
+    is_entry = roads.entry[s] >= 0
     for k in range(2):
         _, _, _, _, w, _ = class_of_nb(cells, k)
         limit = roads.limit[k, s]
         for ln in range(lo, hi):
             total[k, ln] = ZERO
             total[2 + k, ln] = ZERO
-        if roads.entry[s] >= 0:
+        if is_entry:
             for ln in range(lo, hi):
                 total[k, ln] += scratch.into[k, s, ln]
                 total[2 + k, ln] += scratch.into[k, s, ln] * limit
@@ -738,10 +739,11 @@ def want_nb(lo, hi, s, roads, cells, scratch):
     for k in range(2):
         _, _, _, v, _, cross = class_of_nb(cells, k)
         limit = roads.limit[k, s]
+        bound = limit if begin < end else ZERO  # who comes from outside has w = limit
         for ln in range(lo, hi):
             want = total[k, ln]
             mean = total[2 + k, ln] / (want + TINY)
-            mean = mean if mean < limit and begin < end else limit
+            mean = mean if mean < bound else limit
             supply = roads.jam[s] * supply_nb(mean, v[c, ln], limit)
             fits = share_nb(want, cross * total[1 - k, ln], supply)
             scratch.fits[k, s, ln] = fits
@@ -752,10 +754,11 @@ def pass_nb(lo, hi, s, k, roads, cells, scratch):
     """What enters segment s over an entry and from its sources, no faster than its limit."""
     _, _, _, _, w, _ = class_of_nb(cells, k)
     limit = roads.limit[k, s]
+    if roads.entry[s] < 0:
+        for ln in range(lo, hi):
+            scratch.into[k, s, ln] = ZERO
     for ln in range(lo, hi):
-        flow = scratch.into[k, s, ln] if roads.entry[s] >= 0 else ZERO
-        scratch.into[k, s, ln] = flow
-        scratch.into_mom[k, s, ln] = flow * limit
+        scratch.into_mom[k, s, ln] = scratch.into[k, s, ln] * limit
     for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
         i = roads.sources[j]
         last = roads.first[i + 1] - 1
@@ -949,24 +952,25 @@ def switch_nb(lo, hi, action, roads, street, totals):
 
 @fast
 def gates_nb(lo, hi, roads, scratch, street):
-    """gate <- 1 where a stop line is open, else 0; follow <- inf where it does not give way.
+    """Of signals: gate <- 1 where a stop line is open, else 0; follow <- inf where a minor green
+    has priority.
 
     A green that ends is open through amber; one that goes on in the next phase stays open.
     """
     for s in range(roads.signal.size):
         g = roads.signal[s]
-        for ln in range(lo, hi):
-            is_open = gives_way = True
-            if g >= 0:
+        if g >= 0:
+            green, minor = roads.green[s], roads.minor[s]
+            closes, opens = roads.closes[g], roads.opens[g]
+            for ln in range(lo, hi):
                 age = street.age[g, ln] + SOON
-                new = (roads.green[s] >> street.phase[g, ln]) & 1 == 1
-                opened = age >= roads.opens[g]
-                shown = street.phase[g, ln] if opened else street.before[g, ln]
-                is_open = (roads.green[s] >> shown) & 1 == 1
-                is_open = is_open and (new or age < roads.closes[g])
-                gives_way = (roads.minor[s] >> shown) & 1 == 1
-            scratch.gate[s, ln] = ONE if is_open else ZERO
-            scratch.follow[s, ln] = roads.follow[s] if gives_way else INF
+                phase = street.phase[g, ln]
+                shown = phase if age >= opens else street.before[g, ln]
+                stays = (green >> phase) | (age < closes)
+                scratch.gate[s, ln] = (green >> shown) & stays & 1
+                if minor != 0:
+                    gives_way = (minor >> shown) & 1 == 1
+                    scratch.follow[s, ln] = roads.follow[s] if gives_way else INF
 
 
 @fast
@@ -1181,17 +1185,15 @@ def draw_roads_nb(lo, hi, roads, scratch, street, rules):
         for ln in range(lo, hi):
             factor = spread_nb(rules.saturation, ln, (1 << 42) + s, street, rules)
             scratch.saturation[s, ln] = roads.saturation[s] * factor
-            total = 1.0 * roads.leave[s]
+            total = roads.leave[s]
             for m in range(roads.target_ptr[s], roads.target_ptr[s + 1]):
                 j = roads.place[m]
                 factor = spread_nb(rules.turns, ln, (1 << 43) + j, street, rules)
                 scratch.share[j, ln] = roads.share[j] * factor
                 total += scratch.share[j, ln]
-            total = total if rules.turns > 0.0 else 1.0
             scratch.leave[s, ln] = roads.leave[s] / total
             for m in range(roads.target_ptr[s], roads.target_ptr[s + 1]):
-                j = roads.place[m]
-                scratch.share[j, ln] = scratch.share[j, ln] / total
+                scratch.share[roads.place[m], ln] /= total
 
 
 @fast
@@ -1225,7 +1227,8 @@ def decide_nb(lo, hi, action, roads, cells, scratch, street, result, rules):
         for ln in range(lo, hi):
             street.delay[s, ln] = 0.0
     draw_demand_nb(lo, hi, roads, scratch, street, rules)
-    draw_roads_nb(lo, hi, roads, scratch, street, rules)
+    if rules.saturation > 0.0 or rules.turns > 0.0:
+        draw_roads_nb(lo, hi, roads, scratch, street, rules)
     switch_nb(lo, hi, action, roads, street, totals)
     for i in range(roads.pieces.size):
         piece = roads.pieces[i]
@@ -1307,22 +1310,12 @@ def roads_of(net: Network, interval: float, length: int, saturation, dtype) -> R
         np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64)
         for m in (net.move_from, net.move_to)
     ]
-    real = {
-        "dx": net.dx,
+    values = vars(net) | {
         "inv_dx": 1 / net.dx,
-        "jam": net.jam,
         "inv_jam": 1 / net.jam,
         "room": net.zone_length * net.jam,
-        "limit": net.limit,
         "share": net.share[order],
-        "leave": net.leave,
         "saturation": saturation,
-        "gap": net.gap,
-        "follow": net.follow,
-        "zone_share": net.zone_share,
-    }
-    real = {k: np.ascontiguousarray(x, dtype) for k, x in real.items()}
-    others = {
         "target_ptr": ptr[0],
         "targets": net.move_to,
         "source_ptr": ptr[1],
@@ -1338,7 +1331,9 @@ def roads_of(net: Network, interval: float, length: int, saturation, dtype) -> R
         "exits": exits,
         "owner": net.owners(),
     }
-    values = vars(net) | others | real
+    real = "dx inv_dx jam inv_jam room limit share leave saturation gap follow zone_share"
+    for name in real.split():
+        values[name] = np.ascontiguousarray(values[name], dtype)
     return Roads(*(values[name] for name in Roads._fields))
 
 
@@ -1409,9 +1404,13 @@ class NetworkVectorEnv(SimulatedLanes):
         action = gym.spaces.MultiDiscrete(net.n_phases)
         super().__init__(num_envs, observation, action, backend, seed)
         self.take_all(real)
-        self.times = interval, int(wide), *variation, fill, float(saturation), float(turns)
+        self.times = interval, int(wide), *variation, fill, saturation, turns
         self.block = block or min(BLOCK, -(-num_envs // nb.get_num_threads()))
         self.kernels = decide_cpu, begin_cpu, show_cpu
+        self.gate.fill_(1.0)  # of what has no signal; what episodes draw stands here if none does
+        for name in ("share", "leave", "saturation", "follow"):
+            values = self.on_device(getattr(self.roads, name))[:, None]
+            getattr(self, name)[: len(values)] = values
         if backend == "cuda":
             self.roads = Roads(*map(cuda.to_device, self.roads))
             grid = (num_envs + 63) // 64, 64
@@ -1527,9 +1526,8 @@ class NetworkVectorEnv(SimulatedLanes):
 
     def trace(self) -> dict:
         """What a picture of lane 0 needs: phase of each junction, vehicles inside and outside."""
-        row = {}
-        for node, phase in zip(self.network.nodes, self.phase[:, 0].tolist()):
-            row[f"phase_{node}"] = phase
+        phases = zip(self.network.nodes, self.phase[:, 0].tolist())
+        row = {f"phase_{node}": phase for node, phase in phases}
         outside = self.queue[:, :, 0].sum()
         row["inside_veh"] = float(self.totals[STORED:, 0].sum() - outside)
         row["outside_veh"] = float(outside)
@@ -2322,15 +2320,12 @@ def make_envs(
     return envs
 
 
-def describe(run: Run, envs, eval_envs) -> dict:
+def describe(run: Run, envs) -> dict:
     """What the run is about: the network, and what an evaluation draws."""
     return {
         "spec": run.args.network or run.args.scenario,
         "sha256": envs.network.sha256(),
-        "levels": list(run.args.levels),
-        "variation": list(run.args.variation),
         "eval_seed": EVAL_SEED,
-        "eval_lanes": eval_envs.num_envs,
     }
 
 
@@ -2459,7 +2454,7 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     envs = run.closing(envs or make(num_envs=lanes, lane0=run.rank * lanes))
     eval_envs = run.closing(eval_envs or make(cases="eval"))
     config = agent_config(run, envs)
-    run.open(envs.network.name, describe(run, envs, eval_envs))
+    run.open(envs.network.name, describe(run, envs))
     check_network_env(run, envs)
     baselines = {}
     short = False
