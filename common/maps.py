@@ -215,10 +215,15 @@ def read_trips(files: Files, notes: list) -> Trips:
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:
             lines = [x for x in done.stderr.splitlines() if x.startswith("Error")]
-            names = ", ".join(path.name for path in files.demand)
             what = lines[0].removeprefix("Error: ") if lines else done.stderr.strip()[-200:]
+            what = nobody(files) if what.startswith("No route input") else what
+            names = ", ".join(path.name for path in files.demand)
             raise NetworkError(f"{names}: {what}")
         return count_trips(ElementTree.parse(out).getroot(), files, notes)
+
+
+def nobody(files: Files) -> str:
+    return f"no vehicle departs from {files.begin} to {files.end} s: see begin and end"
 
 
 def count_trips(tree, files: Files, notes: list) -> Trips:
@@ -239,9 +244,7 @@ def count_trips(tree, files: Files, notes: list) -> Trips:
             notes.append(f"{count} of class {what} left out: not on roads for cars")
     if not vehicles:
         names = ", ".join(map(str, files.demand))
-        raise NetworkError(
-            f"{names}: no vehicle departs from {files.begin} to {files.end} s: see begin and end"
-        )
+        raise NetworkError(f"{names}: {nobody(files)}")
     begin = files.begin if files.begin is not None else min(v[0] for v in vehicles)
     last = max(v[0] for v in vehicles)
     end = files.end if files.end is not None else last + 1

@@ -1,0 +1,283 @@
+"""Maps of other programs: what they become, ten broken or odd ones, edge tables, CityFlow, pictures."""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import maps, networks
+from scripts import draw_map
+
+pytest.importorskip("sumolib", reason="optional: requirements-sumo.txt")
+sumo = pytest.importorskip("sumo", reason="optional: requirements-sumo.txt")
+
+PLACES = {"W": (-300, 0), "E": (300, 0), "N": (0, 300), "S": (0, -300), "M": (-150, 0)}
+LANES = {"WM": 2, "MJ": 2, "JE": 2, "JW": 1, "NJ": 1, "JS": 1, "EJ": 2}
+ROADS = "".join(
+    f'<edge id="{name}" from="{name[0]}" to="{name[1]}" numLanes="{n}" speed="13.9" priority="{n}"/>'
+    for name, n in LANES.items())
+WAYS = [("WM", "JE"), ("WM", "JE"), ("WM", "JS"), ("NJ", "JS"), ("EJ", "JW"), ("EJ", "JS")] * 10
+TRIPS = "".join(f'<trip id="t{k}" depart="{100 + 10 * k}" from="{a}" to="{b}"/>' for k, (a, b) in enumerate(WAYS))
+
+
+def netconvert(folder: Path, *options) -> Path:
+    out = folder / "cross.net.xml"
+    binary = maps.sumo().checkBinary("netconvert")
+    done = subprocess.run([binary, *options, "-o", out], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def cross(tmp_path_factory):
+    """A signalised crossing, its western road of two edges in a row; 60 trips from second 100 on."""
+    folder = tmp_path_factory.mktemp("cross")
+    nodes = "".join(f'<node id="{n}" x="{x}" y="{y}"/>' for n, (x, y) in PLACES.items())
+    (folder / "a.nod.xml").write_text(f'<nodes>{nodes}<node id="J" x="0" y="0" type="traffic_light"/></nodes>')
+    (folder / "a.edg.xml").write_text(f"<edges>{ROADS}</edges>")
+    (folder / "cross.rou.xml").write_text(f"<routes>{TRIPS}</routes>")
+    netconvert(folder, "-n", "a.nod.xml", "-e", "a.edg.xml", "--no-turnarounds", "--tls.yellow.time", "4")
+    (folder / "cross.sumocfg").write_text(
+        '<configuration><input><net-file value="cross.net.xml"/><route-files value="cross.rou.xml"/></input>'
+        '<time><begin value="100"/><end value="700"/></time></configuration>')
+    return folder
+
+
+@pytest.fixture
+def own(cross, tmp_path):
+    """A copy of the crossing to break."""
+    for path in cross.glob("cross.*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    return tmp_path
+
+
+def shares(net) -> np.ndarray:
+    return np.bincount(net.move_from, net.share, len(net.ids)) + net.leave
+
+
+def test_a_crossing_becomes_lane_groups_phases_and_demand(cross):
+    net, layout = maps.read_both(cross / "cross.sumocfg")
+    assert shares(net) == pytest.approx(np.ones(len(net.ids)))
+    assert len(net.nodes) == 1 and net.amber[0] == 4
+    program = maps.read_net(cross / "cross.net.xml").programs["J"]
+    greens = [program.phases[k] for k in maps.greens_of(program)]
+    assert net.durations[0].tolist() == [seconds for seconds, *_ in greens]
+    assert layout.tls["J"] == ("J", tuple(state for _, state, _ in greens))
+    assert (net.base.sum((1, 2)) * 60).sum() == pytest.approx(60)  # every trip, in bins of a minute
+    assert net.base.shape[0] == 10
+    west = [s for s, name in enumerate(net.ids) if name.startswith("MJ")]
+    assert net.lengths[west] == pytest.approx(300, abs=30)  # the two edges in a row are one
+    assert net.jam[west].sum() == pytest.approx(2 * networks.RHO_JAM)
+    stretches = layout.lanes[net.ids[west[0]]]
+    assert {lane.split("_")[0] for lane, *_ in stretches} == {"WM", "MJ"}
+    assert (net.signal[west] == 0).all()
+
+
+def test_a_left_turn_gives_way_to_those_it_crosses(cross):
+    net = maps.read_sumo(cross / "cross.sumocfg")
+    left = [s for s, name in enumerate(net.ids) if name.startswith("EJ") and net.minor[s]]
+    assert len(left) == 1
+    rivals = {net.ids[s].split(":")[0] for s in net.yield_to[net.yield_ptr[left[0]]:net.yield_ptr[left[0] + 1]]}
+    assert rivals == {"MJ"}
+
+
+def test_saturation_flow_is_the_drivers_headway(cross):
+    """Defaults of SUMO: tau 1 s, 5 m and a gap of 2.5 m; straight on at the limit."""
+    net = maps.read_sumo(cross / "cross.sumocfg")
+    straight = next(s for s, name in enumerate(net.ids) if name.startswith("MJ") and not net.minor[s])
+    lanes = net.jam[straight] / networks.RHO_JAM
+    expected = 3600 / (1 + maps.REACTION + 7.5 / 13.9)
+    assert 3600 * net.saturation[straight] / lanes <= expected * 1.001
+    assert 3600 * net.saturation[straight] / lanes > 0.7 * expected
+
+
+def test_a_program_counts_from_sumos_clock(own):
+    text = (own / "cross.net.xml").read_text()
+    (own / "cross.net.xml").write_text(re.sub(r'programID="0" offset="0"', 'programID="0" offset="7"', text))
+    net = maps.read_sumo(own / "cross.sumocfg")
+    cycle = (net.durations[0] + net.change[0]).sum()
+    assert net.offset[0] == pytest.approx((7 - 100) % cycle)
+
+
+# what is broken, the file, what in it, by what; what the line names
+BROKEN = {
+    "unknown connection": ("cross.net.xml", 'from="NJ" to="JS"', 'from="NJ" to="XX"', "XX"),
+    "demand edge not there": ("cross.rou.xml", 'to="JE"', 'to="JX"', "JX"),
+    "two networks in one file": ("cross.net.xml", "</net>", "</net><net/>", "not XML"),
+    "not a map": ("cross.net.xml", r"(</?)net\b", r"\1town", "<town>"),
+    "cut off": ("cross.net.xml", "</net>", "", "not XML"),
+    "nobody departs": ("cross.sumocfg", 'begin value="100"', 'begin value="695"', "695"),
+    "no program": ("cross.net.xml", r"(?s)<tlLogic.*?</tlLogic>", "", "tlLogic"),
+    "a state too short": ("cross.net.xml", r'state="\w+"', 'state="G"', "no link"),
+    "never green": ("cross.net.xml", r'state="(\w)\w', r'state="\1r', "green in no phase"),
+    "no cars": ("cross.net.xml", "<lane ", '<lane allow="rail" ', "cars"),
+    "no begin": ("cross.sumocfg", 'begin value="100"', 'begin value="dawn"', "dawn"),
+    "no such net": ("cross.sumocfg", "cross.net", "town.net", "town.net.xml"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_map_is_one_line_that_names_it(own, case):
+    name, old, new, word = BROKEN[case]
+    text = (own / name).read_text()
+    changed = re.sub(old, new, text)
+    assert changed != text
+    (own / name).write_text(changed)
+    with pytest.raises(networks.NetworkError) as e:
+        maps.read_sumo(own / "cross.sumocfg")
+    assert word in str(e.value) and "\n" not in str(e.value) and e.value.exit_code == 2
+
+
+def test_odd_maps_load_and_are_right(own):
+    usual = maps.read_sumo(own / "cross.sumocfg")
+    text = (own / "cross.net.xml").read_text()
+    degrees = re.sub(r'(shape)="([^"]*)"', lambda m: f'shape="{shrunk(m[2])}"', text)
+    (own / "cross.net.xml").write_text(degrees)
+    assert maps.read_sumo(own / "cross.sumocfg").lengths == pytest.approx(usual.lengths)  # lengths are the lanes'
+    (own / "cross.net.xml").write_text(re.sub(r'(?s)<tlLogic.*?</tlLogic>| tl="J" linkIndex="\d+"', "", text))
+    bare = maps.read_sumo(own / "cross.sumocfg")
+    assert not bare.nodes and bare.yield_to.size  # no signals: the junction goes by priority
+    (own / "cross.rou.xml").write_text('<routes><trip id="0" depart="200" from="WM" to="WM"/></routes>')
+    one = maps.read_sumo(own / "cross.sumocfg")
+    assert one.ids == ("WM",) and one.leave.tolist() == [1.0] and one.entry.tolist() == [0]
+
+
+def shrunk(shape: str) -> str:
+    points = [pair.split(",") for pair in shape.split()]
+    return " ".join(",".join(f"{float(x) / 1e5:.6f}" for x in pair) for pair in points)
+
+
+def test_a_map_without_demand_gets_one_to_edit(own):
+    (own / "cross.rou.xml").unlink()
+    maps.read_sumo(own / "cross.net.xml")
+    path = own / "cross.demand.json"
+    given = json.loads(path.read_text())
+    assert set(given["entries"]) == {"WM", "NJ", "EJ"} and set(given["exits"]) == {"JE", "JS", "JW"}
+    path.write_text(json.dumps(given | {"entries": {"WM": [[0, 120], [30, 240]]}}))
+    net = maps.read_sumo(own / "cross.net.xml")
+    assert (net.base.sum((1, 2)) * 60).sum() == pytest.approx(60 + 240)
+    path.write_text(json.dumps({"entries": {"WN": 5}, "exits": {"JE": 1}}))
+    with pytest.raises(networks.NetworkError, match="WN"):
+        maps.read_sumo(own / "cross.net.xml")
+
+
+def test_an_extract_of_openstreetmap_through_netconvert(tmp_path):
+    nodes = {1: (52.505, 13.4), 2: (52.505, 13.403), 3: (52.505, 13.407), 4: (52.5075, 13.403), 5: (52.5025, 13.403)}
+    ways = {10: ([1, 2, 3], "secondary"), 11: ([4, 2, 5], "tertiary")}
+    text = "".join(f'<node id="{n}" lat="{y}" lon="{x}"/>' for n, (y, x) in nodes.items())
+    text = text.replace('id="2" lat="52.505" lon="13.403"/>', 'id="2" lat="52.505" lon="13.403">'
+                        '<tag k="highway" v="traffic_signals"/></node>')
+    for way, (refs, road) in ways.items():
+        tags = f'<tag k="highway" v="{road}"/><tag k="maxspeed" v="50"/>'
+        text += f'<way id="{way}">' + "".join(f'<nd ref="{n}"/>' for n in refs) + tags + "</way>"
+    (tmp_path / "town.osm").write_text(f'<osm version="0.6">{text}</osm>')
+    path = netconvert(tmp_path, "--osm-files", "town.osm", "--geometry.remove", "--tls.join", "--tls.guess-signals")
+    net = maps.read_sumo(path)
+    assert len(net.nodes) == 1 and net.base.shape[2] >= 4
+    assert draw_map.main([str(path), "--out", str(tmp_path / "a.png")])["exit_code"] == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -------------------------------------------------------------------------------------------------- other programs
+HEAD = "u,v,highway,length,oneway,lanes,maxspeed\n"
+STREETS = """1,2,secondary,200,False,4,50
+2,3,"['secondary', 'primary']",270,False,"['3', '2']","['50', '30']"
+4,2,tertiary,280,True,,30 mph
+2,5,tertiary,280,True,,
+5,6,residential,0.7,False,,
+6,7,residential,100,yes,,
+7,7,residential,100,False,,
+"""
+
+
+def test_an_edge_table(tmp_path):
+    (tmp_path / "edges.csv").write_text(HEAD + STREETS)
+    net = maps.read_map(str(tmp_path / "edges.csv"))
+    where = {ends: s for s, ends in enumerate(net.ends)}
+    assert set(where) == {("1", "2"), ("2", "1"), ("2", "3"), ("3", "2"), ("4", "2"), ("2", "5"), ("5", "7")}
+    assert net.jam[where["1", "2"]] == pytest.approx(2 * networks.RHO_JAM)  # four lanes are two a direction
+    assert net.jam[where["2", "3"]] == pytest.approx(networks.RHO_JAM)
+    assert net.limit[1, where["2", "3"]] == pytest.approx(30 / 3.6)
+    assert net.limit[1, where["4", "2"]] == pytest.approx(30 * 1.609344 / 3.6)
+    assert net.limit[1, where["2", "5"]] == pytest.approx(40 / 3.6)  # a class stands for a limit
+    plan = json.loads((tmp_path / "edges.json").read_text())
+    assert plan["demand"] == {"1": {"car": 400}, "3": {"car": 200}, "4": {"car": 200}}
+    plan["demand"]["1"]["car"] = 90
+    (tmp_path / "edges.json").write_text(json.dumps(plan))
+    assert maps.read_map(str(tmp_path / "edges.csv")).base.sum() * 3600 == pytest.approx(490)
+
+
+@pytest.mark.parametrize("row, word", [
+    ("1,2,cart track,20,False,1,", "line 9: highway"), ("1,2,secondary,far,False,1,", "line 9: length"),
+    ("1,2,secondary,20,maybe,1,", "line 9: oneway"), ("1,2,secondary,20,False,none,", "line 9: lanes"),
+    ("1,2,secondary,20,False,1,fast", "line 9: maxspeed"), (",2,secondary,20,False,1,", "line 9: u and v")])
+def test_a_bad_row_of_an_edge_table_is_named(tmp_path, row, word):
+    (tmp_path / "edges.csv").write_text(HEAD + STREETS + row + "\n")
+    with pytest.raises(networks.NetworkError, match=word):
+        maps.read_map(str(tmp_path / "edges.csv"))
+    assert not (tmp_path / "edges.json").exists()
+
+
+def roadnet() -> dict:
+    """CityFlow's form: a crossing of two one-way roads; a pause of 5 s, then a green for each."""
+    places = {"W": (-300, 0), "E": (300, 0), "N": (0, 300), "S": (0, -300), "J": (0, 0)}
+    lane = {"width": 3, "maxSpeed": 11.11}
+    roads, links = [], []
+    for a, b in ("WJ", "JE", "NJ", "JS"):
+        points = [dict(zip("xy", places[n])) for n in (a, b)]
+        ends = {"startIntersection": a, "endIntersection": b}
+        roads.append({"id": a + b, "points": points, "lanes": [lane, lane]} | ends)
+    for a, b in (("WJ", "JE"), ("NJ", "JS")):
+        ways = [{"startLaneIndex": k, "endLaneIndex": k, "points": []} for k in range(2)]
+        links.append({"type": "go_straight", "startRoad": a, "endRoad": b, "laneLinks": ways})
+    phases = [(5, []), (30, [0]), (20, [1])]
+    light = {"lightphases": [{"time": s, "availableRoadLinks": green} for s, green in phases]}
+    crossing = {"id": "J", "virtual": False, "roadLinks": links, "trafficLight": light}
+    return {"roads": roads, "intersections": [crossing] + [{"id": n, "virtual": True} for n in "WENS"]}
+
+
+def test_a_roadnet_of_cityflow(tmp_path):
+    (tmp_path / "roadnet.json").write_text(json.dumps(roadnet()))
+    vehicle = {"length": 5.0, "minGap": 2.5, "headwayTime": 1.5}
+    flow = {"vehicle": vehicle, "route": ["WJ", "JE"], "interval": 10.0, "startTime": 0, "endTime": 599}
+    (tmp_path / "flow.json").write_text(json.dumps([flow, flow | {"route": ["NJ", "JS"], "interval": 20.0}]))
+    net = maps.read_map(str(tmp_path / "roadnet.json"), [str(tmp_path / "flow.json")])
+    assert net.durations.tolist() == [[30, 20]] and net.amber.tolist() == [5]
+    assert (net.base.sum((1, 2)) * 60).sum() == pytest.approx(90)
+    assert net.saturation[net.signal == 0] * 3600 == pytest.approx(2 * 3600 / (1.5 + maps.REACTION + 7.5 / 11.11))
+    (tmp_path / "flow.json").write_text(json.dumps([flow | {"route": ["WJ", "JX"]}]))
+    with pytest.raises(networks.NetworkError, match="flow 1: no road 'JX'"):
+        maps.read_map(str(tmp_path / "roadnet.json"), [str(tmp_path / "flow.json")])
+
+
+# --------------------------------------------------------------------------------------------------------- RESCO
+RESCO = "cologne1 cologne3 cologne8 ingolstadt1 ingolstadt7 ingolstadt21 grid4x4 arterial4x4".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESCO)
+def test_the_maps_of_resco_load_and_conserve_vehicles(name):
+    from cleanrl_crypto import ppo_arz_signals as arz
+
+    spec = importlib.util.find_spec("sumo_rl")
+    if spec is None:
+        pytest.skip("optional: the maps are in the wheel sumo-rl")
+    config = Path(spec.submodule_search_locations[0], "nets", "RESCO", name, f"{name}.sumocfg")
+    began = time.process_time()
+    net = maps.read_sumo(config)
+    assert time.process_time() - began < 10
+    assert shares(net) == pytest.approx(np.ones(len(net.ids)))
+    assert net.lengths.min() >= maps.SHORTEST - 1e-9
+    envs = arz.NetworkVectorEnv(1, net, 5.0, 3600.0, fill=0.0)
+    envs.reset(seed=1)
+    act = arz.controller(envs, "own_program", [{}])
+    for _ in range(envs.length):
+        envs.step_lanes(act(envs.observe()))
+    stats = {key: float(value[0]) for key, value in envs.stats("finals").items()}
+    assert stats["mass_error"] < 1e-3 and math.isfinite(stats["delay_veh_s"]) and stats["throughput_veh"] > 500
