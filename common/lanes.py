@@ -126,7 +126,10 @@ class Lanes(gym.vector.VectorEnv):
 
     def gauges(self) -> dict[str, torch.Tensor]:
         """What a picture shows of every lane: curves (N,) over decisions, or roads (N, points)."""
-        return {name: getattr(self, name) for name in ("equity", "position")}
+        names = [name for name in ("equity", "position") if hasattr(self, name)]
+        if not names:
+            raise gym.error.Error("render_mode: these lanes have nothing to draw")
+        return {name: getattr(self, name) for name in names}
 
     def check_action(self, actions) -> torch.Tensor:
         """A user's NumPy actions as the tensor of step_lanes(). ValueError naming the lane."""
