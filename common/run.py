@@ -314,7 +314,8 @@ def flag_groups(path: str | Path, name: str = "Args") -> dict[str, list[tuple]]:
         above = lines[node.lineno - 2].strip()
         group = above[2:] if above.startswith("# ") else group
         text = after.value.value if isinstance(after, ast.Expr) else ""
-        kind, default = ast.unparse(node.annotation), ast.unparse(node.value)
+        kind = ast.unparse(node.annotation)
+        default = ast.unparse(node.value) if node.value else ""
         row = node.target.id, kind, default, " ".join(text.split())
         groups.setdefault(group, []).append(row)
     return groups
@@ -341,11 +342,13 @@ def print_help(path: str | Path):
 def print_flag(name: str, kind: str, default: str, text: str):
     """A flag of --help: name and type in 33 columns, what it is in the 66 beside them."""
     head = f"  {flag(name)}"
-    if kind != "bool":
+    if kind.startswith("Positional"):
+        head = f"  {name.upper()}"
+    elif kind != "bool":
         head += " " + re.split(r" \||\[", kind)[0].upper()
     if default == "True":
         text += f" ({flag('no_' + name)} turns it off)"
-    elif default not in ("False", "None") and name != "exp_name":
+    elif default not in ("False", "None", "") and name != "exp_name":
         text += f" (default: {default.strip(chr(39))})"
     lines = textwrap.wrap(text, 66)
     if len(head) >= 33:
