@@ -348,7 +348,7 @@ def print_flag(name: str, kind: str, default: str, text: str):
         head += " " + re.split(r" \||\[", kind)[0].upper()
     if default == "True":
         text += f" ({flag('no_' + name)} turns it off)"
-    elif default not in ("False", "None", "") and name != "exp_name":
+    elif default not in ("False", "None", "", "''") and name != "exp_name":
         text += f" (default: {default.strip(chr(39))})"
     lines = textwrap.wrap(text, 66)
     if len(head) >= 33:
