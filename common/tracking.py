@@ -142,14 +142,20 @@ def check_tracking(args):
     new = "finish_timeout" in getattr(wandb.Settings, "model_fields", ())
     why = f"--track: wandb {wandb.__version__} can hang: pip install --upgrade 'wandb>=0.31'"
     refuse((not new, why))
-    if args.wandb_mode != "online":
-        return
+    if args.wandb_mode == "online":
+        check_key()
+
+
+def check_key():
+    """Refuse a missing key, and one that cannot be one."""
+    import wandb
+
     way_out = "run `wandb login`, set WANDB_API_KEY, or use --wandb-mode offline"
     try:
         known = wandb.login(prompt=False, verify=False)
     except Exception as e:  # whatever wandb says of a key
-        raise UsageError(f"--track: {first_line(e)}: {way_out}") from e
-    refuse((not known, f"--track: no wandb key: {way_out}"))
+        raise UsageError(f"wandb: {first_line(e)}: {way_out}") from e
+    refuse((not known, f"wandb has no key: {way_out}"))
 
 
 class Mirrors:
