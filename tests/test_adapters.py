@@ -1,6 +1,5 @@
 """Our environments in other libraries: gymnasium.make, its vectorization modes, pictures, SB3."""
 import re
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -33,7 +32,7 @@ def make(case, **more):
 
 @pytest.mark.parametrize("case", CASES)
 def test_make(case):
-    """Gymnasium's own checks, a step too early or too late, a picture that changes, 10 a second."""
+    """Gymnasium's own checks, a step too early or too late, a picture that changes."""
     env = make(case, render_mode="rgb_array")
     check_env(env.unwrapped)
     fresh = make(case, render_mode="rgb_array").unwrapped
@@ -158,16 +157,6 @@ def test_the_adapter_tells_ends_apart():
     assert (infos[0]["terminal_observation"] != obs[0]).any()
     np.testing.assert_array_equal(envs.reset(), first)
     envs.close()
-
-
-def test_pictures_are_quick():
-    env = make("market", render_mode="rgb_array").unwrapped
-    env.reset(seed=1)
-    began = time.process_time()
-    for _ in range(5):
-        env.render()
-    assert time.process_time() - began < 5.0  # far below 10 a second is broken on any machine
-    env.close()
 
 
 @pytest.mark.slow  # four algorithms
