@@ -553,8 +553,10 @@ def context_value(run: Subject) -> dict:
     later = np.concatenate(
         [np.arange(*run.rows[split]) for split in ("eval", "test")]
     )
-    # interactions only: the context alone has no sign
-    wide = with_products(run.table, market.n_tech)
+    # every column: the run's screen may have thrown away what a bad context hid
+    table = replace(run.model, evidence=[]).transform(market.bars)
+    # products too: what the signal means may turn with the regime
+    wide = with_products(table, market.n_tech)
     for name, x in (("without", wide[:, : market.n_tech]), ("with", wide)):
         linear, _ = fit_linear(replace(market.series, x=x))
         forecast = (x[later] - linear["center"]) @ np.array(linear["weights"])

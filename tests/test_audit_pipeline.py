@@ -99,6 +99,16 @@ def test_nothing_of_a_sound_run_is_blamed(sound, tmp_path, seed):
     assert not list(folder.glob(".audit*"))
 
 
+@pytest.mark.slow
+def test_a_segment_is_every_seed_of_it_beside_other_segments(sound, tmp_path):
+    for name in ("segment_0/seed_1", "segment_0/seed_2", "segment_1/seed_1"):
+        shutil.copytree(sound, tmp_path / "logs" / "wfo" / name, ignore=shutil.ignore_patterns("audit"))
+    found = audit.main(["--segment", "0", "--root", str(tmp_path), "--mode", "hmm"])
+    assert found["exit_code"] == 0 and len(found["verdicts"]) == 2
+    page = (tmp_path / "logs" / "wfo" / "segment_0" / "seed_2" / "audit" / "audit.html").read_text()
+    assert "segment_1" in page and "segment_0<" not in page
+
+
 def shuffled(context, axis):
     def other(x, hmm):
         p = context(x, hmm)
