@@ -2596,7 +2596,7 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
     longest = max(envs.longest_call, eval_envs.longest_call)
     more = {
         "selected_by": next(iter(results)),
-        "shapes": envs.network.shapes,
+        "shapes": envs.shapes(),
         "samples_per_transition": loop.updates * size / max(loop.global_step, 1),
         "device": {"longest_simulation_call_s": longest},
     }

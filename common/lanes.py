@@ -286,6 +286,10 @@ class SimulatedLanes(Lanes):
         filling = self.gauges()["filling"][self.traced].tolist()
         return {f"fill_{s}": x for s, x in enumerate(filling)}
 
+    def shapes(self) -> list:
+        """Points (x, y) of every segment of a network in m, to the decimetre, for a map."""
+        return [[[round(x, 1), round(y, 1)] for x, y in line] for line in self.network.shapes]
+
     def latest(self) -> dict[str, torch.Tensor]:
         """Statistics of every lane's last episode; of the running one where none has ended."""
         running, ended = self.stats(), self.stats("finals")
