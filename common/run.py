@@ -305,7 +305,10 @@ def source_of(path: str | Path) -> str:
 def flag_groups(path: str | Path, name: str = "Args") -> dict[str, list[tuple]]:
     """Flags of a dataclass, read from its source: {group: [(field, type, default, text), ...]}."""
     source = source_of(path)
-    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    top = ast.parse(source).body
+    assigned = [node for node in top if isinstance(node, ast.Assign)]
+    constants = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in assigned}
+    classes = (node for node in top if isinstance(node, ast.ClassDef))
     body = next(node.body for node in classes if node.name == name)
     lines, groups, group = source.splitlines(), {}, "flags"
     for node, after in zip(body, [*body[1:], None]):
@@ -316,6 +319,7 @@ def flag_groups(path: str | Path, name: str = "Args") -> dict[str, list[tuple]]:
         text = after.value.value if isinstance(after, ast.Expr) else ""
         kind = ast.unparse(node.annotation)
         default = ast.unparse(node.value) if node.value else ""
+        default = constants.get(default, default)
         row = node.target.id, kind, default, " ".join(text.split())
         groups.setdefault(group, []).append(row)
     return groups
@@ -327,7 +331,7 @@ def print_help(path: str | Path):
     source = source_of(script)
     program = ROOT.name if BUNDLE else f"{script.parent.name}/{script.name}"
     print(f"usage: python {program} [--flag value ...]\n")
-    print(textwrap.fill(ast.get_docstring(ast.parse(source)).split("\n\n")[0], 100))
+    print(textwrap.fill(ast.get_docstring(ast.parse(source)).split("\n\n")[0], 80))
     groups = flag_groups(script)
     own = {row[0] for rows in groups.values() for row in rows}
     if "(RunArgs)" in source:
@@ -340,7 +344,7 @@ def print_help(path: str | Path):
 
 
 def print_flag(name: str, kind: str, default: str, text: str):
-    """A flag of --help: name and type in 33 columns, what it is in the 66 beside them."""
+    """A flag of --help: name and type in 33 columns, what it is in the 46 beside them."""
     head = f"  {flag(name)}"
     if kind.startswith("Positional"):
         head = f"  {name.upper()}"
@@ -348,9 +352,9 @@ def print_flag(name: str, kind: str, default: str, text: str):
         head += " " + re.split(r" \||\[", kind)[0].upper()
     if default == "True":
         text += f" ({flag('no_' + name)} turns it off)"
-    elif default not in ("False", "None", "", "''") and name != "exp_name":
+    elif default not in ("False", "None", "()", "", "''") and name != "exp_name":
         text += f" (default: {default.strip(chr(39))})"
-    lines = textwrap.wrap(text, 66)
+    lines = textwrap.wrap(text, 46)
     if len(head) >= 33:
         print(head)
         head = ""

@@ -103,7 +103,7 @@ def test_help_comes_from_the_source_in_groups(capsys):
     with pytest.raises(SystemExit) as stop:
         toy.main(["--help"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and max(map(len, out.splitlines())) <= 100
+    assert stop.value.code == 0 and max(map(len, out.splitlines())) <= 80
     shown = re.findall(r"^  (--[\w-]+)", out, re.M)
     assert sorted(shown) == sorted(common_run.flag(f.name) for f in fields(toy.Args))
     heads = re.findall(r"^[a-z][a-z ]*$", out, re.M)
