@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.pictures import FULL, beside, tones
-from scripts.report import CYCLE, INK, Page, Record, esc, show, thin, within, words
+from scripts.report import CYCLE, INK, Page, Record, esc, thin, within, words
 
 # columns that are drawn together over time_s
 EPISODE = re.compile(
@@ -293,7 +293,7 @@ def add_film(page: Page, run: Record, name: str, sides: dict, length: float | No
         f"<div><b>{esc(title)}</b> <output></output>{paths}</div>" for title in sides
     )
     scale = "".join(f'<i style="background:{c}"></i>' for c in palette)
-    legend = f"{what}: {show(low)} {scale} {show(full)}"
+    legend = f"{what}: {low:.3g} {scale} {full:.3g}"
     kind = "film" if "fill_0" in trace else "film road"
     page.add(
         f'<figure class="{kind}"><h3>{esc(name)}: the episode on the map</h3>'
