@@ -862,7 +862,10 @@ class Run:
         self._failed = True
         if self.loop and self.dir and not self.args.eval_only and self.world == 1:
             if self.guard.current not in ("rollout", "learn"):
-                self.save_last(self.loop)
+                try:
+                    self.save_last(self.loop)
+                except Exception as e:  # what ended the run is what is to be read
+                    print(f"last.pt was not saved: {e}", file=sys.stderr)
 
     def finish(self, loop, results: dict, audit: dict, columns: tuple, **more) -> dict:
         """summary.json, report.html and the table.
@@ -951,6 +954,8 @@ class Run:
 
     def _report(self) -> bool:
         command = [*command_of("scripts/report.py"), str(self.dir)]
+        if self.args.track_artifacts:
+            command += ["--figures", str(self.dir / "figures")]
         left = self.guard.remaining() - 1.0
         if not self.args.report:
             return False

@@ -5,13 +5,14 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
 import toy
 from common import tracking
-from common.run import UsageError
+from common.run import UsageError, parse_args
 from common.tracking import AXES, PAGES, Mirrors, documented, pages_of, pattern
 from runs import records
 from scripts import dashboards
@@ -233,3 +234,16 @@ def test_a_sweep_s_agent_names_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "sweep7")
     toy.main(["--no-report", "--no-cuda", "--run-dir", str(tmp_path / "r"), "--total-timesteps", "8"])
     assert (tmp_path / "r" / "run_id").read_text() == "sweep7\n"
+
+
+def test_a_sweep_s_parameters_are_flags():
+    yaml = pytest.importorskip("yaml", reason="comes with wandb")
+    sweep = yaml.safe_load((Path(toy.__file__).parents[1] / "scripts" / "sweep_tqc.yaml").read_text())
+    from cleanrl_crypto.tqc_film_batch import Args
+
+    ends = {k: v.get("values") or [v["min"], v["max"]] for k, v in sweep["parameters"].items()}
+    for k in (0, -1):
+        _, given = parse_args(Args, [f"--{name}={values[k]}" for name, values in ends.items()])
+        assert given == set(ends)
+    own = [word for word in sweep["command"] if word.startswith("--")]
+    assert set(own) == {"--track", "--timeout"} and sweep["metric"]["name"] == "best_score"
