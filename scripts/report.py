@@ -355,6 +355,7 @@ def read_metrics(
         step = row.pop("global_step", None) if isinstance(row, dict) else None
         if not isinstance(step, (int, float)) or step != step:
             raise ReportError(f"{path}: line {n} has no global_step")
+        step = row.pop("pretrain_step", step)  # the axis of what is logged before the loop
         for key, value in row.items():
             if value is not None and not isinstance(value, (int, float)):
                 kind = type(value).__name__
