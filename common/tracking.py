@@ -21,6 +21,7 @@ from common.run import UsageError, refuse
 
 WAIT = 30.0  # s for wandb to start, and to upload what is left at the end
 SHARE = 0.1  # at most, of --timeout
+OFFLINE_SECONDS = 2.0  # s that wandb takes to close its files
 SLACK = 5.0  # s beyond what wandb was told, for its own work
 AXES = {"global_step", "pretrain_step", "wall"}  # of a line, beside its metrics
 # {page: {panel: metrics}}; * stands for any name, as <split> does in the tables of docs/
@@ -286,7 +287,9 @@ class Mirrors:
 
     def seconds(self) -> float:
         """What the end of wandb's run may take."""
-        return 0.0 if self.wandb is None else seconds_of(self.args)
+        if self.wandb is None:
+            return 0.0
+        return seconds_of(self.args) if self.args.wandb_mode == "online" else OFFLINE_SECONDS
 
     def close(self, failed: bool) -> bool:
         """failed: an exception ended the run. Returns whether wandb was at work."""
