@@ -366,12 +366,12 @@ def pieces_of(net: Network, layout) -> tuple[dict, dict]:
 
 # -------------------------------------------------------------------------------------- controllers
 # The environment's own controllers: s, vehicles, m/s. Their constants did best in SUMO on seeds 101
-# and 102 of cologne1 and ingolstadt1 together, of those tried: periods of 5, 10 and 15 s, margins
+# and 102 of cologne1 and ingolstadt1, by the sum of both, of those tried: periods of 5, 10 and 15 s, margins
 # of 0, 1 and 2 vehicles, saturations from .4 to 1.
 DECIDERS = {
     "Webster": ("webster", {"saturation": 0.5, "speed": 0.0}),
     "max-pressure": ("max_pressure", {"period": 10.0, "standing": 1.0, "margin": 2.0}),
-    "greedy wave": ("greedy_wave", {"period": 10.0, "margin": 1.0}),
+    "greedy wave": ("greedy_wave", {"period": 15.0, "margin": 0.0}),
 }
 CONTROLLERS = (OWN, *SUMO_TYPES, *DECIDERS, "random")
 
