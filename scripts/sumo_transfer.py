@@ -366,8 +366,8 @@ def pieces_of(net: Network, layout) -> tuple[dict, dict]:
 
 # -------------------------------------------------------------------------------------- controllers
 # The environment's own controllers: s, vehicles, m/s. Their constants did best in SUMO on seeds 101
-# and 102 of cologne1 and ingolstadt1, by the sum of both, of those tried: periods of 5, 10 and 15 s, margins
-# of 0, 1 and 2 vehicles, saturations from .4 to 1.
+# and 102 of cologne1 and ingolstadt1, by the sum of the delays, of those tried: periods of 5, 10
+# and 15 s, margins of 0, 1 and 2 vehicles, saturations from .4 to 1.
 DECIDERS = {
     "Webster": ("webster", {"saturation": 0.5, "speed": 0.0}),
     "max-pressure": ("max_pressure", {"period": 10.0, "standing": 1.0, "margin": 2.0}),
