@@ -219,9 +219,10 @@ def check(args, choices: dict, ranges: dict):
 def own_argv() -> list[str]:
     """The flags that this program was started with: those of a notebook's kernel are not its own."""
     ipython = sys.modules.get("IPython")
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    if ipython and ipython.get_ipython() and program != sys.argv[0]:  # %run: they are the same
-        return []
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""  # of %run, or none
+    if ipython and ipython.get_ipython():
+        if Path(program).resolve() != Path(sys.argv[0]).resolve():
+            return []
     return sys.argv[1:]
 
 
