@@ -654,7 +654,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.run_dir:
         there, here = state["data"]["sha256"], net.sha256()
         why = f"{args.run_dir} was trained on another network ({there[:12]}) than {config} gives"
-        refuse((there != here, f"{why} ({here[:12]}): train on this map, with the same demand"))
+        refuse((there != here, f"{why} ({here[:12]}): train with --network {config}"))
     found = next(in_workers(probe, [str(config)], 1))
     refuse((found["end"] <= found["begin"], f"{config}: gives no end: add <end value=.../>"))
 
