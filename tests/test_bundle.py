@@ -32,6 +32,10 @@ sys.argv = ["kernel_launcher.py", "-f", "kernel.json"]
 for name in {cells}:
     shell.run_cell(open(name).read()).raise_error()
 """
+MAGIC = """
+from IPython.core.interactiveshell import InteractiveShell
+InteractiveShell.instance().run_line_magic("run", "one_file.py --version")
+"""
 NEXT_CELL = """
 import traceback
 from common.run import check
@@ -74,9 +78,11 @@ def test_modules_stand_verbatim_under_a_heading_each(script, tmp_path, repo):
 
 
 def test_the_one_file_answers_at_once(tmp_path):
-    path = bundle(tmp_path / "b", "ppo_arz_gpu")
+    path = bundle(tmp_path / "b", "ppo_arz_gpu", "timeout=5")
     for flag, word in (("--help", "--checkpoint-interval"), ("--version", "ppo_arz_gpu")):
         assert word in run(path.parent, path, flag)[0]
+    pytest.importorskip("IPython", reason="%run")
+    assert "ppo_arz_gpu 0.2.0" in run(path.parent, "-c", MAGIC)[0]
     assert "no such run directory" in run(path.parent, path, "scripts/report.py", "nowhere", code=2)[1]
 
 
