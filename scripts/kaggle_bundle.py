@@ -182,7 +182,7 @@ def modules_of(script: str) -> list[str]:
         new = [n for n in imports_of(name) if n not in order]
         order += dict.fromkeys(new)
         waiting += dict.fromkeys(new)
-    return [*order, PROGRAM] if PROGRAM not in order else order
+    return [*dict.fromkeys([*order, PROGRAM])]
 
 
 # ------------------------------------------------------------------------------------------ bundle
@@ -207,13 +207,13 @@ def checked_flags(script: str, flags: str) -> str:
     try:
         call = ast.parse(f"dict({flags})", mode="eval").body
         names = [keyword.arg for keyword in call.keywords]
-        [ast.literal_eval(keyword.value) for keyword in call.keywords]
+        ast.literal_eval(ast.Tuple([keyword.value for keyword in call.keywords], ast.Load()))
     except (SyntaxError, ValueError) as e:
         raise UsageError(f"--flags {flags}: must read like timeout=300, seed=3") from e
     refuse((call.args or None in names, f"--flags {flags}: must read like timeout=300, seed=3"))
-    groups = flag_groups(ROOT / script) | flag_groups(ROOT / "common/run.py", "RunArgs")
-    known = [row[0] for rows in groups.values() for row in rows]
-    known += [r[0] for rows in flag_groups(ROOT / script).values() for r in rows]
+    groups = [*flag_groups(ROOT / script).values()]
+    groups += flag_groups(ROOT / "common/run.py", "RunArgs").values()
+    known = [row[0] for rows in groups for row in rows]
     for name in names:
         near = " or ".join(difflib.get_close_matches(name, known, n=3))
         hint = f": did you mean {near}?" if near else ""
