@@ -66,6 +66,7 @@ PIP_NAMES = {"sklearn": "scikit-learn", "talib": "TA-Lib", "empyrical": "empyric
 REPORT_SECONDS = 6.0  # for scripts/report.py and the end of the process
 LONG = 100_000  # rows of a history from which on the work before the loop asks the deadline
 EXIT_SECONDS = 5.0  # of a process that ends there
+LAST_SECONDS = 60.0  # after all is written, in which wandb's own end may hang
 GRACE = 15.0  # seconds after --timeout (or a tenth of it) that a call may hang before all ends
 SHOWN = "pretrain_step", "eval/eval/score", "alarm/"  # of what is logged, on the progress line
 # A resumed run may change these; every other flag shapes the agent or what it is judged by.
@@ -854,7 +855,7 @@ class Run:
                 torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
         if tracked and self.argv is None:  # nor may wandb hang when this program ends
-            faulthandler.dump_traceback_later(GRACE, exit=True)
+            faulthandler.dump_traceback_later(LAST_SECONDS, exit=True)
         self.guard.close()
         Run.current = None
 
