@@ -460,8 +460,12 @@ def demand_nb(x, v, w, k):
 
 @point
 def supply_nb(w, v, k):
-    """What a cell whose vehicles drive v can take of x, of those that arrive with w."""
-    return filling_nb(w - v, k) * (v if v < w else w)
+    """What a cell whose vehicles drive v can take of x, of those that arrive with w.
+
+    Never less than nothing: in a cell that has all but emptied w is rounding, of either sign.
+    """
+    speed = v if v < w else w
+    return filling_nb(w - v, k) * (speed if speed > ZERO else ZERO)
 
 
 @point
