@@ -58,7 +58,8 @@ def bundle(folder, script, flags="timeout=300", name="one_file.py"):
 
 def run(folder, *argv, code=0):
     """Python in a folder without the repository; returns stdout and stderr."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR")} | {"MPLBACKEND": "Agg"}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR")}
+    env |= {"MPLBACKEND": "Agg", "TMPDIR": str(folder.parent)}  # a pasted cell leaves a file there
     done = subprocess.run([sys.executable, *argv], cwd=folder, env=env, text=True, capture_output=True, timeout=1800)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr
