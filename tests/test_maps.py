@@ -184,6 +184,13 @@ def test_an_extract_of_openstreetmap_through_netconvert(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_nearly_empty_cell_takes_nothing_back():
+    """Its w is rounding: below zero it once drew vehicles out of an exit (ingolstadt7, minute 15)."""
+    from cleanrl_crypto import ppo_arz_signals as arz
+
+    assert arz.supply_nb(-30.0, 0.0, 13.9) == 0 < arz.supply_nb(10.0, 5.0, 13.9)
+
+
 # -------------------------------------------------------------------------------------------------- other programs
 HEAD = "u,v,highway,length,oneway,lanes,maxspeed\n"
 STREETS = """1,2,secondary,200,False,4,50
