@@ -642,7 +642,8 @@ class Run:
         if shown.get("eval/eval/score") is not None:
             words += [f"score {shown['eval/eval/score']:.3f}"]
         if "eval" in shown:
-            words += [f"eval {shown['eval']:.4g}, best {max(self.best['score'], shown['eval']):.4g}"]
+            best = max(self.best["score"], shown["eval"])
+            words += [f"eval {shown['eval']:.4g}, best {best:.4g}"]
         if loop is not None and loop.updates:
             words += [f"{k[6:]}!" for k, on in shown.items() if k.startswith("alarm/") and on]
         return "  ".join(words)

@@ -1,7 +1,7 @@
 """TensorBoard and Weights and Biases: both mirror metrics.jsonl, and both show PAGES.
 
-Neither may hang or end a run. wandb's waits are bounded by seconds; a call of it that fails turns it
-off, aloud.
+Neither may hang or end a run. wandb's waits are bounded by seconds; a call of it that fails turns
+it off, aloud.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from queue import Empty, Queue
 from common import text_of
 from common.run import UsageError, refuse
 
-WAIT = 30.0  # s for wandb to start, and to upload what is left at the end
-SHARE = 0.1  # at most, of --timeout
+WAIT = 5.0, 30.0  # s, least and most, for wandb to start, and twice at the end: table, uploads
+SHARE = 0.05  # of --timeout, between these
 OFFLINE_SECONDS = 2.0  # s that wandb takes to close its files
 SLACK = 5.0  # s beyond what wandb was told, for its own work
 AXES = {"global_step", "pretrain_step", "wall"}  # of a line, beside its metrics
@@ -120,8 +120,9 @@ def pages_of(script: str) -> dict[str, dict[str, list[str]]]:
 
 # ----------------------------------------------------------------------------------------- mirrors
 def seconds_of(args) -> float:
-    """What wandb may take at the start, and again at the end."""
-    return min(WAIT, SHARE * (args.timeout or 1e9))
+    """What wandb may take at the start, and twice at the end."""
+    least, most = WAIT
+    return min(most, max(least, SHARE * (args.timeout or 1e9)))
 
 
 def wanted(args) -> bool:
@@ -253,28 +254,30 @@ class Mirrors:
         """Verdict, best step and the final table, and files if --track-artifacts."""
         if self.wandb is None:
             return
-        try:
-            import wandb
-
-            rows = [
-                [split, who, name, value]
-                for split, result in summary["eval"].items()
-                for who, metrics in ({"agent": result["agent"]} | result["baselines"]).items()
-                for name, value in metrics.items()
-                if isinstance(value, (int, float))
-            ]
-            keys = ("status", "commit", "command", "best_step", "best_updates", "global_step", "sps")
-            found = {key: summary[key] for key in keys}
-            found |= {key: summary["audit"][key] for key in ("verdict", "reasons")}
-            found |= {"best_score": best["score"] if best["policy"] else None}
-            found |= {f"final/{split}/{who}/{name}": value for split, who, name, value in rows}
-            self.wandb.summary.update(found)
-            table = wandb.Table(["split", "who", "metric", "value"], rows)
-            self.wandb.summary["final"] = table
-            if self.args.track_artifacts:
-                self._upload(wandb)
+        try:  # a table asks the server
+            within(seconds_of(self.args) + SLACK, partial(self._tell, summary, best))
         except Exception as e:  # whatever wandb raises
             self._give_up("failed", e)
+
+    def _tell(self, summary: dict, best: dict):
+        import wandb
+
+        rows = [
+            [split, who, name, value]
+            for split, result in summary["eval"].items()
+            for who, metrics in ({"agent": result["agent"]} | result["baselines"]).items()
+            for name, value in metrics.items()
+            if isinstance(value, (int, float))
+        ]
+        keys = "status commit command best_step best_updates global_step sps".split()
+        found = {key: summary[key] for key in keys}
+        found |= {key: summary["audit"][key] for key in ("verdict", "reasons")}
+        found |= {"best_score": best["score"] if best["policy"] else None}
+        found |= {f"final/{split}/{who}/{name}": value for split, who, name, value in rows}
+        self.wandb.summary.update(found)
+        self.wandb.summary["final"] = wandb.Table(["split", "who", "metric", "value"], rows)
+        if self.args.track_artifacts:
+            self._upload(wandb)
 
     def _upload(self, wandb):
         artifact = wandb.Artifact(f"{self.script}-{self.wandb.id}", type="run")
@@ -289,7 +292,8 @@ class Mirrors:
         """What the end of wandb's run may take."""
         if self.wandb is None:
             return 0.0
-        return seconds_of(self.args) if self.args.wandb_mode == "online" else OFFLINE_SECONDS
+        online = self.args.wandb_mode == "online"
+        return 2 * seconds_of(self.args) if online else OFFLINE_SECONDS
 
     def close(self, failed: bool) -> bool:
         """failed: an exception ended the run. Returns whether wandb was at work."""
