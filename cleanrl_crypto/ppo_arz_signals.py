@@ -657,7 +657,7 @@ def relax_cell_nb(lo, hi, c, inv_jam, k_m, k_c, cells, gain):
         mom_c[c, ln] += r_c * d_c
 
 
-@fast
+@point
 def relax_segment_nb(lo, hi, s, roads, cells, scratch, street, totals):
     """relax_cell_nb for the cells of segment s; adds the time of the step that begins."""
     rho_m, rho_c, _, _, _, _, _, _ = cells
@@ -682,7 +682,7 @@ def share_nb(want, other, supply):
     return supply / (both + TINY) if supply < both else ONE
 
 
-@fast
+@point
 def wait_nb(lo, hi, s, roads, scratch, street):
     """scratch.into[:, s] <- what wants in over an entry: who waits outside, and who arrives."""
     e = roads.entry[s]
@@ -693,7 +693,7 @@ def wait_nb(lo, hi, s, roads, scratch, street):
             scratch.into[k, s, ln] = queue[k, e, ln] / step + rate[k, e, ln]
 
 
-@fast
+@point
 def enter_nb(lo, hi, s, roads, scratch, street, totals):
     """What fits in over an entry enters, the others wait."""
     e = roads.entry[s]
@@ -713,7 +713,7 @@ def enter_nb(lo, hi, s, roads, scratch, street, totals):
             totals[TIME, ln] += waits
 
 
-@fast
+@point
 def want_nb(lo, hi, s, roads, cells, scratch):
     """scratch.fits[:, s] <- the share of what wants to enter segment s that its supply allows.
 
@@ -753,7 +753,7 @@ def want_nb(lo, hi, s, roads, cells, scratch):
             scratch.fits[k, s, ln] = fits
 
 
-@fast
+@point
 def pass_nb(lo, hi, s, k, roads, cells, scratch):
     """What enters segment s over an entry and from its sources, no faster than its limit."""
     _, _, _, _, w, _ = class_of_nb(cells, k)
@@ -773,7 +773,7 @@ def pass_nb(lo, hi, s, k, roads, cells, scratch):
             scratch.into_mom[k, s, ln] += flow * fastest
 
 
-@fast
+@point
 def send_nb(lo, hi, s, k, roads, cells, scratch):
     """What class k wants to send over the end of segment s: its demand, or nothing at red."""
     own, other, _, v, w, cross = class_of_nb(cells, k)
@@ -786,7 +786,7 @@ def send_nb(lo, hi, s, k, roads, cells, scratch):
         scratch.out[k, s, ln] = part * roads.jam[s] * demand
 
 
-@fast
+@point
 def admit_nb(lo, hi, s, roads, scratch):
     """scratch.admit[s] <- the share of what wants over the end of segment s that may.
 
@@ -852,7 +852,7 @@ def junctions_nb(lo, hi, roads, cells, scratch, street, totals):
             pass_nb(lo, hi, s, k, roads, cells, scratch)
 
 
-@fast
+@point
 def drive_nb(lo, hi, s, roads, cells, scratch, street, totals):
     """Transport along segment s and half a relaxation of its cells.
 
