@@ -555,6 +555,8 @@ def draw(runs: pd.DataFrame, rows: list[dict], title: str, path: Path):
     ax.set_yticks(range(len(rows)), [row["controller"] for row in rows])
     ax.invert_yaxis()
     ax.set_xscale("log")
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis("{x:g}")
     ax.set_xlabel("time loss and departure delay, s a vehicle (dots: seeds; bars: 95 %)")
     ax.set_title(title)
     ax.grid(axis="x", alpha=0.3)
