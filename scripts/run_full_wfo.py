@@ -622,7 +622,7 @@ def run_local(tasks: list[dict], args: Args, guard: TimeoutGuard):
                 task = running.pop(process)
                 result = read_result(task)
                 if process.exitcode or result is None:
-                    raise failed(task, process.exitcode, last_line(task["log"]))
+                    raise failed(task, process.exitcode)
                 seconds.append(result["seconds"])
                 yield result
         progress.show(len(tasks) - len(left), [], seconds, jobs)
@@ -648,7 +648,9 @@ def last_line(log: str) -> str:
     return lines[-1].removeprefix("error: ") if lines else "it said nothing"
 
 
-def failed(task: dict, code: int | None, why: str) -> Exception:
+def failed(task: dict, code: int | None, why: str = "") -> Exception:
+    """why: what went wrong, if not the last line of the log."""
+    why = why or last_line(task["log"])
     error = UsageError if code == 2 else CheckFailed
     return error(f"segment {task['segment']} seed {task['seed']} (exit code {code}): {why}")
 
