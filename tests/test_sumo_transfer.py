@@ -19,7 +19,8 @@ from common.timeout_guard import save_atomic
 from scripts import sumo_transfer as st
 
 SCRIPT = st.ROOT / "scripts" / "sumo_transfer.py"
-AMBER = 5.0  # s, of cologne1's program
+TLS = "GS_cluster_357187_359543"  # cologne1's signal
+AMBER = 5.0  # s, of its program
 
 
 # ------------------------------------------------------------------------------------- without SUMO
@@ -133,69 +134,79 @@ def run_of(cologne):
 
 
 @pytest.fixture(scope="module")
-def judged(cologne, run_of):
-    """The command line on a seed."""
-    run = run_of("run")
-    argv = [sys.executable, SCRIPT, run, "--sumocfg", cologne, "--seeds", "1", "--video"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return run / "sumo"
+def played(cologne, run_of):
+    """{controller: its line} of three of them on seed 1; the signal's states under random."""
+    states, record = cologne.with_name("states.xml"), cologne.with_name("record.add.xml")
+    event = f'<timedEvent type="SaveTLSStates" source="{TLS}" dest="{states}"/>'
+    record.write_text(f"<additional>{event}</additional>")
+    st.check_installed()
+    net, layout = st.read_map(str(cologne), arz.CELL_LENGTH)
+    policy = str(run_of("played") / "checkpoints" / "best.pt")
+    about = str(cologne), net, layout
+    cases = [st.Case(*about, name, 1, 5.0, policy, "", False) for name in (st.OWN, st.POLICY)]
+    cases.append(st.Case(*about, "random", 1, 5.0, "", str(record), False))
+    lines = {line["controller"]: line for line in st.in_workers(st.play, cases, 1)}
+    steps = ElementTree.parse(states).getroot().iter("tlsState")
+    return lines, [step.get("state") for step in steps], net
 
 
-def test_every_controller_is_measured_on_the_same_demand(judged):
-    runs = pd.read_csv(judged / "runs.csv")
-    assert sorted(runs["controller"]) == sorted([st.POLICY, *st.CONTROLLERS])
-    assert runs["wanted"].nunique() == 1 and (runs["teleports"] == 0).all()
-    assert (runs["throughput"] + runs["not_inserted"] + runs["not_arrived"] == runs["wanted"]).all()
-    assert runs["delay"].nunique() == len(runs)
-    report = json.loads((judged / "transfer.json").read_text())
-    means = {row["controller"]: row["delay"] for row in report["controllers"]}
-    expected = runs.groupby("controller")["delay"].mean()
-    assert means == pytest.approx(expected.to_dict())
-    assert expected["random"] > expected["greedy wave"]
-    paired = {row["controller"]: row.get("difference") for row in report["controllers"]}
-    assert paired["random"] == pytest.approx(means["random"] - means[st.POLICY])
-    assert (judged / "transfer.png").stat().st_size > 5000
-    with Image.open(judged / "transfer.gif") as movie:
-        assert movie.n_frames == 25  # the second half of four minutes, every five seconds
-
-
-def test_own_program_is_what_sumo_itself_measures(judged, cologne):
+def test_own_program_is_what_sumo_itself_measures(played, cologne):
     import sumo
 
-    out = cologne.parent / "statistics.xml"
+    out = cologne.with_name("statistics.xml")
     argv = [f"{sumo.SUMO_HOME}/bin/sumo", "-c", cologne, "--seed", "1", "--statistic-output", out]
     argv += ["--duration-log.statistics", "--tripinfo-output.write-unfinished"]
     subprocess.run(argv, capture_output=True, check=True)
     found = ElementTree.parse(out).getroot().find("vehicleTripStatistics")
-    row = pd.read_csv(judged / "runs.csv").set_index("controller").loc[st.OWN]
+    line = played[0][st.OWN]
     lost = float(found.get("timeLoss")) * float(found.get("count"))
-    assert row["time_loss"] == pytest.approx(lost / row["wanted"], abs=0.01)
+    assert line["time_loss"] == pytest.approx(lost / line["wanted"], abs=0.01)
     waited = float(found.get("totalDepartDelay"))
-    assert row["departure_delay"] == pytest.approx(waited / row["wanted"], abs=1e-6)
+    assert line["departure_delay"] == pytest.approx(waited / line["wanted"], abs=1e-6)
 
 
-def test_amber_and_least_green_hold_whoever_decides(cologne, tmp_path):
+def test_every_vehicle_is_somewhere(played):
+    lines = played[0]
+    assert len({line["wanted"] for line in lines.values()}) == 1
+    assert len({line["delay"] for line in lines.values()}) == 3
+    for line in lines.values():
+        parts = line["throughput"], line["not_inserted"], line["not_arrived"]
+        assert sum(parts) == line["wanted"]
+
+
+def test_amber_and_least_green_hold_whoever_decides(played):
     """As SUMO records the signal, second by second, under random decisions."""
-    states = tmp_path / "states.xml"
-    record = tmp_path / "record.add.xml"
-    tls = "GS_cluster_357187_359543"
-    event = f'<timedEvent type="SaveTLSStates" source="{tls}" dest="{states}"/>'
-    record.write_text(f"<additional>{event}</additional>")
-    st.check_installed()
-    net, layout = st.read_map(str(cologne), arz.CELL_LENGTH)
-    case = st.Case(str(cologne), net, layout, "random", 1, 5.0, "", str(record), False)
-    list(st.in_workers(st.play, [case], 1))
-    rows = [e.get("state") for e in ElementTree.parse(states).getroot().iter("tlsState")]
-    assert len(rows) >= 235
+    _, states, net = played
+    assert len(states) >= 235
     lengths = {"G": [], "y": []}
-    for link in zip(*rows):
+    for link in zip(*states):
         text = "".join(link).replace("g", "G")
         for letter, found in lengths.items():
             found += [len(x) for x in re.findall(f"(?<=[^{letter}]){letter}+(?=[^{letter}])", text)]
         assert "Gr" not in text
     assert set(lengths["y"]) == {AMBER} and len(lengths["y"]) > 40
     assert min(lengths["G"]) >= net.min_green[0]
+
+
+@pytest.mark.slow
+def test_command_line_judges_all_controllers(cologne, run_of):
+    run = run_of("run")
+    argv = [sys.executable, SCRIPT, run, "--sumocfg", cologne, "--seeds", "1", "--video"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = run / "sumo"
+    runs = pd.read_csv(out / "runs.csv")
+    assert sorted(runs["controller"]) == sorted([st.POLICY, *st.CONTROLLERS])
+    assert runs["wanted"].nunique() == 1 and runs["delay"].nunique() == len(runs)
+    report = json.loads((out / "transfer.json").read_text())
+    means = {row["controller"]: row["delay"] for row in report["controllers"]}
+    assert means == pytest.approx(runs.set_index("controller")["delay"].to_dict())
+    assert means["random"] > means["greedy wave"]
+    paired = {row["controller"]: row.get("difference") for row in report["controllers"]}
+    assert paired["random"] == pytest.approx(means["random"] - means[st.POLICY])
+    assert (out / "transfer.png").stat().st_size > 5000
+    with Image.open(out / "transfer.gif") as movie:
+        assert movie.n_frames == 25  # the second half of four minutes, every five seconds
 
 
 # ----------------------------------------------------------------------------------------- refusals
