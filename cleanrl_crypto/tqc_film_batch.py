@@ -137,7 +137,7 @@ SCHEDULE = (
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
 MAX_GRAD_NORM = 10.0  # a hundred times a usual gradient: only accidents are clipped
-MEAN_LIMIT = 5.0  # of the actor before its tanh: an exposure of .9999
+MEAN_LIMIT = 5.0  # of the actor before its tanh, soft: a hard one lets no gradient back
 ACTOR_STEPS = 2  # an update: the best critic often comes after 70, too soon for one step each
 REWARD_CLIP = (
     10.0  # standard deviations of the full position's reward; what is beyond is logged
@@ -848,7 +848,8 @@ class Actor(nn.Module):
     # (B, width), (B, K), (B, 1) -> mean (B, K), latent (B, K, hidden)
     def forward(self, market, position, w_cost):
         latent = self.latent(self.fusion(market, position, w_cost)).float()
-        return F.hardtanh(self.mu(latent)[..., 0].float(), -MEAN_LIMIT, MEAN_LIMIT), latent
+        mean = self.mu(latent)[..., 0].float()
+        return MEAN_LIMIT * (mean / MEAN_LIMIT).tanh(), latent
 
 
 class Agent(nn.Module):
