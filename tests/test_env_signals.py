@@ -118,7 +118,7 @@ def test_staggered_lanes_end_at_different_times():
     (dict(network=networks.build_network("x", CROSS, {"demand": {n: {"car": 9} for n in "NESW"}})), "no signal"),
     (dict(network=crossing(demand={n: {} for n in "NESW"})), "demand is 0 everywhere"),
     (dict(network=crossing(demand={n: {"car": [[0, 9], [1.5, 5]]} for n in "NESW"})), "changes at minute 1.5, after"),
-    (dict(cases="eval", num_envs=12), "fifths")])
+    (dict(cases="eval", level=arz.LEVELS, num_envs=12), "fifths")])
 def test_what_does_not_fit_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         arz.NetworkVectorEnv(**(SHORT | change))
@@ -208,7 +208,7 @@ def test_demand_is_random_changes_within_an_episode_and_has_the_mean_it_should()
 
 
 def test_evaluation_cases_are_fixed_paired_and_apart_from_training():
-    envs = arz.NetworkVectorEnv(15, cases="eval", **SHORT)
+    envs = arz.NetworkVectorEnv(15, cases="eval", level=arz.LEVELS, **SHORT)
     obs = envs.reset(seed=9)[0]
     np.testing.assert_array_equal(obs, envs.reset(seed=9)[0])
     low, high = envs.splits["x1.0"], envs.splits["x1.3"]
@@ -297,7 +297,7 @@ def test_actuated_leaves_an_empty_street():
 def test_a_lane_gets_the_constants_of_its_demand():
     """Two levels in one environment ask for what each would ask for alone."""
     tuned = {1.0: {"cycle": 40.0, "skew": 0.0, "speed": 0.0}, 1.3: {"cycle": 80.0, "skew": 2.0, "speed": 14.0}}
-    envs = arz.NetworkVectorEnv(10, cases="eval", interval=5.0, seconds=300.0)
+    envs = arz.NetworkVectorEnv(10, cases="eval", level=arz.LEVELS, interval=5.0, seconds=300.0)
     envs.reset(seed=1)
     mixed = arz.tuned_controller(envs, "fixed_cycle", tuned)
     alone = [one_plan(envs, "fixed_cycle", **row) for row in tuned.values()]

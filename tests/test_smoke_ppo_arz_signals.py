@@ -125,7 +125,7 @@ def test_a_policy_from_its_file_alone_acts_as_evaluated(finished, tmp_path):
     run_dir, summary = finished
     path = run_dir / "checkpoints" / "best.pt"
     policy = arz.load_policy(path)
-    envs = arz.NetworkVectorEnv(arz.EVAL_LANES, "town1", seconds=50.0, cases="eval")
+    envs = arz.NetworkVectorEnv(arz.EVAL_LANES, "town1", seconds=50.0, cases="eval", level=arz.LEVELS)
     result, _, _ = arz.evaluate(lambda envs: lambda obs: torch.as_tensor(policy(obs.numpy())), envs)
     assert result["x1.3"] == summary["eval"]["x1.3"]["agent"]
     own = dict(eval_only=True, checkpoint=path, report=False, torch_threads=1, cuda=False)  # town1, 50 s: its own
