@@ -45,20 +45,27 @@ class Picture:
         self.image = Image.new("RGB", size, "white")
         self.pen = ImageDraw.Draw(self.image)
         road = 3.0 if self.shapes else 1.5
-        heights = [1.0 if y.ndim == 1 else road for y in values.values()]
-        edges = np.cumsum([0.0, *heights])
+        heights = [0.0]
+        for y in values.values():
+            heights.append(1.0 if y.ndim == 1 else road)
+        edges = np.cumsum(heights)
         edges *= HEIGHT / edges[-1]
-        for k, (name, y) in enumerate(values.items()):
-            top, bottom = edges[k] + TOP, edges[k + 1] - BOTTOM
+        starts = edges[:-1]
+        stops = edges[1:]
+        for start, stop, name in zip(starts, stops, values):
+            top = start + TOP
+            bottom = stop - BOTTOM
             box = np.array([LEFT, top, WIDTH - RIGHT, bottom])
-            self.panel(name, y, FINE * box.round())
-        small = self.image.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+            self.panel(name, values[name], FINE * box.round())
+        shown = WIDTH, HEIGHT
+        small = self.image.resize(shown, Image.Resampling.BOX)
         return np.asarray(small).copy()
 
     def panel(self, name, y, box):
         """box: left, top, right, bottom."""
         left, top, *_ = box
-        self.write(name, left, top - 4 * FINE, "ls", INK)
+        above = top - 4 * FINE
+        self.write(name, left, above, "ls", INK)
         if y.ndim == 1:
             self.curve(y, box)
         elif self.shapes:
@@ -79,33 +86,46 @@ class Picture:
         """With a grid line and a number at both ends."""
         left, top, right, bottom = box
         y = np.round(y, 6)  # what is left of a queue is no number to draw
-        low, high = float(np.nanmin(y)), float(np.nanmax(y))
+        low = float(np.nanmin(y))
+        high = float(np.nanmax(y))
         if high == low:
-            low, high = low - 0.5, high + 0.5
+            low -= 0.5
+            high += 0.5
+        beside = left - 6 * FINE
         for value, at in ((low, bottom), (high, top)):
-            self.line([(left, at), (right, at)], GRID, 1)
-            self.write(f"{value:.4g}", left - 6 * FINE, at, "rm")
-        x = np.linspace(left, right, max(len(y), 2))
-        up = bottom + (top - bottom) * (y - low) / (high - low)
-        points = np.stack([x[: len(y)], up], 1)
+            start = left, at
+            stop = right, at
+            self.line([start, stop], GRID, 1)
+            self.write(f"{value:.4g}", beside, at, "rm")
+        n = len(y)
+        x = np.linspace(left, right, max(n, 2))
+        height = top - bottom
+        up = bottom + height * (y - low) / (high - low)
+        points = np.stack([x[:n], up], 1)
         points = points[np.isfinite(y)]
+        # a line of one point would not be drawn
         if len(points) == 1:
-            points = np.concatenate([points, points + (2 * FINE, 0)])
+            dash = points + (2 * FINE, 0)
+            points = np.concatenate([points, dash])
         self.line(points, BLUE, 2)
 
     def road(self, values, box):
         """(points, n): the road upwards, time to the right."""
         from PIL import Image
 
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-        shares = (values[::-1] - low) / max(high - low, 1e-9)
+        low = float(np.nanmin(values))
+        high = float(np.nanmax(values))
+        span = max(high - low, 1e-9)
+        upwards = values[::-1]
+        shares = (upwards - low) / span
         pixels = Image.fromarray(tones(shares))
         left, top, right, bottom = box.astype(int).tolist()
         size = right - left, bottom - top
         pixels = pixels.resize(size, Image.Resampling.NEAREST)
         self.image.paste(pixels, (left, top))
-        self.write("end", left - 6 * FINE, top, "rm")
-        self.write("start", left - 6 * FINE, bottom, "rm")
+        beside = left - 6 * FINE
+        self.write("end", beside, top, "rm")
+        self.write("start", beside, bottom, "rm")
         self.legend(f"light {low:.3g}, dark {high:.3g}", box)
 
     def map(self, filling, box):
@@ -113,29 +133,38 @@ class Picture:
         points = np.concatenate(self.shapes)
         low = points.min(0)
         size = np.ptp(points, 0).clip(1.0)
-        start, stop = box[:2], box[2:]
-        scale = ((stop - start - 12 * FINE) / size).min()
+        start = box[:2]
+        stop = box[2:]
+        room = stop - start - 12 * FINE
+        scale = (room / size).min()
         half = 0.5 * scale * size
-        corner = (start + stop) / 2 + half * (-1, 1)  # of the least x and y
+        center = (start + stop) / 2
+        corner = center + half * (-1, 1)  # of the least x and y
         colors = tones(filling / FULL).tolist()
         for line, color in zip(self.shapes, colors):
-            at = corner + scale * (line - low) * (1, -1)
+            along = scale * (line - low)
+            # pixels count downwards
+            at = corner + along * (1, -1)
             self.line(at, tuple(color), 4)
         self.legend(f"dark: {100 * FULL:.0f} % full", box)
 
     def legend(self, text, box):
         _, top, right, _ = box
-        self.write(text, right, top - 4 * FINE, "rs")
+        above = top - 4 * FINE
+        self.write(text, right, above, "rs")
 
 
 def tones(x) -> np.ndarray:
     """Numbers from 0 to 1 as colours (..., 3) uint8; NaN is white."""
     x = np.asarray(x, float)
     last = len(TONES) - 1
-    at = last * np.nan_to_num(x).clip(0, 1)
+    share = np.nan_to_num(x).clip(0, 1)
+    at = last * share
     first = np.minimum(at.astype(int), last - 1)
     part = (at - first)[..., None]
-    color = (1 - part) * TONES[first] + part * TONES[first + 1]
+    below = TONES[first]
+    above = TONES[first + 1]
+    color = (1 - part) * below + part * above
     color[np.isnan(x)] = 255
     return color.astype(np.uint8)
 
@@ -148,6 +177,7 @@ def beside(shapes, gap: float = GAP) -> list[np.ndarray]:
     for line in shapes:
         line = np.asarray(line, float)
         along = np.gradient(line, axis=0)
+        # a quarter turn clockwise: (x, y) becomes (y, -x)
         right = along[:, ::-1] * (1, -1)
         length = np.linalg.norm(right, axis=1, keepdims=True)
         right /= np.maximum(length, 1e-9)
