@@ -4,11 +4,13 @@
     python scripts/draw_map.py MAP.net.xml --demand MAP.rou.xml --out map.png
     python scripts/draw_map.py edges.csv
 
-Left the segments, coloured by lanes, with entries, exits and signals; right every phase of the first
-signals: green, green that gives way (dashed), red. Any --scenario may be drawn that has coordinates.
+Left the segments, coloured by lanes, with entries, exits and signals; right every phase of the
+first signals: green, green that gives way (dashed), red. Any --scenario may be drawn that has
+coordinates.
 Exits 0 when the picture stands, 2 on a map that cannot be read.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +59,8 @@ def describe(net: Network):
     for g, node in enumerate(net.nodes):
         greens = ", ".join(f"{s:g}" for s in net.durations[g, : net.n_phases[g]])
         print(
-            f"  {node}: greens of {greens} s, amber {net.amber[g]:g} s, all red {net.all_red[g]:g} s, "
-            f"at least {net.min_green[g]:g} s"
+            f"  {node}: greens of {greens} s, amber {net.amber[g]:g} s, "
+            f"all red {net.all_red[g]:g} s, at least {net.min_green[g]:g} s"
         )
     for note in net.notes:
         print(f"  note: {note}")
@@ -68,78 +70,128 @@ def lines_of(net: Network) -> list[np.ndarray]:
     """(points, 2) of every segment, those of one road beside each other."""
     number, lines = {}, []
     for shape in net.shapes:
+        # segments of one road have the same shape: the k-th lies k widths to the right
         k = number.get(shape, 0)
         number[shape] = k + 1
         line = np.array(shape, float)
         along = np.gradient(line, axis=0)
-        along /= np.linalg.norm(along, axis=1, keepdims=True) + 1e-9
-        right = np.stack([along[:, 1], -along[:, 0]], 1)
+        length = np.linalg.norm(along, axis=1, keepdims=True)
+        along /= length + 1e-9
+        x, y = along.T
+        right = np.stack([y, -x], 1)
         lines.append(line + right * BESIDE * (k + 0.5))
     return lines
 
 
 def last_metres(line: np.ndarray, metres: float) -> np.ndarray:
-    to_end = np.r_[np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1)[::-1])[::-1], 0.0]
+    """The end of a polyline (points, 2) in m, cut between two points where need be."""
+    steps = np.diff(line, axis=0)
+    pieces = np.linalg.norm(steps, axis=1)
+    backwards = np.cumsum(pieces[::-1])
+    to_end = np.r_[backwards[::-1], 0.0]  # (points,)
     if to_end[0] <= metres:
         return line
     k = int(np.flatnonzero(to_end > metres)[-1])
-    share = (to_end[k] - metres) / (to_end[k] - to_end[k + 1])
-    return np.vstack([line[k] + share * (line[k + 1] - line[k]), line[k + 1 :]])
+    point = line[k]
+    rest = line[k + 1 :]
+    too_far = to_end[k] - metres
+    piece = to_end[k] - to_end[k + 1]
+    step = rest[0] - point
+    cut = point + too_far / piece * step
+    return np.vstack([cut, rest])
 
 
 def draw_whole(ax, net: Network, lines: list):
+    # colours and widths tell up to four lanes apart
     lanes = net.jam / RHO_JAM
     colours = plt.get_cmap("viridis_r")
-    for s, line in enumerate(lines):
-        ax.plot(*line.T, color=colours(min(lanes[s], 4) / 4), lw=0.8 + 0.5 * min(lanes[s], 4))
-    starts = np.array([line[0] for s, line in enumerate(lines) if net.entry[s] >= 0])
-    ends = np.array([line[-1] for s, line in enumerate(lines) if net.leave[s] == 1])
-    stops = [lines[int(np.flatnonzero(net.signal == g)[0])][-1] for g in range(len(net.nodes))]
-    ax.scatter(*starts.T, s=12, marker="^", color="tab:blue", label="entries", zorder=3)
+    for line, width in zip(lines, lanes):
+        width = min(width, 4)
+        color = colours(width / 4)
+        thick = 0.8 + 0.5 * width
+        ax.plot(*line.T, color=color, lw=thick)
+
+    entries = np.flatnonzero(net.entry >= 0)
+    exits = np.flatnonzero(net.leave == 1)
+    starts = np.array([lines[s][0] for s in entries])
+    ends = np.array([lines[s][-1] for s in exits])  # (exits, 2)
+    into = dict(s=12, zorder=3, marker="^", color="tab:blue")
+    out = dict(s=12, zorder=3, marker="s", color="tab:orange")
+    ax.scatter(*starts.T, label="entries", **into)
+    # a closed network has no exits, and nothing to unpack
     if len(ends):
-        ax.scatter(*ends.T, s=12, marker="s", color="tab:orange", label="exits", zorder=3)
-    for g, point in enumerate(stops):
-        ax.annotate(str(g + 1), point, color=RED, fontsize=9, weight="bold", zorder=4)
-    bar = plt.cm.ScalarMappable(plt.Normalize(0, 4), colours)
+        ax.scatter(*ends.T, label="exits", **out)
+
+    # a signal's number stands at the stop line of its first approach
+    text = dict(color=RED, fontsize=9, weight="bold", zorder=4)
+    signals = range(len(net.nodes))
+    for g in signals:
+        approaches = np.flatnonzero(net.signal == g)
+        line = lines[approaches[0]]
+        point = line[-1]
+        ax.annotate(str(g + 1), point, **text)
+
+    scale = plt.Normalize(0, 4)
+    bar = plt.cm.ScalarMappable(scale, colours)
     plt.colorbar(bar, ax=ax, label="lanes", shrink=0.6)
     ax.legend(fontsize=7, loc="lower right")
-    ax.set_title(f"{net.name}: {len(lines)} segments, {len(net.nodes)} signals", fontsize=10)
+    size = f"{len(lines)} segments, {len(signals)} signals"
+    ax.set_title(f"{net.name}: {size}", fontsize=10)
 
 
 def draw_phase(ax, net: Network, lines: list, g: int, p: int):
     """Approaches of signal g in phase p, and where their vehicles go on."""
     approaches = np.flatnonzero(net.signal == g)
     for s in approaches:
-        green, minor = (net.green[s] >> p) & 1, (net.minor[s] >> p) & 1
-        colour, style = (GREEN if green else RED), ("--" if minor else "-")
+        # bit p of both numbers belongs to phase p
+        green = (net.green[s] >> p) & 1
+        minor = (net.minor[s] >> p) & 1
+        colour = GREEN if green else RED
+        dashes = "--" if minor else "-"
+        style = dict(color=colour, ls=dashes)
         end = last_metres(lines[s], AROUND)
-        ax.plot(*end.T, color=colour, ls=style, lw=2.2 if green else 1.2)
-        for m in np.flatnonzero(net.move_from == s):
-            onward = lines[net.move_to[m]]
-            first = last_metres(onward[::-1], AROUND)[::-1]
-            ax.plot(*first.T, color=GREY, lw=0.8, zorder=0)
+        width = 2.2 if green else 1.2
+        ax.plot(*end.T, lw=width, **style)
+        moves = np.flatnonzero(net.move_from == s)
+        for target in net.move_to[moves]:
+            # the first metres of a road are the last ones of its way back
+            back = lines[target][::-1]
+            back = last_metres(back, AROUND)
+            ax.plot(*back[::-1].T, color=GREY, lw=0.8, zorder=0)
             if green:
-                way = np.vstack([end[-1], first[0]])
-                ax.plot(*way.T, color=colour, ls=style, lw=0.8)
+                way = np.vstack([end[-1], back[-1]])
+                ax.plot(*way.T, lw=0.8, **style)
     seconds = net.durations[g, p]
-    own = f", {seconds:g} s" if seconds else ""
-    ax.set_title(f"signal {g + 1}, phase {p + 1}{own}", fontsize=7)
+    title = f"signal {g + 1}, phase {p + 1}"
+    if seconds:
+        title += f", {seconds:g} s"
+    ax.set_title(title, fontsize=7)
 
 
 def draw(net: Network, out: Path):
     lines = lines_of(net)
-    phases = [(g, p) for g in range(len(net.nodes)) for p in range(net.n_phases[g])][:PANELS]
-    rows = max(1, -(-len(phases) // 3))
+    phases = []
+    for g, count in enumerate(net.n_phases):
+        phases += [(g, p) for p in range(count)]
+    phases = phases[:PANELS]
+
+    # the map takes the left half, three panels in a row the right one
+    rows = max(1, math.ceil(len(phases) / 3))
     figure = plt.figure(figsize=(16, 9), layout="constrained")
     grid = figure.add_gridspec(rows, 6)
-    axes = [figure.add_subplot(grid[:, :3])]
-    draw_whole(axes[0], net, lines)
+    whole = figure.add_subplot(grid[:, :3])
+    draw_whole(whole, net, lines)
+    axes = [whole]
     for k, (g, p) in enumerate(phases):
-        axes.append(figure.add_subplot(grid[k // 3, 3 + k % 3]))
-        draw_phase(axes[-1], net, lines, g, p)
+        row, column = divmod(k, 3)
+        ax = figure.add_subplot(grid[row, 3 + column])
+        draw_phase(ax, net, lines, g, p)
+        axes.append(ax)
     for ax in axes:
         ax.set_aspect("equal", "datalim")
         ax.tick_params(labelsize=6)
+
+    # whole or not at all
     beside = out.with_name(out.stem + ".part" + out.suffix)
     figure.savefig(beside, dpi=110)
     plt.close(figure)
@@ -151,9 +203,13 @@ def main(argv=None) -> dict:
     args, _ = parse_args(Args, argv)
     net = find_network(args.map, demand=args.demand)
     describe(net)
-    name = Path(args.map).name.split(".")[0]
-    out = Path(args.out) if args.out else Path(args.map).with_name(f"{name}.png")
-    refuse((out.suffix not in (".png", ".svg", ".pdf"), f"--out {out}: must be .png, .svg or .pdf"))
+    given = Path(args.map)
+    name = given.name.split(".")[0]  # of MAP.net.xml: MAP
+    out = given.with_name(f"{name}.png")
+    if args.out:
+        out = Path(args.out)
+    drawable = out.suffix in (".png", ".svg", ".pdf")
+    refuse((not drawable, f"--out {out}: must be .png, .svg or .pdf"))
     if not all(len(shape) > 1 for shape in net.shapes):
         raise UsageError(f"{args.map}: has no coordinates of its segments to draw")
     draw(net, out)
