@@ -246,7 +246,7 @@ def delays():
     return found, served, tuned
 
 
-@pytest.mark.parametrize("name", arz.CONTROLLERS.keys() - {"own_program"})  # the crossing has none
+@pytest.mark.parametrize("name", sorted(arz.CONTROLLERS.keys() - {"own_program"}))  # the crossing has none
 def test_baselines_serve_every_phase_of_a_network_that_is_no_corridor(delays, name):
     found, served, _ = delays
     assert found[name] < 0.6 * found["stuck"] and min(served[name]) == 4
