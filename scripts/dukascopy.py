@@ -73,10 +73,12 @@ def decode(raw: bytes, began: int, point: float, name: str) -> Candles:
     refuse((len(plain) % size, f"{name}: {len(plain)} bytes are no records of {size}"))
     rows = np.frombuffer(plain, CANDLE)
     digits = round(-np.log10(point))
-    ohlc = np.stack([rows[k] for k in ("open", "high", "low", "close")], 1)
-    ohlc = (ohlc.astype(np.float64) * point).round(digits)
-    ms = began + 1000 * rows["second"].astype(np.int64)
-    return Candles(ms, ohlc, rows["volume"].astype(np.float64))
+    prices = [rows[k] for k in ("open", "high", "low", "close")]
+    points = np.stack(prices, 1).astype(np.float64)
+    ohlc = (points * point).round(digits)
+    seconds = rows["second"].astype(np.int64)
+    volume = rows["volume"].astype(np.float64)
+    return Candles(began + 1000 * seconds, ohlc, volume)
 
 
 def middle(bid: Candles, ask: Candles, digits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,17 +88,25 @@ def middle(bid: Candles, ask: Candles, digits: int) -> tuple[np.ndarray, np.ndar
     """
     _, i, j = np.intersect1d(bid.ms, ask.ms, return_indices=True)
     volume = bid.volume[i] + ask.volume[j]
-    i, j, volume = i[volume > 0], j[volume > 0], volume[volume > 0]
-    ohlc = (0.5 * (bid.ohlc[i] + ask.ohlc[j])).round(digits + 1)
-    spread = (ask.ohlc[j, 3] - bid.ohlc[i, 3]).round(digits)
-    return np.column_stack([bid.ms[i].astype(np.float64), ohlc, volume]), spread
+    traded = volume > 0
+    volume = volume[traded]
+    below = bid.ohlc[i[traded]]
+    above = ask.ohlc[j[traded]]
+    # half a point is a digit more
+    ohlc = (0.5 * (below + above)).round(digits + 1)
+    spread = above[:, 3] - below[:, 3]
+    ms = bid.ms[i[traded]].astype(np.float64)
+    bars = np.column_stack([ms, ohlc, volume])
+    return bars, spread.round(digits)
 
 
 def periods_of(timeframe: str, since: int, until: int) -> list[pd.Timestamp]:
     """Starts of the files that hold bars from `since` to before `until` (ms)."""
-    times = [pd.Timestamp(ms, unit="ms") for ms in (since, until - 1)]
-    first, last = (time.to_period(FILES[timeframe][1]) for time in times)
-    return [period.start_time for period in pd.period_range(first, last)]
+    unit = FILES[timeframe][1]
+    first = pd.Timestamp(since, unit="ms").to_period(unit)
+    last = pd.Timestamp(until - 1, unit="ms").to_period(unit)
+    periods = pd.period_range(first, last)
+    return [period.start_time for period in periods]
 
 
 def url_of(base: str, symbol: str, timeframe: str, period, side: str) -> str:
@@ -195,8 +205,9 @@ def add_spreads(path: Path, symbol: str, ms: np.ndarray, spread: np.ndarray):
 
     Where a symbol has no bar its column holds its last spread before, which no bar of it reads.
     """
-    times = pd.to_datetime(ms.astype(np.int64), unit="ms", utc=True).as_unit("ns")
-    table = pd.DataFrame({symbol: spread}, index=pd.Index(times, name="timestamp"))
+    times = pd.to_datetime(ms.astype(np.int64), unit="ms", utc=True)
+    index = pd.Index(times.as_unit("ns"), name="timestamp")
+    table = pd.DataFrame({symbol: spread}, index=index)
     if path.exists():
         there = pd.read_parquet(path).set_index("timestamp")
         there.index = there.index.as_unit("ns")
