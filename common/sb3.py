@@ -1,4 +1,4 @@
-"""Our lanes as a Stable-Baselines3 VecEnv: one batched environment, no processes, no loop over them.
+"""Our lanes as a Stable-Baselines3 VecEnv: one batched environment, no processes, no loop.
 
     from common.sb3 import LanesVecEnv
     envs = gymnasium.make_vec("cleanrl_crypto/Freeway-v0", num_envs=64)
@@ -22,7 +22,9 @@ class LanesVecEnv(VecEnv):
     """
 
     def __init__(self, lanes: Lanes, joint: bool = False):
-        self.lanes, self.nvec, actions = lanes, None, lanes.single_action_space
+        actions = lanes.single_action_space
+        self.lanes = lanes
+        self.nvec = None
         if joint:
             self.nvec, actions = joint_space(actions)
         self.render_mode = lanes.render_mode
@@ -34,19 +36,25 @@ class LanesVecEnv(VecEnv):
         return obs
 
     def step_async(self, actions):
-        self.actions = actions if self.nvec is None else split_joint(actions, self.nvec)
+        if self.nvec is not None:
+            actions = split_joint(actions, self.nvec)
+        self.actions = actions
 
     def step_wait(self):
         obs, reward, terminated, truncated, info = self.lanes.step(self.actions)
+        reward = reward.astype(np.float32)
+        done = terminated | truncated
         infos = [{} for _ in range(self.num_envs)]
-        for i in np.flatnonzero(terminated | truncated):
+        for i in np.flatnonzero(done):
             episode = info["final_info"]["episode"]
+            # SB3 goes on from the last observation only where time ran out
+            out_of_time = truncated[i] and not terminated[i]
             infos[i] = {
                 "terminal_observation": info["final_obs"][i],
-                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+                "TimeLimit.truncated": bool(out_of_time),
                 "episode": {k: float(x[i]) for k, x in episode.items()},
             }
-        return obs, reward.astype(np.float32), terminated | truncated, infos
+        return obs, reward, done, infos
 
     def get_images(self):
         return list(self.lanes.render() or ())
@@ -54,8 +62,11 @@ class LanesVecEnv(VecEnv):
     def close(self):
         self.lanes.close()
 
+    # SB3 asks lane by lane, and gets the one environment's answer for each
     def get_attr(self, attr_name, indices=None):
-        return [getattr(self.lanes, attr_name)] * len(list(self._get_indices(indices)))
+        value = getattr(self.lanes, attr_name)
+        asked = self._get_indices(indices)
+        return [value for _ in asked]
 
     def set_attr(self, attr_name, value, indices=None):
         raise NotImplementedError("the lanes are one environment")
@@ -64,4 +75,5 @@ class LanesVecEnv(VecEnv):
         raise NotImplementedError("the lanes are one environment")
 
     def env_is_wrapped(self, wrapper_class, indices=None):
-        return [False] * len(list(self._get_indices(indices)))
+        asked = self._get_indices(indices)
+        return [False for _ in asked]
