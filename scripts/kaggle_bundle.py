@@ -168,9 +168,12 @@ def imports_of(name: str) -> list[str]:
             modules = [own, *(f"{own}.{alias.name}" for alias in node.names)]
         else:
             continue
-        modules = [m for m in modules if m.split(".")[0] in FOLDERS]
-        files = [f"{m.replace('.', '/')}.py" for m in modules]
-        found += [file for file in files if (ROOT / file).is_file()]
+        for module in modules:
+            parts = module.split(".")
+            file = "/".join(parts) + ".py"
+            # what a statement imports may be a module, or a name in one: only files count
+            if parts[0] in FOLDERS and (ROOT / file).is_file():
+                found.append(file)
     return found
 
 
@@ -198,8 +201,12 @@ def top_names(text: str) -> list[str]:
     """What a module's text defines: functions, classes and assigned names."""
     nodes = ast.parse(text).body
     found = [node.name for node in nodes if hasattr(node, "name")]
-    targets = [t for node in nodes if isinstance(node, ast.Assign) for t in node.targets]
-    return found + [target.id for target in targets if isinstance(target, ast.Name)]
+    targets = []
+    for node in nodes:
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+    names = [target for target in targets if isinstance(target, ast.Name)]
+    return found + [name.id for name in names]
 
 
 def checked_flags(script: str, flags: str) -> str:
@@ -207,7 +214,9 @@ def checked_flags(script: str, flags: str) -> str:
     try:
         call = ast.parse(f"dict({flags})", mode="eval").body
         names = [keyword.arg for keyword in call.keywords]
-        ast.literal_eval(ast.Tuple([keyword.value for keyword in call.keywords], ast.Load()))
+        values = [keyword.value for keyword in call.keywords]
+        # plain values only: the bundle runs this text
+        ast.literal_eval(ast.Tuple(values, ast.Load()))
     except (SyntaxError, ValueError) as e:
         raise UsageError(f"--flags {flags}: must read like timeout=300, seed=3") from e
     refuse((call.args or None in names, f"--flags {flags}: must read like timeout=300, seed=3"))
@@ -226,9 +235,13 @@ def bundle(script: str, flags: str) -> str:
     text = (ROOT / script).read_text(encoding="utf-8")
     tree = ast.parse(text)
     lines = text.splitlines(keepends=True)
-    first, last = tree.body[0], tree.body[-1]
-    docstring = "".join(lines[: first.end_lineno]).rstrip()
-    body = "".join(lines[first.end_lineno : last.lineno - 1]).replace("__file__", "SCRIPT")
+    first = tree.body[0]
+    last = tree.body[-1]
+    begin = first.end_lineno
+    docstring = "".join(lines[:begin]).rstrip()
+    body = "".join(lines[begin : last.lineno - 1])
+    # __file__ of a bundle is the bundle
+    body = body.replace("__file__", "SCRIPT")
     ending = ast.unparse(last.test) if isinstance(last, ast.If) else ""
     refuse(("__name__" not in ending, f"{script} must end with if __name__ == '__main__':"))
     rows = (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()
@@ -249,7 +262,9 @@ def bundle(script: str, flags: str) -> str:
     }
     names = [*modules_of(script), f"docs/{stem}.md"]
     top, head, run = (Template(part).substitute(words) for part in (TOP, HEAD, RUN))
-    taken = ", ".join({*top_names(head), "RUN_FLAGS", "summary"} & {*top_names(body)})
+    reserved = {*top_names(head), "RUN_FLAGS", "summary"}
+    taken = reserved & {*top_names(body)}
+    taken = ", ".join(taken)
     refuse((taken, f"{script}: a bundle has these names for itself, rename them: {taken}"))
     own = f"\n{RULE}\n# {script}\n{body.strip()}\n"
     return "".join([top, head, *map(section, names), PROGRAMS, own, run])
@@ -260,8 +275,9 @@ def notebook(text: str, script: str) -> str:
     title = f"# {Path(script).stem}\n\nOne file of cleanrl-crypto {__version__}, MIT License. "
     title += "Its flags: `RUN_FLAGS` near the top of the next cell.\n"
     cells = [("markdown", title), ("code", text), ("code", SHOW)]
+    kernel = {"name": "python3", "display_name": "Python 3"}
     page = {"nbformat": 4, "nbformat_minor": 5, "cells": []}
-    page["metadata"] = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    page["metadata"] = {"kernelspec": kernel}
     for number, (kind, source) in enumerate(cells):
         cell = {"cell_type": kind, "id": f"cell{number}", "metadata": {}}
         cell["source"] = source.splitlines(keepends=True)
