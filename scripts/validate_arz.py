@@ -238,12 +238,17 @@ class Lane:
     def __init__(self, rho, v, dx: float, c=1.0, gamma=1.0, tau=FAR, cfl=0.9):
         rho = np.array(rho)[:, None]
         v = np.array(v)[:, None]
+        n = len(rho)
         w = v + c * rho**gamma
-        self.u = np.stack([rho, rho * w])
-        self.work = np.zeros((6, len(rho) + 8, 1))
+        z = rho * w
+        self.u = np.stack([rho, z])
+        self.work = np.zeros((6, n + 8, 1))
         self.lane = np.zeros((len(arz.AT), 1))
         self.totals = np.zeros((len(SUM), 1))
-        self.road = dx, 1.0, 1.0, tau, 1e-13, cfl
+        # the floor must add nothing that the checks of conservation could see
+        v_max = rho_max = 1.0
+        floor = 1e-13
+        self.road = dx, v_max, rho_max, tau, floor, cfl
         self.law = law_of(c, gamma)
 
     def advance(self, seconds: float, order, end=OPEN):
@@ -252,11 +257,14 @@ class Lane:
 
     def march(self, seconds: float, order, end=OPEN):
         """Every step the largest that the Courant number allows, the last one trimmed."""
-        dx, cfl = self.road[0], self.road[5]
-        speed, done = np.zeros(1), 0.0
+        dx, *_, cfl = self.road
+        speed = np.zeros(1)
+        done = 0.0
         while seconds - done > 1e-12:
-            arz.fastest_wave(self.u[0], self.u[1], speed, self.law)
-            step = min(cfl * dx / speed[0], seconds - done)
+            rho, z = self.u
+            arz.fastest_wave(rho, z, speed, self.law)
+            longest = cfl * dx / speed[0]
+            step = min(longest, seconds - done)
             # a hair less: advance() would split a step whose Courant number rounds up
             self.advance(step * (1 - 1e-12), order, end)
             done += step
@@ -268,20 +276,24 @@ def run_case(name: str, n: int, scheme: str) -> dict:
     order, cfl = SCHEMES[scheme]
     edges = np.linspace(0, 1, n + 1)
     x = (edges[1:] + edges[:-1]) / 2
-    rho = np.where(x < 0.5, left[0], right[0])
-    v = np.where(x < 0.5, left[1], right[1])
+    before = x < 0.5
+    (rho_l, v_l), (rho_r, v_r) = left, right
+    rho = np.where(before, rho_l, rho_r)
+    v = np.where(before, v_l, v_r)
     lane = Lane(rho, v, 1 / n, 1.0, gamma, cfl=cfl)
     lane.march(t, order)
-    exact = riemann(left, right, gamma)
+    mass = riemann(left, right, gamma)["mass"]
+    exact = averages(mass, edges, t)
     rho = lane.u[0, :, 0]
-    error = rho - averages(exact["mass"], edges, t)
+    error = np.abs(rho - exact)
+    totals = lane.totals[:, 0]
     return {
         "x": x,
         "rho": rho,
-        "L1": float(np.abs(error).mean()),
+        "L1": float(error.mean()),
         "min_rho": float(rho.min()),
-        "max_cfl": float(lane.totals[SUM.max_cfl, 0]),
-        "floor": float(lane.totals[SUM.added, 0]),
+        "max_cfl": float(totals[SUM.max_cfl]),
+        "floor": float(totals[SUM.added]),
     }
 
 
@@ -298,31 +310,39 @@ def riemann_part(quick: bool, checks: Checks) -> dict:
     for name, (left, right, gamma, _, known) in CASES.items():
         exact = riemann(left, right, gamma)
         flux = arz.flux_nb(*left, *right, law_of(1.0, gamma))
-        at_jump = float(exact["rho"](0.0) * exact["v"](0.0))
+        # Godunov's flux is the exact solution's at x / t = 0
+        rho = exact["rho"](0.0)
+        speed = exact["v"](0.0)
+        at_jump = float(rho * speed)
+        exact_flux = at_jump, at_jump * exact["w"]
         facts = "rho*", "v*", "kind", "edges", "contact", "vacuum"
         entry = {k: exact[k] for k in facts}
         entry["flux"] = flux
-        entry["exact_flux"] = at_jump, at_jump * exact["w"]
-        gap = np.abs(np.subtract(flux, entry["exact_flux"])).max()
+        entry["exact_flux"] = exact_flux
+        gap = np.subtract(flux, exact_flux)
+        gap = np.abs(gap).max()
         checks.below(f"flux at the jump, {name}", gap, 1e-14)
         for scheme, (_, limit) in SCHEMES.items():
             runs = [run_case(name, n, scheme) for n in sizes]
             errors = [r["L1"] for r in runs]
+            low = min(r["min_rho"] for r in runs)
+            courant = max(r["max_cfl"] for r in runs)
             # a few 1e-16: the order of rounding errors says nothing
             entry[scheme] = {
                 "L1": errors,
                 "orders": orders(errors) if min(errors) > 1e-12 else [],
-                "min_rho": min(r["min_rho"] for r in runs),
-                "max_cfl": max(r["max_cfl"] for r in runs),
+                "min_rho": low,
+                "max_cfl": courant,
                 "floor": max(r["floor"] for r in runs),
             }
-            checks.courant(f"{name}, {scheme}", entry[scheme]["max_cfl"], limit)
-            low = entry[scheme]["min_rho"]
+            checks.courant(f"{name}, {scheme}", courant, limit)
             checks.add(f"smallest density, {name}, {scheme}", low, "> 0", low > 0)
         errors = entry["godunov"]["L1"]
         for n, error, want in zip(sizes, errors, known or ()):
             # one unit of the last printed digit
-            digits = 2 - math.floor(math.log10(want)) if want else 14
+            digits = 14
+            if want:
+                digits = 2 - math.floor(math.log10(want))
             unit = 10.0**-digits
             checks.near(f"godunov's L1, {name}, N {n}", error, want, unit)
         entry["known"] = known
@@ -378,16 +398,21 @@ def smooth_part(quick: bool, checks: Checks) -> dict:
                 lane = Lane(rho, speed(rho), 1 / n, cfl=0.4)
                 before = lane.u.sum((1, 2))
                 lane.march(t, order, RING)
-                gap = lane.u[0, :, 0] - solution(edges, t)
-                errors.append(float(np.abs(gap).mean()))
-                change = lane.u.sum((1, 2)) / before - 1
-                lost = max(lost, float(np.abs(change).max()))
-            measured, (low, high) = orders(errors), BANDS[scheme]
-            result[f"{name}, {scheme}"] = {"L1": errors, "orders": measured, "lost": lost}
-            good = low < min(measured) and max(measured) < high
+                exact = solution(edges, t)
+                gap = np.abs(lane.u[0, :, 0] - exact)
+                errors.append(float(gap.mean()))
+                after = lane.u.sum((1, 2))
+                change = np.abs(after / before - 1)
+                lost = max(lost, float(change.max()))
+            case = f"{name}, {scheme}"
+            measured = orders(errors)
+            result[case] = {"L1": errors, "orders": measured, "lost": lost}
+            low, high = BANDS[scheme]
+            least = min(measured)
+            good = low < least and max(measured) < high
             must = f"from {low} to {high}"
-            checks.add(f"orders, smooth {name}, {scheme}", min(measured), must, good)
-            checks.below(f"ring keeps rho and rho w, {name}, {scheme}", lost, 1e-14)
+            checks.add(f"orders, smooth {case}", least, must, good)
+            checks.below(f"ring keeps rho and rho w, {case}", lost, 1e-14)
     return result
 
 
@@ -399,12 +424,17 @@ def theory(c: float, mode: int = 1):
     V = 1 - rho, p = c rho: stable iff p' >= -V', that is c >= 1 (Aw and Rascle; Seibold et al.
     2013).
     """
-    k, v0 = 2j * np.pi * mode, 1 - RHO0
+    k = 2j * np.pi * mode
+    v0 = 1 - RHO0
+    back = v0 - RHO0 * c  # lambda_1
+    rate = 1 / TAU
     of_rho = [-k * v0, -k * RHO0]
-    of_v = [-1 / TAU, -k * (v0 - RHO0 * c) - 1 / TAU]
-    values, vectors = np.linalg.eig(np.array([of_rho, of_v]))
+    of_v = [-rate, -k * back - rate]
+    matrix = np.array([of_rho, of_v])
+    values, vectors = np.linalg.eig(matrix)
     best = int(np.argmax(values.real))
-    return values[best], vectors[:, best] / vectors[0, best]
+    shape = vectors[:, best]
+    return values[best], shape / shape[0]
 
 
 def growth(c: float, n: int) -> float:
@@ -413,15 +443,18 @@ def growth(c: float, n: int) -> float:
     _, shape = theory(c)
     x = (np.arange(n) + 0.5) / n
     wave = np.exp(2j * np.pi * x)
-    rho = 1e-4 * np.real(shape[0] * wave)
-    v = 1e-4 * np.real(shape[1] * wave)
-    lane = Lane(RHO0 + rho, 1 - RHO0 + v, 1 / n, c=c, tau=TAU, cfl=0.4)
+    of_rho, of_v = shape
+    rho = RHO0 + 1e-4 * np.real(of_rho * wave)
+    v = 1 - RHO0 + 1e-4 * np.real(of_v * wave)
+    lane = Lane(rho, v, 1 / n, c=c, tau=TAU, cfl=0.4)
     sizes = []
     for _ in range(2):
         lane.march(1.0, SECOND, RING)
-        modes = np.fft.rfft(lane.u[0, :, 0])
+        rho = lane.u[0, :, 0]
+        modes = np.fft.rfft(rho)
         sizes.append(abs(modes[1]))
-    return math.log(sizes[1] / sizes[0])
+    at_1, at_2 = sizes
+    return math.log(at_2 / at_1)
 
 
 def extrapolated(rates) -> float:
@@ -435,16 +468,24 @@ def stability_part(quick: bool, checks: Checks) -> dict:
     result = {"N": sizes, "c": {}}
     for c, known in GROWTH.items():
         rates = [growth(c, n) for n in sizes]
-        limit, linear = extrapolated(rates), float(theory(c)[0].real)
-        result["c"][f"{c:g}"] = {"rates": rates, "limit": limit, "theory": linear}
+        limit = extrapolated(rates)
+        value, _ = theory(c)
+        linear = float(value.real)
+        row = {"rates": rates, "limit": limit, "theory": linear}
+        result["c"][f"{c:g}"] = row
         checks.near(f"linear theory's growth, c {c:g}", linear, known, 1e-4)
         checks.near(f"growth, c {c:g}", limit, linear, 0.01)
-    low, high, trail = 0.8, 1.2, []
+    # bisection: small waves grow below the threshold, and die out above it
+    low, high = 0.8, 1.2
+    trail = []
     for _ in range(6 if quick else 11):
         c = (low + high) / 2
         rate = extrapolated([growth(c, n) for n in sizes])
         trail.append((c, rate))
-        low, high = (c, high) if rate > 0 else (low, c)
+        if rate > 0:
+            low = c
+        else:
+            high = c
     found = (low + high) / 2
     result |= {"threshold": found, "bracket": (low, high), "trail": trail}
     checks.near("threshold of stability", found, 1, 0.01)
@@ -551,12 +592,15 @@ jit = nb.njit(error_model="numpy")
 @jit
 def detectors(ends, at, lwr, w_eq, pressure, r, v):
     """What the detectors saw `at` bins from the start, as states of two ghost cells at each end."""
-    k = min(int(at), ends.shape[2] - 2)
+    last = ends.shape[2] - 1
+    k = min(int(at), last - 1)
     s = at - k
+    now = ends[:, :, k]
+    later = ends[:, :, k + 1]
     for e in range(2):
         j = e * (r.shape[0] - 2)
-        rho = (1 - s) * ends[0, e, k] + s * ends[0, e, k + 1]
-        speed = (1 - s) * ends[1, e, k] + s * ends[1, e, k + 1]
+        rho = (1 - s) * now[0, e] + s * later[0, e]
+        speed = (1 - s) * now[1, e] + s * later[1, e]
         if lwr:
             speed = w_eq - arz.pressure_nb(rho, pressure)
         r[j : j + 2] = rho
@@ -591,8 +635,10 @@ def simulate(ends, bin_s, dx, refine, order, law, rest, lwr, cfl, out):
     goal = pressure[0], pressure[1], rho_max, 0.0
     # with p = V(0) - V, V + p is the same at every density: w relaxes to w_eq
     level = w_eq, 1.0, 1.0
-    m, bins = out.shape[1] * refine, ends.shape[2]
+    m = out.shape[1] * refine
+    bins = ends.shape[2]
     dx = dx / refine
+    stages = len(order)
     rho = np.empty((m, 1))
     z = np.empty((m, 1))
     half_rho = np.empty((m, 1))
@@ -604,40 +650,55 @@ def simulate(ends, bin_s, dx, refine, order, law, rest, lwr, cfl, out):
     a = np.zeros(1)
     keep = np.zeros(1)
     added = np.zeros(1)
+
+    # the first state
+    start = ends[:, :, 0]
     for i in range(m):
         s = (i + 0.5) / m
-        rho[i] = (1 - s) * ends[0, 0, 0] + s * ends[0, 1, 0]
+        rho[i] = (1 - s) * start[0, 0] + s * start[0, 1]
         p = arz.pressure_nb(rho[i, 0], pressure)
-        w = (1 - s) * ends[1, 0, 0] + s * ends[1, 1, 0] + p
-        z[i] = rho[i] * (w_eq if lwr else w)
+        speed = (1 - s) * start[1, 0] + s * start[1, 1]
+        w = w_eq if lwr else speed + p
+        z[i] = rho[i] * w
     out[:] = 0.0
-    first, entered, left, courant = rho.sum() * dx, 0.0, 0.0, 0.0
+    first = rho.sum() * dx
+    entered = 0.0
+    left = 0.0
+    courant = 0.0
     for k in range(bins):
         now = 0.0
         while now < bin_s:
-            at = min(max(k + now / bin_s - 0.5, 0.0), bins - 1.0)
+            # steps that end with the bin
+            at = max(k + now / bin_s - 0.5, 0.0)
+            at = min(at, bins - 1.0)
             arz.primitives(rho, z, r, v, OPEN, pressure)
             detectors(ends, at, lwr, w_eq, pressure, r, v)
             speed = fastest(r, v, pressure)
+            rest_s = bin_s - now
             # a tenth in hand: between a ghost and its neighbour a state can arise that is faster
-            n = math.ceil((bin_s - now) * 1.1 * speed / (cfl * dx))
-            step = (bin_s - now) / n
+            n = math.ceil(rest_s * 1.1 * speed / (cfl * dx))
+            step = rest_s / n
             courant = max(courant, speed * step / dx)
             a[0] = step / dx
-            keep[0] = 0.0 if lwr else math.exp(-0.5 * step / tau)
+            keep[0] = 0.0
+            if not lwr:
+                keep[0] = math.exp(-0.5 * step / tau)
+            # half of the relaxation before the transport, half after it (Strang)
             for half in range(2):
                 if half == 1:
-                    half_rho[:], half_z[:] = rho, z
+                    half_rho[:] = rho
+                    half_z[:] = z
                     for _ in order:
                         arz.primitives(half_rho, half_z, r, v, OPEN, pressure)
                         detectors(ends, at, lwr, w_eq, pressure, r, v)
                         arz.faces(r, v, f, g, order, pressure)
-                        entered += f[0, 0] * step / len(order)
-                        left += f[m, 0] * step / len(order)
+                        entered += f[0, 0] * step / stages
+                        left += f[m, 0] * step / stages
                         cells = half_rho, half_z
                         arz.update(*cells, f, g, a, *cells, added, FLOOR, w_eq)
-                    if len(order) == 1:
-                        rho[:], z[:] = half_rho, half_z
+                    if stages == 1:
+                        rho[:] = half_rho
+                        z[:] = half_z
                     else:
                         arz.go_half_way(rho, half_rho)
                         arz.go_half_way(z, half_z)
@@ -645,24 +706,30 @@ def simulate(ends, bin_s, dx, refine, order, law, rest, lwr, cfl, out):
                     arz.relax(rho, z, keep, v_max, goal)
                 else:
                     arz.relax(rho, z, keep, w_eq, level)
+            share = step / bin_s / refine
             for i in range(m):
-                share = step / bin_s / refine
-                p = arz.pressure_nb(rho[i, 0], pressure)
-                out[0, i // refine, k] += share * rho[i, 0]
-                out[1, i // refine, k] += share * (z[i, 0] - rho[i, 0] * p)
+                cell = i // refine
+                here = rho[i, 0]
+                p = arz.pressure_nb(here, pressure)
+                flow = z[i, 0] - here * p
+                out[0, cell, k] += share * here
+                out[1, cell, k] += share * flow
             now = bin_s if n == 1 else now + step
-    added_veh = added[0] * dx / len(order)
-    return first, entered, left, rho.sum() * dx, added_veh, courant
+    last = rho.sum() * dx
+    added_veh = added[0] * dx / stages
+    return first, entered, left, last, added_veh, courant
 
 
 def prepare(record: dict, args: Args) -> dict:
     """Both halves of the stretch: detectors (2, 2, T), and density and flow between them (M, T)."""
-    rho, q, path = record["rho"], record["q"], record["path"]
+    rho, q = record["rho"], record["q"]
     dx, dt = record["dx"], record["dt"]
+    path = record["path"]
     total, bins = rho.shape
     cut = round(args.split * bins)
     a, b = args.cells or (0, 0)
     if args.cells is None:
+        # of the first half: the second is scored, and nothing is chosen by it
         flow = conserved_flow(rho[:, :cut], q[:, :cut], dx, dt)
         a, b = no_ramp(flow)
     outside = not 0 <= a <= b < total
@@ -672,7 +739,8 @@ def prepare(record: dict, args: Args) -> dict:
     span = max(1, round(args.block_seconds / dt))
     warm = math.ceil(args.warmup / dt / span) * span
     inner = b - a + 1 - 2 * wide
-    shorter, need = min(cut, bins - cut), warm + 4 * span
+    shorter = min(cut, bins - cut)
+    need = warm + 4 * span
     refuse(
         (
             inner < block,
@@ -692,18 +760,20 @@ def prepare(record: dict, args: Args) -> dict:
     # Edie: a stretch's speed is its flow over its density; nobody there: the record's top speed
     held = rho > FLOOR
     top = float((q[held] / rho[held]).max())
+    stretch = slice(a, b + 1)
+    inside = slice(wide, -wide)
+    both = slice(0, wide), slice(-wide, None)
     for part in (slice(0, cut), slice(cut, bins)):
-        r = rho[a : b + 1, part]
-        f = q[a : b + 1, part]
-        ends = slice(0, wide), slice(-wide, None)
-        density = np.stack([r[end].mean(0) for end in ends])
-        flow = np.stack([f[end].mean(0) for end in ends])
+        r = rho[stretch, part]
+        f = q[stretch, part]
+        density = np.stack([r[end].mean(0) for end in both])
+        flow = np.stack([f[end].mean(0) for end in both])
         empty = density <= FLOOR
         density = np.maximum(density, FLOOR)
         speed = np.where(empty, top, flow / density)
-        ends = np.stack([density, speed])
-        inside = slice(wide, -wide)
-        halves.append({"ends": ends, "rho": r[inside], "q": f[inside]})
+        ends = np.stack([density, speed])  # (2, 2, T)
+        half = {"ends": ends, "rho": r[inside], "q": f[inside]}
+        halves.append(half)
     data = {
         "path": path,
         "halves": halves,
@@ -722,7 +792,8 @@ def prepare(record: dict, args: Args) -> dict:
     # speeds are calibrated at two densities that the record holds: far less correlated than w and C
     low, high = np.quantile(density, (0.1, 0.9)).tolist()
     data["anchors"] = low, high
-    flat = not min(data["range"]) > 0 or not 0 < low < high
+    constant = not min(data["range"]) > 0
+    flat = constant or not 0 < low < high
     why = f"density or speed of cells {a} to {b} is constant in the first part: nothing to fit"
     refuse((flat, f"{path}: {why}"))
     return data
@@ -731,32 +802,41 @@ def prepare(record: dict, args: Args) -> dict:
 def blocks(rho, q, data) -> tuple[np.ndarray, np.ndarray]:
     """Density and speed (flow over density) of blocks of cells and bins; what does not fill a
     block is left out."""
-    (n, k), m, t = data["block"], *rho.shape
+    n, k = data["block"]
+    m, t = rho.shape
+    rows, columns = m // n, t // k
 
     def mean(x):
-        x = x[: m // n * n, : t // k * k]
-        return x.reshape(m // n, n, t // k, k).mean((1, 3))
+        x = x[: rows * n, : columns * k]
+        parts = x.reshape(rows, n, columns, k)
+        return parts.mean((1, 3))
 
-    rho, q = mean(rho), mean(q)
+    rho = mean(rho)
+    q = mean(q)
     v = q / np.maximum(rho, 1e-12)
-    return rho, np.where(rho > 0, v, np.nan)
+    v[~(rho > 0)] = np.nan
+    return rho, v
 
 
 def errors(rho, q, half: dict, data: dict) -> dict:
     """Fan and Seibold's error of a field (M, T): E = mean of |rho - rho_data| / Delta rho + |v -
     v_data| / Delta v over space and time; Delta: the range of the data, here of the blocks of the
     calibration half."""
-    w = data["warm"]
-    r0, v0 = blocks(half["rho"][:, w:], half["q"][:, w:], data)
-    r1, v1 = blocks(rho[:, w:], q[:, w:], data)
+    scored = np.s_[:, data["warm"] :]
+    r0, v0 = blocks(half["rho"][scored], half["q"][scored], data)
+    r1, v1 = blocks(rho[scored], q[scored], data)
     e_rho = np.abs(r1 - r0)
-    e_v = np.nan_to_num(np.abs(v1 - v0))  # an empty block has no speed to miss
+    e_v = np.abs(v1 - v0)
+    e_v = np.nan_to_num(e_v)  # an empty block has no speed to miss
     d_rho, d_v = data["range"]
-    rho, v = float(e_rho.mean()), float(e_v.mean())
+    rho = float(e_rho.mean())
+    v = float(e_v.mean())
+    of_rho = rho / d_rho
+    of_v = v / d_v
     return {
-        "E": rho / d_rho + v / d_v,
-        "E_rho": rho / d_rho,
-        "E_v": v / d_v,
+        "E": of_rho + of_v,
+        "E_rho": of_rho,
+        "E_v": of_v,
         "rho": rho,
         "v": v,
         "series": e_rho.mean(0) / d_rho + e_v.mean(0) / d_v,
@@ -765,11 +845,12 @@ def errors(rho, q, half: dict, data: dict) -> dict:
 
 def straight(half: dict) -> tuple[np.ndarray, np.ndarray]:
     """No model: density and speed on a straight line between the two detectors, bin by bin."""
-    m = half["rho"].shape[0]
-    s = ((np.arange(m) + 0.5) / m)[:, None]
-    (rho_0, rho_1), (v_0, v_1) = half["ends"]
-    rho = (1 - s) * rho_0 + s * rho_1
-    v = (1 - s) * v_0 + s * v_1
+    m = len(half["rho"])
+    s = (np.arange(m) + 0.5) / m
+    s = s[:, None]
+    density, speed = half["ends"]
+    rho = (1 - s) * density[0] + s * density[1]
+    v = (1 - s) * speed[0] + s * speed[1]
     return rho, rho * v
 
 
@@ -817,21 +898,30 @@ def unpack(name: str, x, anchors) -> tuple | None:
 
 
 def predict(
-    name: str, params: tuple, half: dict, data: dict, refine: int = 1, scheme: str = "godunov"
+    name: str,
+    params: tuple,
+    half: dict,
+    data: dict,
+    refine: int = 1,
+    scheme: str = "godunov",
 ):
     """Density and flow (M, T) between the detectors, and the run's ledger."""
     (w, c, gamma), rest = params
-    ends, order, cfl = half["ends"], *SCHEMES[scheme]
-    if MODELS[name][3] == "speed":  # the density whose equilibrium speed was seen
-        p = np.maximum(w - ends[1], pressure(FLOOR, c, gamma))
+    lwr, _, _, given = MODELS[name]
+    order, cfl = SCHEMES[scheme]
+    ends = half["ends"]
+    if given == "speed":  # the density whose equilibrium speed was seen
+        speed = ends[1]
+        p = np.maximum(w - speed, pressure(FLOOR, c, gamma))
         density = (p / c) ** (1 / gamma)
-        ends = np.stack([density, ends[1]])
-    out = np.empty((2, *half["rho"].shape))
-    lwr = MODELS[name][0]
+        ends = np.stack([density, speed])
+    shape = half["rho"].shape
+    out = np.empty((2, *shape))
     law = w, (c, gamma, 1.0, 0.0)
     dt, dx = data["dt"], data["dx"]
     ledger = simulate(ends, dt, dx, refine, order, law, rest, lwr, cfl, out)
-    return out[0], out[1], ledger
+    rho, q = out
+    return rho, q, ledger
 
 
 def pressure(rho, c: float, gamma: float):
@@ -844,33 +934,42 @@ def fitted_curve(points, gammas) -> tuple[float, float, float]:
     their diagrams."""
     rho, v = points
     q = rho * np.nan_to_num(v)
-    best = None
+    best, least_miss = None, math.inf
     for gamma in gammas:
-        columns = np.stack([rho, -(rho ** (1 + gamma))], 1)
+        fall = rho ** (1 + gamma)
+        columns = np.stack([rho, -fall], 1)
         (w, c), *_ = np.linalg.lstsq(columns, q, rcond=None)
         miss = columns @ (w, c) - q
         miss = float((miss**2).mean())
-        better = best is None or miss < best[0]
+        better = best is None or miss < least_miss
         if c > 0 and w > 0 and better:
-            best = miss, (float(w), float(c), float(gamma))
+            best = float(w), float(c), float(gamma)
+            least_miss = miss
     why = "the record's first part shows no fall of speed with density"
     refuse((best is None, f"{why}: no fundamental diagram to fit"))
-    return best[1]
+    return best
 
 
 def least(loss: Callable, start, evaluations: int, size: float = 0.15) -> tuple:
     """Downhill simplex without derivatives; (best point, its loss)."""
-    corners = np.asarray(start) + size * np.eye(len(start))
-    simplex = np.vstack([start, corners])
-    options = dict(initial_simplex=simplex, maxfev=evaluations, xatol=1e-5, fatol=1e-7)
+    axes = np.eye(len(start))
+    corners = np.asarray(start) + size * axes
+    options = {
+        "initial_simplex": np.vstack([start, corners]),
+        "maxfev": evaluations,
+        "xatol": 1e-5,
+        "fatol": 1e-7,
+    }
     found = minimize(loss, start, method="Nelder-Mead", options=options)
     return found.x, found.fun
 
 
 def calibrate(name: str, data: dict, evaluations: int) -> tuple:
     """The model of least E on the first half, from starts of several curvatures."""
-    half, anchors = data["halves"][0], data["anchors"]
+    half = data["halves"][0]
+    anchors = data["anchors"]
     first, fitted, target, _ = MODELS[name]
+    share = evaluations // 5  # three starts at most, and two restarts
 
     def loss(x):
         params = unpack(name, x, anchors)
@@ -878,7 +977,9 @@ def calibrate(name: str, data: dict, evaluations: int) -> tuple:
             return 1e3
         rho, q, _ = predict(name, params, half, data)
         value = errors(rho, q, half, data)["E"]
-        return value if math.isfinite(value) else 1e3
+        if math.isfinite(value):
+            return value
+        return 1e3
 
     def logs(curve):
         w, *law = curve
@@ -887,18 +988,22 @@ def calibrate(name: str, data: dict, evaluations: int) -> tuple:
         return np.log(speeds).tolist()
 
     best = None
-    for gamma in (0.2, 0.5, 1.0) if fitted else (1.0,):
-        start = logs(fitted_curve(data["points"], (gamma,)))
+    gammas = (0.2, 0.5, 1.0) if fitted else (1.0,)
+    for gamma in gammas:
+        curve = fitted_curve(data["points"], (gamma,))
+        start = logs(curve)
         if fitted:
             start.append(math.log(gamma))
         if target != "never" and not first:
             start.append(math.log(30.0))
         if target == "greenshields":
-            start += logs(fitted_curve(data["points"], (1.0,)))
-        x, value = least(loss, start, evaluations // 5)
-        best = (x, value) if best is None or value < best[1] else best
+            line = fitted_curve(data["points"], (1.0,))
+            start += logs(line)
+        found = least(loss, start, share)
+        if best is None or found[1] < best[1]:
+            best = found
     for size in (0.1, 0.03):  # a simplex that has collapsed gets a second chance
-        best = least(loss, best[0], evaluations // 5, size)
+        best = least(loss, best[0], share, size)
     return unpack(name, best[0], anchors)
 
 
@@ -907,53 +1012,67 @@ def difference(one, other, length: int = 8, draws: int = 2000) -> tuple[float, f
     of `length` blocks, joined at the ends (circular), for what is wrong now is wrong in the next
     block too."""
     gap = np.asarray(one) - np.asarray(other)
-    runs = math.ceil(len(gap) / length)
+    n = len(gap)
+    runs = math.ceil(n / length)
     rng = np.random.default_rng(0)
-    starts = rng.integers(0, len(gap), (draws, runs))
-    rows = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)
-    rows = rows[:, : len(gap)] % len(gap)
+    starts = rng.integers(0, n, (draws, runs))
+    rows = starts[:, :, None] + np.arange(length)  # (draws, runs, length)
+    rows = rows.reshape(draws, -1)
+    rows = rows[:, :n] % n
     means = gap[rows].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return float(gap.mean()), float(low), float(high)
+    mean = gap.mean()
+    return float(mean), float(low), float(high)
 
 
 class Scores:
     """Errors of predictions on both halves: a row of the table and the fields of a picture each."""
 
     def __init__(self, data: dict, checks: Checks):
-        self.data, self.checks = data, checks
-        self.rows, self.fields = {}, {}
+        self.data = data
+        self.checks = checks
+        self.rows = {}
+        self.fields = {}
 
     def add(self, name: str, runs: list[tuple], **more):
         """runs: of each half density, flow (M, T) and, of a model, the ledger."""
         halves = self.data["halves"]
         scores = []
         for (rho, q, *_), half in zip(runs, halves):
-            scores.append(errors(rho, q, half, self.data))
-            series = scores[-1].pop("series")
-        self.rows[name] = {"first": scores[0], "second": scores[1]} | more
+            found = errors(rho, q, half, self.data)
+            series = found.pop("series")
+            scores.append(found)
+        first, second = scores
+        self.rows[name] = {"first": first, "second": second} | more
+        # of the second half, the last one
         self.fields[name] = {"rho": rho, "q": q, "series": series}
 
     def add_model(self, title: str, name: str, params: tuple, **more):
         data = self.data
         runs = [predict(name, params, half, data) for half in data["halves"]]
-        self.add(title, runs, params=named(name, params), **more)
-        ledgers = np.array([ledger for _, _, ledger in runs])
-        start, into, out, end, added, courant = ledgers.T
+        numbers = named(name, params)
+        self.add(title, runs, params=numbers, **more)
+        ledgers = [ledger for _, _, ledger in runs]
+        columns = np.array(ledgers).T
+        start, into, out, end, added, courant = columns
         missing = start + into + added - out - end
         lost = np.abs(missing) / (start + into)
         lost = float(lost.max())
         courant = float(courant.max())
         row = self.rows[title]
-        row["mass_error"], row["max_cfl"] = lost, courant
+        row["mass_error"] = lost
+        row["max_cfl"] = courant
         row["floor_veh"] = float(added.sum())
         self.checks.below(f"vehicles conserved, {title}", lost, 1e-12)
         self.checks.courant(title, courant, 0.9)
 
     def best(self, family: str) -> str:
         """Chosen on the first half: the second is looked at once."""
-        names = [name for name in self.rows if name.startswith(family)]
-        return min(names, key=lambda name: self.rows[name]["first"]["E"])
+        found = {}
+        for name, row in self.rows.items():
+            if name.startswith(family):
+                found[name] = row["first"]["E"]
+        return min(found, key=found.get)
 
 
 def named(name: str, params: tuple) -> dict[str, float]:
@@ -971,13 +1090,18 @@ def named(name: str, params: tuple) -> dict[str, float]:
 def record_part(data: dict, args: Args, checks: Checks) -> dict:
     """Calibrates on the first half, scores on the second; straight line and mean state beside the
     models."""
-    halves = first, second = data["halves"]
-    evaluations = min(args.evaluations, 50) if args.quick else args.evaluations
-    power = fitted_curve(data["points"], np.geomspace(*GAMMAS, 60))
-    line = fitted_curve(data["points"], (1.0,))
+    halves = data["halves"]
+    first, second = halves
+    evaluations = args.evaluations
+    if args.quick:
+        evaluations = min(evaluations, 50)
+    points = data["points"]
+    gammas = np.geomspace(*GAMMAS, 60)
+    power = fitted_curve(points, gammas)
+    line = fitted_curve(points, (1.0,))
     scores = Scores(data, checks)
     scores.add("straight line", [straight(half) for half in halves])
-    rho, v = (np.nanmean(x) for x in data["points"])
+    rho, v = (np.nanmean(x) for x in points)
     still = []
     for half in halves:
         shape = half["rho"].shape
@@ -986,9 +1110,12 @@ def record_part(data: dict, args: Args, checks: Checks) -> dict:
     scores.add("mean of the first half", still)
     for name, (lwr, fitted, target, _) in MODELS.items():
         if lwr or target == "never":  # without tau the diagram says it all
-            params = (power if fitted else line), (0.0, 1.0, 0.0 if lwr else FAR)
+            curve = power if fitted else line
+            tau = 0.0 if lwr else FAR
+            params = curve, (0.0, 1.0, tau)
             scores.add_model(f"{name} (diagram)", name, params)
         params = calibrate(name, data, evaluations)
+        # the same numbers on finer cells and by the other scheme: how much of E is the grid's
         finer = predict(name, params, second, data, refine=2 if args.quick else 4)
         muscl = predict(name, params, second, data, scheme="muscl")
         others = {}
@@ -1004,12 +1131,15 @@ def record_part(data: dict, args: Args, checks: Checks) -> dict:
     }
     gaps, fields = {}, scores.fields
     for how, (one, other) in pairs.items():
-        gap = difference(fields[one]["series"], fields[other]["series"])
+        a = fields[one]["series"]
+        b = fields[other]["series"]
+        gap = difference(a, b)
         gaps[how] = {"one": one, "other": other, "gap": gap}
     found = [row["second"]["E"] for row in scores.rows.values()]
     fine = bool(np.isfinite(found).all())
     checks.add("every error of the record is finite", fine, "1", fine)
-    facts = {k: data[k] for k in ("path", "cells", "wide", "dx", "dt", "block", "warm")}
+    names = "path", "cells", "wide", "dx", "dt", "block", "warm"
+    facts = {k: data[k] for k in names}
     facts["predicted"], facts["bins"] = first["rho"].shape
     return {
         "record": facts,
@@ -1091,11 +1221,13 @@ def stability_table(part: dict) -> tuple:
 def record_table(part: dict) -> tuple:
     rows, r = [], part["record"]
     for name, e in part["models"].items():
-        a, b = e["first"], e["second"]
-        scores = a["E"], b["E"], b["E_rho"], b["E_v"], b["rho"]
+        second = e["second"]
+        scores = [e["first"]["E"]]
+        scores += [second[k] for k in ("E", "E_rho", "E_v", "rho")]
         scores = [f"{x:.4f}" for x in scores]
+        speed = f"{second['v']:.3f}"
         numbers = words(e.get("params", {}))
-        rows.append([name, *scores, f"{b['v']:.3f}", numbers])
+        rows.append([name, *scores, speed, numbers])
     first, last = r["cells"]
     cells = f"cells {first} to {last}, {r['wide']} at each end given"
     title = f"{Path(r['path']).name}: {cells}, {r['predicted']} predicted"
@@ -1149,10 +1281,10 @@ def draw_case(name: str):
         run = run_case(name, 100, scheme)
         ax.plot(run["x"], run["rho"], ".", ms=3, color=color, label=scheme)
     left, right, gamma, t, _ = CASES[name]
-    x = np.linspace(0, 1, 2001)
     density = riemann(left, right, gamma)["rho"]
-    exact = density((x - 0.5) / t)
-    ax.plot(x, exact, color=INK, lw=0.9, label="exact")
+    x = np.linspace(0, 1, 2001)
+    s = (x - 0.5) / t
+    ax.plot(x, density(s), color=INK, lw=0.9, label="exact")
     ax.set_ylabel("density")
     return fig
 
@@ -1160,9 +1292,11 @@ def draw_case(name: str):
 def draw_diagram(part: dict):
     fig, (ax,) = canvas(4.6, 3.6)
     rho, v = part["plots"]["data"]["points"]
-    ax.plot(rho, rho * v, ".", ms=2, color="#a3acb9", label="blocks of the first half")
+    flow = rho * v
+    ax.plot(rho, flow, ".", ms=2, color="#a3acb9", label="blocks of the first half")
     x = np.linspace(1e-3, float(rho.max()), 200)
-    name, fits = part["best"]["LWR"], part["diagram"]
+    name = part["best"]["LWR"]
+    fits = part["diagram"]
     curves = {
         "power, least squares": fits["power"],
         "Greenshields, least squares": fits["greenshields"],
@@ -1170,8 +1304,9 @@ def draw_diagram(part: dict):
     }
     for label, color in zip(curves, (INK, GREEN, ORANGE)):
         w, c, gamma = curves[label]
-        flow = x * (w - pressure(x, c, gamma))
-        ax.plot(x, np.maximum(flow, 0), color=color, label=label)
+        speed = w - pressure(x, c, gamma)
+        flow = np.maximum(x * speed, 0)
+        ax.plot(x, flow, color=color, label=label)
     ax.set_xlabel("density, veh/m")
     ax.set_ylabel("flow, veh/s")
     return fig
@@ -1180,14 +1315,25 @@ def draw_diagram(part: dict):
 def draw_maps(part: dict):
     """Speed over time and space of the second half: the record, and the models chosen on the
     first."""
-    data, fields = part["plots"]["data"], part["plots"]["fields"]
-    names = part["best"]["ARZ"], part["best"]["LWR"], "straight line"
-    shown = {"record": data["halves"][1]}
-    shown |= {name: fields[name] for name in names}
-    cells, bins = shown["record"]["rho"].shape
-    extent = 0, bins * data["dt"] / 60, 0, cells * data["dx"]
-    top = float(np.nanmax(data["points"][1]))
-    style = dict(aspect="auto", origin="lower", extent=extent, cmap="RdYlBu", vmin=0, vmax=top)
+    data = part["plots"]["data"]
+    fields = part["plots"]["fields"]
+    best = part["best"]
+    second = data["halves"][1]
+    shown = {"record": second}
+    for name in (best["ARZ"], best["LWR"], "straight line"):
+        shown[name] = fields[name]
+    cells, bins = second["rho"].shape
+    minutes = bins * data["dt"] / 60
+    metres = cells * data["dx"]
+    _, speeds = data["points"]
+    style = {
+        "aspect": "auto",
+        "origin": "lower",
+        "extent": (0, minutes, 0, metres),
+        "cmap": "RdYlBu",
+        "vmin": 0,
+        "vmax": float(np.nanmax(speeds)),
+    }
     fig, axes = canvas(9.6, 7.4, len(shown), right=0.9, top=0.3, sharex=True)
     for ax, (name, field_) in zip(axes, shown.items()):
         _, v = blocks(field_["rho"], field_["q"], data)
