@@ -97,20 +97,24 @@ def edited(bars: Bars, cut: int, kind: str, rng) -> Bars:
     after = ohlcv[:, cut + 1 :]
     size = after.shape[:2]
     if kind in ("rows", "prices"):
+        # calm and wild ones at the old level or far from it: a leak may show at one of them only
         wild = rng.choice([0.003, 0.03, 0.3])
-        level = rng.choice([0.0, 0.3, 1.0]) * rng.normal()
+        size_of_jump = rng.choice([0.0, 0.3, 1.0])
+        level = size_of_jump * rng.normal()
         moves = rng.normal(level, wild, (*size, 4))
         prices = after[..., :4] * np.exp(moves)
         after[..., :4] = prices
         after[..., 1] = prices.max(-1)
         after[..., 2] = prices.min(-1)
     if kind in ("rows", "volumes"):
-        moves = rng.normal(rng.normal(), 0.5, size)
+        level = rng.normal()
+        moves = rng.normal(level, 0.5, size)
         traded = rng.random(size) > 0.05
         after[..., 4] *= traded * np.exp(moves)
     if kind == "rows":
-        step = np.median(np.diff(timestamp))
-        timestamp[cut + 1 :] += step * rng.integers(0, 200)
+        steps = np.diff(timestamp)
+        hole = np.median(steps) * rng.integers(0, 200)
+        timestamp[cut + 1 :] += hole
     return replace(bars, ohlcv=ohlcv, timestamp=timestamp)
 
 
@@ -505,9 +509,10 @@ class ColumnAudit:
         steps = np.diff(self.bars.timestamp)
         hole = steps > 1.5 * np.median(steps)
         silent = self.bars.ohlcv[0, :-1, 4] == 0
-        odd = np.flatnonzero((hole | silent)[first:last]) + first
-        odd = self.rng.permutation(odd)
-        special += odd[: edits // 5].tolist()
+        odd = (hole | silent)[first:last]
+        rows = first + np.flatnonzero(odd)
+        rows = self.rng.permutation(rows)
+        special += rows[: edits // 5].tolist()
         plan = [(cut, "rows") for cut in special]
         kinds = self.kinds()
         others = max(edits - len(special), len(kinds))
@@ -553,8 +558,9 @@ class ColumnAudit:
                     continue
                 rows = changed[:, k]
                 unit = spread[k] or level[k] or 1.0
-                size = np.abs(x[rows, k] - y[rows, k])
-                size = np.nan_to_num(size, nan=np.inf).max()
+                gap = x[rows, k] - y[rows, k]
+                # a number that comes or goes is the largest change there is
+                size = np.nan_to_num(np.abs(gap), nan=np.inf).max()
                 time = both[rows.argmax()]
                 what = column(split, names[k])
                 how = f"changes when {EDITS[kind]}"
@@ -567,7 +573,8 @@ class ColumnAudit:
         missing = missing[np.isin(missing, past)]
         if len(missing) and not self.audit.args.labels:
             what = column(split, old.columns[0])
-            self.report_row(what, missing[0], cut, np.inf, f"comes or goes when {EDITS[kind]}")
+            how = f"comes or goes when {EDITS[kind]}"
+            self.report_row(what, missing[0], cut, np.inf, how)
 
     def report_row(self, what, time, cut, size, how):
         ahead = cut + 1 - row_at(self.bars, time)
@@ -649,13 +656,14 @@ def compare_fitted(audit, before: dict, after: dict, ahead, kind, rtol=ROUNDING)
     for name in before | after:
         what = f"fitted parameter '{name}'"
         how = f"it changes when {EDITS[kind]}, after the last row to fit on"
-        old, new = before.get(name), after.get(name)
+        old = before.get(name)
+        new = after.get(name)
         if old is None or new is None or old.shape != new.shape:
             audit.report(what, ahead, np.inf, how)
         elif not np.allclose(old, new, rtol, 1e-12, equal_nan=True):
             level = np.nanmax(np.abs(old)) or 1.0
-            size = np.nanmax(np.abs(old - new)) / level
-            audit.report(what, ahead, size, how)
+            gap = np.nanmax(np.abs(old - new))
+            audit.report(what, ahead, gap / level, how)
 
 
 def next_bar(bars: Bars) -> pd.DataFrame:
@@ -688,10 +696,13 @@ def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
         a -= a.mean()
         b -= b.mean(0)
         size = np.linalg.norm(a) * np.linalg.norm(b, axis=0)
-        rho = np.abs(a @ b) / np.maximum(size, 1.0)
+        size = np.maximum(size, 1.0)
+        rho = np.abs(a @ b) / size
         k = int(rho.argmax())
+        # without a relation rho has a standard error of 1 / sqrt(count)
         z = float(rho[k] * np.sqrt(count))
-        best = max(best, (z, known.columns[k]))
+        found = z, known.columns[k]
+        best = max(best, found)
     return best
 
 
@@ -846,10 +857,13 @@ class EnvAudit:
         found = First(cut, None, None, "")
         self.of_bars |= changed.any(0)
         if changed.any():
-            found.step = int(changed.any(1).argmax())
-            found.which = self.names[changed[found.step].argmax()]
+            step = int(changed.any(1).argmax())
+            which = changed[step].argmax()
+            found.step = step
+            found.which = self.names[which]
         a, b = common_part(base.rewards, other.rewards)
-        changed = moved(a, b, base.rewards.std(), 1e-9 * np.abs(a))
+        spread = base.rewards.std()
+        changed = moved(a, b, spread, 1e-9 * np.abs(a))
         if changed.any() and not self.random_reward:
             found.reward = int(changed.argmax())
         return found
@@ -885,17 +899,21 @@ class EnvAudit:
         """
         base = self.base[seed]
         low = self.fit or 0
-        shows, hides = low - 1, self.rows - 1  # rows: an edit after it is in the observation, or not
+        # rows: an edit after the first is in the observation, an edit after the other is not
+        shows = low - 1
+        hides = self.rows - 1
         while hides - shows > 1:
             middle = (shows + hides) // 2
-            other = self.walk(self.edit(middle), seed, 0)
+            env = self.edit(middle)
+            other = self.walk(env, seed, 0)
             if self.changed(base.obs[:1], other.obs).any():
                 shows = middle
             else:
                 hides = middle
         end = min(hides + len(base.rewards), self.rows - 1)
         edges = np.linspace(hides, end, CUTS + 1)
-        cuts = [shows, shows + 1, (end + self.rows) // 2, self.rows - 2]
+        far_behind = (end + self.rows) // 2
+        cuts = [shows, shows + 1, far_behind, self.rows - 2]
         for k in range(CUTS):
             cuts.append(draw(self.rng, edges[k], edges[k + 1]))
         inside = np.clip(cuts, low, self.rows - 2)
@@ -962,13 +980,17 @@ class EnvAudit:
         1: nothing that was shown is earned; -1: nothing else is. None: actions earn nothing.
         """
         before, after = [], []
-        for cut in {cut for _, cut, _ in pairs}:
+        cuts = {cut for _, cut, _ in pairs}
+        for cut in cuts:
             some = [pair for pair in pairs if pair[1] == cut]
-            bars = mirrored(self.bars, max(cut + 1 - back, 0))
+            last = max(cut + 1 - back, 0)
+            bars = mirrored(self.bars, last)
             before += self.payoffs(self.bars, some)
             after += self.payoffs(bars, some)
         size = np.linalg.norm(before) * np.linalg.norm(after)
-        return float(np.dot(before, after) / size) if size > 0 else None
+        if not size > 0:
+            return None
+        return float(np.dot(before, after) / size)
 
     def actions_earn_what_comes(self, pairs):
         """A policy that trades on the sign of a bar that it sees must not earn this bar."""
@@ -1106,21 +1128,27 @@ def audit_tqc(audit, flags, state):
     model = FeatureModel.from_state_dict(state["features"])
     flags = flags_of(tqc, flags)
 
+    # the script's own code, with bars that it did not read from a file
     def load(bars, features=None, forecast=False):
+        other = replace(flags, forecast=forecast)
         with patch.object(tqc, "load_bars", lambda *_: bars):
-            return tqc.load_market(replace(flags, forecast=forecast), features)
+            return tqc.load_market(other, features)
 
     def refit(bars, _):
         market = load(bars, None, flags.forecast)
-        frame = pd.DataFrame(market.table, columns=market.features.columns)
-        return frame.assign(forecast=market.forecast), market.features.state_dict()
+        features = market.features
+        frame = pd.DataFrame(market.table, columns=features.columns)
+        frame["forecast"] = market.forecast
+        return frame, features.state_dict()
 
     def transform(bars, _):
-        return pd.DataFrame(model.transform(bars), columns=model.columns)
+        values = model.transform(bars)
+        return pd.DataFrame(values, columns=model.columns)
 
     def environment(bars, _):
         market = load(bars, model)
-        return tqc.MarketVectorEnv(market, market.rows["test"], replace(flags, num_envs=1))
+        one = replace(flags, num_envs=1)
+        return tqc.MarketVectorEnv(market, market.rows["test"], one)
 
     market = quietly(load, bars, None, flags.forecast)
     check_stored(audit, state["features"], market.features.state_dict())
@@ -1131,7 +1159,8 @@ def audit_tqc(audit, flags, state):
     kinds = ("rows", "prices", "volumes")  # the split's shares move with the length
     fitted = Target("columns", refit, fits, kinds=kinds, part="fitted again ")
     ColumnAudit(audit, fitted, bars, 6).run()
-    EnvAudit(audit, Target("environment", environment), replace(bars, truth=None)).run()
+    target = Target("environment", environment)
+    EnvAudit(audit, target, replace(bars, truth=None)).run()
 
 
 def audit_dqn(audit, flags, state):
@@ -1148,29 +1177,39 @@ def audit_dqn(audit, flags, state):
     check_stored(audit, stored, pairs.models)
 
     def columns(bars, row, name):
-        model = stored[name] if row is None else None
-        stop = None if row is None else row + 1
+        model, stop = stored[name], None
+        if row is not None:  # fitted again, up to that row
+            model, stop = None, row + 1
         model, values = dqn.fit(flags, bars, stop, model)
-        return pd.DataFrame(values, columns=model.columns), model.state_dict()
+        frame = pd.DataFrame(values, columns=model.columns)
+        return frame, model.state_dict()
 
     for k, (name, bars) in enumerate(series.items()):
-        rows = {split: of[k] - pairs.first[k] for split, of in pairs.rows.items()}
+        # rows of all pairs stand in one table: a pair's own begin at its first
+        rows = {}
+        for split, of in pairs.rows.items():
+            rows[split] = of[k] - pairs.first[k]
         check_purge(audit, rows, 1, name)
-        held = Target(name, partial(columns, name=name), part=f"{name} with the fit held ")
+        call = partial(columns, name=name)
+        held = Target(name, call, part=f"{name} with the fit held ")
         ColumnAudit(audit, held, bars, 16).run()
         stop = int(rows["train"][1])
-        fitted = replace(held, fits=(stop - 1,), part=f"{name} fitted again ")
+        fits = (stop - 1,)
+        fitted = replace(held, fits=fits, part=f"{name} fitted again ")
         ColumnAudit(audit, fitted, bars, 8).run()
 
     first = next(iter(series))
 
     def environment(bars, _):
-        with patch.object(dqn, "load_series", lambda _: series | {first: bars}):
+        edited_series = series | {first: bars}
+        with patch.object(dqn, "load_series", lambda _: edited_series):
             loaded = dqn.load_pairs(flags, stored)
         rules = {name: getattr(flags, name) for name in dqn.RULES}
-        return dqn.ForexVectorEnv(loaded, "test", len(series), vec_mode="single", **rules)
+        lanes = len(series)
+        return dqn.ForexVectorEnv(loaded, "test", lanes, vec_mode="single", **rules)
 
-    EnvAudit(audit, Target("environment", environment), series[first]).run()
+    target = Target("environment", environment)
+    EnvAudit(audit, target, series[first]).run()
 
 
 # ------------------------------------------------------------------------------------------- verdict
