@@ -152,6 +152,7 @@ def interval(x: np.ndarray, rng, draws: int = 1000) -> tuple[float, float]:
     n = len(x)
     length = max(1, round(math.sqrt(n)))
     blocks = -(-n // length)
+    # a block's sum is a difference of running sums; behind the last row the first ones follow
     total = np.cumsum(np.concatenate([[0.0], x, x[:length]]))
     start = rng.integers(n, size=(draws, blocks))
     means = (total[start + length] - total[start]).mean(1) / length
@@ -188,6 +189,7 @@ class Subject:
                 f"{folder}/args.json: flags of another version: {e}"
             ) from e
         self.config = self.state["config"]
+        # the columns as the run fitted them: a new fit would be another run's
         self.model = FeatureModel.from_state_dict(self.state["features"])
         self.market = tqc.load_market(self.args, self.model)
         here, there = self.market.bars.sha256, self.state["data"]["sha256"]
@@ -199,6 +201,7 @@ class Subject:
         )
         # its own: the audit of a run says the same at every call
         self.rng = np.random.default_rng(0)
+        # made markets know the mean of each return: measured by it, luck does not count
         self.known = self.market.bars.truth is not None
         self.unit = "expected" if self.known else "realised"
         self.rows = {}
@@ -221,6 +224,7 @@ class Subject:
     def contexts(self):
         """Encodings of the last SPAN rows of every split."""
         contexts = tqc.Contexts(self.encoder, self.market, torch.device("cpu"))
+        # a training run fills in pieces while time remains: here all at once
         contexts.rows = contexts.fill(self.rows, math.inf, lambda: False)
         return contexts
 
@@ -298,6 +302,7 @@ def library_posterior(hmm: dict, x: np.ndarray) -> np.ndarray:
     from hmmlearn.hmm import GaussianHMM
 
     mean, var, trans, start = arrays(hmm)
+    # "": what is set here stays, nothing is initialised by a fit
     model = GaussianHMM(len(mean), "diag", init_params="")
     model.startprob_, model.transmat_ = start / start.sum(), trans
     model.means_, model.covars_ = mean[:, None], var[:, None]
@@ -310,6 +315,7 @@ def log_score(x: np.ndarray, p: np.ndarray, hmm: dict, rows) -> np.ndarray:
     prior = p @ trans
     distance = (x[rows + 1, None] - mean) ** 2 / var
     density = np.exp(-0.5 * distance) / np.sqrt(2 * np.pi * var)
+    # a bar that no state explains must not make the mean score infinite
     return np.log(np.maximum((prior * density).sum(1), 1e-300))
 
 
@@ -344,6 +350,7 @@ def other_fits(run: Subject) -> dict:
     fits["second half of train"] = fit_states(train[half:], seed)
     for states in (2, 3):
         fits[f"{states} states"] = fit_states(train, seed, states)
+    # of a walk-forward: the other segments' runs were fitted on other years
     for folder in sorted(run.folder.parents[1].glob("segment_*/seed_*")):
         path = folder / "checkpoints" / "best.pt"
         if folder.parent != run.folder.parent and path.exists():
@@ -360,6 +367,7 @@ def audit_hmm(run: Subject, part: Part):
         return
     rows = np.arange(*run.rows["eval"])
     fits = other_fits(run)
+    # all of them read the same bars, so that they differ by their parameters only
     filtered = {"this run": run.posteriors}
     for name, fit in fits.items():
         filtered[name] = forward_filter(run.emission, *arrays(fit))
@@ -382,6 +390,7 @@ def check_filtered(run, part, hmm):
     ahead, apart = 0.0, 0.0
     for row in run.rng.choice(choice, CUTS, replace=False):
         there = run.table[row, run.market.n_tech :].astype(np.float64)
+        # filtered, not smoothed: a column that knew a later bar would move
         cut = run.model.transform(part_of_bars(bars, row + 1))[
             row, run.market.n_tech :
         ]
@@ -419,6 +428,7 @@ def check_power(run, part, hmm, fits, filtered, rows):
         "gain_of_refit": float(other.mean()),
     }
     part.numbers["gain_chance"] = by_chance
+    # where no fit can do it, that is the market's doing and not this run's
     if others_chance > CHANCE:
         text = "no fit on train rows knows the next bar (probability of chance "
         part.judge("weak", f"{text}{others_chance:.2f})")
@@ -434,6 +444,7 @@ def check_power(run, part, hmm, fits, filtered, rows):
         for k in ("2 states", "3 states")
     }
     own = log_score(x, filtered["this run"][rows], hmm, rows)
+    # states that add nothing cost the agent columns
     for name, score in fewer.items():
         lead = interval(own - score, run.rng)
         part.numbers[f"lead_over_{name[0]}_states"] = float((own - score).mean())
@@ -459,6 +470,7 @@ def check_states(run, part, filtered):
         ("Share of train rows by most likely state", ("fit", "shares"), table)
     )
     least = used["this run"].min()
+    # other seeds only: half of the rows may really lack a regime
     others = [share.min() for name, share in used.items() if "seed" in name]
     part.numbers["least_state"] = float(least)
     if least == 0 and min(others) > 0:
@@ -471,6 +483,7 @@ def check_stability(run, part, filtered, rows):
     own = filtered["this run"][rows].argmax(1)
     table = []
     for name, p in filtered.items():
+        # states are sorted by volatility: equal numbers mean equal states, where as many exist
         if p.shape[1] != features.STATES or name == "this run":
             continue
         other = p[rows].argmax(1)
@@ -497,6 +510,7 @@ def lag_of(guess: np.ndarray, regime: np.ndarray) -> tuple[float, float]:
     changes = np.flatnonzero(np.diff(regime)) + 1
     lags = []
     for start, stop in zip(changes, [*changes[1:], len(regime)]):
+        # a guess that comes after the regime has ended again has missed it
         right = np.flatnonzero(guess[start:stop] == regime[start])
         lags.append(right[0] if len(right) else np.nan)
     missed = np.isnan(lags).mean() if lags else np.nan
@@ -520,6 +534,7 @@ def check_regimes(run, part, filtered):
         count = np.stack(
             [p[train][regime[train] == k].sum(0) for k in kinds]
         )  # (R, K)
+        # each state stands for the regime that it meets most on train rows
         guess = (p @ np.eye(len(kinds))[count.argmax(0)]).argmax(1)
         cells = [name]
         for split in ("eval", "test"):
@@ -558,6 +573,7 @@ def context_value(run: Subject) -> dict:
     # products too: what the signal means may turn with the regime
     wide = with_products(table, market.n_tech)
     for name, x in (("without", wide[:, : market.n_tech]), ("with", wide)):
+        # fitted on train rows alone
         linear, _ = fit_linear(replace(market.series, x=x))
         forecast = (x[later] - linear["center"]) @ np.array(linear["weights"])
         errors[name] = (target[later] - forecast) ** 2
@@ -568,6 +584,7 @@ def context_value(run: Subject) -> dict:
 
 
 def check_products(run, part):
+    # shown without a verdict: what a context is worth is the market's, not the HMM's
     found = context_value(run)
     low_high = interval(found["gain"], run.rng)
     of = "known mean of the next return" if run.known else "next return"
@@ -611,6 +628,7 @@ def audit_mae(run: Subject, part: Part):
             "off", "no technical column passed the screen: every window is zeros"
         )
         return
+    # the mean of train rows: the encoder was pre-trained on no others
     train = run.market.table[slice(*run.market.rows["train"]), : run.market.n_tech]
     mean = torch.as_tensor(train.mean(0))
     fresh = new_encoder(run)
@@ -668,6 +686,7 @@ def audit_mae(run: Subject, part: Part):
 def new_encoder(run: Subject):
     """Pre-trained now, on the same train rows, by as many steps (--encoder: by the default)."""
     steps = run.state["loop"]["mae_steps"] or tqc.Args.mae_steps
+    # what pretrain() asks of a run: no limit of time, no log
     trainer = SimpleNamespace(
         args=replace(run.args, mae_steps=steps),
         guard=SimpleNamespace(remaining=lambda: math.inf),
@@ -690,6 +709,7 @@ def reconstruct(run: Subject, fresh, split: str, mean, live) -> dict:
     a, b = run.rows[split]
     rows = torch.as_tensor(np.unique(np.linspace(a, b - 1, WINDOWS).astype(int)))
     x = run.contexts.windows(rows)
+    # one mask for all: they are compared window by window
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(x.shape[:2], generator=generator) < tqc.MASKED
     mask[:, 0], mask[:, -1] = False, True  # a bar to copy, and one to hide
@@ -706,6 +726,7 @@ def reconstruct(run: Subject, fresh, split: str, mean, live) -> dict:
         torch.where(mask, 0, torch.arange(x.shape[1])).cummax(1).values
     )  # last visible bar
     last = x.gather(1, at[..., None].expand_as(x))
+    # windows count alike, however many of their bars are hidden
     weight = mask[..., None] / mask.sum(1)[:, None, None]
     guesses |= {"column mean": mean, "last visible bar": last}
     return {
@@ -739,6 +760,7 @@ def check_probe(run, part):
             x.append(
                 with_products(np.concatenate([own, hmm[rows]], 1), own.shape[1])
             )
+        # the penalty is the same for all columns, so their scales must be; train rows set both
         scaler = StandardScaler().fit(x[0])
         ridge = RidgeCV(np.geomspace(1, 1e6, 13))
         ridge.fit(scaler.transform(x[0]), market.ret[train])
@@ -823,6 +845,7 @@ def audit_film(run: Subject, part: Part):
 @torch.no_grad()
 def film_ratio(run, inputs) -> float:
     z, hmm, forecast = inputs
+    # without the last feature: the forecast passes FiLM by
     intact = run.agent.extractor(z, hmm, forecast)[:, :-1]
     # half the rows is the farthest shift: nothing of the own neighbourhood is left
     half = len(z) // 2
@@ -840,6 +863,7 @@ def show_film(run, part, hmm):
     """gamma and beta over the data and where one state is certain."""
     film = run.agent.extractor.film
     states = features.STATES
+    # a one at the state's column, the remaining HMM columns 0
     pure = torch.eye(states, tqc.HMM_COLUMNS)
     gamma, beta = film(hmm).chunk(2, -1)
     table = [("over eval and test rows, mean", *sizes(gamma, beta))]
@@ -887,6 +911,7 @@ def variants(run: Subject, split: str, inputs):
     extractor, start = run.agent.extractor, run.rows[split][0]
     at = np.arange(start, start + len(z))
     yield "as it is", extractor(z, hmm, forecast)
+    # weights and bias 0: FiLM returns 0, and gamma is 1 plus that
     off = {
         name: torch.zeros_like(x) for name, x in extractor.film.state_dict().items()
     }
@@ -897,6 +922,7 @@ def variants(run: Subject, split: str, inputs):
         extractor(z, hmm.mean(0, keepdim=True).expand_as(hmm), forecast),
     )
     yield "forecast 0", extractor(z, hmm, 0 * forecast)
+    # a generator of its own: the draws do not move with what was judged before
     rng = np.random.default_rng(1)
     for shift in shifts(len(z), WALKS, rng):
         moved = hmm.roll(int(shift), 0)
@@ -941,6 +967,7 @@ def ablate(run, part, inputs):
     table = [("as it is", f"{intact.mean():+.3f}", "", "", "")]
     loss = {}
     for name, draws in series.items():
+        # row by row against the same market: most of the noise is in both
         paired = intact - draws.mean(0)
         loss[name] = paired.mean(), interval(paired, run.rng)
         by_chance = (
@@ -1029,6 +1056,7 @@ def diagnose_split(run: Subject, split: str) -> dict:
     )
     updates = run.state["loop"]["updates"]
     word, reasons = verdict(audit, metrics, updates, tqc.FEW_UPDATES, b - a, False)
+    # the same positions at other times: what a share of long, short and flat earns by itself
     null = []
     for shift in shifts(b - a, DRAWS, run.rng):
         null.append(run.earned(np.roll(path, shift), split).mean())
@@ -1075,6 +1103,7 @@ def check_edge(run, part, found):
     text += (
         f"rows earn as much with probability {of['chance']:.3f} (at most {CHANCE})"
     )
+    # an undertrained agent is weak, not broken, where its positions earn more than chance
     level = "sound"
     if of["verdict"] in ("collapsed", "untrained"):
         level = "broken"
@@ -1096,6 +1125,7 @@ def check_other_policy(run, part):
                 tqc.act(run.agent, latents, flat + p, flat)
                 for p in (-1.0, 0.0, 1.0)
             ]
+        # over rows, at one held position: what only the market can cause
         spread = float(torch.stack(fixed).std(1).mean())
         path = run.path_of("eval", policy=policy)
         ships = " (ships)" if policy == run.config["policy"] else ""
@@ -1140,10 +1170,12 @@ def calibration(run: Subject, split: str, w_cost=0.0) -> dict:
         np.maximum(1 + earned, tqc.RUIN)
     )  # what holding earns, no trade
     whole = scale * (reward - penalty * change)
+    # from the end; the first step is charged nothing, for its trade is already in the position
     result, tail = held.copy(), 0.0
     for t in reversed(range(len(path))):
         result[t] += gamma * tail
         tail = whole[t] + gamma * tail
+    # later returns are cut short by the end of the rows
     n = max(len(path) - int(HORIZON / (1 - gamma)), 1)
     # the next row's quantiles stand for the rest, as in the critic's target
     drawn = run.rng.integers(atoms.shape[1], size=n)
@@ -1165,7 +1197,7 @@ def place(atoms: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def inside(u: np.ndarray) -> np.ndarray:
-    edge = (1 - INNER) / 2
+    edge = (1 - INNER) / 2  # left out at either end
     return ((u > edge) & (u < 1 - edge)).astype(float)
 
 
@@ -1273,6 +1305,7 @@ def check_w_cost(run, part):
         )
     head = "w_cost", "turnover", f"bp a bar, {run.unit}"
     part.tables.append(("By w_cost, eval rows", head, table))
+    # w_cost 0 less w_cost 1, row by row
     saved = trades[0] - trades[-1]
     part.numbers["turnover_saved"] = float(saved.mean())
     low_high = interval(saved, run.rng)
@@ -1349,6 +1382,7 @@ def build(folder: Path, parts: list[Part], command: str) -> Page:
         page.section(
             part.name, TITLES[part.name], f"{part.verdict}: {RULE[part.verdict]}"
         )
+        # the worst first: it made the verdict
         checks = sorted(part.checks, key=lambda c: -LEVELS.index(c[0]))
         reasons = "".join(
             f"<li><b>{level}</b>: {esc(why)}</li>" for level, why in checks
