@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from functools import cache
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -119,7 +120,7 @@ class Group(NamedTuple):
     links: tuple
 
 
-# --------------------------------------------------------------------------------------- SUMO's files
+# ------------------------------------------------------------------------------------ SUMO's files
 @cache
 def sumo():
     """sumolib, with the programs of the wheel eclipse-sumo."""
@@ -167,12 +168,16 @@ def find_files(path, demand=()) -> Files:
     for key in ("net-file", "route-files", "additional-files"):
         names = re.split(r"[,\s]+", (given.get(key) or "").strip())
         named[key] = tuple(path.parent / name for name in names if name)
-    times = [seconds_of(given.get(key), f"{path}: {key}") for key in ("begin", "end")]
+    times = []
+    for key in ("begin", "end"):
+        seconds = seconds_of(given.get(key), f"{path}: {key}")
+        # SUMO's -1: no limit
+        times.append(seconds if seconds is None or seconds >= 0 else None)
     return Files(
         named["net-file"][0],
         tuple(map(Path, demand)) or named["route-files"],
         named["additional-files"],
-        *(t if t is None or t >= 0 else None for t in times),
+        *times,
     )
 
 
@@ -198,21 +203,31 @@ def read_trips(files: Files, notes: list) -> Trips:
         parse_xml(path, "additional" if path in files.additional else "routes")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "routes.xml"
-        command = [sumo().checkBinary("duarouter"), "-n", files.net, "-o", out]
-        command += ["-r", ",".join(map(str, files.demand)), "--alternatives-output", "NUL"]
+        router = sumo().checkBinary("duarouter")
+        demand = ",".join(map(str, files.demand))
+        command = [router, "-n", files.net, "-o", out, "-r", demand]
+        command += ["--alternatives-output", "NUL"]
         command += ["--no-step-log", "--no-warnings"]
         for option, value in (("--begin", files.begin), ("--end", files.end)):
-            command += [] if value is None else [option, value]
+            if value is not None:
+                command += [option, value]
         if files.additional:
             command += ["-a", ",".join(map(str, files.additional))]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        command = [str(word) for word in command]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            lines = [x for x in done.stderr.splitlines() if x.startswith("Error")]
-            what = lines[0].removeprefix("Error: ") if lines else done.stderr.strip()[-200:]
-            what = nobody(files) if what.startswith("No route input") else what
             names = ", ".join(path.name for path in files.demand)
-            raise NetworkError(f"{names}: {what}")
+            raise NetworkError(f"{names}: {why_of(done.stderr, files)}")
         return count_trips(ElementTree.parse(out).getroot(), files, notes)
+
+
+def why_of(stderr: str, files: Files) -> str:
+    """The first error that duarouter names."""
+    why = stderr.strip()[-200:]
+    errors = [line for line in stderr.splitlines() if line.startswith("Error")]
+    if errors:
+        why = errors[0].removeprefix("Error: ")
+    return nobody(files) if why.startswith("No route input") else why
 
 
 def nobody(files: Files) -> str:
@@ -238,13 +253,17 @@ def count_trips(tree, files: Files, notes: list) -> Trips:
     if not vehicles:
         names = ", ".join(map(str, files.demand))
         raise NetworkError(f"{names}: {nobody(files)}")
-    begin = files.begin if files.begin is not None else min(v[0] for v in vehicles)
-    last = max(v[0] for v in vehicles)
-    end = files.end if files.end is not None else last + 1
+    departs = [depart for depart, *_ in vehicles]
+    begin, end = files.begin, files.end
+    if begin is None:
+        begin = min(departs)
+    if end is None:
+        end = max(departs) + 1
     routes, space, headway = Counter(), 0.0, 0.0
     for depart, edges, v_class, kind in vehicles:
-        two = v_class in TWO_WHEELS
-        routes[edges, int((depart - begin) // BIN), "motorcycle" if two else "car"] += 1
+        number = int((depart - begin) // BIN)
+        counts_as = "motorcycle" if v_class in TWO_WHEELS else "car"
+        routes[edges, number, counts_as] += 1
         space += space_of(kind, v_class)
         headway += HEADWAY if kind is None else float(kind.get("tau", HEADWAY))
     n = len(vehicles)
@@ -259,7 +278,7 @@ def space_of(kind, v_class: str) -> float:
     return float(kind.get("length", usual - 2.5)) + gap
 
 
-# ----------------------------------------------------------------------------------------- SUMO's map
+# -------------------------------------------------------------------------------------- SUMO's map
 class Map(NamedTuple):
     """A map as it stands in its file."""
 
@@ -317,21 +336,29 @@ def read_links(net, junctions: dict, roads: dict, place: dict) -> list:
     """
     links, give_way = [], []
     for junction in junctions.values():
-        lanes = [
-            x
-            for x in junction.get("incLanes").split()
-            if x[0] != ":" and net.hasEdge(x[: x.rindex("_")])
-        ]
-        ways = [c for lane in lanes for c in net.getLane(lane).getOutgoing()]
-        responses = {int(e.get("index")): e.get("response") for e in junction.iter("request")}
+        ways = []
+        for lane in junction.get("incLanes").split():
+            if lane[0] == ":":
+                continue  # inside the junction
+            edge = lane[: lane.rindex("_")]
+            if net.hasEdge(edge):
+                ways += net.getLane(lane).getOutgoing()
+        responses = {}
+        for request in junction.iter("request"):
+            index = int(request.get("index"))
+            responses[index] = request.get("response")
         number = {}
         for k, c in enumerate(ways):
-            if c.getFromLane().getID() in place and c.getToLane().getID() in place:
+            source = c.getFromLane().getID()
+            target = c.getToLane().getID()
+            if source in place and target in place:
                 number[k] = len(links)
                 links.append(as_link(net, c, place, len(links)))
         for k in number:
+            # the last character is link 0's
             bits = responses.get(k, "")[::-1]
-            give_way.append(frozenset(number[j] for j in number if bits[j : j + 1] == "1"))
+            over = [number[j] for j in number if bits[j : j + 1] == "1"]
+            give_way.append(frozenset(over))
     return [link._replace(over=over) for link, over in zip(links, give_way)]
 
 
@@ -375,7 +402,10 @@ def read_programs(path: Path, net, additional, notes: list) -> dict:
 
 
 def as_program(offset, phases) -> Program:
-    kept = [(float(s), state, least if least and least > 0 else None) for s, state, least in phases]
+    kept = []
+    for seconds, state, least in phases:
+        given = least and least > 0
+        kept.append((float(seconds), state, least if given else None))
     return Program(float(offset), tuple(kept))
 
 
@@ -384,15 +414,18 @@ class Ways:
     """Roads, links {(road, next road): [Link, ...]} and routes, on their way to fewer of them."""
 
     def __init__(self, plan: Map, routes: Counter, notes: list):
-        self.where, self.programs, self.notes = plan.where, plan.programs, notes
+        self.where = plan.where
+        self.programs = plan.programs
+        self.notes = notes
         self.routes = self.known_routes(plan.roads, routes)
         self.split_routes(plan.roads)
         self.look()
         self.roads = {name: road for name, road in plan.roads.items() if name in self.used}
         self.links = defaultdict(list)
         for link in plan.links:
-            if (link.source, link.target) in self.pairs:
-                self.links[link.source, link.target].append(link)
+            pair = link.source, link.target
+            if pair in self.pairs:
+                self.links[pair].append(link)
         for a, b in self.pairs - set(self.links):
             raise NetworkError(f"{self.where}: no connection for cars from edge {a} to {b}")
         if len(self.roads) < len(plan.roads):
@@ -420,42 +453,53 @@ class Ways:
         """
         of_pair, of_road = Counter(), Counter()
         for (edges, *_), count in self.routes.items():
-            for pair in zip(edges, edges[1:]):
-                of_pair[pair] += count
-                of_road[pair[0]] += count
-        back = {(a, b) for a, b in of_pair if is_reverse(roads[a], roads[b])}
-        rare = {pair for pair, n in of_pair.items() if n < RARE_TURN * of_road[pair[0]]} | back
+            for a, b in zip(edges, edges[1:]):
+                of_pair[a, b] += count
+                of_road[a] += count
+        rare = set()
+        for (a, b), count in of_pair.items():
+            turns_round = is_reverse(roads[a], roads[b])
+            if turns_round or count < RARE_TURN * of_road[a]:
+                rare.add((a, b))
         split = Counter()
         for (edges, at, kind), count in self.routes.items():
             first, seconds, begun = 0, 0.0, at
-            for k, pair in enumerate(zip(edges, edges[1:]), 1):
-                seconds += roads[pair[0]].length / roads[pair[0]].limit
-                if pair in rare:
+            for k, (a, b) in enumerate(zip(edges, edges[1:]), 1):
+                road = roads[a]
+                seconds += road.length / road.limit
+                if (a, b) in rare:
                     split[edges[first:k], begun, kind] += count
-                    first, begun = k, at + int(seconds // BIN)
+                    first = k
+                    begun = at + int(seconds // BIN)
             split[edges[first:], begun, kind] += count
         self.routes = split
         total = sum(of_pair[pair] for pair in rare)
         if total:
             self.notes.append(
-                f"{total:.0f} vehicles at U-turns and rare turns leave there, and as many begin behind"
+                f"{total:.0f} vehicles at U-turns and rare turns leave there, "
+                "and as many begin behind"
             )
 
     def look(self):
         """What the routes use."""
         self.pairs, self.starts, self.lasts = set(), set(), set()
-        self.nexts, self.befores = defaultdict(set), defaultdict(set)
+        self.nexts = defaultdict(set)
+        self.befores = defaultdict(set)
+        self.used = set()
         for edges in {route[0] for route in self.routes}:
             self.starts.add(edges[0])
             self.lasts.add(edges[-1])
+            self.used.update(edges)
             self.pairs.update(zip(edges, edges[1:]))
         for a, b in self.pairs:
             self.nexts[a].add(b)
             self.befores[b].add(a)
-        self.used = self.starts | self.lasts | {e for pair in self.pairs for e in pair}
 
     def out_of(self, road: str) -> list[Link]:
-        return [link for to in sorted(self.nexts[road]) for link in self.links[road, to]]
+        links = []
+        for to in sorted(self.nexts[road]):
+            links += self.links[road, to]
+        return links
 
     def drop(self, gone: set):
         """Takes roads out of all routes."""
@@ -470,26 +514,34 @@ class Ways:
     def join_rows(self) -> tuple[int, int]:
         """Roads in a row become one -> how many went, how many of them for they were short."""
         gone, short = set(), 0
-        alive = {n for links in self.links.values() for link in links for n in link.numbers}
+        alive = set()  # numbers of the links that still exist
+        for links in self.links.values():
+            alive.update(*(link.numbers for link in links))
         for a in list(self.roads):
             if len(self.nexts[a]) != 1:
                 continue
             (b,) = self.nexts[a]
-            first, second = self.roads[a], self.roads[b]
+            first = self.roads[a]
+            second = self.roads[b]
             tiny = min(first.length, second.length) < SHORTEST
-            alike = len(first.lanes) == len(second.lanes) and first.limit == second.limit
-            alone = len(self.befores[b]) == 1 and b not in self.starts and a not in self.lasts
+            lanes = len(first.lanes), len(second.lanes)
+            alike = lanes[0] == lanes[1] and first.limit == second.limit
+            ends_between = b in self.starts or a in self.lasts
+            alone = len(self.befores[b]) == 1 and not ends_between
             # a signal or a rival stands between the two
             stops = any(x.signal or x.over & alive for x in self.links[a, b])
-            if a == b or stops or not alone or not (tiny or alike):
+            worth = tiny or alike
+            if a == b or stops or not alone or not worth:
                 continue
-            self.roads[b] = in_a_row(first, second, self.links.pop((a, b)))
+            between = self.links.pop((a, b))
+            self.roads[b] = in_a_row(first, second, between)
             self.befores[b] = self.befores.pop(a, set())
             for before in self.befores[b]:
                 self.nexts[before] = self.nexts[before] - {a} | {b}
                 links = self.links.pop((before, a))
                 self.links[before, b] = [link._replace(target=b) for link in links]
-            self.starts |= {b} if a in self.starts else set()
+            if a in self.starts:
+                self.starts.add(b)
             gone.add(a)
             short += tiny
         self.drop(gone)
@@ -497,22 +549,25 @@ class Ways:
 
     def bypass(self, road: str):
         """Takes a short road out from between several: those before lead to those behind."""
+        between = self.roads[road]
         for a in self.befores[road]:
-            longer = self.roads[a].length + self.roads[road].length
+            longer = self.roads[a].length + between.length
             self.roads[a] = self.roads[a]._replace(length=longer)
             first = self.links.pop((a, road))
             for b in self.nexts[road]:
-                for link in first:
-                    for behind in self.links[road, b]:
-                        over = link.over | behind.over
-                        ahead = link._replace(target=b, into=behind.into, over=over)
-                        self.links[a, b].append(ahead)
+                second = self.links[road, b]
+                for link, behind in product(first, second):
+                    over = link.over | behind.over
+                    ahead = link._replace(target=b, into=behind.into, over=over)
+                    self.links[a, b].append(ahead)
         for b in self.nexts[road]:
             del self.links[road, b]
-        old, new = self.roads[road].start, self.roads[road].end
+        # its two ends become one place
+        old, new = between.start, between.end
         for name, other in self.roads.items():
-            ends = [new if node == old else node for node in (other.start, other.end)]
-            self.roads[name] = other._replace(start=ends[0], end=ends[1])
+            start = new if other.start == old else other.start
+            end = new if other.end == old else other.end
+            self.roads[name] = other._replace(start=start, end=end)
 
     def is_between(self, road: str) -> bool:
         """Whether a road may be taken out: traffic passes it, and no signal ends it."""
@@ -634,16 +689,18 @@ def groups_of(name: str, road: Road, here: list, flows: dict, lanes: dict, shown
     for lane, vehicles in sorted(turns.items()):
         kinds = frozenset((way, shown[lane, way[0]]) for way in vehicles)
         patterns = frozenset(pattern for _, pattern in kinds)
-        same = len(patterns) == 1 and all(pattern for pattern in patterns)
-        alike[patterns if same else kinds].append(lane)
+        # under one green the turns need not be the same: what waits, waits together
+        same = len(patterns) == 1 and all(patterns)
+        key = patterns if same else kinds
+        alike[key].append(lane)
     unused = [lane for lane in range(len(road.lanes)) if lane not in turns]
     width = road.width / len(road.lanes)
     groups = []
     for group in alike.values():
         groups += split_turns(name, tuple(group), width, turns, shown, here)
     if len(groups) == 1 and unused:  # one group has all lanes
-        only = groups[0]
-        groups = [only._replace(lanes=tuple(range(len(road.lanes))), width=road.width)]
+        lanes = tuple(range(len(road.lanes)))
+        groups = [groups[0]._replace(lanes=lanes, width=road.width)]
     return groups
 
 
@@ -653,22 +710,37 @@ def split_turns(road: str, lanes: tuple, width: float, turns, shown, here) -> li
     for lane in lanes:
         for way, vehicles in turns[lane].items():
             kinds[shown[lane, way[0]]][way] += vehicles
-    total = sum(sum(flows.values()) for flows in kinds.values())
-    main = max(kinds, key=lambda kind: sum(kinds[kind].values()))
-    for kind in list(kinds):
-        if kind != main and sum(kinds[kind].values()) < RARE * total:
+    counts = {kind: sum(flows.values()) for kind, flows in kinds.items()}
+    total = sum(counts.values())
+    main = max(counts, key=counts.get)
+    for kind, count in counts.items():
+        if kind != main and count < RARE * total:
             kinds[main].update(kinds.pop(kind))
+    numbers = "-".join(map(str, lanes))
     groups = []
     for kind, flows in sorted(kinds.items()):
         share = sum(flows.values()) / total
         targets = Counter()
         for (to, _), vehicles in flows.items():
             targets[to] += vehicles
-        links = [x for x in here if x.lane in lanes and x.target in targets]
-        links = [x for x in links if shown[x.lane, x.target] == kind or len(kinds) == 1]
-        name = f"{road}:{'-'.join(map(str, lanes))}" + (kind[1:] and f":{kind[1]}" or "")
-        wide = width * len(lanes) * share
-        groups.append(Group(name, road, lanes, wide, dict(targets), dict(flows), tuple(links)))
+        links = []
+        for link in here:
+            member = link.lane in lanes and link.target in targets
+            if member and (len(kinds) == 1 or shown[link.lane, link.target] == kind):
+                links.append(link)
+        name = f"{road}:{numbers}"
+        if kind:  # (signal, what it shows)
+            name += f":{kind[1]}"
+        group = Group(
+            name,
+            road,
+            lanes,
+            width * len(lanes) * share,
+            dict(targets),
+            dict(flows),
+            tuple(links),
+        )
+        groups.append(group)
     return groups
 
 
@@ -677,23 +749,25 @@ class Drawing:
     """Parts, turns, signals and demand of a map whose roads, links and routes are known."""
 
     def __init__(self, ways: Ways, trips: Trips):
-        self.ways, self.trips = ways, trips
+        self.ways = ways
+        self.trips = trips
         self.passes = defaultdict(Counter)  # road -> {(edges of a route, place in it): vehicles}
         for (edges, *_), count in ways.routes.items():
             for k, road in enumerate(edges):
                 self.passes[road][edges, k] += count
-        # the groups of a road, and the share of a way on that each takes: {(road, way): [...]}
-        self.groups, self.shares, self.sorted, self.cut = {}, defaultdict(list), set(), {}
+        self.groups = {}  # of every road
+        self.shares = defaultdict(list)  # (road, way on) -> [(group, share of the way)]
+        self.sorted = set()  # roads whose lanes lead to groups of the next one
+        self.cut = {}  # road -> m before its end where its groups begin
         self.group_signals()
         self.of_link = defaultdict(set)  # number of a link -> its groups
-        for groups in self.groups.values():
-            for group in groups:
-                for link in group.links:
-                    for number in link.numbers:
-                        self.of_link[number].add(group.name)
+        for group in chain(*self.groups.values()):
+            for link in group.links:
+                for number in link.numbers:
+                    self.of_link[number].add(group.name)
 
     def group_signals(self):
-        """Groups at signals; upstream of them, as far as POCKET, lanes by the groups they lead to."""
+        """Groups at signals; upstream, as far as POCKET, lanes by the groups they lead to."""
         to_stop = []  # (m from a road's end to a stop line, road)
         for road in self.ways.roads:
             links = self.ways.out_of(road)
@@ -722,36 +796,43 @@ class Drawing:
         for (edges, k), vehicles in self.passes[road].items():
             if k + 1 < len(edges):
                 flows[edges[k + 1]] += vehicles
-        lanes, width = tuple(range(len(self.ways.roads[road].lanes))), self.ways.roads[road].width
+        there = self.ways.roads[road]
+        lanes = tuple(range(len(there.lanes)))
         ways = {(to, ""): vehicles for to, vehicles in flows.items()}
-        return Group(road, road, lanes, width, dict(flows), ways, tuple(links))
+        return Group(road, road, lanes, there.width, dict(flows), ways, tuple(links))
 
     def group(self, name: str, metres: float):
         """Lane groups of a road that ends `metres` before a stop line."""
-        road, here = self.ways.roads[name], self.ways.out_of(name)
-        flows, lanes = Counter(), defaultdict(set)
+        road = self.ways.roads[name]
+        here = self.ways.out_of(name)
+        flows, lanes = Counter(), {}
         for (edges, k), vehicles in self.passes[name].items():
             if k + 1 < len(edges):
                 for way, share in self.ways_on(name, edges, k):
                     flows[way] += share * vehicles
         for to, group in flows:
             links = [x for x in here if x.target == to]
-            entries = {road_lane[0][0] for road_lane in self.lanes_of(to, group)}
+            # the first lane id of each lane is where links lead into it
+            entries = {pieces[0][0] for pieces in self.lanes_of(to, group)}
             into = [x for x in links if x.into in entries]
             lanes[to, group] = {x.lane for x in into or links}
-        shown = {
-            (x.lane, x.target): pattern_of(x, self.ways.programs, self.ways.where) for x in here
-        }
-        found = groups_of(name, road, here, flows, lanes, shown) if flows else []
+        shown = {}
+        for x in here:
+            pattern = pattern_of(x, self.ways.programs, self.ways.where)
+            shown[x.lane, x.target] = pattern
+        found = []
+        if flows:
+            found = groups_of(name, road, here, flows, lanes, shown)
         if not found:
             found = [self.whole(name, here)]
         if len(found) == 1:
             found = [found[0]._replace(name=name)]
         self.groups[name] = found
-        for way in flows:
-            self.shares[name, way] = [
-                (group.name, group.ways[way] / flows[way]) for group in found if way in group.ways
-            ]
+        for way, vehicles in flows.items():
+            shares = self.shares[name, way] = []
+            for group in found:
+                if way in group.ways:
+                    shares.append((group.name, group.ways[way] / vehicles))
         pocket = POCKET - metres
         if len(found) > 1 and road.length > pocket + POCKET / 4:
             self.cut[name] = pocket
@@ -838,11 +919,13 @@ class Drawing:
                 here = {}  # it ends before the stop line
             elif ends or len(after) == 1:
                 here = dict(self.choice(edges, k))
-                pairs.update({(a, b): x * y for a, x in here.items() for b, y in after.items()})
+                for a, b in product(here, after):
+                    pairs[a, b] += here[a] * after[b]
             else:
                 here = self.lead(road, edges, k, after, pairs)
             if road in self.cut:
-                pairs.update({(road, part): share for part, share in (here or after).items()})
+                for part, share in (here or after).items():
+                    pairs[road, part] += share
                 here = {road: 1.0}
             after = here or after
         return after, pairs
@@ -868,9 +951,10 @@ class Drawing:
                 begun[part, kind][at] += share * vehicles
             for (a, b), share in pairs.items():
                 counts[a][b] += share * vehicles
-        turns = [
-            Turn(a, b, n / sum(to.values())) for a, to in counts.items() for b, n in to.items() if n
-        ]
+        turns = []
+        for a, to in counts.items():
+            total = sum(to.values())
+            turns += [Turn(a, b, n / total) for b, n in to.items() if n]
         demand = defaultdict(dict)
         for (part, kind), by_bin in begun.items():
             flow = []
@@ -893,10 +977,15 @@ class Drawing:
             for group in groups:
                 if any(x.signal for x in group.links) or not group.flows:
                     continue
-                waits = {x.target for x in group.links if self.rivals(group._replace(links=(x,)))}
+                waits = set()  # next roads
+                for link in group.links:
+                    one = group._replace(links=(link,))
+                    if self.rivals(one):
+                        waits.add(link.target)
                 vehicles = sum(n for to, n in group.flows.items() if to in waits)
                 if vehicles >= 0.5 * sum(group.flows.values()):
-                    yields[group.name] = (*GAP, tuple(sorted(self.rivals(group))))
+                    rivals = sorted(self.rivals(group))
+                    yields[group.name] = (*GAP, tuple(rivals))
         return yields
 
     def signals(self, yields: dict) -> tuple[list, dict]:
@@ -910,16 +999,20 @@ class Drawing:
         for name, groups in sorted(by_signal.items()):
             program = self.ways.programs[name]
             greens = greens_of(program)
-            shown = {
-                g.name: pattern_of(g.links[0], self.ways.programs, self.ways.where)[1]
-                for g in groups
-            }
+            shown = {}
+            for g in groups:
+                # the links of a group show the same
+                _, chars = pattern_of(g.links[0], self.ways.programs, self.ways.where)
+                shown[g.name] = chars
             phases, minor = [], []
             for p in range(len(greens)):
-                phases.append(frozenset(g for g, chars in shown.items() if chars[p] in "Ggs"))
+                phase = [name for name, chars in shown.items() if chars[p] in "Ggs"]
+                phases.append(frozenset(phase))
                 waits = [g for g in groups if shown[g.name][p] in "gs" and self.rivals(g)]
                 minor.append(frozenset(g.name for g in waits))
-                yields |= {g.name: (*GAP_AT_GREEN, tuple(sorted(self.rivals(g)))) for g in waits}
+                for g in waits:
+                    rivals = sorted(self.rivals(g))
+                    yields[g.name] = (*GAP_AT_GREEN, tuple(rivals))
             if len(phases) < 2:
                 self.ways.notes.append(f"signal {name}: one phase: always open")
                 continue
@@ -933,13 +1026,14 @@ class Drawing:
     def layout(self, states: dict) -> Layout:
         lanes, weight = {}, {}
         for name, road in self.ways.roads.items():
+            numbers = range(len(road.lanes))
+            begin = 0.0
             if name in self.cut:
-                upstream = road.length - self.cut[name]
-                lanes[name] = stretch(road, range(len(road.lanes)), 0.0, upstream)
-            begin = road.length - self.cut.get(name, road.length)
+                begin = road.length - self.cut[name]
+                lanes[name] = stretch(road, numbers, 0.0, begin)
             for group in self.groups[name]:
                 lanes[group.name] = stretch(road, group.lanes, begin, road.length)
-                most = road.width * len(group.lanes) / len(road.lanes)
+                most = road.width * len(group.lanes) / len(numbers)
                 weight[group.name] = min(1.0, group.width / most)
         return Layout(lanes, states, weight)
 
@@ -960,15 +1054,16 @@ def stretch(road: Road, numbers, begin: float, end: float) -> tuple:
 
 def split_line(line: tuple, last: float) -> tuple[tuple, tuple]:
     """A polyline cut `last` m before its end."""
-    back, left = [line[-1]] if line else [], last
+    left = last
     for k in range(len(line) - 1, 0, -1):
-        (x, y), (u, v) = line[k], line[k - 1]
-        long = math.hypot(u - x, v - y)
+        x, y = line[k]
+        u, v = line[k - 1]
+        dx, dy = u - x, v - y
+        long = math.hypot(dx, dy)
         if long >= left:
-            cut = (x + (u - x) * left / long, y + (v - y) * left / long)
-            return (*line[:k], cut), (cut, *reversed(back))
+            cut = x + dx * left / long, y + dy * left / long
+            return (*line[:k], cut), (cut, *line[k:])
         left -= long
-        back.append(line[k - 1])
     return (), line
 
 
@@ -994,18 +1089,23 @@ def as_signal(
         ambers.append(amber)
         reds.append(red)
         between.append(amber + red)
-    amber, red = max(ambers, key=ambers.count), max(reds, key=reds.count)
-    durations = [
-        max(program.phases[k][0] + pause - amber - red, 1.0) for k, pause in zip(chosen, between)
-    ]
-    least = [program.phases[k][2] for k in chosen if program.phases[k][2]]
-    before = sum(seconds for seconds, *_ in program.phases[: chosen[0]])
+    amber = max(ambers, key=ambers.count)
+    red = max(reds, key=reds.count)
+    durations, least = [], []
+    for k, pause in zip(chosen, between):
+        seconds, _, at_least = program.phases[k]
+        # a pause of another length than the usual one is added to the green
+        durations.append(max(seconds + pause - amber - red, 1.0))
+        if at_least:
+            least.append(at_least)
+    lengths = [seconds for seconds, *_ in program.phases]
+    before = sum(lengths[: chosen[0]])
     return Signal(
         name,
         tuple(phases),
         tuple(minor),
         tuple(durations),
-        (before + program.offset - begin) % sum(seconds for seconds, *_ in program.phases),
+        (before + program.offset - begin) % sum(lengths),
         amber,
         red,
         min(least, default=LEAST_GREEN),
@@ -1037,7 +1137,8 @@ def default_demand(plan: Map, path: Path, notes: list) -> Trips:
     vehicles of an entry drive the fastest way to every exit that they can reach, by its weight.
     """
     onward = [link for link in plan.links if not is_back(plan, link)]
-    targets, sources = {link.target for link in onward}, {link.source for link in onward}
+    targets = {link.target for link in onward}
+    sources = {link.source for link in onward}
     if not path.is_file():
         entries = {
             name: DEFAULT_FLOW * len(road.lanes)
@@ -1060,10 +1161,14 @@ def default_demand(plan: Map, path: Path, notes: list) -> Trips:
         for name in value:
             if name not in plan.roads:
                 raise NetworkError(f"{path}: {key}: no edge {name!r}{near(name, plan.roads)}")
-    entries, exits = given.get("entries"), given.get("exits")
+    entries = given.get("entries")
+    exits = given.get("exits")
     if not entries or not exits:
         raise NetworkError(f"{path}: needs entries and exits")
-    routes, minutes = Counter(), sorted({m for f in entries.values() for m in changes_of(f)})
+    routes = Counter()
+    minutes = {minute for flow in entries.values() for minute in changes_of(flow)}
+    minutes = sorted(minutes)
+    # the last flow lasts an hour
     ends = [*minutes[1:], max(60.0, minutes[-1] + 60.0)]
     ways = fastest_ways(plan, list(entries))
     for entry, flow in entries.items():
@@ -1073,12 +1178,16 @@ def default_demand(plan: Map, path: Path, notes: list) -> Trips:
         if not reached:
             raise NetworkError(f"{path}: entries: {entry}: no exit can be reached from there")
         for minute, end in zip(minutes, ends):
-            rate = flow if not isinstance(flow, list) else [x for m, x in flow if m <= minute][-1]
+            rate = flow
+            if isinstance(flow, list):
+                rate = [x for m, x in flow if m <= minute][-1]
             for k in range(math.ceil((end - minute) / (BIN / 60))):
                 at = minute + k * BIN / 60
+                number = int(at * 60 // BIN)
                 hours = min(BIN / 60, end - at) / 60
                 for to, edges in reached.items():
-                    routes[edges, int(at * 60 // BIN), "car"] += rate * hours * exits[to] / total
+                    vehicles = rate * hours * exits[to] / total
+                    routes[edges, number, "car"] += vehicles
     return Trips(routes, 0.0, 60 * ends[-1], SPACE["car"], HEADWAY)
 
 
@@ -1102,22 +1211,27 @@ def fastest_ways(plan: Map, entries: list) -> dict:
 
     names = list(plan.roads)
     number = {name: k for k, name in enumerate(names)}
-    seconds = {name: road.length / road.limit for name, road in plan.roads.items()}
-    pairs = sorted({(number[x.source], number[x.target]) for x in plan.links})
-    rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
-    cost = [seconds[names[to]] for to in columns]
-    graph = csr_array((cost, (rows, columns)), shape=(len(names), len(names)))
+    seconds = [road.length / road.limit for road in plan.roads.values()]
+    pairs = {(number[x.source], number[x.target]) for x in plan.links}
+    pairs = np.array(sorted(pairs), np.int64)
+    rows, columns = pairs.reshape(-1, 2).T
+    # a step costs the road that it leads into
+    cost = [seconds[to] for to in columns]
+    size = len(names), len(names)
+    graph = csr_array((cost, (rows, columns)), shape=size)
     starts = [number[entry] for entry in entries]
     time, before = dijkstra(graph, indices=starts, return_predecessors=True)
     found = {}
     for row, entry in enumerate(entries):
-        found[entry] = {}
-        for to in np.flatnonzero(np.isfinite(time[row])):
-            edges, at = [], int(to)
-            while at >= 0:
+        ways = found[entry] = {}
+        reached = np.isfinite(time[row])
+        for to in np.flatnonzero(reached):
+            edges = []
+            at = int(to)
+            while at >= 0:  # negative: nothing before it
                 edges.append(names[at])
                 at = int(before[row, at])
-            found[entry][names[to]] = tuple(reversed(edges))
+            ways[names[to]] = tuple(reversed(edges))
     return found
 
 
@@ -1133,9 +1247,9 @@ def read_both(path, demand=(), dx: float = CELL_LENGTH) -> tuple:
     files, notes = find_files(path, demand), []
     plan = read_net(files.net, files.additional, notes)
     if not files.demand:
-        files = files._replace(
-            demand=(files.net.with_name(files.net.name.split(".")[0] + ".demand.json"),)
-        )
+        name = files.net.name.split(".")[0]
+        beside = files.net.with_name(f"{name}.demand.json")
+        files = files._replace(demand=(beside,))
     if files.demand[0].suffix == ".json":
         trips = default_demand(plan, files.demand[0], notes)
     else:
