@@ -144,7 +144,7 @@ def mirrored(bars: Bars, last: int) -> Bars:
 
 
 def frame_of(bars: Bars) -> pd.DataFrame:
-    """What a user's function gets: open .. volume by opening time; of further assets NAME_open .."""
+    """What a user's function gets: open .. volume by opening time; further assets: NAME_open .."""
     columns = {}
     for name, ohlcv in zip(bars.names, bars.ohlcv):
         prefix = f"{name}_" if columns else ""
@@ -170,7 +170,7 @@ def row_at(bars: Bars, time) -> int:
 class Target:
     """call(bars, row): columns or an environment, fitted on the bars up to that row if it is given.
 
-    fits   rows up to which it may fit; empty: it has no say, and may fit on nothing that comes later
+    fits   rows up to which it may fit; empty: it has no say, and may fit on nothing that is later
     fresh  the same call from a new import of its file
     kinds  of edits that it stands
     part   of a run directory, for the last line
@@ -1032,7 +1032,8 @@ class EnvAudit:
         if compared:
             self.audit.tried.append("shorter files")
         else:
-            self.audit.not_judged.append("edits of length (a shorter file is refused or begins elsewhere)")
+            why = "a shorter file is refused or begins elsewhere"
+            self.audit.not_judged.append(f"edits of length ({why})")
 
 
 # ---------------------------------------------------------------------------------- run directories
@@ -1212,7 +1213,7 @@ def audit_dqn(audit, flags, state):
     EnvAudit(audit, target, series[first]).run()
 
 
-# ------------------------------------------------------------------------------------------- verdict
+# ------------------------------------------------------------------------------------------ verdict
 def verdict(audit: Audit) -> str:
     """The last line."""
     rest = f"; not judged: {'; '.join(audit.not_judged)}" if audit.not_judged else ""

@@ -30,7 +30,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.run import CheckFailed, UsageError, answer_help, check, exit_with, parse_args, refuse  # noqa: E402
+from common.run import (  # noqa: E402
+    CheckFailed,
+    UsageError,
+    answer_help,
+    check,
+    exit_with,
+    parse_args,
+    refuse,
+)
 
 answer_help(__name__, __file__)
 
@@ -51,7 +59,8 @@ FAR = 1e30  # s, a relaxation that never ends
 FLOOR = 1e-4  # veh/m, of the record's simulations
 BLUE, ORANGE, GREEN = CYCLE[:3]
 
-# (rho, v) left and right, gamma, time, and where they are known L1 errors of Godunov's rho at N = 100, 200, 400, 800
+# (rho, v) left and right, gamma, time, and where they are known L1 errors of Godunov's rho at
+# N = 100, 200, 400, 800
 CASES = {
     "shock, contact": (
         (0.3, 0.6),
@@ -744,13 +753,13 @@ def prepare(record: dict, args: Args) -> dict:
     refuse(
         (
             inner < block,
-            f"{path}: cells {a} to {b} without {wide} at each end leave {inner} to predict, a block "
-            f"has {block}: set --cells, --end-metres or --block-metres",
+            f"{path}: cells {a} to {b} without {wide} at each end leave {inner} to predict, "
+            f"a block has {block}: set --cells, --end-metres or --block-metres",
         ),
         (
             shorter < need,
-            f"{path}: {bins} bins of {dt:g} s give a half of {shorter}, --warmup and four blocks of "
-            f"--block-seconds need {need}",
+            f"{path}: {bins} bins of {dt:g} s give a half of {shorter}, --warmup and four blocks "
+            f"of --block-seconds need {need}",
         ),
     )
     if inner < 3 * wide:
@@ -1188,8 +1197,8 @@ def riemann_table(part: dict) -> tuple:
                 cells = [f"{a} ({b})" for a, b in zip(cells, scientific(e["known"]))]
             rows.append([name, scheme, *cells, decimals(e[scheme]["orders"])])
     note = (
-        "Order 1/2 at a contact is right for the first-order scheme, 2/3 for the second; about 1 at "
-        "a shock and, up to a logarithm, in a fan. The second order is not better everywhere: "
+        "Order 1/2 at a contact is right for the first-order scheme, 2/3 for the second; about 1 "
+        "at a shock and, up to a logarithm, in a fan. The second order is not better everywhere: "
     )
     note += (", ".join(worse_cases(part)) or "here it is") + "."
     title = "Riemann problems: L1 error of the density (known value)"
