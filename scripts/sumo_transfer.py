@@ -287,10 +287,13 @@ class SumoLanes:
                 queue[1, entry, 0] = waiting * share
 
     def step(self, action):
-        """action (G,): phases asked for; one decision interval."""
+        """action (G,): phases asked for; one decision interval.
+
+        As in the environment, a signal stays where it is asked for a phase that it does not have.
+        """
         for g, asked in enumerate(action):
             ready = self.env.age[g, 0] >= self.lost[g] + self.net.min_green[g]
-            if ready and asked != self.env.phase[g, 0]:
+            if ready and asked != self.env.phase[g, 0] and asked < self.net.n_phases[g]:
                 self.change(g, int(asked))
         until = min(self.now + self.env.decision_interval, self.end)
         while self.due and self.due[0][0] < until:
@@ -612,8 +615,9 @@ def in_workers(function, tasks: list, workers: int):
                 yield future.result()
         except BrokenProcessPool:
             raise CheckFailed("SUMO ended its process: try one seed with sumo itself") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # an error ends the rest; those that run are waited for
+            for future in futures:
+                future.cancel()
 
 
 def check_installed():

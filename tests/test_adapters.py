@@ -30,7 +30,8 @@ def make(case, **more):
     return gym.make(f"cleanrl_crypto/{name}", **keywords, **more)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.slow) if x in ("junction", "joint") else x for x in CASES])
 def test_make(case):
     """Gymnasium's own checks, a step too early or too late, a picture that changes."""
     env = make(case, render_mode="rgb_array")

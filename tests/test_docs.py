@@ -84,7 +84,8 @@ def known_flags(program: str) -> set[str]:
         return {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
     done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+    names = set(re.findall(r"--([a-z][a-z-]+)", done.stdout))
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
 
 
 def test_commands_parse():

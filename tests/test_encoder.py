@@ -224,7 +224,7 @@ def pretrained(bars, features, steps):
     with TimeoutGuard(None, signals=False) as guard:
         run = SimpleNamespace(
             args=tqc.Args(mae_steps=steps), guard=guard, out_of_time=lambda: False,
-            log=lambda record, loop: losses.append(float(record["losses/mae"])))
+            log=lambda record, loop, step: losses.append(float(record["losses/mae"])))
         tqc.pretrain(contexts, run, loop)
     assert loop.mae_steps == steps
     return contexts, losses

@@ -139,8 +139,9 @@ def test_metrics_are_json_lines_in_order_and_tensorboard_holds_the_same(base):
     wanted = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ("global_step", "wall") and value is not None:
-                wanted.setdefault(key, []).append((line["global_step"], value))
+            if key not in ("global_step", "pretrain_step", "wall") and value is not None:
+                step = line.get("pretrain_step", line["global_step"])
+                wanted.setdefault(key, []).append((step, value))
     assert set(events.Tags()["scalars"]) == set(wanted)
     for key, values in wanted.items():
         found = events.Scalars(key)
