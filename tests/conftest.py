@@ -17,7 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # One worker of pytest-xdist takes all tests of a script, and compiles its kernels once.
 GROUPS = {"tqc": "tqc market encoder math kernels checkpoint", "dqn": "forex dqn subproc", "freeway": "freeway arz ppo",
-          "signals": "signals network"}
+          "signals": "signals network maps sumo adapters"}
 
 
 def pytest_collection_modifyitems(items):
