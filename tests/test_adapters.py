@@ -57,7 +57,7 @@ def test_make(case):
     env.close(), fresh.close()
 
 
-@pytest.mark.parametrize("case", ["market", "network"])
+@pytest.mark.parametrize("case", ["market", pytest.param("network", marks=pytest.mark.slow)])
 def test_sync_copies_are_single_environments(case):
     name, keywords, _ = CASES[case]
     envs = gym.make_vec(f"cleanrl_crypto/{name}", num_envs=2, vectorization_mode="sync", **keywords)
