@@ -150,6 +150,22 @@ def played(cologne, run_of):
     return lines, [step.get("state") for step in steps], net
 
 
+def ask_for_a_missing_phase(case):
+    with st.simulation(case.config, "--seed", "1") as sumo:
+        lanes = st.SumoLanes(sumo, case)
+        first = lanes.env.phase[:, 0].tolist()
+        for _ in range(6):
+            lanes.step(lanes.net.n_phases)
+        return first, lanes.env.phase[:, 0].tolist()
+
+
+def test_a_phase_that_a_signal_does_not_have_is_no_request(cologne):
+    """As in the environment: junctions of one network have different numbers of phases."""
+    case = st.Case(str(cologne), *st.read_map(str(cologne), arz.CELL_LENGTH), "random", 1, 5.0, "", "", False)
+    ((first, last),) = st.in_workers(ask_for_a_missing_phase, [case], 1)
+    assert first == last
+
+
 def test_own_program_is_what_sumo_itself_measures(played, cologne):
     import sumo
 
