@@ -193,6 +193,21 @@ def _check_loadable(obj, where: str):
         raise TypeError(f"{where} is a {kind}, not a tensor or plain Python")
 
 
+@contextmanager
+def whole_file(path: Path):
+    """A name beside `path` to write to: it becomes `path` when all is written, else it goes. An
+    OSError names `path`."""
+    half = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield half
+        os.replace(half, path)
+    except OSError as e:
+        e.filename = str(path)
+        raise
+    finally:
+        half.unlink(missing_ok=True)
+
+
 def save_atomic(obj: dict, path):
     """torch.save a dict of tensors and plain Python, whole or not at all. CheckpointError."""
     import torch

@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from common.networks import RHO_JAM, Network, find_network  # noqa: E402
+from common.timeout_guard import whole_file  # noqa: E402
 
 BESIDE = 3.5  # m between the segments of one road in the picture
 PANELS = 12  # phases drawn
@@ -191,11 +192,9 @@ def draw(net: Network, out: Path):
         ax.set_aspect("equal", "datalim")
         ax.tick_params(labelsize=6)
 
-    # whole or not at all
-    beside = out.with_name(out.stem + ".part" + out.suffix)
-    figure.savefig(beside, dpi=110)
+    with whole_file(out) as half:
+        figure.savefig(half, dpi=110)
     plt.close(figure)
-    beside.replace(out)
 
 
 def main(argv=None) -> dict:

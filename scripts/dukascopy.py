@@ -25,6 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from common.run import CheckFailed, UsageError, refuse
+from common.timeout_guard import whole_file
 
 BASE = "https://datafeed.dukascopy.com/datafeed"
 CANDLE = np.dtype(
@@ -143,9 +144,8 @@ def kept(path: Path, url: str, args) -> bytes:
     body = fetch(url, args)
     if body:  # a file that is not there may come
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(body)
-        temporary.replace(path)
+        with whole_file(path) as half:
+            half.write_bytes(body)
     time.sleep(PAUSE if args.rate_limit is None else args.rate_limit / 1000)
     return body
 
@@ -213,6 +213,5 @@ def add_spreads(path: Path, symbol: str, ms: np.ndarray, spread: np.ndarray):
         there.index = there.index.as_unit("ns")
         table = table.combine_first(there)
     table = table.ffill().bfill()
-    temporary = path.with_name(path.stem + ".tmp.parquet")
-    table.reset_index().to_parquet(temporary, index=False)
-    temporary.replace(path)
+    with whole_file(path) as half:
+        table.reset_index().to_parquet(half, index=False)

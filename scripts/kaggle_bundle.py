@@ -16,7 +16,6 @@ import argparse
 import ast
 import difflib
 import json
-import os
 import sys
 from pathlib import Path
 from string import Template
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT, __version__  # noqa: E402
 from common.run import UsageError, commit_of, exit_with, flag_groups, refuse  # noqa: E402
+from common.timeout_guard import whole_file  # noqa: E402
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "cleanrl_crypto").glob("[!_]*.py"))
 PROGRAM = "scripts/report.py"  # a run starts it at its end
@@ -303,9 +303,8 @@ def main(argv: list[str] | None = None) -> dict:
     text = bundle(script, checked_flags(script, args.flags))
     if out.suffix == ".ipynb":
         text = notebook(text, script)
-    half = out.with_name(f".{out.name}.tmp")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, out)
+    with whole_file(out) as half:
+        half.write_text(text, encoding="utf-8")
     print(f"{out}: {len(text.splitlines())} lines")
     return {"exit_code": 0, "path": out}
 

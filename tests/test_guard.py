@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from common import timeout_guard
-from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint, save_atomic
+from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint, save_atomic, whole_file
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
 LIMIT = 300  # s, only against a child that hangs: a loaded machine needs a minute to import torch
@@ -245,3 +245,16 @@ def test_rotation_keeps_the_highest_numbers_and_never_touches_last_and_best(tmp_
     assert timeout_guard.rotate(tmp_path, 2) == []
     assert [p.name for p in timeout_guard.rotate(tmp_path, 0, "*.pt")] == ["step_10.pt", "step_100.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "note_1.txt"]
+
+
+@POSIX
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "map.png"
+    with whole_file(path) as half:
+        half.write_text("old")
+    with pytest.raises(OSError) as error, whole_file(path) as half:
+        half.write_text("ne")
+        with open("/dev/full", "w") as full:  # what a full disk answers
+            full.write("w")
+    assert error.value.filename == str(path) and path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
