@@ -51,7 +51,7 @@ import torch  # noqa: E402
 
 from cleanrl_crypto import ppo_arz_signals as arz  # noqa: E402
 from common.networks import Network  # noqa: E402
-from common.timeout_guard import write_json_atomic  # noqa: E402
+from common.timeout_guard import whole_file, write_json_atomic  # noqa: E402
 from common.workers import be_a_worker, worker_context  # noqa: E402
 
 MODULE = "scripts.sumo_transfer"
@@ -686,10 +686,13 @@ def main(argv: list[str] | None = None) -> dict:
         "controllers": rows,
     }
     write_json_atomic(report, out / "transfer.json")
-    runs.to_csv(out / "runs.csv", index=False)
-    draw(runs, rows, title, out / "transfer.png")
+    with whole_file(out / "runs.csv") as half:
+        runs.to_csv(half, index=False)
+    with whole_file(out / "transfer.png") as half:
+        draw(runs, rows, title, half)
     if args.video:
-        animate({name: frames[name] for name in (OWN, POLICY)}, out / "transfer.gif")
+        with whole_file(out / "transfer.gif") as half:
+            animate({name: frames[name] for name in (OWN, POLICY)}, half)
     print_table(rows, title)
     for row in rows:
         if row["teleports"]:
