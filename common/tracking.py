@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -171,6 +172,9 @@ class Mirrors:
         self.folder, self.script, self.args = folder, script, args
         new = not any(folder.glob("events.out.tfevents.*"))
         history = [{k: v for k, v in row.items() if v is not None} for row in history]
+        # read in the order of their names, which hold the second and then a plain count: 10 < 9
+        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
         self.writer = SummaryWriter(str(folder), purge_step=None if new else purge)
         self._defined, self.wandb, self.tracked = set(), None, wanted(args)
         if new:
