@@ -37,7 +37,7 @@ import functools
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -1193,13 +1193,14 @@ def act(agent, latents, position, w_cost):
 
 
 @torch.no_grad()
-def target_path(agent, latents, market, start, w_cost, policy):
-    """Deterministic exposures (n,) float64 along rows from `start` on, flat before the first."""
+def target_path(agent, latents, values, market, start, w_cost, policy):
+    """Deterministic exposures (n,) float64 along rows from `start` on, flat before the first.
+    values: the grid's afterstate_values()."""
     span = slice(start, start + len(latents))
     ret = market.ret[span]
     funding = market.funding[span]
     if policy == "critic_grid":
-        value = afterstate_values(agent, latents, w_cost).double().cpu().numpy()
+        value = values.double().cpu().numpy()
         grid = agent.grid.double().cpu().numpy()
         scale = float(agent.reward_scale)
         penalty = agent.config["penalty"] * float(w_cost[0])
@@ -1244,14 +1245,14 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
     truth = bars.truth
     until = time.monotonic() + 0.4 * seconds  # what follows takes longer than the latents
     start, last = contexts.rows[split]
-    rows = torch.arange(start, last, device=contexts.device)
-    latents = latents_of(agent, contexts, rows, until)
+    latents = latents_of(agent, contexts, torch.arange(start, last, device=contexts.device), until)
     stop = start + len(latents)
     w_cost = torch.full_like(latents[:, :1], args.eval_w_cost)
+    values = afterstate_values(agent, latents, w_cost)
     paths = {}
     for policy in policies:
         if policy == acting or time.monotonic() < until:
-            paths[policy] = target_path(agent, latents, market, start, w_cost, policy)
+            paths[policy] = target_path(agent, latents, values, market, start, w_cost, policy)
     walked = list(paths)
     turnover = market.walk(paths[acting], start, stop)[2].mean()
     paths |= fixed_paths(market, start, stop)
@@ -1274,8 +1275,7 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
         everyone[name], equity = path_metrics(*earned, bars.bars_per_year)
         who = "" if name == acting else f"_{name}"
         columns |= {f"position{who}": target, f"equity{who}": equity}
-    q = afterstate_values(agent, latents, w_cost)
-    columns["q_spread"] = (q.amax(1) - q.amin(1)).cpu().numpy()
+    columns["q_spread"] = np.ptp(values.cpu().numpy(), 1)
 
     whole = [start, stop] == list(market.rows[split]) and len(walked) == len(policies)
     out = {"rows": [start, stop], "partial": not whole, "baselines": everyone}
@@ -1300,7 +1300,7 @@ def diagnose(agent, contexts, n=256):
     rows = contexts.tensor(np.sort(rng.choice(np.arange(*contexts.rows["eval"]), n)))
     mix = contexts.tensor(rng.permutation(n))
     position = contexts.tensor(rng.uniform(-1, 1, (n, 1))).float()
-    w_cost = contexts.tensor(rng.uniform(0, 1, (n, 1))).float()
+    w_cost = contexts.tensor(rng.random((n, 1))).float()
     z, hmm, forecast = contexts(rows)
     agent.eval()
     with contexts.autocast():
@@ -1328,7 +1328,6 @@ def diagnose(agent, contexts, n=256):
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
     entropy = -log_prob.mean()
     alpha = agent.alpha
-    discounted_alpha = alpha * agent.config["gamma"]
     found = {
         "policy/state_dependence": fixed.std(1).mean(),
         "policy/action_mean": greedy.mean(),
@@ -1337,7 +1336,7 @@ def diagnose(agent, contexts, n=256):
         "policy/entropy": entropy,
         "policy/alpha": alpha,
         "policy/sigma": std.mean(),
-        "policy/entropy_rms": discounted_alpha * log_prob.square().mean().sqrt(),
+        "policy/entropy_rms": alpha * agent.config["gamma"] * log_prob.square().mean().sqrt(),
         "policy/log_std_mean": agent.actor.log_std.mean(),
         "value/q_mean": q.mean(),
         "value/q_action_spread": (q.amax(1) - q.amin(1)).mean(),
@@ -1352,13 +1351,16 @@ def diagnose(agent, contexts, n=256):
 
 def w_cost_sweep(agent, contexts, args):
     """What the acting policy earns and trades on the eval split at w_cost 0 to 1."""
-    names = "mean_reward_bps", "mean_expected_bps", "turnover"
+    market = contexts.market
+    span = contexts.rows["eval"]
+    latents = latents_of(agent, contexts, torch.arange(*span, device=contexts.device))
     sweep = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        shown = replace(args, eval_w_cost=share)
-        result, *_ = evaluate(agent, contexts, "eval", shown, policies=[args.policy])
-        metrics = result["agent"]
-        sweep.append({"w_cost": share} | {name: metrics.get(name) for name in names})
+        w_cost = torch.full_like(latents[:, :1], share)
+        values = afterstate_values(agent, latents, w_cost)
+        path = target_path(agent, latents, values, market, span[0], w_cost, args.policy)
+        metrics, _ = path_metrics(*market.walk(path, *span), market.bars.bars_per_year)
+        sweep.append({"w_cost": share, **metrics})
     return sweep
 
 
@@ -1713,8 +1715,10 @@ def evaluate_splits(agent, contexts, run):
     folder = run.dir / "traces"
     folder.mkdir(exist_ok=True)
     for split in ("test", "eval", "train"):  # what counts comes first, while there is time
-        found = evaluate(agent, contexts, split, run.args, run.eval_limit(0.3))
-        results[split], columns, paths[split] = found
+        policies = POLICIES if split != "train" else [run.args.policy]
+        results[split], columns, paths[split] = evaluate(
+            agent, contexts, split, run.args, run.eval_limit(0.3), policies
+        )
         if results[split]["partial"]:
             print(f"{split}: evaluated on {len(columns['close'])} bars only (time)")
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
@@ -1734,7 +1738,7 @@ def audit_of(agent, contexts, run, loop, results, paths):
     eval_paths = {name: [path] for name, path in paths["eval"].items()}
     audit |= edges([series], eval_paths, LEVELS, market.bars.bars_per_year)
     improving = loop.stale == 0 and run.guard.status != "finished"
-    rows = int(np.ptp(result["rows"]))
+    rows = np.ptp(result["rows"])
     audit["verdict"], audit["reasons"] = verdict(
         audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving
     )
@@ -1749,7 +1753,7 @@ def audit_of(agent, contexts, run, loop, results, paths):
 @experiment
 def main(argv=None):
     """Train (or --eval-only), evaluate, report; returns what summary.json holds."""
-    run = Run(Args, argv, SCHEMA, evaluations=13)
+    run = Run(Args, argv, SCHEMA, evaluations=9)
     loop = Loop()
     args = run.args
     device = run.device
@@ -1815,10 +1819,8 @@ def main(argv=None):
                     args.batch_size, args.segment, args.counterfactuals, envs.stop
                 )
                 row = rows[:, :-1].flatten()
-                ret, funding = (
-                    contexts.ret[row, None],
-                    contexts.funding[row, None],
-                )  # (B, 1)
+                ret = contexts.ret[row, None]  # (B, 1)
+                funding = contexts.funding[row, None]
 
                 # critic: quantiles of holding each exposure; the cost of getting there is exact
                 with contexts.autocast():
@@ -1905,8 +1907,6 @@ def main(argv=None):
     run.phase("eval")
     results, paths = evaluate_splits(averaged, contexts, run)
     audit = audit_of(averaged, contexts, run, loop, results, paths)
-    bars = market.bars
-    size = getattr(contexts.cache, "nbytes", 0)
     return run.finish(
         loop,
         results,
@@ -1915,10 +1915,13 @@ def main(argv=None):
         selected_by=market.judged_by,
         mae_steps=loop.mae_steps,
         samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1),
-        device={"precision": contexts.precision, "embedding_cache_bytes": size},
+        device={
+            "precision": contexts.precision,
+            "embedding_cache_bytes": getattr(contexts.cache, "nbytes", 0),
+        },
         data={
-            "gaps": bars.gaps,
-            "facts": bars.facts,
+            "gaps": market.bars.gaps,
+            "facts": market.bars.facts,
             "screen": market.features.screen,
         },
     )

@@ -268,8 +268,9 @@ class Subject:
         a, _ = self.rows[split]
         latents = self.latents[split] if latents is None else latents
         w_cost = torch.full((len(latents), 1), w_cost)
+        values = tqc.afterstate_values(self.agent, latents, w_cost)
         policy = policy or self.config["policy"]
-        return tqc.target_path(self.agent, latents, self.market, a, w_cost, policy)
+        return tqc.target_path(self.agent, latents, values, self.market, a, w_cost, policy)
 
     @cached_property
     def latents(self) -> dict:
