@@ -120,9 +120,7 @@ HEADS, LAYERS = 4, 2
 MASKED = 0.3  # share of a window's bars that pre-training hides
 MAE_BATCH = 64  # windows a pre-training step
 MAE_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
-BLOCK = (
-    32  # rows encoded at once: one size, so that a row's bits do not depend on the others
-)
+BLOCK = 32  # rows encoded at once: one size, so that a row's bits do not depend on the others
 
 # shares of the time that is left; learning needs the rest
 FIT_SHARE = 0.15  # the HMM of a long history
@@ -131,17 +129,13 @@ CACHE_SHARE = 0.3  # rows that are not encoded by then are left out, the oldest 
 
 # optimisation
 BUFFER = 2_000_000  # transitions in the replay: 32 MB, 30 times what a default run makes
-SCHEDULE = (
-    65_536  # transitions over which learning rates fall, unless --total-timesteps says
-)
+SCHEDULE = 65_536  # transitions over which learning rates fall, unless --total-timesteps says
 LAST_RATE = 0.02  # share of the learning rates that is left at the end of the schedule
 WARMUP = 20  # updates over which Adam's second moments settle and the rates grow from 0
 MAX_GRAD_NORM = 10.0  # a hundred times a usual gradient: only accidents are clipped
 MEAN_LIMIT = 5.0  # of the actor before its tanh, soft: a hard one lets no gradient back
 ACTOR_STEPS = 2  # an update: the best critic often comes after 70, too soon for one step each
-REWARD_CLIP = (
-    10.0  # standard deviations of the full position's reward; what is beyond is logged
-)
+REWARD_CLIP = 10.0  # standard deviations of the full position's reward; what is beyond is logged
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -1034,9 +1028,8 @@ class Contexts:
         return self.table[rows[:, None] + self.offsets, : self.market.n_tech]
 
     def train_windows(self, n):
-        return self.windows(
-            torch.randint(*self.market.rows["train"], (n,), device=self.device)
-        )
+        rows = torch.randint(*self.market.rows["train"], (n,), device=self.device)
+        return self.windows(rows)
 
     @torch.no_grad()
     def encode(self, rows):
