@@ -1964,7 +1964,7 @@ def main(argv: list[str] | None = None) -> dict:
 
         # ALGO LOGIC: training
         collected = rb.total * args.lanes
-        if collected >= max(args.learning_starts, 1):
+        if collected >= max(args.learning_starts, 1) and args.updates_per_step:
             run.phase("learn")
             rate = args.learning_rate * cosine(collected, schedule_of(args))
             optimizer.param_groups[0]["lr"] = rate
@@ -1988,7 +1988,9 @@ def main(argv: list[str] | None = None) -> dict:
                 loop.updates += 1
                 if loop.updates % args.target_network_frequency == 0:
                     move_towards(target_network, q_network, args.tau)
-            move_towards(averaged, q_network, 1 - AVERAGE**args.updates_per_step)
+            # an average that began with the first update: the random start has no share in it
+            decayed = 1 - AVERAGE**args.updates_per_step
+            move_towards(averaged, q_network, decayed / (1 - AVERAGE**loop.updates))
 
         # log, evaluate, keep the best; the last weights are a candidate too
         last = loop.global_step >= limit_of(args)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.run import CheckFailed
@@ -88,6 +89,15 @@ def assert_same_run(a, b):
     one, two = (pd.read_csv(x / "monitor.csv", skiprows=1).drop(columns="t") for x in (a, b))
     pd.testing.assert_frame_equal(one.sort_values(list(one)).reset_index(drop=True),
                                   two.sort_values(list(two)).reset_index(drop=True))
+
+
+def test_the_average_has_no_share_of_the_random_start(tmp_path):
+    """After the first updates of a run, which all come in one vector step, it is the learner."""
+    dqn.main(flags(tmp_path / "r", total_timesteps=272))
+    state = load_checkpoint(tmp_path / "r/checkpoints/last.pt")
+    assert state["loop"]["updates"] == 4
+    for name, weights in state["agent"].items():
+        torch.testing.assert_close(weights, state["parts"]["learner"][name])
 
 
 def check_summary(summary):
