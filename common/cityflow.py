@@ -8,6 +8,9 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from common.maps import (
     AMBER,
@@ -23,6 +26,9 @@ from common.maps import (
 )
 from common.networks import CELL_LENGTH, Network, NetworkError, near, read_text
 
+LAST = 3599.0  # s, of a flow without an end
+ODD = KeyError, TypeError, IndexError, AttributeError, ValueError  # of JSON that is something else
+
 
 def read_cityflow(path, demand=(), dx: float = CELL_LENGTH) -> Network:
     """CityFlow's roadnet.json, and its flow.json or a demand JSON -> Network.
@@ -33,17 +39,20 @@ def read_cityflow(path, demand=(), dx: float = CELL_LENGTH) -> Network:
     net = read_json(path)
     try:
         plan = cityflow_map(path, net)
-    except (KeyError, TypeError, IndexError) as e:
+    except ODD as e:
         raise NetworkError(f"{path}: not a roadnet of CityFlow: {e!r} is missing or odd") from None
     if not plan.roads or not plan.links:
         raise NetworkError(f"{path}: {len(plan.roads)} roads and {len(plan.links)} lane links")
     notes.append("turns of CityFlow: nobody gives way at a green")
-    demand = [Path(one) for one in demand]
-    flows = [read_json(one) for one in demand]
-    if demand and all(isinstance(flow, list) for flow in flows):
-        return draw(plan, cityflow_trips(plan, demand, flows), notes, dx)[0]
-    beside = demand[0] if demand else path.with_name(path.stem + ".demand.json")
-    return draw(plan, default_demand(plan, beside, notes), notes, dx)[0]
+    files = [Path(file) for file in demand]
+    flows = [read_json(file) for file in files]
+    if flows and all(isinstance(flow, list) for flow in flows):
+        trips = cityflow_trips(plan, files, flows)
+    else:
+        beside = path.with_name(path.stem + ".demand.json")
+        chosen = files[0] if files else beside
+        trips = default_demand(plan, chosen, notes)
+    return draw(plan, trips, notes, dx)[0]
 
 
 def read_json(path: Path):
@@ -54,71 +63,120 @@ def read_json(path: Path):
 
 
 def cityflow_map(path: Path, net: dict) -> Map:
-    roads, links, programs = {}, [], {}
-    for road in net["roads"]:
-        points = tuple((float(p["x"]), float(p["y"])) for p in road["points"])
-        length = sum(math.dist(a, b) for a, b in zip(points, points[1:]))
-        name = road["id"]
-        lanes = tuple(((f"{name}_{k}", length),) for k in range(len(road["lanes"])))
-        limit = max(lane["maxSpeed"] for lane in road["lanes"])
-        ends = road["startIntersection"], road["endIntersection"]
-        roads[name] = Road(*ends, length, limit, lanes, len(lanes), points)
+    roads = {road["id"]: cityflow_road(road) for road in net["roads"]}
+    links, programs = [], {}
     for node in net["intersections"]:
-        light = (node.get("trafficLight") or {}).get("lightphases") or []
-        signal = node["id"] if len(light) > 1 and not node.get("virtual") else ""
-        if signal:
-            programs[signal] = cityflow_program(light, len(node["roadLinks"]))
-        for index, way in enumerate(node.get("roadLinks", [])):
-            for lane in way["laneLinks"]:
-                a, b = way["startRoad"], way["endRoad"]
-                into = roads[b].lanes[lane["endLaneIndex"]][0][0]
-                at, own = lane["startLaneIndex"], frozenset([len(links)])
-                speed = roads[a].limit
-                links.append(Link(a, at, b, into, speed, signal, index, frozenset(), own))
+        signal = ""
+        light = node.get("trafficLight") or {}
+        phases = light.get("lightphases") or []
+        ways = node.get("roadLinks", [])
+        if len(phases) > 1 and not node.get("virtual"):
+            signal = node["id"]
+            programs[signal] = cityflow_program(phases, len(ways))
+        for index, way in enumerate(ways):
+            for pair in way["laneLinks"]:
+                link = cityflow_link(roads, way, pair)
+                number = frozenset([len(links)])
+                links.append(link._replace(signal=signal, index=index, numbers=number))
     return Map(str(path), roads, links, programs)
+
+
+def cityflow_road(road: dict) -> Road:
+    points = tuple((float(p["x"]), float(p["y"])) for p in road["points"])
+    length = sum(map(math.dist, points, points[1:]))
+    lanes = road["lanes"]
+    return Road(
+        road["startIntersection"],
+        road["endIntersection"],
+        length,
+        max(lane["maxSpeed"] for lane in lanes),
+        tuple(((lane_id(road["id"], k), length),) for k in range(len(lanes))),
+        len(lanes),
+        points,
+    )
+
+
+def lane_id(road: str, lane: int) -> str:
+    return f"{road}_{lane}"
+
+
+def cityflow_link(roads: dict, way: dict, pair: dict) -> Link:
+    source, target = way["startRoad"], way["endRoad"]
+    lane, into = pair["startLaneIndex"], pair["endLaneIndex"]
+    for road, number in ((source, lane), (target, into)):
+        if not 0 <= number < len(roads[road].lanes):
+            raise IndexError(f"{road}: lane {number}")
+    nobody = frozenset()
+    speed = roads[source].limit
+    return Link(source, lane, target, lane_id(target, into), speed, "", 0, nobody, nobody)
 
 
 def cityflow_program(light: list, number: int) -> Program:
     """A phase whose links are green in every phase is the pause after each of the others."""
-    always = set.intersection(*(set(phase["availableRoadLinks"]) for phase in light))
-    pauses = [phase["time"] for phase in light if set(phase["availableRoadLinks"]) == always]
+    greens = [set(phase["availableRoadLinks"]) for phase in light]
+    seconds = [float(phase["time"]) for phase in light]
+    always = set.intersection(*greens)
+    pauses = [s for s, green in zip(seconds, greens) if green == always]
     pause = min(pauses, default=AMBER)
     phases = []
-    for phase in light:
-        green = set(phase["availableRoadLinks"])
+    for s, green in zip(seconds, greens):
         if green == always:
             continue
-        state = "".join("G" if k in green else "r" for k in range(number))
-        between = "".join("G" if k in always else "y" if k in green else "r" for k in range(number))
-        phases += [(float(phase["time"]), state, None), (float(pause), between, None)]
+        state = ["r"] * number
+        for link in green:
+            state[link] = "G"
+        after = state.copy()
+        for link in green - always:
+            after[link] = "y"
+        phases.append((s, "".join(state), None))
+        phases.append((pause, "".join(after), None))
     return Program(0.0, tuple(phases))
 
 
-def cityflow_trips(plan: Map, paths: list, flows: list) -> Trips:
-    routes, seconds, space, headway, total = Counter(), 0.0, 0.0, 0.0, 0
-    for path, rows in zip(paths, flows):
+class Flow(NamedTuple):
+    route: list
+    departs: np.ndarray  # (vehicles,) s
+    end: float  # s
+    space: float  # m that a standing vehicle takes
+    headway: float  # s
+
+
+def read_flow(row: dict, at: str) -> Flow:
+    try:
+        vehicle = row["vehicle"]
+        space = float(vehicle["length"] + vehicle["minGap"])
+        # a safety time at speed, as SUMO's tau is
+        headway = float(vehicle["headwayTime"])
+        every, first = float(row["interval"]), float(row["startTime"])
+        last, route = float(row["endTime"]), list(row["route"])
+    except ODD as e:
+        raise NetworkError(f"{at}: {e!r} is missing or odd") from None
+    if not every > 0 or first < 0:
+        raise NetworkError(f"{at}: interval {every:g} must be > 0, startTime {first:g} >= 0")
+    if last < 0:
+        last = max(LAST, first)
+    count = max(0, int((last - first) // every) + 1)
+    departs = first + every * np.arange(count)
+    return Flow(route, departs, last + 1, space, headway)
+
+
+def cityflow_trips(plan: Map, paths: list, tables: list) -> Trips:
+    routes, flows = Counter(), []
+    for path, rows in zip(paths, tables):
         for k, row in enumerate(rows, 1):
             at = f"{path}: flow {k}"
-            try:
-                edges = cityflow_route(plan, row["route"], at)
-                vehicle, every = row["vehicle"], row["interval"]
-                first, last = row["startTime"], row["endTime"]
-                room, pause = vehicle["length"] + vehicle["minGap"], vehicle["headwayTime"]
-            except (KeyError, TypeError) as e:
-                raise NetworkError(f"{at}: {e!r} is missing or odd") from None
-            if not every > 0 or first < 0:
-                raise NetworkError(
-                    f"{at}: interval {every!r} must be > 0, startTime {first!r} >= 0"
-                )
-            last = max(3599.0, first) if last < 0 else last
-            for n in range(int((last - first) // every) + 1):
-                routes[edges, int((first + n * every) // BIN), "car"] += 1
-                total, space, headway = total + 1, space + room, headway + pause
-            seconds = max(seconds, last + 1)
-    if not total:
-        raise NetworkError(f"{paths[0]}: no flows")
-    # CityFlow's headway is a safety time at speed, as SUMO's tau is
-    return Trips(routes, 0.0, BIN * math.ceil(seconds / BIN), space / total, headway / total)
+            flow = read_flow(row, at)
+            edges = cityflow_route(plan, flow.route, at)
+            for number in flow.departs // BIN:
+                routes[edges, int(number), "car"] += 1
+            flows.append(flow)
+    counts = [len(flow.departs) for flow in flows]
+    if not sum(counts):
+        raise NetworkError(f"{paths[0]}: no vehicle departs")
+    space = np.average([flow.space for flow in flows], weights=counts)
+    headway = np.average([flow.headway for flow in flows], weights=counts)
+    bins = math.ceil(max(flow.end for flow in flows) / BIN)
+    return Trips(routes, 0.0, BIN * bins, float(space), float(headway))
 
 
 def cityflow_route(plan: Map, given: list, at: str) -> tuple:
@@ -129,7 +187,9 @@ def cityflow_route(plan: Map, given: list, at: str) -> tuple:
     linked = {(link.source, link.target) for link in plan.links}
     edges = list(given[:1])
     for a, b in zip(given, given[1:]):
-        between = (a, b) if (a, b) in linked else fastest_ways(plan, [a])[a].get(b)
+        between = (a, b)
+        if between not in linked:
+            between = fastest_ways(plan, [a])[a].get(b)
         if between is None:
             raise NetworkError(f"{at}: no way from road {a} to {b}")
         edges += between[1:]

@@ -29,6 +29,8 @@ from common.networks import (
 
 TABLE = "u", "v", "highway", "length", "oneway", "lanes", "maxspeed"
 MILE = 1.609344  # km
+DEGREE = 111_195.0  # m
+RANKS = list(ROADS)  # the greatest first
 
 
 def read_edges(path, dx: float = CELL_LENGTH) -> Network:
@@ -56,40 +58,65 @@ def table_rows(path: Path, notes: list) -> list[dict]:
     """Segments of the table, two-way streets with their reverse."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     columns = [name.strip() for name in reader.fieldnames or []]
-    for name in ("u", "v", "length"):
-        if name not in columns:
-            raise NetworkError(f"{path}: no column {name!r}; an edge table has {', '.join(TABLE)}")
-    if "highway" not in columns and "maxspeed" not in columns:
-        raise NetworkError(f"{path}: needs a column highway or maxspeed: how fast is a street?")
-    extra = [name for name in columns if name not in (*TABLE, "geometry", "")]
-    if extra:
-        notes.append(f"columns without a use: {', '.join(extra)}")
+    check_columns(path, columns, notes)
+    try:
+        table = list(reader)
+    except csv.Error as e:
+        raise NetworkError(f"{path}: line {reader.line_num}: {e}") from None
     rows, both = [], []
-    for number, raw in enumerate(reader, 2):
-        at = f"{path}: line {number}"
-        raw = {key.strip(): (value or "").strip() for key, value in raw.items() if key}
-        row = {"from": raw["u"], "to": raw["v"], "line": points_of(raw.get("geometry", ""), at)}
-        if not row["from"] or not row["to"]:
-            raise NetworkError(f"{at}: u and v must name the two ends")
-        row["length_m"] = amount(raw["length"], f"{at}: length", 0.01, 1e5)
-        row["class"], row["limit"] = class_and_limit(raw, at)
-        one_way = one_way_of(raw.get("oneway", ""), f"{at}: oneway")
-        row["lanes"] = lanes_of(raw.get("lanes", ""), one_way, f"{at}: lanes")
-        if one_way < 0:
-            row = backward(row)
+    for number, raw in enumerate(table, 2):
+        cells = {}
+        for key, text in raw.items():
+            if key is not None:  # None: cells beyond the last column
+                cells[key.strip()] = (text or "").strip()
+        row, one_way = read_row(cells, f"{path}: line {number}")
         rows.append(row)
         if not one_way:
             both.append(row)
     there = {(row["from"], row["to"]) for row in rows}
-    reverse = [backward(row) for row in both if (row["to"], row["from"]) not in there]
+    reverse = [backward(row) for row in both]
+    reverse = [row for row in reverse if (row["from"], row["to"]) not in there]
     if reverse:
         notes.append(f"{len(reverse)} two-way streets got their reverse")
     return to_metres(rows + reverse)
 
 
+def check_columns(path: Path, columns: list, notes: list):
+    for name in ("u", "v", "length"):
+        if name not in columns:
+            raise NetworkError(f"{path}: no column {name!r}; an edge table has {', '.join(TABLE)}")
+    if "highway" not in columns and "maxspeed" not in columns:
+        raise NetworkError(f"{path}: needs a column highway or maxspeed: how fast is a street?")
+    known = *TABLE, "geometry", ""
+    extra = [name for name in columns if name not in known]
+    if extra:
+        notes.append(f"columns without a use: {', '.join(extra)}")
+
+
+def read_row(cells: dict, at: str) -> tuple[dict, int]:
+    """A segment and one_way_of its street."""
+    if not cells["u"] or not cells["v"]:
+        raise NetworkError(f"{at}: u and v must name the two ends")
+    one_way = one_way_of(cells.get("oneway", ""), f"{at}: oneway")
+    street, limit = class_and_limit(cells, at)
+    row = {
+        "from": cells["u"],
+        "to": cells["v"],
+        "line": points_of(cells.get("geometry", ""), at),
+        "length_m": amount(cells["length"], f"{at}: length", 0.01, 1e5),
+        "class": street,
+        "limit": limit,
+        "lanes": lanes_of(cells.get("lanes", ""), one_way, f"{at}: lanes"),
+    }
+    return (backward(row) if one_way < 0 else row), one_way
+
+
 def backward(row: dict) -> dict:
-    line = [*reversed(row["line"])]
-    return row | {"from": row["to"], "to": row["from"], "line": line}
+    back = dict(row)
+    back["from"] = row["to"]
+    back["to"] = row["from"]
+    back["line"] = row["line"][::-1]
+    return back
 
 
 def amount(text: str, at: str, low: float, high: float) -> float:
@@ -104,7 +131,9 @@ def amount(text: str, at: str, low: float, high: float) -> float:
 
 def values_of(text: str) -> list[str]:
     """Several values of one street: ['50', '30'], 50;30 or 50|30."""
-    return [x.strip(" '\"") for x in re.split(r"[;|,]", text.strip("[]")) if x.strip(" '\"")]
+    pieces = re.split(r"[;|,]", text.strip("[]"))
+    values = [piece.strip(" '\"") for piece in pieces]
+    return [value for value in values if value]
 
 
 def class_and_limit(raw: dict, at: str) -> tuple[str, float | None]:
@@ -148,32 +177,43 @@ def one_way_of(text: str, at: str) -> int:
 
 def lanes_of(text: str, one_way: int, at: str) -> int:
     """Lanes of one direction: a two-way street's number is that of both."""
-    values = [amount(x, at, 1, 100) for x in values_of(text) if x != "nan"]
-    if not values:
-        return 1
-    return max(1, int(min(values)) // (1 if one_way else 2))
+    values = [amount(value, at, 1, 100) for value in values_of(text) if value != "nan"]
+    least = int(min(values, default=1))
+    return least if one_way else max(1, least // 2)
 
 
 def points_of(text: str, at: str) -> list:
     found = re.fullmatch(r"LINESTRING\s*\((.*)\)", text)
     if not found:
         return []
+    line = []
     try:
-        return [tuple(map(float, pair.split()[:2])) for pair in found[1].split(",")]
+        for point in found[1].split(","):
+            x, y, *_ = point.split()
+            line.append((float(x), float(y)))
     except ValueError:
         raise NetworkError(f"{at}: geometry: {text:.60} is no LINESTRING of numbers") from None
+    if len(line) < 2:
+        raise NetworkError(f"{at}: geometry: {text:.60} needs 2 points or more")
+    return line
 
 
 def to_metres(rows: list[dict]) -> list[dict]:
     """Lines in degrees as metres around their middle; lengths are the table's."""
-    points = np.array([point for row in rows for point in row["line"]]).reshape(-1, 2)
-    if not len(points) or np.abs(points[:, 0]).max() > 180 or np.abs(points[:, 1]).max() > 90:
+    points = [point for row in rows for point in row["line"]]
+    if not points:
         return rows
-    x0, y0 = points.mean(0)
-    degree = 111_195.0  # m
-    east = degree * math.cos(math.radians(y0))
+    east, north = np.array(points).T
+    degrees = np.abs(east).max() <= 180 and np.abs(north).max() <= 90
+    if not degrees:
+        return rows
+    middle = np.array([east.mean(), north.mean()])
+    shrunk = math.cos(math.radians(middle[1]))
+    scale = DEGREE * np.array([shrunk, 1.0])
     for row in rows:
-        row["line"] = [((x - x0) * east, (y - y0) * degree) for x, y in row["line"]]
+        if row["line"]:
+            metres = (np.array(row["line"]) - middle) * scale
+            row["line"] = metres.tolist()
     return rows
 
 
@@ -216,39 +256,49 @@ def propose_plan(rows: list[dict]) -> dict:
     into = defaultdict(list)
     for row in rows:
         into[row["to"]].append(row)
-    plan = {"signals": {}, "demand": {}, "lines": defaultdict(dict)}
-    rank = {name: k for k, name in enumerate(ROADS)}
-    for node, approaches in list(into.items()):
-        ranks = [rank.get(row["class"].removesuffix("_link"), len(rank)) for row in approaches]
-        if len(approaches) >= 3 and sorted(ranks)[2] <= rank["tertiary"]:
-            plan["signals"][node] = two_phases(approaches, ranks)
+    signals, demand, lines = {}, {}, defaultdict(dict)
+    for node, approaches in into.items():
+        if len(approaches) >= 3:
+            third = sorted(map(rank_of, approaches))[2]
+            if third <= RANKS.index("tertiary"):
+                signals[node] = two_phases(approaches)
     for row in rows:
-        if not {before["from"] for before in into[row["from"]]} - {row["to"]}:
-            flow = plan["demand"].setdefault(row["from"], {"car": 0.0})
+        start, end, line = row["from"], row["to"], row["line"]
+        others = [before for before in into.get(start, ()) if before["from"] != end]
+        if not others:
+            flow = demand.setdefault(start, {"car": 0.0})
             flow["car"] += DEFAULT_FLOW * row["lanes"]
-    for row in rows:
-        if row["line"]:
-            plan["lines"][row["from"]][row["to"]] = row["line"]
-    return plan
+        if line:
+            lines[start][end] = line
+    return {"signals": signals, "demand": demand, "lines": lines}
 
 
-def two_phases(approaches: list[dict], ranks: list[int]) -> list[list[str]]:
+def rank_of(row: dict) -> int:
+    """0 for the greatest class of street."""
+    name = row["class"].removesuffix("_link")
+    return RANKS.index(name) if name in RANKS else len(RANKS)
+
+
+def two_phases(approaches: list[dict]) -> list[list[str]]:
     """Opposite approaches together: by bearing, or by rank where there are no lines."""
-    names = [row["from"] for row in approaches]
-    order = sorted(range(len(names)), key=lambda k: ranks[k])
-    first = {order[0], order[1]}
+    by_rank = sorted(approaches, key=rank_of)
+    main = by_rank[0]
+    first = by_rank[:2]
     if all(row["line"] for row in approaches):
-        bearings = [bearing(row["line"]) for row in approaches]
-        main = bearings[order[0]]
-        first = {k for k, angle in enumerate(bearings) if abs(math.cos(angle - main)) > 0.7071}
-        if len(first) == len(names):
-            first = {order[0]}
-    return [
-        [names[k] for k in sorted(first)],
-        [names[k] for k in range(len(names)) if k not in first],
-    ]
+        first = [row for row in approaches if is_along(row, main)]
+        if len(first) == len(approaches):
+            first = [main]
+    names = [row["from"] for row in first]
+    others = [row["from"] for row in approaches if row not in first]
+    return [names, others]
+
+
+def is_along(row: dict, main: dict) -> bool:
+    """Whether a road ends within 45 degrees of another's direction, or of its opposite."""
+    angle = bearing(row["line"]) - bearing(main["line"])
+    return abs(math.cos(angle)) > math.cos(math.pi / 4)
 
 
 def bearing(line: list) -> float:
-    (x, y), (u, v) = line[-2], line[-1]
+    (x, y), (u, v) = line[-2:]
     return math.atan2(v - y, u - x)

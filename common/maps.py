@@ -135,15 +135,17 @@ def sumo():
     return sumolib
 
 
-def parse_xml(path: Path, root: str):
+def parse_xml(path: Path, *roots: str):
+    """The element on top, which must be one of roots; any where none is given."""
     text = read_text(path)
     try:
         tree = ElementTree.fromstring(text)
     except ElementTree.ParseError as e:
         line, column = e.position
         raise NetworkError(f"{path}: line {line}, column {column}: not XML: {e.msg}") from None
-    if tree.tag != root:
-        raise NetworkError(f"{path}: begins with <{tree.tag}>, must be <{root}>")
+    if roots and tree.tag not in roots:
+        names = " or ".join(f"<{root}>" for root in roots)
+        raise NetworkError(f"{path}: begins with <{tree.tag}>, must be {names}")
     return tree
 
 
@@ -160,7 +162,8 @@ def find_files(path, demand=()) -> Files:
     path = Path(path)
     if path.suffix != ".sumocfg":
         return Files(path, tuple(map(Path, demand)), (), None, None)
-    tree = parse_xml(path, "configuration")
+    # the second name is that of SUMO 1.20 and later
+    tree = parse_xml(path, "configuration", "sumoConfiguration")
     given = {e.tag: e.get("value", e.get("v")) for e in tree.iter()}
     if "net-file" not in given:
         raise NetworkError(f"{path}: no net-file")
@@ -199,8 +202,10 @@ def read_trips(files: Files, notes: list) -> Trips:
 
     Trips without a route take the fastest way on an empty map, as in SUMO.
     """
-    for path in (*files.demand, *files.additional):
-        parse_xml(path, "additional" if path in files.additional else "routes")
+    for path in files.demand:
+        parse_xml(path, "routes", "additional")
+    for path in files.additional:
+        parse_xml(path)  # SUMO takes any name on top
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "routes.xml"
         router = sumo().checkBinary("duarouter")
@@ -315,7 +320,7 @@ def read_net(path: Path, additional=(), notes=None) -> Map:
             edge.getSpeed(),
             tuple(((lane.getID(), lane.getLength()),) for lane in lanes),
             len(lanes),
-            tuple((x, y) for x, y, *_ in edge.getShape()),
+            shape_of(edge),
         )
     for kind, count in dropped.items():
         notes.append(f"{count} edges without cars ({kind}, ...) left out")
@@ -327,6 +332,14 @@ def read_net(path: Path, additional=(), notes=None) -> Map:
         notes.append(f"{len(net.getRoundabouts())} roundabouts: edges whose entries give way")
     links = read_links(net, junctions, roads, place)
     return Map(str(path), roads, links, read_programs(path, net, additional, notes))
+
+
+def shape_of(edge) -> tuple:
+    try:
+        line = edge.getShape()
+    except IndexError:  # sumolib's answer to shape=""
+        return ()
+    return tuple((x, y) for x, y, *_ in line)
 
 
 def read_links(net, junctions: dict, roads: dict, place: dict) -> list:
@@ -392,7 +405,7 @@ def read_programs(path: Path, net, additional, notes: list) -> dict:
         if signal.getID() not in programs:
             raise NetworkError(f"{path}: signal {signal.getID()} has no program (tlLogic)")
     for extra in additional:
-        for logic in parse_xml(extra, "additional").iter("tlLogic"):
+        for logic in parse_xml(extra).iter("tlLogic"):
             phases = [
                 (float(p.get("duration")), p.get("state"), float(p.get("minDur", -1)))
                 for p in logic.iter("phase")
@@ -882,7 +895,7 @@ class Drawing:
             length = road.length
             if name in self.cut:
                 length -= self.cut[name]
-                upstream, at_end = split_line(road.shape, self.cut[name])
+                upstream, at_end = split_line(road.shape, self.cut[name] / road.length)
                 parts.append(
                     Part(
                         name,
@@ -1052,16 +1065,16 @@ def stretch(road: Road, numbers, begin: float, end: float) -> tuple:
     return tuple((*piece, place) for piece, place in found.items())
 
 
-def split_line(line: tuple, last: float) -> tuple[tuple, tuple]:
-    """A polyline cut `last` m before its end."""
-    left = last
+def split_line(line: tuple, share: float) -> tuple[tuple, tuple]:
+    """A polyline cut before the last share of its own length, which need not be the road's."""
+    left = share * sum(map(math.dist, line, line[1:]))
     for k in range(len(line) - 1, 0, -1):
         x, y = line[k]
         u, v = line[k - 1]
-        dx, dy = u - x, v - y
-        long = math.hypot(dx, dy)
-        if long >= left:
-            cut = x + dx * left / long, y + dy * left / long
+        long = math.dist(line[k], line[k - 1])
+        if long and long >= left:
+            part = left / long
+            cut = x + part * (u - x), y + part * (v - y)
             return (*line[:k], cut), (cut, *line[k:])
         left -= long
     return (), line

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import maps, networks
+from common import maps, networks, run
 from scripts import draw_map
 
 pytest.importorskip("sumolib", reason="optional: requirements-sumo.txt")
@@ -143,9 +143,24 @@ def test_odd_maps_load_and_are_right(own):
     (own / "cross.net.xml").write_text(re.sub(r'(?s)<tlLogic.*?</tlLogic>| tl="J" linkIndex="\d+"', "", text))
     bare = maps.read_sumo(own / "cross.sumocfg")
     assert not bare.nodes and bare.yield_to.size  # no signals: the junction goes by priority
+    config = own / "cross.sumocfg"
+    config.write_text(config.read_text().replace("configuration", "sumoConfiguration"))  # as SUMO writes it today
     (own / "cross.rou.xml").write_text('<routes><trip id="0" depart="200" from="WM" to="WM"/></routes>')
     one = maps.read_sumo(own / "cross.sumocfg")
     assert one.ids == ("WM",) and one.leave.tolist() == [1.0] and one.entry.tolist() == [0]
+
+
+def test_a_map_without_coordinates_loads_and_is_not_drawn(own):
+    text = (own / "cross.net.xml").read_text()
+    (own / "bare.net.xml").write_text(re.sub(r'(<lane [^>]*shape)="[^"]*"', r'\1=""', text))
+    assert maps.read_sumo(own / "bare.net.xml").ids == maps.read_sumo(own / "cross.net.xml").ids
+    with pytest.raises(run.UsageError, match="bare.net.xml"):
+        draw_map.main([str(own / "bare.net.xml")])
+
+
+def test_a_line_is_cut_by_its_own_length():
+    line = (0, 0), (3, 0), (3, 1)
+    assert maps.split_line(line, 0.5) == (((0, 0), (2, 0)), ((2, 0), (3, 0), (3, 1)))
 
 
 def shrunk(shape: str) -> str:
@@ -223,9 +238,10 @@ def test_an_edge_table(tmp_path):
 @pytest.mark.parametrize("row, word", [
     ("1,2,cart track,20,False,1,", "line 9: highway"), ("1,2,secondary,far,False,1,", "line 9: length"),
     ("1,2,secondary,20,maybe,1,", "line 9: oneway"), ("1,2,secondary,20,False,none,", "line 9: lanes"),
-    ("1,2,secondary,20,False,1,fast", "line 9: maxspeed"), (",2,secondary,20,False,1,", "line 9: u and v")])
+    ("1,2,secondary,20,False,1,fast", "line 9: maxspeed"), (",2,secondary,20,False,1,", "line 9: u and v"),
+    ("1,2,secondary,20,False,1,,LINESTRING (1 2),", "line 9: geometry")])
 def test_a_bad_row_of_an_edge_table_is_named(tmp_path, row, word):
-    (tmp_path / "edges.csv").write_text(HEAD + STREETS + row + "\n")
+    (tmp_path / "edges.csv").write_text(HEAD.strip() + ",geometry\n" + STREETS + row + "\n")
     with pytest.raises(networks.NetworkError, match=word):
         maps.read_map(str(tmp_path / "edges.csv"))
     assert not (tmp_path / "edges.json").exists()
@@ -261,6 +277,11 @@ def test_a_roadnet_of_cityflow(tmp_path):
     (tmp_path / "flow.json").write_text(json.dumps([flow | {"route": ["WJ", "JX"]}]))
     with pytest.raises(networks.NetworkError, match="flow 1: no road 'JX'"):
         maps.read_map(str(tmp_path / "roadnet.json"), [str(tmp_path / "flow.json")])
+    odd = roadnet()
+    odd["intersections"][0]["roadLinks"][0]["laneLinks"][0]["startLaneIndex"] = 2
+    (tmp_path / "roadnet.json").write_text(json.dumps(odd))
+    with pytest.raises(networks.NetworkError, match="WJ: lane 2"):
+        maps.read_map(str(tmp_path / "roadnet.json"))
 
 
 # --------------------------------------------------------------------------------------------------------- RESCO
