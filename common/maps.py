@@ -56,6 +56,7 @@ RARE_TURN = 0.02  # of a road's vehicles: rarer turns are cut out of their route
 RARE = 0.03  # of the vehicles of lanes: turns below it count as the rest
 THINNEST = 0.1  # lanes of a part
 LEAST_GREEN = 5.0  # s, where a program gives no minDur (that of SUMO)
+SEED = 1  # of SUMO where it gives trips their routes
 TWO_WHEELS = {"motorcycle", "moped"}
 NO_CARS = {"pedestrian", "bicycle", "scooter", "wheelchair", "container", "ship"}
 ON_RAILS = {"tram", "rail_urban", "rail", "rail_electric", "rail_fast", "subway", "cable_car"}
@@ -198,36 +199,61 @@ def seconds_of(text, at: str) -> float | None:
 
 
 def read_trips(files: Files, notes: list) -> Trips:
-    """Routes of all vehicles by SUMO's own duarouter.
+    """Vehicles with the routes of the files; trips with those that SUMO gives them.
 
-    Trips without a route take the fastest way on an empty map, as in SUMO.
+    SUMO sends a trip the fastest way at the speeds of the last three minutes. That of the empty map
+    is another: on ingolstadt21 two vehicles of three drive round a queue. So SUMO runs the demand
+    once, under the map's own program.
     """
+    open_ways = 0  # trips, and flows without a route
     for path in files.demand:
-        parse_xml(path, "routes", "additional")
+        tree = parse_xml(path, "routes", "additional")
+        for kind in ("trip", "flow"):
+            open_ways += sum(not has_route(e) for e in tree.iter(kind))
     for path in files.additional:
         parse_xml(path)  # SUMO takes any name on top
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "routes.xml"
-        router = sumo().checkBinary("duarouter")
-        demand = ",".join(map(str, files.demand))
-        command = [router, "-n", files.net, "-o", out, "-r", demand]
-        command += ["--alternatives-output", "NUL"]
-        command += ["--no-step-log", "--no-warnings"]
-        for option, value in (("--begin", files.begin), ("--end", files.end)):
-            if value is not None:
-                command += [option, value]
-        if files.additional:
-            command += ["-a", ",".join(map(str, files.additional))]
-        command = [str(word) for word in command]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            names = ", ".join(path.name for path in files.demand)
-            raise NetworkError(f"{names}: {why_of(done.stderr, files)}")
-        return count_trips(ElementTree.parse(out).getroot(), files, notes)
+        planned, driven = Path(folder, "planned.xml"), Path(folder, "driven.xml")
+        run_sumo("duarouter", files, "-o", planned, "--alternatives-output", "NUL")
+        ways = {}
+        if open_ways:
+            unfinished = "--vehroute-output.write-unfinished"
+            run_sumo("sumo", files, "--vehroute-output", driven, unfinished, "--seed", SEED)
+            vehicles = ElementTree.parse(driven).getroot().iter("vehicle")
+            ways = {vehicle.get("id"): route_of(vehicle) for vehicle in vehicles}
+            notes.append("trips drive as SUMO routes them under the map's own program")
+        return count_trips(ElementTree.parse(planned).getroot(), ways, files, notes)
+
+
+def has_route(flow) -> bool:
+    return flow.get("route") is not None or flow.find("route") is not None
+
+
+def route_of(vehicle) -> tuple:
+    """Edges of a vehicle; of several routes it drove the last."""
+    *_, route = vehicle.iter("route")
+    return tuple(route.get("edges").split())
+
+
+def run_sumo(program: str, files: Files, *options):
+    """One of SUMO's programs on a map and its demand."""
+    command = [sumo().checkBinary(program), "-n", files.net]
+    command += ["-r", ",".join(map(str, files.demand))]
+    if files.additional:
+        command += ["-a", ",".join(map(str, files.additional))]
+    for option, value in (("--begin", files.begin), ("--end", files.end)):
+        if value is not None:
+            command += [option, value]
+    command += ["--no-step-log", "--no-warnings", *options]
+    command = [str(word) for word in command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        names = ", ".join(path.name for path in (files.net, *files.demand))
+        raise NetworkError(f"{names}: {why_of(done.stderr, files)}")
 
 
 def why_of(stderr: str, files: Files) -> str:
-    """The first error that duarouter names."""
+    """The first error that a program of SUMO's names."""
     why = stderr.strip()[-200:]
     errors = [line for line in stderr.splitlines() if line.startswith("Error")]
     if errors:
@@ -239,7 +265,8 @@ def nobody(files: Files) -> str:
     return f"no vehicle departs from {files.begin} to {files.end} s: see begin and end"
 
 
-def count_trips(tree, files: Files, notes: list) -> Trips:
+def count_trips(tree, ways: dict, files: Files, notes: list) -> Trips:
+    """tree: vehicles and their routes; ways {vehicle: edges}: others that some drive."""
     kinds = {e.get("id"): e for e in tree.iter("vType")}
     vehicles, left_out = [], Counter()
     for vehicle in tree.iter("vehicle"):
@@ -248,8 +275,7 @@ def count_trips(tree, files: Files, notes: list) -> Trips:
         if v_class in NO_CARS | ON_RAILS:
             left_out[v_class] += 1
             continue
-        route = vehicle.find("route")
-        edges = tuple(route.get("edges").split())
+        edges = ways.get(vehicle.get("id")) or route_of(vehicle)
         vehicles.append((float(vehicle.get("depart")), edges, v_class, kind))
     left_out["person"] += sum(1 for _ in tree.iter("person"))
     for what, count in left_out.items():
@@ -600,7 +626,7 @@ class Ways:
                 if tiny and road not in beside and not neighbours & gone and not loops:
                     gone.add(road)
                     beside |= neighbours
-            for road in gone:
+            for road in sorted(gone):  # a set's order changes from run to run
                 self.bypass(road)
             if not gone:
                 break
