@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import io
 import json
 import math
 import os
@@ -33,6 +32,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,6 +63,7 @@ from common.timeout_guard import (  # noqa: E402
     TimeoutGuard,
     load_checkpoint,
     save_atomic,
+    whole_file,
     write_json_atomic,
 )
 from common.workers import be_a_worker  # noqa: E402
@@ -91,6 +92,7 @@ REPORT_SECONDS = 20.0  # for the page, at the end of --timeout
 LEAST_SECONDS = 20.0  # of a run
 PATIENCE = 60.0  # seconds that a run gets to save itself after Ctrl-C
 DYING = 60.0  # seconds in which a process that was lost gives its run directory back
+PASSIVE = "buy_and_hold", "best_constant"  # a rising market alone makes them look skilled
 NAMED = 4  # runs that the progress line names; of more it gives the number
 RIVALS = ("flat", "buy_and_hold", "best_constant", "random_same_turnover", "sparse_linear")
 
@@ -215,7 +217,14 @@ def load_assets(args: Args, symbols) -> list[tuple[str, Bars]]:
     else:
         paths = [Path(part.strip()) for part in args.data.split(",")]
     names = [path.stem for path in paths]
-    refuse((len(set(names)) < len(names), f"--data {args.data}: two files of one name"))
+    taken = ", ".join(set(names) & set(PARTS))
+    own = args.folder("data").resolve()
+    inside = any(own in path.resolve().parents for path in paths)
+    refuse(
+        (len(set(names)) < len(names), f"--data {args.data}: two files of one name"),
+        (taken, f"--data {args.data}: a part of each segment is called {taken}: rename the file"),
+        (inside, f"--name {args.name}: {own} holds --data, and --clean deletes it: another --name"),
+    )
     return [(path.stem, load_bars(str(path))) for path in paths]
 
 
@@ -249,7 +258,7 @@ def before_test(args: Args, test: pd.Timestamp, gap: pd.Timedelta) -> tuple:
 
 
 def all_segments(args: Args, assets: list) -> list[Segment]:
-    """As many as the bars that all assets have allow; those of --segment."""
+    """As many as the bars that all assets have allow. UsageError where --segment is none of them."""
     first = max(pd.Timestamp(bars.timestamp[0]) for _, bars in assets)
     length = max(bar_length(bars) for _, bars in assets)
     last = min(pd.Timestamp(bars.timestamp[-1]) for _, bars in assets) + length
@@ -264,7 +273,7 @@ def all_segments(args: Args, assets: list) -> list[Segment]:
             f"{args.data}: segment {wanted} needs bars from {need.start:%Y-%m-%d} to "
             f"{need.stop:%Y-%m-%d}, the file ends at {iso(last)}: {missing} bars are missing"
         )
-    return segments if args.segment == "all" else [segments[wanted]]
+    return segments
 
 
 def between(bars: Bars, start: pd.Timestamp, stop: pd.Timestamp) -> slice:
@@ -343,18 +352,24 @@ def write_slices(args: Args, segment: Segment, assets: list) -> tuple[str, str]:
 
 def write_parquet(table: pd.DataFrame, path: Path):
     """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    table.to_parquet(part, index=False)
-    os.replace(part, path)
+    with whole_file(path) as half:
+        table.to_parquet(half, index=False)
 
 
 # -------------------------------------------------------------------------------------------- runs
 def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Flags of the study, and those of the training script behind --."""
+    """Flags of the study, and those of the training script behind --: name, value."""
     if "--" not in argv:
         return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
+    at, extra = argv.index("--"), []
+    for token in argv[at + 1 :]:
+        name, equals, value = token.partition("=")
+        if name.startswith("--"):  # --torch_threads=2 too is known by its name
+            extra.append(name.replace("_", "-"))
+            extra += [value] if equals else []
+        else:
+            extra.append(token)
+    return argv[:at], extra
 
 
 def script_args(args: Args, extra: list[str]):
@@ -473,29 +488,20 @@ def begin_with(agent: str, network):
     return Warm
 
 
-@contextlib.contextmanager
-def replaced(owner, name: str, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def run_task(task: dict) -> dict:
     """One run: train, choose and test on one segment with one seed; what it came to, plain values.
 
     It needs the task's files and nothing of this process. A run that was killed goes on.
     """
     module = importlib.import_module(f"cleanrl_crypto.{task['script']}")
+    wait_for_lock(task["run_dir"])
     name = "split_rows" if hasattr(module, "split_rows") else "split_series"
     wide = wide_gaps(getattr(module, name), task["gap_rows"])
     network = NETWORKS[task["script"]]
     first = getattr(module, network)
     if task["needs"]:
         first = begin_with(task["needs"][0], first)
-    with replaced(module, name, wide), replaced(module, network, first):
+    with patch.object(module, name, wide), patch.object(module, network, first):
         summary = module.main(task["argv"])
     if summary["status"] == "interrupted":
         stop = CheckFailed(f"segment {task['segment']} seed {task['seed']}: interrupted")
@@ -558,10 +564,11 @@ def read_result(task: dict) -> dict | None:
 
 
 def wait_for_lock(run_dir: Path | str):
-    """Until nobody owns a run directory: who was killed may be dying. filelock's Timeout."""
+    """Until nobody owns a run directory: who was killed may be dying. If somebody lives there, the
+    run itself says so."""
     lock = Path(run_dir) / ".lock"
     if lock.exists():
-        with FileLock(lock, timeout=DYING):
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=DYING):
             pass
 
 
@@ -652,7 +659,8 @@ def failed(task: dict, code: int | None, why: str = "") -> Exception:
     """why: what went wrong, if not the last line of the log."""
     why = why or last_line(task["log"])
     error = UsageError if code == 2 else CheckFailed
-    return error(f"segment {task['segment']} seed {task['seed']} (exit code {code}): {why}")
+    what = f"segment {task['segment']} seed {task['seed']}"
+    return error(f"{what} (exit code {code}, {task['log']}): {why}")
 
 
 def end_runs(running):
@@ -788,9 +796,8 @@ def publish(args: Args, chosen: dict[int, dict]):
         for name in ("agent.pt", "encoder.pt"):
             source = Path(result["run_dir"]) / name
             if source.exists():
-                part = folder / f".{name}.{os.getpid()}.tmp"
-                shutil.copyfile(source, part)
-                os.replace(part, folder / name)
+                with whole_file(folder / name) as half:
+                    shutil.copyfile(source, half)
 
 
 def stitch(chosen: dict[int, dict], bars_per_year: float) -> tuple[pd.DataFrame, dict]:
@@ -824,13 +831,15 @@ def folds(chosen: dict[int, dict], results: list[dict]) -> dict:
     seeds = {}
     for result in results:
         seeds.setdefault(result["segment"], []).append(result["test"]["agent"][by])
-    several = [np.std(x, ddof=1) for x in seeds.values() if len(x) > 1]
+    seeds = {k: x for k, x in seeds.items() if len(x) > 1}
+    over_seeds = [np.std(x, ddof=1) for x in seeds.values()]
+    over_segments = np.std(list(agent.values()), ddof=1) if len(agent) > 1 else None
     return {
         "segments": len(chosen),
         "worst_segment": worst,
         "worst_bps": agent[worst],
-        "std_over_segments_bps": float(np.std(list(agent.values()), ddof=min(1, len(agent) - 1))),
-        "std_over_seeds_bps": float(np.mean(several)) if several else None,
+        "std_over_segments_bps": over_segments,
+        "std_over_seeds_bps": np.mean(over_seeds) if over_seeds else None,
         "beats": beaten,
     }
 
@@ -885,12 +894,12 @@ def sentence(found: dict, ahead: dict, bars_a_month: float) -> str:
         if found["bars_more"] == math.inf:
             end = "at a Sharpe ratio of 0 or less no number of months would show skill"
         else:
-            more = found["bars_more"] / bars_a_month
-            end = f"at the same Sharpe ratio it would take {more:.0f} more months"
+            more = math.ceil(found["bars_more"] / bars_a_month)
+            end = f"at the same Sharpe ratio it would take {more} more months"
         return f"Not distinguishable from luck ({said}): {end}."
     text = f"Distinguishable from luck ({said})"
     level = luck.CONFIDENCE
-    close = [w for w in RIVALS[1:3] if ahead[w]["probability"] < level]
+    close = [w for w in PASSIVE if ahead[w]["probability"] < level]
     if close:
         return f"{text}, but not from {' and '.join(w.replace('_', ' ') for w in close)}."
     return f"{text}."
@@ -943,9 +952,8 @@ def conclude(args: Args, study: dict, segments: list, assets: list, results: lis
     from scripts import report_wfo
 
     page = report_wfo.build(args.name, summary, growth, complete, segments)
-    part = folder / "report.html.tmp"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, folder / "report.html")
+    with whole_file(folder / "report.html") as half:
+        half.write_text(page, encoding="utf-8")
     print(summary["sentence"])
     print(f"{folder}: report.html, report.csv, summary.json")
     return summary
@@ -972,19 +980,19 @@ def write_csv(summary: dict, results: list[dict], segments: list[Segment], path:
             )
     for who, metrics in summary["all"].items():
         lines.append({"segment": "all", "chosen": 1, "who": who} | metrics)
-    text = io.StringIO()
-    pd.DataFrame(lines).to_csv(text, index=False)
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_text(text.getvalue())
-    os.replace(part, path)
+    with whole_file(path) as half:
+        pd.DataFrame(lines).to_csv(half, index=False)
 
 
 # --------------------------------------------------------------------------------------------- main
 def clean(args: Args):
-    folders = [args.folder(kind) for kind in ("data", "logs", "weights", "results")]
+    # results first: if this is killed, no run counts as finished whose files are gone
+    folders = [args.folder(kind) for kind in ("results", "logs", "weights", "data")]
     folders = [folder for folder in folders if folder.exists()]
     if not folders:
         return
+    if args.folder("results").exists():
+        lock_of(args).release()  # nobody walks there
     listed = ", ".join(map(str, folders))
     if not args.yes:
         refuse((not sys.stdin.isatty(), f"--clean deletes {listed}: give --yes too"))
@@ -995,16 +1003,26 @@ def clean(args: Args):
     print(f"deleted {listed}")
 
 
-def claim(args: Args, study: dict):
-    """The study's folder: one process at a time, one identity."""
+def lock_of(args: Args) -> FileLock:
+    """The lock of the study's folder, taken. UsageError where another process has it."""
     folder = args.folder("results")
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UsageError(f"{folder}: another process walks there") from None
+        way_out = "wait for it, or give another --name"
+        raise UsageError(f"{folder}: another process walks there: {way_out}") from None
+    return lock
+
+
+def claim(args: Args, study: dict):
+    """The study's folder: one process at a time, one identity."""
+    folder = args.folder("results")
     path = folder / "study.json"
+    lost = args.show and not path.exists()
+    refuse((lost, f"--show: {folder} holds no study: look at --root and --name"))
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_of(args)
     if path.exists():
         there = flat(json.loads(path.read_text()))
         here = flat(json.loads(json.dumps(study)))
@@ -1028,7 +1046,8 @@ def main(argv: list[str] | None = None) -> dict:
     flags = script_args(args, extra)
     assets = load_assets(args, getattr(flags, "symbols", ()))
     segments = all_segments(args, assets)
-    print_segments(segments, assets)
+    chosen = segments if args.segment == "all" else [segments[int(args.segment)]]
+    print_segments(chosen, assets)
     if args.clean:
         clean(args)
     study = identity(args, flags, assets)
@@ -1036,8 +1055,11 @@ def main(argv: list[str] | None = None) -> dict:
         tasks = make_tasks(args, study, segments, assets, extra)
         ledger = open_ledger(args, study, tasks)
         results = [r for r in map(read_result, tasks) if r]
+        # only the runs are chosen: a page of the best segment would be luck
+        wanted = {segment.number for segment in chosen}
         finished = {r["identity"] for r in results}
-        left = [] if args.show else [t for t in tasks if t["identity"] not in finished]
+        left = [t for t in tasks if t["segment"] in wanted and t["identity"] not in finished]
+        left = [] if args.show else left
         check_needs(left)
         for result in results:
             score_line(ledger, study, result)

@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -298,20 +299,10 @@ def settings_of(cell: Cell, seed: int, args: Args) -> dict:
 
 
 # ------------------------------------------------------------------- what no flag says, wrapped
-@contextlib.contextmanager
-def replaced(owner, name: str, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def scaled_rewards(std: float):
     """Rewards of the full position have this standard deviation, where --reward-scaling gives 1."""
     scale = tqc.Agent.reward_scale.fget
-    return replaced(tqc.Agent, "reward_scale", property(lambda agent: std * scale(agent)))
+    return patch.object(tqc.Agent, "reward_scale", property(lambda agent: std * scale(agent)))
 
 
 def noise_of_a_batch():
@@ -326,7 +317,7 @@ def noise_of_a_batch():
                 noise = latent @ matrix / tqc.gsde_std(latent, actor.log_std)
         return sample(actor, market, position, w_cost, noise)
 
-    return replaced(tqc, "sample_action", sample_action)
+    return patch.object(tqc, "sample_action", sample_action)
 
 
 def dim_position(inputs: int):
@@ -339,7 +330,7 @@ def dim_position(inputs: int):
             with torch.no_grad():
                 self.fusion.scalars.weight[:, 0] *= usual / 0.5
 
-    return replaced(tqc, "Actor", DimActor)
+    return patch.object(tqc, "Actor", DimActor)
 
 
 @contextlib.contextmanager
@@ -349,7 +340,7 @@ def wrapped(settings: dict) -> Iterator[list[str]]:
     std = flags.pop("reward_std", 1.0)
     inputs = flags.get("window", 64) * flags.get("d_model", 256)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(tqc, "load_market", cached_market))
+        stack.enter_context(patch.object(tqc, "load_market", cached_market))
         stack.enter_context(scaled_rewards(std))
         if flags.pop("one_matrix", False):
             stack.enter_context(noise_of_a_batch())
@@ -423,7 +414,7 @@ def peer_run(cell: Cell, settings: dict) -> dict:
     torch.set_num_threads(1)
     flags = {name: s[name] for name in ("data", "window", "seed")}
     market = cached_market(tqc.Args(**flags, forecast=False))
-    with replaced(tqc, "load_market", lambda *_: market):
+    with patch.object(tqc, "load_market", lambda *_: market):
         env = gym.make_vec(
             "cleanrl_crypto/Market-v0", num_envs=lanes, data=s["data"], seed=s["seed"]
         )
@@ -608,8 +599,8 @@ def finished_runs(left: list[tuple], jobs: int) -> Iterator[dict]:
 
 def run_rest(cells: list[Cell], path: Path, args: Args):
     """Runs without a line in runs.csv, each of which brings one."""
-    if path.exists():
-        path.write_text(whole_lines(path))
+    if path.exists():  # cut, never written again: that would put hours of runs at risk
+        os.truncate(path, len(whole_lines(path).encode()))
     left = runs_left(cells, load_rows(path), args)
     for k, row in enumerate(finished_runs(left, args.jobs), 1):
         append_row(path, row)

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -254,8 +255,8 @@ def without_test(module):
     """Context in which the script's main() never looks at what it would be tested on."""
     for name in ("split_rows", "split_series"):
         if hasattr(module, name):
-            return wfo.replaced(module, name, eval_for_test(getattr(module, name)))
-    return wfo.replaced(module, "make_envs", first_cases(module.make_envs))
+            return patch.object(module, name, eval_for_test(getattr(module, name)))
+    return patch.object(module, "make_envs", first_cases(module.make_envs))
 
 
 def run_trial(task: dict):
@@ -280,22 +281,20 @@ def result_of(summary: dict) -> dict:
 
 
 class Job:
-    """A trial that is on: its process, and how far metrics.jsonl was read."""
+    """A trial that is on: its process, and the transitions of what was reported."""
 
     def __init__(self, trial, task: dict, lock: FileLock, process):
         self.trial, self.task, self.lock, self.process = trial, task, lock, process
-        self.at, self.reported, self.pruned = 0, set(), False
+        self.reported, self.pruned = set(), False
 
     def follow(self, judges: tuple, prune: bool) -> bool:
         """Report what the run logged since; whether it should end."""
         path = Path(self.task["run_dir"]) / "metrics.jsonl"
         if not path.exists():
             return False
-        with path.open("rb") as file:
-            file.seek(self.at)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self.at += len(whole)
+        # from its start each time: a run that goes on cuts it back to its checkpoint
+        text = path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
         for line in whole.splitlines():
             record = json.loads(line)
             step, value = record["global_step"], judged(record, judges)
@@ -337,6 +336,8 @@ def open_storage(args: Args):
         host, port = address_of(args.storage)
         return optuna.storages.GrpcStorageProxy(host=host, port=port)
     folder = args.folder("results")
+    lost = args.show and not (folder / "journal.log").exists()
+    refuse((lost, f"--show: {folder} holds no study: look at --root and --name"))
     folder.mkdir(parents=True, exist_ok=True)
     if args.serve:  # Optuna's proxy serves no journals
         return optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
@@ -467,6 +468,8 @@ class Tuner:
             "log": str(run_dir.with_suffix(".log")),
             "result": str(self.args.folder("results") / f"{folder}.json"),
         }
+        # of a study whose journal was deleted: another configuration's
+        Path(task["result"]).unlink(missing_ok=True)
         wfo.wait_for_lock(run_dir)
         process = get_context("spawn").Process(target=wfo.work, args=(run_trial, task))
         process.start()

@@ -61,6 +61,7 @@ def test_no_search(text):
         ("hidden=8,16", []),  # stands after -- too
         ("run-dir=a,b", []),
         ("gamma=.9...99", ["--seed", "1", "--run-dir", "x"]),
+        ("gamma=.9...99", ["--run_dir=x"]),
     ],
 )
 def test_space_is_checked(tmp_path, search, more):
@@ -68,6 +69,12 @@ def test_space_is_checked(tmp_path, search, more):
     with pytest.raises(UsageError) as error:
         tune.main([*argv, "--", *TINY, *more])
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_show_makes_nothing(tmp_path):
+    with pytest.raises(UsageError, match="--show"):
+        tune.main(argv_of(tmp_path, "--show"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_test_rows_are_the_eval_rows():
@@ -117,6 +124,11 @@ def test_worse_than_the_median_ends(tmp_path):
     assert not job.follow(judges, False)
     assert job.reported == {100}
     assert job.follow(judges, True)
+    third = first.replace(": 0,", ": 300,")
+    path.write_text(first + third)  # cut back to a checkpoint, and longer than before soon
+    assert not job.follow(judges, False) and job.reported == {100, 300}
+    path.write_text(3 * (first + third))
+    assert not job.follow(judges, False)
     good = tune.Job(study.ask(), task, None, None)
     path.write_text(bad.replace("0.5", "1.6") + "\n")
     assert not good.follow(judges, True)
