@@ -58,6 +58,10 @@ CYCLE = (
     "#7a4fb5",
 )
 RED, GREY, INK = "#c62f2f", "#e5e8ec", "#1b2430"
+# A colour is a policy. What the agent does on several splits has tones of its blue: by name, or
+# in the order of the splits, of which the first has chosen.
+TONES_OF_SPLITS = ("#0b62b5", "#9cc3e8", "#082c54", "#5a6675")
+SPLITS = {"eval": 0, "train": 1, "test": 2}
 # key of summary.json -> (heading, kind of number); other keys follow in the file's order
 COLUMNS = {
     "score": ("score", "share"),
@@ -558,6 +562,10 @@ def color_of(name: str, i: int = 0) -> str:
     return COLORS.get(name, CYCLE[1 + (i + 2) % 7])  # the first is the agent's
 
 
+def tone_of(split: str, i: int = 0) -> str:
+    return TONES_OF_SPLITS[SPLITS.get(split, i) % len(TONES_OF_SPLITS)]
+
+
 # -------------------------------------------------------------------------------------------- page
 @dataclass
 class Page:
@@ -694,15 +702,17 @@ def curve(ax, x, y, n: int = 250, **kw):
 
 
 def draw_curves(lines: dict, levels: dict, best_step: float):
-    """One evaluated metric over global_step, a line a split; levels are horizontal references."""
+    """One evaluated metric over global_step, a line a split.
+
+    levels: horizontal references, {label: (value, colour)}.
+    """
     fig, (ax,) = canvas(4.6, 2.7, left=0.75, bottom=0.45)
-    fixed = {"eval": COLORS["agent"], "train": "#8a94a1", "test": "#138a5e"}
     for i, (name, (x, y)) in enumerate(lines.items()):
-        curve(ax, x, y, color=fixed.get(name, CYCLE[i % 8]), label=name)
+        curve(ax, x, y, color=tone_of(name, i), label=name)
     # before the reference lines, which would count as data
     step_axis(ax)
-    for i, (name, y) in enumerate(levels.items()):
-        ax.axhline(y, color=CYCLE[(i + 3) % 8], lw=1.0, ls="--", label=words(name))
+    for name, (y, color) in levels.items():
+        ax.axhline(y, color=color, lw=1.0, ls="--", label=words(name))
     # NaN where no checkpoint was chosen
     if best_step == best_step:
         ax.axvline(best_step, color=INK, lw=0.9, ls=":", label="best checkpoint")
@@ -841,7 +851,7 @@ def tiles_of(run: Record) -> list[tuple[str, str, str]]:
     speed = show(summary.get("sps"), "int")
     for label, key, small in (
         ("gradient updates", "updates", f"{ratio} rows a transition"),
-        ("transitions", "global_step", "" if speed == "–" else f"{speed} a second"),
+        ("transitions", "global_step", "" if speed in "–0" else f"{speed} a second"),
         ("wall clock, s", "wall_seconds", limit),
     ):
         tiles.append((label, show(summary.get(key), "int"), small))
@@ -878,9 +888,15 @@ def columns_of(blocks: dict[str, dict[str, dict]]) -> list[str]:
 
 
 def add_scores(
-    page: Page, blocks: dict[str, dict[str, dict]], notes: dict[str, str] | None = None
+    page: Page,
+    blocks: dict[str, dict[str, dict]],
+    notes: dict[str, str] | None = None,
+    policies: bool = True,
 ):
-    """One table, a block a split, a row for everyone; the columns are those of all blocks."""
+    """One table, a block a split, a row for everyone; the columns are those of all blocks.
+
+    policies: rows are policies, which have colours.
+    """
     keys = columns_of(blocks)
     everyone = [metrics for rows in blocks.values() for metrics in rows.values()]
     cells = zip(*(texts([m.get(k) for m in everyone], kind_of(k)) for k in keys))
@@ -895,7 +911,8 @@ def add_scores(
                 f'<tr class="split"><th>{esc(block)}</th><th colspan="{len(keys)}">{note}</th></tr>'
             )
         for i, name in enumerate(rows):
-            who = f'<i class="dot" style="background:{color_of(name, i)}"></i>{esc(words(name))}'
+            dot = f'<i class="dot" style="background:{color_of(name, i)}"></i>' * policies
+            who = f"{dot}{esc(words(name))}"
             data = "".join(f"<td>{esc(text)}</td>" for text in next(cells))
             page.add(
                 f"<tr{' class=agent' if name == 'agent' else ''}><th>{who}</th>{data}</tr>"
@@ -955,7 +972,10 @@ def add_learning(page: Page, run: Record, most: int = 4) -> dict:
     page.add('<div class="grid">')
     goals = [k for k in goals_of(rows.get("agent", {})) if k in curves]
     for key in (goals or list(curves))[:most]:
-        levels = {f"{k}, {split}": rows[k][key] for k in best_two(rows, key)}
+        levels = {}
+        for name in best_two(rows, key):
+            color = color_of(name, list(rows).index(name))  # as in the table
+            levels[f"{name}, {split}"] = rows[name][key], color
         fig = draw_curves(curves.pop(key), levels, best_step)
         title = f"{heading(key)}: evaluations"
         page.plot(f"curve_{key}", title, fig, metric=f"eval/{split}/{key}")
@@ -991,8 +1011,9 @@ def series_row(key: str, x: np.ndarray, y: np.ndarray) -> tuple:
     if key.startswith("alarm/"):
         share = show(100 * np.mean(ok > 0), "int")
         return key, strip(x, y), show(y[-1], "int"), f"{share} % of log points"
-    last, low, high = texts([y[-1], ok.min(), ok.max()])
-    return key, spark(x, y), last, f"{low} to {high}"
+    # each with digits of its own: a loss that fell by decades did not end at 0.0000
+    last, low, high = map(show, (y[-1], ok.min(), ok.max()))
+    return key, spark(x, y), last, f"{low} to {high}" if low != high else ""
 
 
 def add_health(page: Page, run: Record, curves: dict):

@@ -6,7 +6,6 @@ import numpy as np
 
 from scripts.report import (
     COLORS,
-    CYCLE,
     INK,
     POLICIES,
     Page,
@@ -23,11 +22,14 @@ from scripts.report import (
     step_axis,
     table_rows,
     thin,
+    tone_of,
     within,
     words,
 )
 
 LONG, SHORT = "#0b62b5", "#d1622b"
+PAID = "#7a4fb5"  # costs, entropy: no policy's colour, nor a side's
+REGIMES = (LONG, PAID, "#3a9fd0", "#4b5563")
 STYLE = {
     "agent": dict(lw=1.9, zorder=6),
     "optimum": dict(lw=1.3, ls=(0, (4, 2)), zorder=5),
@@ -165,10 +167,26 @@ def draw_equity(trace: dict, lines: dict):
         top.plot(*thin(x, growth, 350, "last"), label=words(name), **style)
         fall = 100 * np.expm1(growth - np.fmax.accumulate(growth))
         low.plot(*thin(x, fall, 350, "min"), **style)
-    top.yaxis.set_major_formatter(lambda y, _: f"{100 * np.expm1(y):+,.1f} %")
+    low_end, high_end = top.get_ylim()
+    ticks, names = growth_ticks(low_end, high_end)
+    top.set_yticks(ticks, names)
+    top.set_ylim(low_end, high_end)
     top.set_ylabel("growth, log scale")
     low.set_ylabel("drawdown, %")
     return fig
+
+
+def growth_ticks(low: float, high: float) -> tuple[np.ndarray, list[str]]:
+    """Ticks between two log growths at round returns, and what to call them."""
+    from matplotlib.ticker import MaxNLocator
+
+    grown = np.expm1(MaxNLocator(5).tick_values(low, high))
+    # 60 %, not 64.9 %
+    size = 10.0 ** np.floor(np.log10(np.maximum(np.abs(grown), 1e-3)))
+    grown = np.unique(np.round(grown / size, int(high - low < 0.3)) * size)
+    grown = grown[(grown > np.expm1(low)) & (grown < np.expm1(high))]
+    names = [f"{x:+,.0f} %" if abs(x) >= 100 else f"{x:+.3g} %" for x in 100 * grown]
+    return np.log1p(grown), [name.replace("-", "−").replace("+0 ", "0 ") for name in names]
 
 
 def draw_positions(trace: dict, bars: int):
@@ -181,7 +199,7 @@ def draw_positions(trace: dict, bars: int):
     regime = part.get("regime", np.zeros(len(x)))
     for value in np.unique(regime[np.isfinite(regime)])[1:]:
         tint = dict(
-            color=CYCLE[int(value) % 8],
+            color=REGIMES[int(value) % 4],
             alpha=0.13,
             lw=0,
             label=f"regime {value:g}",
@@ -243,28 +261,39 @@ def draw_histogram(traces: dict):
         edges,
         weights=shares,
         label=list(traces),
-        color=CYCLE[: len(traces)],
+        color=[tone_of(name, i) for i, name in enumerate(traces)],
     )
     ax.set_ylabel("% of bars")
     ax.set_xlabel("position")
     return fig
 
 
-def draw_costs(trace: dict):
-    """Cumulative log return before and after costs; None if the trace cannot tell."""
-    growth = growth_of(trace).get("agent")
-    if growth is None or "next_return" not in trace:
+def gross_of(trace: dict) -> np.ndarray:
+    """(n,) log growth of the position without costs."""
+    earned = np.nan_to_num(trace["position"] * trace["next_return"])
+    return np.log1p(np.maximum(earned, -0.999))
+
+
+def draw_costs(traces: list[dict]):
+    """Cumulative log return before and after costs, mean of the traces; None if one cannot tell.
+
+    The trace of an account of several pairs cannot: the mean position times the mean return is not
+    what it earned.
+    """
+    every = [growth_of(trace).get("agent") for trace in traces]
+    if any(g is None or "next_return" not in t for g, t in zip(every, traces)):
         return None
-    x = time_of(trace, "equity")
-    # costs are not in the trace: they are what the equity lacks of the position's own growth
-    gross = np.log1p(
-        np.maximum(
-            np.nan_to_num(trace["position"] * trace["next_return"]), -0.999
-        )
-    )
+    times = [time_of(trace, "equity") for trace in traces]
+    x = np.unique(np.concatenate(times))
+    growth, gross = np.zeros((2, len(x)))
+    for trace, bars, at in zip(traces, every, times):
+        rows = np.searchsorted(x, at)
+        growth[rows] += bars / len(traces)
+        gross[rows] += gross_of(trace) / len(traces)
+    # costs are not in a trace: they are what the equity lacks of the position's own growth
     lines = {
         "before costs": (gross, "#8a94a1"),
-        "costs": (growth - gross, SHORT),
+        "costs": (growth - gross, PAID),
         "what is left": (growth, LONG),
     }
     fig, (ax,) = canvas(4.6, 3.0)
@@ -301,7 +330,7 @@ def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
             if who in trace:
                 mean = bin_means(where[rows], trace[who][rows], len(cuts))
                 style = dict(
-                    color=CYCLE[i], ls=dash, lw=1.9 if dash == "-" else 1.2
+                    color=REGIMES[i], ls=dash, lw=1.9 if dash == "-" else 1.2
                 )
                 name = "agent" if dash == "-" else "optimum"
                 ax.plot(
@@ -320,7 +349,7 @@ def draw_spread(metrics: dict):
     lines = {
         "value/q_action_spread": ("spread of Q over actions", LONG),
         "policy/alpha": ("alpha", "#8a94a1"),
-        "value/alpha_entropy": ("alpha × |entropy|", SHORT),
+        "value/alpha_entropy": ("alpha × |entropy|", PAID),
     }
     fig, (ax,) = canvas(4.6, 2.7, bottom=0.45)
     for key in [k for k in lines if k in metrics]:
@@ -443,7 +472,7 @@ def add_symbols(page: Page, run: Record):
         page.add(
             f"<details{'' if i else ' open'}><summary>{esc(split)}: the agent</summary>"
         )
-        add_scores(page, {split: rows})
+        add_scores(page, {split: rows}, policies=False)
         page.add("</details>")
 
 
@@ -481,7 +510,9 @@ def add_positions(page: Page, run: Record, traces: dict):
     title, fig = "How often it holds which position", draw_histogram(traces)
     page.plot("histogram", title, fig, metric="policy/state_dependence")
     add_responses(page, split, list(pairs.values()) or [trace])
-    title, fig = f"{split}: what trading costs", draw_costs(trace)
+    title, fig = f"{split}: what trading costs", draw_costs(list(pairs.values()) or [trace])
+    if pairs:
+        title += ", mean of the pairs"
     if fig:
         page.plot("costs", title, fig, metric=EVAL + "turnover")
     page.add("</div>")

@@ -210,9 +210,9 @@ def phase_style(levels: np.ndarray) -> dict:
 def name_stripes(axes, names: list[str]):
     """A name a stripe, every few of them where there are many, and white lines between."""
     step = -(-len(names) // 30)
-    axes[0].set_yticks(
-        np.arange(0.5, len(names), step), names[::step], color=INK
-    )
+    # a map joins its nodes' names; the margin holds ten letters
+    short = [n if len(n) <= 10 else f"…{n[-9:]}" for n in names[::step]]
+    axes[0].set_yticks(np.arange(0.5, len(names), step), short, color=INK)
     axes[0].invert_yaxis()
     for ax in axes:
         for y in range(1, len(names)):
@@ -264,7 +264,9 @@ def add_film(page: Page, run: Record, name: str, sides: dict, length: float | No
         keys = list(columns_of(trace, "rho_"))
         x = np.linspace(0, length or 1, len(keys) + 1)
         lines = [np.array([(a, 0), (b, 0)]) for a, b in zip(x, x[1:])]
-        every = [t[key] for t in sides.values() for key in keys] or [np.ones(1)]
+        # an episode that time cut short has fewer rows than the one beside it
+        every = [t[key] for t in sides.values() for key in keys]
+        every = np.concatenate(every or [np.ones(1)])
         what, low, full = "density, veh/m", np.nanmin(every), np.nanmax(every)
     if not keys or len(lines) != len(keys):
         page.lack(f"{name} as a map", "summary.json has no coordinates of its segments (shapes)")
