@@ -4,11 +4,13 @@
 # pip's torch on Linux brings CUDA libraries; a CPU build is smaller:
 # docker build --build-arg TORCH="torch==2.13.0 --index-url URL_OF_THE_CPU_BUILDS" -t cleanrl-crypto .
 FROM python:3.11-slim
+# libgomp1: without it Numba falls back to a scheduler that two threads may not call at once
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends make \
+    && apt-get install -y --no-install-recommends make libgomp1 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 ARG TORCH=torch==2.13.0
+ENV PIP_NO_CACHE_DIR=1
 COPY Makefile requirements.txt ./
 RUN make venv TORCH="$TORCH"
 COPY . .
