@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
@@ -214,6 +215,9 @@ def read_trips(files: Files, notes: list) -> Trips:
         parse_xml(path)  # SUMO takes any name on top
     with tempfile.TemporaryDirectory() as folder:
         planned, driven = Path(folder, "planned.xml"), Path(folder, "driven.xml")
+        # detectors write beside the file that defines them: not into the user's folder
+        copies = tuple(shutil.copy(path, folder) for path in files.additional)
+        files = files._replace(additional=copies)
         run_sumo("duarouter", files, "-o", planned, "--alternatives-output", "NUL")
         ways = {}
         if open_ways:

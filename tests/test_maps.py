@@ -183,6 +183,16 @@ def test_a_line_is_cut_by_its_own_length():
     assert maps.split_line(line, 0.5) == (((0, 0), (2, 0)), ((2, 0), (3, 0), (3, 1)))
 
 
+def test_reading_writes_nothing_beside_the_map(own):
+    loop = '<e1Detector id="d" lane="MJ_0" pos="20" freq="60" file="loop.xml"/>'
+    (own / "loops.add.xml").write_text(f"<additional>{loop}</additional>")
+    config = own / "cross.sumocfg"
+    config.write_text(config.read_text().replace("</input>", '<additional-files value="loops.add.xml"/></input>'))
+    before = sorted(own.iterdir())
+    maps.read_sumo(config)
+    assert sorted(own.iterdir()) == before
+
+
 def shrunk(shape: str) -> str:
     points = [pair.split(",") for pair in shape.split()]
     return " ".join(",".join(f"{float(x) / 1e5:.6f}" for x in pair) for pair in points)
