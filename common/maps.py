@@ -5,6 +5,13 @@ net = read_sumo("cologne8.sumocfg")  # or read_sumo("MAP.net.xml", ["MAP.rou.xml
 
 Lane groups are segments: the lanes of an edge whose links turn the same way and have the same
 greens.
+
+    read_net    .net.xml -> Map: roads, links between their lanes, programs
+    read_trips  demand -> Trips: how many vehicles drive each route from each minute on
+    Ways        both -> only the roads that vehicles use, rows of them joined, short ones merged
+    Drawing     Ways -> lane groups, and from them parts, turns, signals, gaps and demand
+    draw        all of it -> Network, and Layout: what its parts are in SUMO
+
 What has no counterpart is in net.notes, with what became of it. A picture of what was read:
 python scripts/draw_map.py MAP.net.xml
 """
@@ -524,7 +531,7 @@ class Ways:
             )
 
     def look(self):
-        """What the routes use."""
+        """What the routes use: pairs of roads in a row, first and last roads, all of them."""
         self.pairs, self.starts, self.lasts = set(), set(), set()
         self.nexts = defaultdict(set)
         self.befores = defaultdict(set)
@@ -835,6 +842,7 @@ class Drawing:
                     heapq.heappush(to_stop, (metres, before))
 
     def whole(self, road: str, links: list) -> Group:
+        """All lanes of a road as one group."""
         flows = Counter()
         for (edges, k), vehicles in self.passes[road].items():
             if k + 1 < len(edges):
@@ -881,6 +889,7 @@ class Drawing:
             self.cut[name] = pocket
 
     def lanes_of(self, road: str, group: str) -> list:
+        """Lanes of one of a road's groups; of the road where it has none of that name."""
         lanes = self.ways.roads[road].lanes
         for one in self.groups.get(road, ()):
             if one.name == group:
