@@ -207,6 +207,11 @@ def test_flags_of_another_study_are_refused(study, folder):
         argv_of(folder / "late" / "TOY.parquet", root),  # other bars under the same name
         argv_of(data, root, "--segment", "2"),
         argv_of(data, root, "--clean"),  # nobody to ask
+        argv_of(data, root / "new", "--show"),  # a study that is not there
+        [*argv, f"--data={data}"],
+        [*argv, "--run_dir=x"],
+        argv_of(root / "data" / "wfo" / "segment_0" / "TOY.parquet", root),  # --clean would delete it
+        argv_of(root / "data" / "wfo" / "segment_0" / "test.parquet", folder / "new"),
         argv_of(data, root, "--warm-start"),
         argv_of(data, root / "new", "--warm-start", "--segment", "1"),  # without the one before
         argv_of(data, root, "--warm-start", "--eval-months", "2"),
@@ -216,6 +221,12 @@ def test_flags_of_another_study_are_refused(study, folder):
         with pytest.raises(UsageError) as error:
             main(wrong)
         assert "\n" not in str(error.value)
+    assert not (folder / "new").exists()
+
+
+def test_flags_behind_the_dashes_have_one_form():
+    own, extra = wfo.split_argv(["--seeds=2", "--", "--torch_threads=2", "--data", "a=b", "--no_cuda"])
+    assert own == ["--seeds=2"] and extra == ["--torch-threads", "2", "--data", "a=b", "--no-cuda"]
 
 
 @pytest.mark.parametrize("code, kind", [(2, UsageError), (1, CheckFailed), (-9, CheckFailed)])
@@ -223,7 +234,7 @@ def test_a_run_that_fails_says_why(tmp_path, code, kind):
     (tmp_path / "log").write_text("BTC: no gaps\nerror: --funding f.csv: no such file\n")
     error = wfo.failed({"segment": 3, "seed": 2, "log": str(tmp_path / "log")}, code)
     assert type(error) is kind and error.exit_code == kind.exit_code
-    assert "segment 3 seed 2" in str(error) and "--funding f.csv" in str(error)
+    assert all(x in str(error) for x in ("segment 3 seed 2", "--funding f.csv", str(tmp_path / "log")))
 
 
 def test_time_is_shared_out():
@@ -302,7 +313,7 @@ def test_the_ledger_counts_and_misses_lines(study, folder):
     assert [r["event"] for r in records] == ["tried", "scored", "scored"]
     text = path.read_text()
     lines = text.splitlines(True)
-    show = argv_of(folder / "TOY.parquet", root, "--show")
+    show = argv_of(folder / "TOY.parquet", root, "--show", "--segment", "1")
     head = path.with_name("ledger.jsonl.head")
     kept = head.read_text()
     try:
@@ -318,7 +329,7 @@ def test_the_ledger_counts_and_misses_lines(study, folder):
         path.write_text(text)
         head.write_text(kept)
     again = main(show)
-    assert again["luck"]["trials"] == 1
+    assert again["luck"]["trials"] == 1 and again["finished"] == 2  # not the chosen segment alone
     assert path.read_text() == text
 
 
