@@ -15,17 +15,29 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
-# One worker of pytest-xdist takes all tests of a script, and compiles its kernels once.
+# One worker of pytest-xdist takes all tests of a script: it compiles its kernels and makes its runs once.
 GROUPS = {"tqc": "tqc market encoder math kernels checkpoint", "dqn": "forex dqn subproc", "freeway": "freeway arz ppo",
           "signals": "signals network maps sumo adapters"}
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        parameter = item.name.partition("[")[2]
-        words = set(f"{item.path.stem}_{parameter.strip(']')}".split("_"))
-        group = next((name for name, its in reversed(GROUPS.items()) if words & set(its.split())), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
+def group_of(test_id: str) -> str:
+    """The last group with a word of the module's name or of the case's; else the module."""
+    path, _, name = test_id.partition("::")
+    module, case = Path(path).stem, name.partition("[")[2].strip("]")
+    words = set(f"{module}_{case}".split("_"))
+    return next((name for name, its in reversed(GROUPS.items()) if words & set(its.split())), module)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Marks of xdist_group would do, but pytest 9.2 ignores them in silence (pytest-xdist's issue 1386)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")
