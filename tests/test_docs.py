@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from fnmatch import fnmatch
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -26,8 +27,8 @@ TINY = {
         data="synthetic:regime?bars=4000", window=16, d_model=32, fusion_width=32, hidden=32, updates_per_step=2,
         mae_steps=5, total_timesteps=2048, learning_starts=256, batch_size=64, episode_length=16, eval_interval=512),
     "dqn_forex_subproc": dict(
-        data="synthetic:signal?bars=4000", vec_mode="single", hidden=8, total_timesteps=2048, learning_starts=256,
-        batch_size=64, episode_length=16, eval_interval=512),
+        data="synthetic:signal?bars=1500", symbols=("EURUSD", "USDJPY"), vec_mode="single", hidden=8,
+        total_timesteps=2048, learning_starts=256, batch_size=64, episode_length=16, eval_interval=512),
     "ppo_arz_gpu": dict(num_steps=4, episode_seconds=8, hidden=8, total_timesteps=1024, eval_interval=512),
     "ppo_arz_signals": dict(num_steps=4, episode_seconds=60, hidden=8, total_timesteps=1024, eval_interval=512),
 }
@@ -77,6 +78,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
     return found
 
 
+@cache  # a process each
 def known_flags(program: str) -> set[str]:
     """Flags of an experiment, or of a program under scripts/ from its --help."""
     if program.startswith("cleanrl_crypto/"):

@@ -198,12 +198,17 @@ def full(tmp_path_factory) -> tuple[Path, str]:
     return run, page_of(run)
 
 
+@pytest.fixture(scope="module")
+def figures(full) -> dict:
+    return report.build(report.read_run(full[0])).figures
+
+
 # ------------------------------------------------------------------------------------------- pages
-def test_full_run_has_every_section_and_figure(full):
-    run, page = full
+def test_full_run_has_every_section_and_figure(full, figures):
+    _, page = full
     for anchor in "table equity chance positions learning values screen sweep health traces details".split():
         assert f'id="{anchor}"' in page and f'href="#{anchor}"' in page
-    assert set(report.build(report.read_run(run)).figures) == {
+    assert set(figures) == {
         "equity_test", "equity_eval", "positions", "band", "histogram", "against_signal",
         "against_expected", "costs", "curve_score", "q_spread", "screen", "sweep"}
     assert 'id="missing"' not in page and "PARTIAL" not in page
@@ -334,15 +339,13 @@ def test_growth_has_ticks_at_round_returns():
     assert report_market.growth_ticks(-0.01, 0.012)[1] == ["−0.5 %", "0 %", "+0.5 %", "+1 %"]
 
 
-def test_screen_and_sweep_carry_the_data(full):
-    run, page = full
-    figures = report.build(report.read_run(run)).figures
+def test_screen_and_sweep_carry_the_data(full, figures):
     ax = figures["screen"].axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["log_volume", "ret_1", "rsi_14"]
     assert [bar.get_width() for bar in ax.patches] == [9.5, 4.5, 1.0]
     blue = [to_hex(bar.get_facecolor()) == report_market.LONG for bar in ax.patches]
     assert blue == [True, True, False]  # the third lies below what is needed
-    assert set(ax.lines[0].get_xdata()) == {4.0} and "2 of 3 technical" in page
+    assert set(ax.lines[0].get_xdata()) == {4.0} and "2 of 3 technical" in full[1]
     ax = figures["sweep"].axes[0]
     x, y = ax.lines[0].get_data()
     assert list(x) == [row["turnover"] for row in SWEEP] and list(y) == [5, 4.75, 4.5, 4.25, 4]
@@ -542,7 +545,8 @@ def test_an_episode_moves_on_a_map_beside_the_one_without_the_agent(tmp_path):
     for s in range(3):
         trace[f"fill_{s}"] = np.linspace(0, 0.2 * s, len(trace))
     trace.to_parquet(path)
-    assert "as a map" in text_of(page_of(run)) and "<script" not in page_of(run)  # no coordinates
+    page = page_of(run)
+    assert "as a map" in text_of(page) and "<script" not in page  # no coordinates
     trace.assign(fill_0=0.5).to_parquet(run / "traces" / "town_fixed_cycle.parquet")
     edit(run / "summary.json", shapes=[[[0, 0], [0, 100]], [[0, 100], [80, 100]], [[80, 100], [0, 0]]])
     page = page_of(run)
