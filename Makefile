@@ -23,7 +23,7 @@ run: .venv/.run
 	$(BIN)/python cleanrl_crypto/tqc_film_batch.py --ent-coef auto_0.5 --timeout 300 $(ARGS)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 $(ARGS)
 
 # uv installs the lowest versions; every script trains, writes its report and is evaluated again
 test-oldest: .venv-oldest/.run
