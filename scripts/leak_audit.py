@@ -26,7 +26,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -36,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.data import COLUMNS, Bars, load_bars, utc_times  # noqa: E402
-from common.run import UsageError, exit_with  # noqa: E402
+from common.run import UsageError, args_of, exit_with  # noqa: E402
 
 OWN_BARS = "synthetic:noise?bars=1500"  # with holes and silent bars, see rough()
 MIRROR = 0, 2, 1, 3  # the column of which a mirrored open, high, low, close is made
@@ -261,6 +260,16 @@ def user_target(spec: str, bars: Bars) -> Target:
     if spec.rpartition(":")[0].endswith(".py"):
         target.fresh = first_call
     return target
+
+
+def judged(name: str, function, *args):
+    """quietly(), for what a target does: UsageError where it fails."""
+    try:
+        return quietly(function, *args)
+    except UsageError:
+        raise
+    except Exception as e:
+        raise UsageError(f"{name}: {first_line(e)}") from e
 
 
 def first_line(e) -> str:
@@ -592,12 +601,16 @@ class ColumnAudit:
 
         held = Target(self.target.name, transform)
         base = shown_by(held, self.bars, None)
-        plan = self.plan(None, self.edits)
+        plan, count = self.plan(None, self.edits), 0
         for cut, kind in plan:
-            with contextlib.suppress(Exception):  # too few bars for it
-                after = self.show(cut, kind, None, held)
+            with contextlib.suppress(UsageError):  # too few bars for it
+                after = judged(self.target.name, self.show, cut, kind, None, held)
                 self.compare(base, after, cut, kind, self.skip)
-        self.audit.tried.append(f"transform() alone, {len(plan)} edits")
+                count += 1
+        if count:
+            self.audit.tried.append(f"transform() alone, {count} edits")
+        else:
+            self.audit.not_judged.append("transform() alone (it fails on edited bars)")
 
     def call_a_new_import(self):
         """What a module fitted at its first call and keeps shows only in a new import."""
@@ -605,7 +618,11 @@ class ColumnAudit:
             return
         target = replace(self.target, call=self.target.fresh)
         cut = self.start or len(self.bars.timestamp) // 2
-        after = self.show(cut, "rows", self.fit, target)
+        try:
+            after = judged(self.target.name, self.show, cut, "rows", self.fit, target)
+        except UsageError as e:
+            self.audit.not_judged.append(f"a new import ({e})")
+            return
         self.compare(self.base, after, cut, "rows", self.skip)
 
     def shuffle(self):
@@ -775,12 +792,7 @@ class EnvAudit:
         self.rows = len(bars.timestamp)
         self.fit = target.fits[0] if target.fits else None
         self.names = []
-        try:
-            self.walk_twice()
-        except UsageError:
-            raise
-        except Exception as e:
-            raise UsageError(f"{target.name}: {first_line(e)}") from e
+        self.walk_twice()
 
     def walk_twice(self):
         """The episodes; numbers that two episodes of one seed do not share are random."""
@@ -815,14 +827,14 @@ class EnvAudit:
             raise UsageError(f"{self.target.name}: every observation is random: nothing to judge")
 
     def build(self, bars):
-        return quietly(self.target.call, bars, self.fit)
+        return judged(self.target.name, self.target.call, bars, self.fit)
 
     def edit(self, cut):
         return self.build(edited(self.bars, cut, "rows", self.rng))
 
     def walk(self, env, seed, steps, flip=None, end=0) -> Walk:
         """An episode; flip: a step that takes the extreme action `end` instead of its own."""
-        return quietly(self.walk_aloud, env, seed, steps, flip, end)
+        return judged(self.target.name, self.walk_aloud, env, seed, steps, flip, end)
 
     def walk_aloud(self, env, seed, steps, flip, end):
         obs, _ = env.reset(seed=seed)
@@ -1017,7 +1029,7 @@ class EnvAudit:
             try:
                 env = self.build(part(self.bars, slice(0, rows)))
                 other = self.walk(env, 0, len(base.rewards))
-            except Exception:
+            except UsageError:  # too few bars for it
                 continue
             a, b = common_part(base.obs[:-2], other.obs[:-2])
             if len(a) < 2:
@@ -1041,10 +1053,9 @@ def audit_run(audit: Audit, folder: Path):
     """Columns as the script fits them, parameters of the checkpoint, splits, the environment."""
     from common.timeout_guard import find_last, load_checkpoint
 
-    try:
-        flags = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{folder}: not a run directory: args.json: {first_line(e)}") from e
+    flags = folder / "args.json"
+    if not flags.exists():
+        raise UsageError(f"{folder}: holds no args.json: give a run directory, or module:function")
     path = folder / "checkpoints" / "best.pt"
     if not path.exists():
         path = find_last(folder)
@@ -1052,11 +1063,16 @@ def audit_run(audit: Audit, folder: Path):
         raise UsageError(f"{folder}: holds no checkpoint")
     state = load_checkpoint(path)
     audits = {"tqc_film_batch": audit_tqc, "dqn_forex_subproc": audit_dqn}
-    script = state.get("script")
-    if script not in audits:
-        raise UsageError(f"{folder}: a run of {script}: only {', '.join(audits)} have bars")
+    name = state.get("script")
+    if name not in audits:
+        raise UsageError(f"{folder}: a run of {name}: only {', '.join(audits)} have bars")
+    script = importlib.import_module(f"cleanrl_crypto.{name}")
+    try:
+        args = args_of(script.Args, json.loads(flags.read_text()))
+    except ValueError as e:  # no JSON, or the flags of another version
+        raise UsageError(f"{flags}: {e}") from e
     with one_thread():
-        audits[script](audit, SimpleNamespace(**flags), state)
+        audits[name](audit, script, args, state)
 
 
 @contextlib.contextmanager
@@ -1072,20 +1088,9 @@ def one_thread():
         numba.set_num_threads(threads)
 
 
-def flags_of(script, flags):
-    """args.json as the script's Args."""
-    values = {}
-    for name, value in vars(flags).items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return script.Args(**values)
-    except TypeError as e:
-        raise UsageError(f"args.json: flags of another version: {first_line(e)}") from e
-
-
 def check_data(flags, here, there):
     if here != there:
-        raise UsageError(f"--data {flags.data}: is not what the run read (another sha256)")
+        raise UsageError(f"--data {flags.data}: has changed since the run read it (its sha256)")
 
 
 def check_stored(audit, stored: dict, refitted: dict):
@@ -1120,14 +1125,12 @@ def check_purge(audit, rows: dict, window: int, name: str):
     audit.tried.append(f"purge of {name}")
 
 
-def audit_tqc(audit, flags, state):
-    from cleanrl_crypto import tqc_film_batch as tqc
+def audit_tqc(audit, tqc, flags, state):
     from common.features import FeatureModel
 
     bars = load_bars(flags.data, flags.fill_limit)
     check_data(flags, bars.sha256, state["data"]["sha256"])
     model = FeatureModel.from_state_dict(state["features"])
-    flags = flags_of(tqc, flags)
 
     # the script's own code, with bars that it did not read from a file
     def load(bars, features=None, forecast=False):
@@ -1164,12 +1167,9 @@ def audit_tqc(audit, flags, state):
     EnvAudit(audit, target, replace(bars, truth=None)).run()
 
 
-def audit_dqn(audit, flags, state):
-    from cleanrl_crypto import dqn_forex_subproc as dqn
-
+def audit_dqn(audit, dqn, flags, state):
     if flags.env_fn:
         raise UsageError("a run of --env-fn has no bars: give its factory as TARGET")
-    flags = flags_of(dqn, flags)
     series = dqn.load_series(flags)
     found = [bars.sha256 for bars in series.values()]
     check_data(flags, found, list(state["data"]["sha256"]))

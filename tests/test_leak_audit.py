@@ -131,6 +131,25 @@ class PaidAtTheExit(Env):
             self.entry = self.close[self.t]
         return np.log(self.close[self.t] / self.entry) if self.position < before else 0.0
 
+class OwnBarsOnly(Filtered):
+    def __init__(self, bars, fit_until):
+        super().__init__(bars, fit_until)
+        self.end = str(bars.close.iloc[-1])
+
+    def transform(self, bars):
+        if str(bars.close.iloc[-1]) != self.end:
+            raise ValueError("other bars")
+        return super().transform(bars)
+
+class RefusesEdits(Env):
+    closes = set()
+
+    def __init__(self, bars):
+        self.closes.add(bars.close.sum())
+        if len(self.closes) > 2:
+            raise ValueError("edited")
+        super().__init__(bars)
+
 class WithoutBars(Env):
     def observe(self):
         return np.zeros(2, np.float32)
@@ -151,6 +170,7 @@ def targets(tmp_path_factory):
         ("seeded", 0),
         ("Smoothed", 1),
         ("Filtered", 0),
+        ("OwnBarsOnly", 0),
         ("RandomObservation", 0),
         ("SignAlone", 0),
         ("FourBarsAStep", 0),
@@ -173,6 +193,7 @@ def test_targets_of_other_kinds(targets, name, code, capsys):
         ["{targets}:rows_without_times"],
         ["{targets}:WithoutBars"],
         ["{targets}:absent"],
+        ["{targets}:RefusesEdits"],
         ["{targets}:seeded", "--labels", "absent"],
         ["{targets}:seeded", "--edits", "1"],
         ["{targets}:seeded", "--data", "absent.csv"],
