@@ -82,7 +82,7 @@ from common.data import (
     split_rows,
     utc_times,
 )
-from common.features import CLIP, FeatureModel, fit_features, with_products
+from common.features import CLIP, FeatureModel, Products, fit_features
 from common.lanes import Lanes, register, shared
 from common.scoring import (
     BP,
@@ -548,7 +548,7 @@ class Market:
     @property
     def series(self):
         """The market as scoring sees it."""
-        x = with_products(self.table, self.n_tech)
+        x = Products(self.table, self.n_tech)
         known = self.bars.truth is not None
         return Series(x, self.ret, self.rows, self.walk, known)
 

@@ -41,7 +41,8 @@ MIN_TRAIN = 256  # rows after warm-up, at least: quartiles of 50 columns and a 4
 CLIP = 5.0  # robust standard deviations
 RETURN_CLIP = 0.20  # log return
 TINY = 1e-8  # a spread below this is rounding noise
-CHUNK = 65_536  # rows of the forecast at once
+CHUNK = 4_096  # rows of the forecast at once
+PIECE = 10  # columns of the screen at once
 # CPU seconds a bar on one core, two thirds of them for the linear forecast (docs/data.md)
 SECONDS_A_BAR = 1.5e-4
 ORDERS = tuple(
@@ -426,7 +427,8 @@ def raw_columns(ohlcv, timestamp, fits):
     views = [asset_views(ohlcv[a], timestamp, fit) for a, fit in enumerate(fits)]
     names = TABLE if len(fits) == 1 else TECH_10
     tables = [stack(names, b) for b in views]
-    return np.concatenate(tables, 1), views[0]
+    table = tables[0] if len(tables) == 1 else np.concatenate(tables, 1)
+    return table, views[0]
 
 
 def robust_scale(raw) -> tuple[list[float], list[float]]:
@@ -626,9 +628,11 @@ def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
 
     Largest |t| of each, alone and times each context column (T, 5), (K,); and the one needed.
     """
-    t = [newey_west_t(tech, ret)]
-    for k in range(hmm.shape[1]):
-        t.append(newey_west_t(tech * hmm[:, k : k + 1], ret))
+    pieces = [tech[:, k : k + PIECE] for k in range(0, tech.shape[1], PIECE)]
+    t = [[newey_west_t(piece, ret) for piece in pieces]]
+    for context in hmm.T[:, :, None]:
+        t.append([newey_west_t(piece * context, ret) for piece in pieces])
+    t = [np.concatenate(row) for row in t]
     least = least_t(np.array(t), FALSE_DISCOVERIES)
     return np.abs(t).max(0).tolist(), least
 
@@ -639,6 +643,17 @@ def with_products(table, n_tech: int) -> np.ndarray:
     tech = table[:, :n_tech]
     products = [tech * table[:, k : k + 1] for k in range(n_tech, table.shape[1])]
     return np.concatenate([table, *products], 1)
+
+
+class Products:
+    """The rows of with_products(table, n_tech) that are asked for: of a million bars all of them would
+    be 2.4 GB."""
+
+    def __init__(self, table, n_tech: int):
+        self.table, self.n_tech = table, n_tech
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return with_products(self.table[rows], self.n_tech)
 
 
 # ----------------------------------------------------------------------------------------- models

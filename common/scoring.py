@@ -6,7 +6,9 @@ run's.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from common.run import ask_deadline
 BP = 1e-4  # one basis point
 BATCHES = 20  # consecutive pieces whose means give a standard error
 FOLDS = 5  # of the train rows, to choose the lasso's penalty
-CHUNK = 65_536  # rows of the lasso's products at once
+CHUNK = 4_096  # rows of a lasso's columns at once
 GAP = 64  # rows beside a fold that are not used: columns look back
 SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
 # of a no-trade band, in standard deviations
@@ -38,7 +40,7 @@ class Series:
     real bars.
     """
 
-    x: np.ndarray  # (T, K) float64 columns that the cheap rival sees
+    x: np.ndarray  # (T, K) float64 columns that the cheap rival sees, or what makes them: x[a:b]
     ret: np.ndarray  # (T,) simple return of the next bar
     rows: dict  # split -> (start, stop)
     walk: Callable
@@ -142,17 +144,63 @@ def band(forecast: np.ndarray, level: float) -> np.ndarray:
     return side[last_true(side != 0)]
 
 
-def train_rows(assets: list[Series], rows: list) -> tuple[np.ndarray, np.ndarray]:
-    """Columns (n, K) and next returns (n,) of these rows of each asset, one after the other."""
-    x, y = [], []
-    for series, part in zip(assets, rows):
-        x.append(series.x[part])
-        y.append(series.ret[part])
-    return np.concatenate(x), np.concatenate(y)
+@dataclass
+class Sums:
+    """Sums over rows of columns x (n, K), less a level, and next returns y (n,): all that a lasso asks
+    of them. Those of two sets of rows add up, so that folds share one pass, a block at a time."""
+
+    gram: np.ndarray  # (K + 2, K + 2) products of (x - level, y, 1)
+    high: np.ndarray  # (3, K) of (x - level)^2 y, (x - level)^2 y^2, (x - level) y^2
+
+    def __add__(self, other):
+        return Sums(self.gram + other.gram, self.high + other.high)
 
 
-def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None, adaptive=False):
-    """Lasso of y (n,) on x (n, K) along penalties: (penalties, center (K,), weights (K, P)).
+def sums_of(series: Series, start: int, stop: int, level: np.ndarray) -> Sums:
+    """Sums over rows [start, stop); level (K,): near the mean, so that little cancels."""
+    wide = len(level) + 2
+    sums = Sums(np.zeros((wide, wide)), np.zeros((3, len(level))))
+    for rows in blocks(start, stop):
+        ask_deadline("the lasso", stop - start)
+        x, y = series.x[rows] - level, series.ret[rows]
+        z = np.column_stack([x, y, np.ones(len(y))])
+        sums.gram += z.T @ z
+        square = x**2
+        sums.high += np.stack([y @ square, y**2 @ square, y**2 @ x])
+    return sums
+
+
+def blocks(start: int, stop: int) -> list[slice]:
+    return [slice(a, min(a + CHUNK, stop)) for a in range(start, stop, CHUNK)]
+
+
+def train_sums(assets: list[Series]) -> tuple[np.ndarray, list[Sums]]:
+    """level (K,), and Sums of the train rows of all assets: all of them, then those that each of
+    FOLDS consecutive stretches leaves out, without GAP rows on both its sides."""
+    first = assets[0].rows["train"][0]
+    level = assets[0].x[first : first + CHUNK].mean(0)
+    parts = [[] for _ in range(FOLDS + 1)]
+    for s in assets:
+        edges = fold_edges(s)
+        near = np.concatenate([edges, edges - GAP, edges + GAP])
+        cuts = np.unique(near.clip(*s.rows["train"])).tolist()
+        for start, stop in zip(cuts, cuts[1:]):
+            sums = sums_of(s, start, stop, level)
+            parts[0].append(sums)
+            for k, (low, high) in enumerate(zip(edges, edges[1:])):
+                if stop <= low - GAP or start >= high + GAP:
+                    parts[k + 1].append(sums)
+    return level, [functools.reduce(operator.add, part) for part in parts]
+
+
+def fold_edges(series: Series) -> np.ndarray:
+    """(FOLDS + 1,) rows at which the folds of its train rows begin and end."""
+    a, b = series.rows["train"]
+    return a + (b - a) * np.arange(FOLDS + 1) // FOLDS
+
+
+def lasso_path_of(level: np.ndarray, sums: Sums, penalties=None, adaptive=False):
+    """Lasso of y on x along penalties: (penalties, center (K,), weights (K, P)).
 
     weights belong to x as it is; penalties, where none are given, go from the first at which all
     weights are 0 down to a tenth of it. adaptive: a column's penalty is divided by the square of
@@ -160,51 +208,54 @@ def lasso_path_of(x: np.ndarray, y: np.ndarray, penalties=None, adaptive=False):
     """
     from sklearn.linear_model import lasso_path  # more than a second
 
-    ask_deadline("the lasso", len(y))
-    center, scale = x.mean(0), x.std(0) + 1e-9
-    y = y - y.mean()
+    n, k = int(sums.gram[-1, -1]), len(level)
+    ask_deadline("the lasso", n)
+    mean = sums.gram[-1] / n
+    product = sums.gram - n * np.outer(mean, mean)  # of what is left of x and y without their means
+    scale = np.sqrt(np.diag(product)[:k].clip(0) / n) + 1e-9
     if adaptive:
-        scale = scale / np.maximum(marginal_t(x - center, y) ** 2, 1e-6)
-    z = (x - center) / scale
-    gram, rhs = 0.0, 0.0
-    for start in range(0, len(y), CHUNK):
-        ask_deadline("the lasso", len(y))
-        rows = slice(start, start + CHUNK)
-        gram += z[rows].T @ z[rows]
-        rhs += z[rows].T @ y[rows]
+        scale = scale / np.maximum(marginal_t(sums) ** 2, 1e-6)
+    gram = product[:k, :k] / np.outer(scale, scale)
+    rhs = product[:k, k] / scale
     if penalties is None:
-        first = np.abs(rhs).max() / len(y)
+        first = np.abs(rhs).max() / n
         penalties = first * (np.geomspace(1, 0.01, 24) if adaptive else np.geomspace(1, 0.1, 12))
-    path = lasso_path(z, y, alphas=penalties, precompute=gram, Xy=rhs, max_iter=10_000)
-    return penalties, center, path[1] / scale[:, None]
+    # beside the products sklearn reads the shape of x and the size of y alone
+    x, y = np.broadcast_to(0.0, (n, k)), np.zeros(n)
+    y[0] = math.sqrt(product[k, k])
+    products = dict(precompute=gram, Xy=rhs, check_input=False)
+    path = lasso_path(x, y, alphas=penalties, max_iter=10_000, **products)
+    return penalties, level + mean[:k], path[1] / scale[:, None]
 
 
-def marginal_t(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """t-values (K,) of the covariance of each column of x (n, K) with y (n,), both of mean 0."""
-    mean = x.T @ y / len(y)
-    variance = (x**2).T @ y**2 / len(y) - mean**2
-    return mean / np.sqrt(np.maximum(variance, 1e-300) / len(y))
+def marginal_t(sums: Sums) -> np.ndarray:
+    """t-values (K,) of the covariance of each column of x with y."""
+    mean = sums.gram / sums.gram[-1, -1]
+    x, y = mean[-1, :-2], mean[-1, -2]
+    xx, xy, yy = np.diag(mean)[:-2], mean[:-2, -2], mean[-2, -2]
+    xxy, xxyy, xyy = sums.high / sums.gram[-1, -1]
+    covariance = xy - x * y
+    # of the product of both without their means: its square, expanded
+    square = xxyy - 2 * y * xxy + y**2 * xx - 2 * x * xyy + 4 * x * y * xy + x**2 * yy
+    square = square - 3 * x**2 * y**2
+    variance = square - covariance**2
+    return covariance / np.sqrt(np.maximum(variance, 1e-300) / sums.gram[-1, -1])
 
 
-def out_of_fold(assets: list[Series], penalties, adaptive=False) -> list[np.ndarray]:
-    """Forecasts (n, P) of an asset's train rows by lassos that were fitted on the other folds.
+def forecasts_on(series: Series, start: int, stop: int, center, weights) -> np.ndarray:
+    """Forecasts (stop - start, P) of rows by weights (K, P), or (stop - start,) by weights (K,)."""
+    parts = [(series.x[rows] - center) @ weights for rows in blocks(start, stop)]
+    return np.concatenate(parts)
 
-    FOLDS consecutive stretches; GAP rows on each side of the one that is left out are not used.
-    """
+
+def out_of_fold(assets, level, others: list[Sums], penalties, adaptive=False) -> list[np.ndarray]:
+    """Forecasts (n, P) of an asset's train rows by lassos that were fitted on the other folds."""
     forecasts = [[] for _ in assets]
-    for k in range(FOLDS):
-        folds, others = [], []
-        for s in assets:
-            a, b = s.rows["train"]
-            low = a + (b - a) * k // FOLDS
-            high = a + (b - a) * (k + 1) // FOLDS
-            folds.append(slice(low, high))
-            before, after = max(a, low - GAP), min(b, high + GAP)
-            others.append(np.r_[a:before, after:b])
-        x, y = train_rows(assets, others)
-        _, center, weights = lasso_path_of(x, y, penalties, adaptive)
-        for s, fold, parts in zip(assets, folds, forecasts):
-            parts.append((s.x[fold] - center) @ weights)
+    for k, sums in enumerate(others):
+        _, center, weights = lasso_path_of(level, sums, penalties, adaptive)
+        for s, parts in zip(assets, forecasts):
+            low, high = fold_edges(s)[k : k + 2]
+            parts.append(forecasts_on(s, low, high, center, weights))
     return [np.concatenate(parts) for parts in forecasts]
 
 
@@ -216,11 +267,12 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
     """
     trains = [slice(*s.rows["train"]) for s in assets]
     flat = [np.zeros(len(s.ret)) for s in assets]
-    x, y = train_rows(assets, trains)
+    y = np.concatenate([s.ret[part] for s, part in zip(assets, trains)])
     if not y.std() > 0:
         return flat
-    penalties, center, weights = lasso_path_of(x, y)
-    forecasts = out_of_fold(assets, penalties)
+    level, (whole, *others) = train_sums(assets)
+    penalties, center, weights = lasso_path_of(level, whole)
+    forecasts = out_of_fold(assets, level, others, penalties)
 
     most, choice = 0.0, None
     for k in range(1, len(penalties)):  # the first penalty leaves no weight
@@ -237,7 +289,7 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
         return flat
     k, keep, threshold = choice
     chosen = weights[:, k]
-    smooth = [ewma_nb((s.x - center) @ chosen, keep) for s in assets]
+    smooth = [ewma_nb(forecasts_on(s, 0, len(s.ret), center, chosen), keep) for s in assets]
     spread = spread_on(smooth, trains)
     return [band(forecast, threshold * spread) for forecast in smooth]
 
@@ -290,12 +342,12 @@ def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
     The penalty is that of the smallest squared error out of fold. Plain values: penalty, center and
     weights (K,) of x, spread (of the forecasts) by which a reader of the forecast divides.
     """
-    train = slice(*series.rows["train"])
-    x, y = train_rows([series], [train])
-    penalties, center, weights = lasso_path_of(x, y, adaptive=True)
-    forecasts = out_of_fold([series], penalties, adaptive=True)[0]
-    errors = ((y - y.mean())[:, None] - forecasts) ** 2
-    k = int(errors.mean(0).argmin())
+    y = series.ret[slice(*series.rows["train"])]
+    y = y - y.mean()
+    level, (whole, *others) = train_sums([series])
+    penalties, center, weights = lasso_path_of(level, whole, adaptive=True)
+    forecasts = out_of_fold([series], level, others, penalties, adaptive=True)[0]
+    k = int(np.argmin([((y - forecast) ** 2).mean() for forecast in forecasts.T]))
     chosen, forecast = weights[:, k], forecasts[:, k]
     # no forecast of other rows: then none of the train rows either
     if not chosen.any():

@@ -65,7 +65,7 @@ def small():
     bars = load_bars(f"synthetic:regime?bars={ROWS}")
     features = tqc.fit_features(bars, TRAIN_STOP)
     table = features.transform(bars)
-    columns = tqc.with_products(table, features.n_tech).shape[1]
+    columns = tqc.Products(table, features.n_tech)[:1].shape[1]
     weights = np.random.default_rng(0).normal(size=columns).tolist()
     features.linear = {"center": [0.0] * columns, "weights": weights, "spread": 10.0}
     torch.manual_seed(0)

@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from common import scoring
+from common.features import Products, with_products
 from common.markets import (
     ACTIONS,
     Law,
@@ -366,6 +369,42 @@ def test_a_linear_forecast_is_of_all_rows_or_of_none():
         assert out_of_fold.any() == some[-1]
         assert not some[-1] or out_of_fold.std() == pytest.approx(1)
     assert 0 < sum(some) < 8
+
+
+def test_a_lasso_of_sums_is_that_of_the_whole_table():
+    """A block at a time, folds put together from sums: the same as with all columns in memory, and without them."""
+    from sklearn.linear_model import lasso_path
+
+    rng = np.random.default_rng(0)
+    table = np.concatenate([rng.normal(size=(30_000, 50)), rng.random((30_000, 5))], 1).astype(np.float32)
+    table[:, 7] = 3.0  # a constant column
+    ret = 0.01 * rng.normal(size=30_000) + 0.001 * table[:, 0]
+    assets = [scoring.Series(Products(table, 50), ret, {"train": train}, None, False) for train in ((9, 29_000), (50, 220))]
+    tracemalloc.start()
+    level, parts = scoring.train_sums(assets)
+    scoring.fit_linear(assets[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    dense = with_products(table, 50)
+    assert peak < dense.nbytes
+    low, high = 9 + 28_991 // 5 - 64, 9 + 2 * 28_991 // 5 + 64  # the second fold of the first, with its gaps
+    # the second asset's folds are shorter than the gap: of its 170 rows the second leaves out 34 and 64 on both sides
+    rows = np.r_[9:low, high:29_000], np.r_[50:50, 50 + 68 + 64 : 220]
+    for sums, (a, b) in ((parts[0], (np.r_[9:29_000], np.r_[50:220])), (parts[2], rows)):
+        x, y = np.concatenate([dense[a], dense[b]]), np.concatenate([ret[a], ret[b]])
+        x, y = x - x.mean(0), y - y.mean()
+        covariance = x.T @ y / len(y)
+        t = covariance / np.sqrt(((x**2).T @ y**2 / len(y) - covariance**2).clip(1e-300) / len(y))
+        moves = np.arange(305) != 7
+        assert scoring.marginal_t(sums)[moves] == pytest.approx(t[moves], rel=1e-8, abs=1e-9)
+        penalties, center, weights = scoring.lasso_path_of(level, sums)
+        z = x / (x.std(0) + 1e-9)
+        path = lasso_path(z, y, alphas=penalties, precompute=z.T @ z, Xy=z.T @ y, max_iter=10_000)[1]
+        assert weights * (x.std(0) + 1e-9)[:, None] == pytest.approx(path, rel=1e-6, abs=1e-12)
+        assert path[0, -1] > 0 and (weights[7] == 0).all()
+    turned = replace(assets[0], ret=np.where(np.arange(30_000) < 5_000, -ret, ret))  # within its first fold
+    again = scoring.train_sums([turned, assets[1]])[1]
+    assert [np.array_equal(a.gram, b.gram) for a, b in zip(again, parts)] == [False, True] + 4 * [False]
 
 
 def audit_of(agent, rival, optimum, dependence, matters=0.6, error=0.1):
