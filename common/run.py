@@ -214,14 +214,19 @@ def check(args, choices: dict, ranges: dict):
         for name in names.split():
             value = getattr(args, name)
             good = value is None or low <= value <= high  # a NaN is refused too
-            refuse((not good, f"{flag(name)} {value}: must be from {low:g} to {high:g}"))
+            ends = " to ".join(str(x) if isinstance(x, int) else f"{x:g}" for x in (low, high))
+            refuse((not good, f"{flag(name)} {value}: must be from {ends}"))
+
+
+def in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return bool(ipython and ipython.get_ipython())
 
 
 def own_argv() -> list[str]:
     """The flags that this program was started with: those of a notebook's kernel are not its own."""
-    ipython = sys.modules.get("IPython")
     program = getattr(sys.modules["__main__"], "__file__", None) or ""  # of %run, or none
-    if ipython and ipython.get_ipython():
+    if in_notebook():
         if Path(program).resolve() != Path(sys.argv[0]).resolve():
             return []
     return sys.argv[1:]
@@ -426,7 +431,8 @@ class Run:
         self._evaluations, self.eval_seconds, self._eval_began = evaluations, 0.0, None
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
         self._piece = {"work": "", "began": 0.0, "longest": 0.0}
-        from_start = None if argv is None else False
+        # a program began with its process, however long its imports took; a kernel is older
+        from_start = argv is None and not in_notebook()
         self.guard = TimeoutGuard(self.args.timeout, from_process_start=from_start)
         self.guard.mark("setup")
         Run.current = self
@@ -1210,7 +1216,6 @@ def exit_with(main, flags: dict | None = None):
     if why is not None:
         print(f"error: {why}", file=sys.stderr)
     sys.stdout.flush()
-    ipython = sys.modules.get("IPython")
-    if ipython and ipython.get_ipython() and not code:
+    if in_notebook() and not code:
         return result
     sys.exit(code)
