@@ -210,8 +210,8 @@ def phase_style(levels: np.ndarray) -> dict:
 def name_stripes(axes, names: list[str]):
     """A name a stripe, every few of them where there are many, and white lines between."""
     step = -(-len(names) // 30)
-    # a map joins its nodes' names; the margin holds ten letters
-    short = [n if len(n) <= 10 else f"…{n[-9:]}" for n in names[::step]]
+    # a map joins its nodes' names; the margin holds nine letters
+    short = [n if len(n) <= 9 else f"…{n[-8:]}" for n in names[::step]]
     axes[0].set_yticks(np.arange(0.5, len(names), step), short, color=INK)
     axes[0].invert_yaxis()
     for ax in axes:
