@@ -1,6 +1,7 @@
 """What the tests of all three scripts do with a command line, its run directory and its CUDA kernels."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 
 import pytest
 import torch
+
+from common.timeout_guard import load_checkpoint
 
 SUMMARY = {  # what every script's summary.json holds
     "status", "global_step", "updates", "replay_ratio", "samples_per_transition", "wall_seconds", "phases",
@@ -42,6 +45,16 @@ def records(run_dir) -> list[dict]:
     text = (run_dir / "metrics.jsonl").read_text()
     assert text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def untimed(run_dir) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    clock = re.compile("wall|time/.*|charts/SPS")
+    return [{k: v for k, v in line.items() if not clock.fullmatch(k)} for line in records(run_dir)]
+
+
+def last_of(run_dir) -> dict:
+    return load_checkpoint(run_dir / "checkpoints" / "last.pt")
 
 
 def load_summary(run_dir) -> dict:
