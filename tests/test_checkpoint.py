@@ -21,7 +21,7 @@ import torch
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.run import UsageError
 from common.timeout_guard import load_checkpoint
-from runs import assert_same, flags_of, wait_until
+from runs import assert_same, flags_of, last_of, wait_until
 from test_smoke_tqc_film_batch import TINY as SMOKE
 from test_smoke_tqc_film_batch import write_bars
 
@@ -64,10 +64,6 @@ def lines(run_dir) -> list[dict]:
     clock = ("wall", "charts/SPS")
     return [{k: v for k, v in json.loads(line).items() if k not in clock and not k.startswith("time/")}
             for line in text]
-
-
-def last_of(run_dir) -> dict:
-    return load_checkpoint(run_dir / "checkpoints" / "last.pt")
 
 
 def assert_same_run(a, b):

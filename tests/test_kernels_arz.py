@@ -217,8 +217,8 @@ def test_the_cuda_simulator_gives_the_cpus_numbers(tmp_path, repo, cases):
 
 
 @pytest.mark.parametrize("cases", [
-    [("muscl", "gap"), ("richtmyer", "gap")],
-    pytest.param([("godunov", "power"), ("muscl", "singular")], marks=pytest.mark.slow)])
+    [("richtmyer", "gap")],
+    pytest.param([("muscl", "gap"), ("godunov", "power"), ("muscl", "singular")], marks=pytest.mark.slow)])
 def test_the_kernels_compile_for_a_real_gpu(repo, tmp_path, cases):
     """The simulator runs Python, and so takes what CUDA has not: whole rows, np.ceil, max()."""
     assert_compiles_for_a_gpu(repo, tmp_path, f"cases = {cases}" + """
@@ -228,4 +228,4 @@ for scheme, pressure in cases:
     decide, start = arz.cuda_kernels()
     emit(decide, e.state, e.result, e.rules, e.order, e.arrays["action"], e.seed, e.lane0)
     emit(start, e.state, e.arrays["obs"], e.road, e.order, e.pressure, e.seed, e.lane0)
-""", 4)
+""", 2 * len(cases))
