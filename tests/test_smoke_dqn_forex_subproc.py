@@ -20,7 +20,7 @@ import torch
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.run import CheckFailed
 from common.timeout_guard import load_checkpoint
-from runs import SUMMARY, assert_same, flags_of, load_summary, records, wait_until
+from runs import SUMMARY, assert_same, flags_of, load_summary, records, untimed, wait_until
 from test_data_forex import forex_hours, frame_of
 from test_env_forex import put_on
 
@@ -61,11 +61,6 @@ def shared_memory() -> set[str]:
 @pytest.fixture
 def refused(refusal_of):
     return refusal_of(SCRIPT)
-
-
-def untimed(run_dir) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("wall", "charts/SPS") and not k.startswith("time/")}
-            for line in records(run_dir)]
 
 
 def assert_same_run(a, b):
