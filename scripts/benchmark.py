@@ -24,7 +24,6 @@ import gc
 import io
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -47,27 +46,27 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
-try:
-    import sb3_contrib
-    import stable_baselines3
-    from sb3_contrib.tqc import policies
-    from stable_baselines3.common.buffers import DictReplayBuffer
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.logger import configure
-    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-    from stable_baselines3.common.type_aliases import DictReplayBufferSamples
-    from stable_baselines3.common.vec_env import VecEnv
-except ImportError as e:
-    sys.exit(f"scripts/benchmark.py: {e}: pip install -r requirements-test.txt")
+from scripts.machine import check, machine, need_peer, set_threads  # noqa: E402
+
+need_peer("stable_baselines3", "sb3_contrib")
+import sb3_contrib  # noqa: E402
+import stable_baselines3  # noqa: E402
+from sb3_contrib.tqc import policies  # noqa: E402
+from stable_baselines3.common.buffers import DictReplayBuffer  # noqa: E402
+from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
+from stable_baselines3.common.logger import configure  # noqa: E402
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor  # noqa: E402
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples  # noqa: E402
+from stable_baselines3.common.vec_env import VecEnv  # noqa: E402
 
 from cleanrl_crypto import tqc_film_batch as tqc  # noqa: E402
 from common.lanes import to_numpy  # noqa: E402
 from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
-from scripts.machine import check, machine  # noqa: E402
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of each loss of the first update
+TIMED = ("time/learn", "time/rollout", "charts/updates", "global_step")  # keys of metrics.jsonl
 # the first two in peers, the last in lane-steps a second
 TARGETS = {"updates": 40.0, "transitions": 40.0, "without_observations": 20e6}
 # the peer's work: different rows, one exposure each, the actor's next action in the target
@@ -210,7 +209,8 @@ class PeerLanes(VecEnv):
         return self.shown(self.env.reset(seed=1)[0])
 
     def shown(self, obs: dict) -> dict:
-        return obs | {"forecast": self.forecast[self.env.state[tqc.ROW].long()][:, None]}
+        row = self.env.state[tqc.ROW].long()
+        return obs | {"forecast": self.forecast[row][:, None]}
 
     def step_async(self, actions):
         self.actions = actions
@@ -321,7 +321,8 @@ def noises(agent, contexts, batch, matrix) -> tuple[torch.Tensor, torch.Tensor]:
     latents = tqc.encode_stretches(agent.extractor, contexts, rows)
     _, held = hold(agent, contexts, rows, after)
     both = zip(latents, (before, held))
-    return tuple(sde_noise(agent.actor, matrix, z, p, w_cost) for z, p in both)
+    actor = agent.actor
+    return tuple(sde_noise(actor, matrix, z, p, w_cost) for z, p in both)
 
 
 def hold(agent, contexts, rows, after):
@@ -336,6 +337,7 @@ def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
     c, scale = agent.config, agent.reward_scale
     rows, before, after, w_cost = batch
     growth, held = hold(agent, contexts, rows, after)
+    lost = growth <= tqc.LOST
     with contexts.autocast():
         latents, following = tqc.encode_stretches(agent.extractor, contexts, rows)
         next_quantiles, next_log_prob = tqc.sampled_next(
@@ -344,7 +346,7 @@ def our_losses(agent, contexts, batch, noise, next_noise) -> dict[str, float]:
         target = tqc.tqc_target(
             next_quantiles,
             (scale * growth.log()).flatten(),
-            (growth <= tqc.LOST).float().flatten(),
+            lost.float().flatten(),
             c["gamma"],
             agent.alpha,
             next_log_prob,
@@ -394,8 +396,9 @@ def compare(agent, encoder, market, args: Args, precisions) -> dict:
     env.close()
     theirs = peer_losses(peer, n)
     matrix = peer.actor.action_dist.exploration_mat.detach()
+    # in float32, whatever the losses run in
     exact = tqc.Contexts(encoder, market, CPU, keep=False)
-    noise = noises(agent, exact, batch, matrix)  # in float32, whatever the losses run in
+    noise = noises(agent, exact, batch, matrix)
     losses = {}
     for precision in precisions:
         contexts = tqc.Contexts(encoder, market, CPU, DTYPES[precision], keep=False)
@@ -422,7 +425,8 @@ def optimizers_of(peer) -> tuple:
 
 def count(parameters) -> int:
     """Elements, each tensor once."""
-    return sum(p.numel() for p in {id(p): p for p in parameters}.values())
+    different = {id(p): p for p in parameters}
+    return sum(p.numel() for p in different.values())
 
 
 # --------------------------------------------------------------------------- what is measured
@@ -450,10 +454,9 @@ def run_ours(flags: dict, folder: Path, args: Args, threads: int) -> dict:
     check(len(points) >= 2, f"{folder.name} has {len(points)} log points")
     rates = {"updates": [], "transitions": []}
     for a, b in itertools.pairwise(points):
-        learn, rollout = (b[f"time/{k}"] - a[f"time/{k}"] for k in ("learn", "rollout"))
-        updates = b["charts/updates"] - a["charts/updates"]
+        between = {name: b[name] - a[name] for name in TIMED}
+        learn, rollout, updates, steps = between.values()
         rates["updates"].append(updates / learn)
-        steps = b["global_step"] - a["global_step"]
         rates["transitions"].append(steps / (learn + rollout))
     return {
         "flags": argv,
@@ -500,11 +503,13 @@ class Clock(BaseCallback):
 
 def run_peer(agent, encoder, market, args: Args) -> dict:
     """Transitions a second of SB3's learn(), one update a vector step; updates of its train()."""
-    env = tqc.MarketVectorEnv(market, market.rows["train"], tqc.Args(num_envs=args.num_envs))
+    sizes = tqc.Args(num_envs=args.num_envs)
+    env = tqc.MarketVectorEnv(market, market.rows["train"], sizes)
     peer = make_peer(agent, encoder, env, args.batch_size)
     clock, n = Clock(), args.peer_updates
     peer.learn((n + 1) * args.num_envs, callback=clock)
-    learned, seconds = list(np.diff(clock.times)), []
+    learned = list(np.diff(clock.times))
+    seconds = []
     for _ in range(n):
         began = time.perf_counter()
         peer.train(gradient_steps=1, batch_size=args.batch_size)
@@ -514,8 +519,9 @@ def run_peer(agent, encoder, market, args: Args) -> dict:
     check(steps == (n + 1) * args.num_envs, f"the peer made {steps} transitions")
     check(updates == 2 * n + 1 and len(learned) == n, f"the peer made {updates} updates")
     features = peer.critic.features_extractor
-    frozen = zip(features.encoder.parameters(), encoder.parameters(), strict=True)
-    check(all(torch.equal(a, b) for a, b in frozen), "the peer's frozen encoder moved")
+    encoders = features.encoder.parameters(), encoder.parameters()
+    frozen = all(torch.equal(a, b) for a, b in zip(*encoders, strict=True))
+    check(frozen, "the peer's frozen encoder moved")
     still = torch.equal(features.market.market.weight, agent.extractor.market.weight)
     check(not still, "the peer did not learn")
     return {
@@ -530,9 +536,11 @@ def run_peer(agent, encoder, market, args: Args) -> dict:
 def run_env(market, args: Args, observations: bool) -> dict:
     """Lane-steps a second under random actions. A second walk, counted, must end in the same
     state."""
-    n, steps = args.num_envs, max(args.env_steps // (100 if observations else 1), 2)
+    n, share = args.num_envs, 100 if observations else 1
+    steps = max(args.env_steps // share, 2)
     env = tqc.MarketVectorEnv(market, market.rows["train"], tqc.Args(num_envs=n))
-    actions = np.random.default_rng(0).uniform(-1, 1, (16, n, 1))
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (16, n, 1))
     tensors = torch.from_numpy(actions)
     rates = []
     for length in (min(steps, 100), steps, steps, steps):
@@ -574,9 +582,7 @@ def main(argv: list[str] | None = None) -> dict:
     args, _ = parse_args(Args, argv)
     if args.quick:
         shrink(args)
-    threads = args.threads or os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+    threads = set_threads(args.threads)
     # without bf16 matrix instructions it would be emulated: slower than float32, and nobody runs it
     bf16 = tqc.has_bf16(CPU)
     precisions = ("fp32", "bf16") if bf16 or args.quick else ("fp32",)
@@ -590,7 +596,8 @@ def main(argv: list[str] | None = None) -> dict:
         "quick": args.quick,
     }
     print(", ".join(f"{k} {v}" for k, v in where.items() if k != "versions"))
-    print(", ".join(f"{k} {v}" for k, v in where["versions"].items()), flush=True)
+    versions = where["versions"].items()
+    print(", ".join(f"{k} {v}" for k, v in versions), flush=True)
     with tempfile.TemporaryDirectory() as temp:
         measure(result, args, precisions, Path(temp))
     result["median"] = medians(result)
@@ -662,7 +669,8 @@ def medians(result: dict) -> dict:
         out[key] = {"peer": peer, "defaults": median(result["defaults"][key])}
         for precision, runs in result["ours"].items():
             rate = median(x for run in runs for x in run[key])
-            out[key] |= {precision: rate, f"ratio_{precision}": rate / peer}
+            out[key][precision] = rate
+            out[key][f"ratio_{precision}"] = rate / peer
     env = result["environment"]
     rates = {k: median(v["lane_steps_per_second"]) for k, v in env.items()}
     return out | {"lane_steps_per_second": rates}
@@ -670,9 +678,8 @@ def medians(result: dict) -> dict:
 
 def show(result: dict):
     rates = result["median"]
-    lanes, batch = result["num_envs"], result["batch_size"]
-    title = f"{result['data']}, {lanes} lanes, batch {batch}"
-    title += " (--quick: no measurement)" if result["quick"] else ""
+    title = f"{result['data']}, {result['num_envs']} lanes, batch {result['batch_size']}"
+    title += " (--quick: no measurement)" * result["quick"]
     table = Table("a second", "rate", "of the peer", "target", title=title)
     for what in ("updates", "transitions"):
         row = rates[f"{what}_per_second"]

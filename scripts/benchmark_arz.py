@@ -1,17 +1,19 @@
-"""Speed of ppo_arz_gpu.py: its simulator beside the same scheme in NumPy, its training beside Stable-Baselines3's PPO.
+"""Speed of ppo_arz_gpu.py: its simulator beside the same scheme in NumPy, its training beside
+Stable-Baselines3's PPO.
 
     python scripts/benchmark_arz.py --out benchmark_arz.json  # about two minutes on 2 CPU cores
-    python scripts/benchmark_arz.py --quick                   # tiny sizes: shows that it runs, its numbers mean nothing
+    python scripts/benchmark_arz.py --quick                   # tiny sizes: its numbers mean nothing
 
-Simulator: the freeway with flux at both ends, MUSCL with SSPRK2, float32, through the vector API; a cell update is one
-cell over one whole time step (both stages, relaxation, Courant number and floor included), and the kernel itself
-counts the steps of every lane. Beside it the same scheme for one road in NumPy, one solver step a call, as published
-environments do it; before it is timed, both simulate 60 s of one wave in float64 and must agree to 1e-9.
-Training: the script itself on the freeway, its rate read from its own log, beside SB3's PPO on the same environment
-with the same layers, minibatch share and epochs. In turns, medians shown; what ran is counted and checked. CPU only.
+Simulator: the freeway with flux at both ends, MUSCL with SSPRK2, float32, through the vector API; a
+cell update is one cell over one whole time step (both stages, relaxation, Courant number and floor
+included), and the kernel itself counts the steps of every lane. Beside it the same scheme for one
+road in NumPy, one solver step a call, as published environments do it; before it is timed, both
+simulate 60 s of one wave in float64 and must agree to 1e-9.
+Training: the script itself on the freeway, its rate read from its own log, beside SB3's PPO on the
+same environment with the same layers, minibatch share and epochs. In turns, medians shown; what ran
+is counted and checked. CPU only.
 """
 
-import os
 import sys
 import tempfile
 import time
@@ -32,19 +34,16 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-try:
-    import stable_baselines3
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.vec_env import DummyVecEnv
-except ImportError as e:
-    sys.exit(
-        f"scripts/benchmark_arz.py: {e}: the peer comes with pip install -r requirements-test.txt"
-    )
+from scripts.machine import check, machine, need_peer, set_threads, title_of  # noqa: E402
+
+need_peer("stable_baselines3")
+import stable_baselines3  # noqa: E402
+from stable_baselines3 import PPO  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv  # noqa: E402
 
 from cleanrl_crypto import ppo_arz_gpu as arz  # noqa: E402
 from common.lanes import OneLane  # noqa: E402
 from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
-from scripts.machine import check, machine  # noqa: E402
 
 CELLS = arz.NODES - 1
 
@@ -67,6 +66,11 @@ class Args:
     """write everything to this file as JSON"""
     quick: bool = False
     """tiny sizes: a test that it runs"""
+
+    def __post_init__(self):
+        if self.quick:
+            self.lanes, self.seconds, self.repeats = 64, 0.1, 1
+            self.train_steps, self.peer_steps = 8_192, 2_048
 
 
 class NumpyRoad:
@@ -291,17 +295,7 @@ def train_peer(args: Args, threads: int) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args, _ = parse_args(Args, argv)
-    if args.quick:
-        args.lanes, args.seconds, args.repeats, args.train_steps, args.peer_steps = (
-            64,
-            0.1,
-            1,
-            8_192,
-            2_048,
-        )
-    threads = args.threads or os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+    threads = set_threads(args.threads)
     difference = same_result()
     check(difference < 1e-9, f"the simulators differ by {difference:.1e} after 60 s")
     rates = {
@@ -341,11 +335,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def show(result: dict):
-    where, middle = result["machine"], result["median"]
-    table = Table(
-        title=f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads"
-        + (" (--quick: these numbers mean nothing)" if result["quick"] else "")
-    )
+    middle = result["median"]
+    table = Table(title=title_of(result))
     for name in ("what", "lanes", "a second, median", "of the peer", "target"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for name, runs in result["simulators"].items():

@@ -12,7 +12,6 @@ counted and checked: steps, updates, samples, parameters; a wrong count ends the
 code 1. CPU only.
 """
 
-import os
 import sys
 import tempfile
 import time
@@ -34,18 +33,16 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-try:
-    import stable_baselines3
-    from stable_baselines3 import DQN
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
-except ImportError as e:
-    command = "pip install -r requirements-test.txt"
-    sys.exit(f"scripts/benchmark_dqn.py: {e}: the peer comes with {command}")
+from scripts.machine import check, machine, need_peer, set_threads, title_of  # noqa: E402
+
+need_peer("stable_baselines3")
+import stable_baselines3  # noqa: E402
+from stable_baselines3 import DQN  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # noqa: E402
 
 from cleanrl_crypto import dqn_forex_subproc as dqn  # noqa: E402
 from common.lanes import OneLane  # noqa: E402
 from common.timeout_guard import load_checkpoint, write_json_atomic  # noqa: E402
-from scripts.machine import check, machine  # noqa: E402
 
 MODES = ("single", "dummy", "subproc 1", "subproc 2", "SB3 DummyVecEnv", "SB3 SubprocVecEnv")
 
@@ -207,9 +204,7 @@ def train_peer(args, pairs, threads: int) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args, _ = parse_args(Args, argv)
-    threads = args.threads or os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+    threads = set_threads(args.threads)
     pairs = dqn.load_pairs(dqn.Args())
     lanes = {name: [] for name in MODES}
     train = {"ours": [], "SB3 DQN": []}
@@ -246,10 +241,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def show(result: dict):
-    where, middle = result["machine"], result["median"]
-    quick = " (--quick: these numbers mean nothing)" if result["quick"] else ""
-    title = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads{quick}"
-    table = Table(title=title)
+    middle = result["median"]
+    table = Table(title=title_of(result))
     for name in ("what", "lanes or samples", "a second, median", "of the peer"):
         table.add_column(name, justify="left" if name == "what" else "right")
     best = max(middle["SB3 DummyVecEnv"], middle["SB3 SubprocVecEnv"])

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from common.run import CheckFailed
-from scripts.machine import check
+from scripts.machine import check, need_peer
 
 LOSSES = {"critic_loss", "actor_loss", "ent_coef_loss"}
 
@@ -79,6 +79,13 @@ def test_a_wrong_count_ends_a_benchmark():
     with pytest.raises(CheckFailed) as stop:
         check(False, "3 updates")
     assert stop.value.exit_code == 1 and "3 updates" in str(stop.value)
+
+
+def test_a_peer_that_is_not_installed_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        need_peer("numpy", "no_such_peer")
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and "no_such_peer" in line
 
 
 def test_an_unknown_flag_is_refused(repo):
