@@ -43,8 +43,7 @@ RETURN_CLIP = 0.20  # log return
 TINY = 1e-8  # a spread below this is rounding noise
 CHUNK = 4_096  # rows of the forecast at once
 PIECE = 10  # columns of the screen at once
-# CPU seconds a bar on one core, two thirds of them for the linear forecast (docs/data.md)
-SECONDS_A_BAR = 1.5e-4
+SECONDS_A_BAR = 6e-5  # CPU seconds a bar on one core (docs/data.md)
 ORDERS = tuple(
     round(0.05 * k, 2) for k in range(1, 21)
 )  # candidates for the fractional difference
