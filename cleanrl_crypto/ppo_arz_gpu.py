@@ -1685,6 +1685,9 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
         if cut:
             break
     stats, result = envs.latest(), {}
+    if cut:  # what is counted at an episode's end alone
+        stats["mass_error"].fill_(math.nan)
+        stats["episode_length"].fill_(k + 1)
     for split, lanes in envs.splits.items():
         std = stats["episode_return"][lanes].std(correction=0)
         result[split] = envs.summary(stats, lanes) | {"std": float(std)}
@@ -1708,11 +1711,11 @@ def diagnose(agent: Agent, obs) -> dict[str, float]:
 
 
 def verdict(
-    audit: dict, result: dict, baselines: dict, updates: int
+    audit: dict, result: dict, baselines: dict, updates: int, partial: bool = False
 ) -> tuple[str, list[str]]:
     """untrained, undecided, collapsed, constant_is_right, undertrained or healthy, and why.
 
-    result, baselines: of the split that chooses.
+    result, baselines: of the split that chooses; partial: time cut one of them short.
     """
     if updates == 0:
         return "untrained", ["no gradient update was made"]
@@ -1720,6 +1723,9 @@ def verdict(
     found = f"return {score:.2f}, state_dependence {dependence:.3f}"
     if not baselines:
         return "undecided", [f"{found}: no baseline to judge it by"]
+    if partial:
+        why = "time cut an evaluation short: episodes of unequal length are not compared"
+        return "undecided", [why, found]
     returns = {name: metrics["episode_return"] for name, metrics in baselines.items()}
     name, best = max(returns.items(), key=lambda item: item[1])
     constant = returns["constant"]
@@ -1916,7 +1922,8 @@ def final_results(
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
     metrics, rivals = chosen["agent"], chosen["baselines"]
-    audit["verdict"], audit["reasons"] = verdict(audit, metrics, rivals, loop.updates)
+    judged = verdict(audit, metrics, rivals, loop.updates, cut or short)
+    audit["verdict"], audit["reasons"] = judged
     return results, audit
 
 

@@ -274,7 +274,7 @@ class Roads(NamedTuple):
     zone_share: np.ndarray  # (cells,)
     approach: np.ndarray  # (G, A) segments or -1
     exits: np.ndarray  # (G, A)
-    owner: np.ndarray  # (S,) the signal that pays for its delay, -1: all
+    owner: np.ndarray  # (S, 2) the signals that pay for its delay; the first -1: all
 
 
 class Cells(NamedTuple):
@@ -1114,7 +1114,7 @@ def pay_nb(lo, hi, roads, street, result):
     for ln in range(lo, hi):
         for g in range(junctions):
             result.local_reward[ln, g] = 0.0
-    for s in range(roads.owner.size):
+    for s in range(len(roads.owner)):
         for ln in range(lo, hi):
             delay = street.delay[s, ln]
             if not -1e30 < delay < 1e30:
@@ -1122,11 +1122,12 @@ def pay_nb(lo, hi, roads, street, result):
                 if street.broken[ln] == 0:
                     street.broken[ln] = 1 + s
             result.totals[DELAY, ln] += delay
-            if roads.owner[s] >= 0:
-                result.local_reward[ln, roads.owner[s]] -= delay
-            else:
+            for g in roads.owner[s]:
+                if g >= 0:
+                    result.local_reward[ln, g] -= delay
+            if roads.owner[s, 0] < 0:
                 for g in range(junctions):
-                    result.local_reward[ln, g] -= (1.0 / junctions) * delay
+                    result.local_reward[ln, g] -= delay / junctions
 
 
 @fast
@@ -1353,7 +1354,8 @@ class NetworkVectorEnv(SimulatedLanes):
     of it; at the end for every phase the vehicles / 10 that stand before the stop lines that it
     serves, and all of them; and up to 64 junctions are told apart. Action: the phase of every
     junction, asked for each `interval` seconds. Reward: minus the delay (veh s) of the interval;
-    local_reward is that of each junction: of the segments that lead to it, and of exits behind it.
+    local_reward is that of each junction: of the segments that lead to it, and of exits behind it;
+    where signals stand less than 60 m apart, what stands before the first counts for both.
     level, variation: range of an episode's mean demand, and of its factors within; saturation,
     turns: half widths of an episode's factors of saturation flows and turning shares.
     """
@@ -2226,11 +2228,11 @@ def diagnose(agent: Agent, obs) -> dict[str, float]:
 
 
 def verdict(
-    audit: dict, result: dict, baselines: dict, updates: int
+    audit: dict, result: dict, baselines: dict, updates: int, partial: bool = False
 ) -> tuple[str, list[str]]:
     """untrained, undecided, collapsed, constant_is_right, undertrained or healthy, and why.
 
-    result, baselines: of the split that chooses.
+    result, baselines: of the split that chooses; partial: time cut one of them short.
     """
     if updates == 0:
         return "untrained", ["no gradient update was made"]
@@ -2239,6 +2241,9 @@ def verdict(
     found = f"delay {delay:.0f} veh s, state_dependence {dependence:.3f}"
     if not baselines:
         return "undecided", [f"{found}: no baseline to judge it by"]
+    if partial:
+        why = "time cut an evaluation short: episodes of unequal length are not compared"
+        return "undecided", [why, found]
     delays = {name: metrics["delay_veh_s"] for name, metrics in baselines.items()}
     name, best = min(delays.items(), key=lambda item: item[1])
     percent = 100 * (1 - delay / best)
@@ -2440,7 +2445,8 @@ def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, shor
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
     metrics, rivals = chosen["agent"], chosen["baselines"]
-    audit["verdict"], audit["reasons"] = verdict(audit, metrics, rivals, loop.updates)
+    judged = verdict(audit, metrics, rivals, loop.updates, cut or short)
+    audit["verdict"], audit["reasons"] = judged
     return results, audit
 
 

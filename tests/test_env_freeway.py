@@ -261,6 +261,7 @@ def test_what_has_no_time_ends_with_what_it_has():
     env = FreewayVectorEnv(cases="eval")
     result, rows, cut = arz.evaluate(Constant, env, seconds=1e-9, trace=True)
     assert cut and len(rows) == 1 and result["heldout"]["episode_return"] < 0
+    assert result["heldout"]["episode_length"] == 1 and np.isnan(result["heldout"]["mass_error"])  # they were 0 and 1
     assert {"time_s", "rho_0", "v_50", "action_0", "reward"} <= set(rows[0])
 
 

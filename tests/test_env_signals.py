@@ -408,4 +408,6 @@ def test_the_verdict(dependence, agent, updates, expected):
     audit = {"state_dependence": dependence}
     name, reasons = arz.verdict(audit, {"delay_veh_s": agent}, baselines, updates)
     assert name == expected and reasons
+    cut = arz.verdict(audit, {"delay_veh_s": agent}, baselines, updates, partial=True)[0]
+    assert cut == ("undecided" if updates else "untrained")
     assert updates == 0 or "actuated" in reasons[-1]

@@ -111,4 +111,7 @@ def test_verdicts(updates, dependence, score, baselines, want):
     found, reasons = ppo.verdict(
         {"state_dependence": dependence}, {"episode_return": score}, others, updates)
     assert found == want
+    # what time cut short costs less: it was called healthy
+    cut = ppo.verdict({"state_dependence": dependence}, {"episode_return": score}, others, updates, partial=True)[0]
+    assert cut == ("undecided" if updates else "untrained")
     assert want != "undertrained" or "pi" in " ".join(reasons)  # who beats the agent is named
