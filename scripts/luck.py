@@ -133,7 +133,10 @@ def judge(returns: np.ndarray, trials: int, trial_sharpes=()) -> dict:
         variance = max(np.var(trial_sharpes, ddof=1), chance)
     threshold = expected_best(variance, trials)
     needed = bars_needed(ratio, bars, g3, g4, threshold)
+    deflated = probabilistic_sharpe(ratio, bars, g3, g4, threshold)
     return {
+        # the formulas take bars to be independent, the bootstrap does not
+        "skill": deflated >= CONFIDENCE and low > 0,
         "bars": bars,
         "trials": trials,
         "sharpe": ratio,
@@ -143,7 +146,7 @@ def judge(returns: np.ndarray, trials: int, trial_sharpes=()) -> dict:
         "kurtosis": g4,
         "probabilistic": probabilistic_sharpe(ratio, bars, g3, g4),
         "threshold": threshold,
-        "deflated": probabilistic_sharpe(ratio, bars, g3, g4, threshold),
+        "deflated": deflated,
         "track_record_bars": minimum_track_record(ratio, g3, g4),
         "bars_more": max(needed - bars, 0.0),
     }

@@ -25,8 +25,7 @@ def build(name: str, summary: dict, growth: pd.DataFrame, results: list, segment
 
 def add_header(page: Page, name: str, summary: dict):
     found = summary["luck"]
-    skill = found["deflated"] >= 0.95
-    tone = "good" if skill else "warn"
+    tone = "good" if found["skill"] else "warn"
     page.add(f"<h1>Walk-forward: {esc(name)}</h1>")
     facts = f"{summary['finished']} of {summary['wanted']} segments finished"
     facts += f" · {summary['months']:.1f} months out of sample · {found['trials']} trials so far"

@@ -897,6 +897,9 @@ def sentence(found: dict, ahead: dict, bars_a_month: float) -> str:
             more = math.ceil(found["bars_more"] / bars_a_month)
             end = f"at the same Sharpe ratio it would take {more} more months"
         return f"Not distinguishable from luck ({said}): {end}."
+    if not found["skill"]:
+        end = "the bootstrap's interval, for which bars depend on each other, reaches below 0"
+        return f"Not distinguishable from luck ({said}): {end}."
     text = f"Distinguishable from luck ({said})"
     level = luck.CONFIDENCE
     close = [w for w in PASSIVE if ahead[w]["probability"] < level]

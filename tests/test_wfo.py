@@ -306,6 +306,16 @@ def test_luck_in_words(mean, trials, months, words):
         assert found["bars_more"] == months
 
 
+def test_bars_that_depend_on_each_other_are_no_skill():
+    """400 independent bets of ten bars each are not 4000 bars."""
+    x = np.repeat(np.random.default_rng(0).normal(size=400), 10)
+    agent = x - x.mean() + 0.04
+    growth = pd.DataFrame({"agent": agent} | dict.fromkeys(wfo.RIVALS, np.zeros(4000)))
+    found = wfo.luck.judge(agent, 1)
+    assert found["deflated"] > 0.95 and not found["skill"]
+    assert wfo.sentence(found, wfo.leads(growth), 730.5).startswith("Not dist")
+
+
 def test_the_ledger_counts_and_misses_lines(study, folder):
     root, _ = study
     path = root / "results" / "ledger.jsonl"
