@@ -412,6 +412,7 @@ class Run:
     """One run. Attributes: args, dir, device (torch), backend, rng (NumPy), best, guard, state (the
     checkpoint to start from, or None), rank and world (torchrun)."""
 
+    first = True  # the next run is the first one of this process
     current = None  # the run of this process, for what must happen when main() raises
 
     def __init__(self, cls, argv, schema: int, evaluations: float = 5.0):
@@ -431,8 +432,9 @@ class Run:
         self._evaluations, self.eval_seconds, self._eval_began = evaluations, 0.0, None
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
         self._piece = {"work": "", "began": 0.0, "longest": 0.0}
-        # a program began with its process, however long its imports took; a kernel is older
-        from_start = argv is None and not in_notebook()
+        # a program's first run began with its process, however long its imports took
+        from_start = argv is None and not in_notebook() and Run.first
+        Run.first = False
         self.guard = TimeoutGuard(self.args.timeout, from_process_start=from_start)
         self.guard.mark("setup")
         Run.current = self
