@@ -274,7 +274,7 @@ class Roads(NamedTuple):
     zone_share: np.ndarray  # (cells,)
     approach: np.ndarray  # (G, A) segments or -1
     exits: np.ndarray  # (G, A)
-    owner: np.ndarray  # (S,) the signal that pays for its delay, -1: all
+    owner: np.ndarray  # (S, 2) the signals that pay for its delay; the first -1: all
 
 
 class Cells(NamedTuple):
@@ -1114,7 +1114,7 @@ def pay_nb(lo, hi, roads, street, result):
     for ln in range(lo, hi):
         for g in range(junctions):
             result.local_reward[ln, g] = 0.0
-    for s in range(roads.owner.size):
+    for s in range(len(roads.owner)):
         for ln in range(lo, hi):
             delay = street.delay[s, ln]
             if not -1e30 < delay < 1e30:
@@ -1122,11 +1122,12 @@ def pay_nb(lo, hi, roads, street, result):
                 if street.broken[ln] == 0:
                     street.broken[ln] = 1 + s
             result.totals[DELAY, ln] += delay
-            if roads.owner[s] >= 0:
-                result.local_reward[ln, roads.owner[s]] -= delay
-            else:
+            for g in roads.owner[s]:
+                if g >= 0:
+                    result.local_reward[ln, g] -= delay
+            if roads.owner[s, 0] < 0:
                 for g in range(junctions):
-                    result.local_reward[ln, g] -= (1.0 / junctions) * delay
+                    result.local_reward[ln, g] -= delay / junctions
 
 
 @fast
@@ -1353,7 +1354,8 @@ class NetworkVectorEnv(SimulatedLanes):
     of it; at the end for every phase the vehicles / 10 that stand before the stop lines that it
     serves, and all of them; and up to 64 junctions are told apart. Action: the phase of every
     junction, asked for each `interval` seconds. Reward: minus the delay (veh s) of the interval;
-    local_reward is that of each junction: of the segments that lead to it, and of exits behind it.
+    local_reward is that of each junction: of the segments that lead to it, and of exits behind it;
+    where signals stand less than 60 m apart, what stands before the first counts for both.
     level, variation: range of an episode's mean demand, and of its factors within; saturation,
     turns: half widths of an episode's factors of saturation flows and turning shares.
     """
@@ -1501,14 +1503,13 @@ class NetworkVectorEnv(SimulatedLanes):
         )
         came = started + arrived
         error = (stored + departed - came - lost).abs().sum(0)
-        error = error / came.sum(0).clamp(min=1e-9)
         return {
             "episode_return": -totals[DELAY],
             "delay_veh_s": totals[DELAY],
             "throughput_veh": departed.sum(0),
             "mean_speed": totals[DISTANCE] / totals[TIME].clamp(min=1e-9),
             "switches": totals[SWITCHES],
-            "mass_error": error,
+            "mass_error": error / came.sum(0).clamp(min=1e-9),
             "max_cfl": totals[MAX_CFL],
             "episode_length": totals[DECISIONS],
         }

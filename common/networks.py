@@ -42,6 +42,7 @@ CELL_LENGTH = 25.0  # m
 ZONES = (50.0, 150.0)  # m upstream of the stop line: near, middle, far
 AMBER, ALL_RED, MIN_GREEN = 0.0, 4.0, 6.0  # s, where a plan gives none
 GIVE_WAY = 6.2, 3.3  # s, critical gap and follow-up time (HCM, a right turn from a minor road)
+CLOSE = 60.0  # m between two signals: what stands before the first is the work of both
 SHORT = 5.0  # m: below it a segment's cell makes every time step small
 PART_RANGES = {  # m, how many, m/s, veh/h and lane: beyond them is a slip
     "length": (0.1, 1e5),
@@ -159,9 +160,10 @@ class Network:
         return np.isin(np.arange(len(self.ends)), self.move_from)
 
     def owners(self) -> np.ndarray:
-        """(S,) the signal that a segment's delay belongs to: the next on the way, else the last.
+        """(S, 2) the signals that a segment's delay belongs to; -1: none.
 
-        -1: there is none.
+        The first is the next on the way, else the last. The second stands CLOSE behind it: a queue
+        of its own that reaches back through the first hardly shows on the short road between them.
         """
         owner = self.signal.copy()
         heaviest = np.argsort(self.share, kind="stable")  # of several writes the last one counts
@@ -172,7 +174,17 @@ class Network:
                 if not new.any():
                     break
                 owner[behind[new]] = owner[ahead[new]]
-        return owner
+        second = np.full(len(owner), -1)
+        a, b = self.move_from, self.move_to
+        between = (self.signal[a] >= 0) & (self.signal[b] >= 0) & (self.lengths[b] < CLOSE)
+        between &= self.signal[a] != self.signal[b]
+        second[a[between]] = self.signal[b[between]]
+        way_back = (self.signal[a] < 0) & (owner[a] == owner[b])
+        while True:
+            new = way_back & (second[a] < 0) & (second[b] >= 0)
+            if not new.any():
+                return np.stack([owner, second], 1)
+            second[a[new]] = second[b[new]]
 
     def around(self) -> tuple[np.ndarray, np.ndarray]:
         """(G, A) segments that end at each signal, and that those lead into; -1 fills a row."""

@@ -449,6 +449,15 @@ def lay(part=None, turns=TURNS, signals=(LIGHT,), demand=FLOWS, yields=YIELDS, *
     return networks.assemble("laid", parts, [networks.Turn(*turn) for turn in turns], signals, demand, yields)
 
 
+@pytest.mark.parametrize("metres, second", [(50.0, [1, 1, -1, -1, 1, -1, -1, -1, -1, -1]), (61.0, [-1] * 10)])
+def test_what_stands_before_a_close_signal_belongs_to_both(metres, second):
+    """up, through and side lead over J to east, which ends at another signal X."""
+    light = networks.Signal("X", ({"east"}, {"out"}), ((), ()), (20.0, 8.0))
+    net = lay("east", signals=(LIGHT, light), turns=[*TURNS, ("east", "main", 1)], length=metres)
+    assert net.owners()[:, 0].tolist()[:6] == [0, 0, 0, 0, 0, 1]
+    assert net.owners()[:, 1].tolist() == second
+
+
 def test_parts_with_names_of_their_own():
     net = lay("through", saturation=1200.0, lanes=2, shape=((0, 0), (50, 0)))
     assert net.ids[2] == "left" and net.ends[1] == net.ends[2] == ("a", "J") and net.shapes[1] == ((0, 0), (50, 0))
@@ -456,8 +465,9 @@ def test_parts_with_names_of_their_own():
     assert net.green.tolist() == [0, 3, 3, 1, 4, 0, 0, 0, 0, 0] and net.minor.tolist() == [0, 0, 1] + [0] * 7
     assert (net.entry >= 0).nonzero()[0].tolist() == [0, 3, 4, 7, 8] and (net.change, net.offset) == ([4], [7])
     assert net.gap[[2, 8]] == pytest.approx([3.25, 3.5]) and net.follow[8] == pytest.approx(1 / 3)
-    # a road pays to the signal it leads to, else to the one behind it
-    assert net.owners().tolist() == [0] * 8 + [-1, 0] and net.around()[0].tolist() == [[1, 2, 3, 4]]
+    # a road's delay belongs to the signal that it leads to, else to the one behind it
+    assert net.owners()[:, 0].tolist() == [0] * 8 + [-1, 0] and net.around()[0].tolist() == [[1, 2, 3, 4]]
+    assert (net.owners()[:, 1] == -1).all()  # one signal alone
     assert net.pieces(5.0).tolist() == [1, 2, 1, 1] and net.horizon(20.0) == 60.0
     flow = 3600 * net.mean_flows(net.base[0])
     assert flow[[6, 7, 9]] == pytest.approx([740, 50 + 0.8 * 740, 350 + 0.8 * 740])
