@@ -1,0 +1,173 @@
+"""Speed of training ppo_arz_signals.py on a SUMO map beside sumo-rl with Stable-Baselines3's PPO.
+
+    python scripts/benchmark_sumo_rl.py --sumocfg MAP.sumocfg  # about six minutes on one core
+
+Both control the same signals every 5 s and both are counted in decisions of signals a second of
+training, each on one thread: start-up, compiling, tuning of baselines and evaluations are left out.
+sumo-rl runs through libsumo, without its info, its signals as rows of one PPO as ours are.
+Needs sumo-rl and stable-baselines3, and sumo-rl needs pettingzoo.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common.run import answer_help, exit_with, parse_args, refuse  # noqa: E402
+
+answer_help(__name__, __file__)
+
+import gymnasium as gym  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from scripts.machine import need_peer  # noqa: E402
+
+need_peer("stable_baselines3", "sumo_rl", "pettingzoo")
+from stable_baselines3 import PPO  # noqa: E402
+from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
+from stable_baselines3.common.vec_env import VecEnv  # noqa: E402
+
+from cleanrl_crypto import ppo_arz_signals as arz  # noqa: E402
+from common.maps import find_files, sumo  # noqa: E402
+
+AMBER, MIN_GREEN, INTERVAL = 3, 5, 5  # s
+
+
+@dataclass
+class Args:
+    sumocfg: str = ""
+    """SUMO's configuration: network, demand, begin and end"""
+    seconds: float = 120.0
+    """of training of sumo-rl; ours gets a minute more for compiling and baselines"""
+
+
+class Signals(VecEnv):
+    """sumo-rl's environment: a row a signal, observations and actions padded to the largest."""
+
+    def __init__(self, sumocfg: str):
+        from sumo_rl import SumoEnvironment
+
+        files = find_files(sumocfg)
+        self.env = SumoEnvironment(
+            str(files.net),
+            ",".join(map(str, files.demand)),
+            begin_time=int(files.begin),
+            num_seconds=int(files.end - files.begin),
+            delta_time=INTERVAL,
+            yellow_time=AMBER,
+            min_green=MIN_GREEN,
+            sumo_warnings=False,
+            add_system_info=False,
+            add_per_agent_info=False,
+        )
+        self.names = self.env.ts_ids
+        self.phases = [int(self.env.action_spaces(name).n) for name in self.names]
+        width = max(self.env.observation_spaces(name).shape[0] for name in self.names)
+        observation = gym.spaces.Box(0, 1, (width,))
+        action = gym.spaces.Discrete(max(self.phases))
+        super().__init__(len(self.names), observation, action)
+        self.decisions = 0
+
+    def rows(self, by_name: dict) -> np.ndarray:
+        """(signals, width)."""
+        rows = np.zeros((self.num_envs, *self.observation_space.shape), np.float32)
+        for row, name in zip(rows, self.names):
+            values = by_name[name]
+            row[: len(values)] = values
+        return rows
+
+    def reset(self):
+        return self.rows(self.env.reset())
+
+    def step_async(self, actions):
+        self.actions = actions
+
+    def step_wait(self):
+        asked = zip(self.names, self.actions, self.phases)
+        phases = {name: int(action) % n for name, action, n in asked}
+        obs, rewards, dones, _ = self.env.step(phases)
+        self.decisions += self.num_envs
+        obs, infos = self.rows(obs), [{} for _ in self.names]
+        over = dones["__all__"]
+        if over:
+            for info, row in zip(infos, obs):
+                info |= {"terminal_observation": row, "TimeLimit.truncated": True}
+            obs = self.reset()
+        reward = np.array([rewards[name] for name in self.names], np.float32)
+        return obs, reward, np.full(self.num_envs, over), infos
+
+    def close(self):
+        self.env.close()
+
+    # what VecEnv asks for and PPO does not need here
+    def get_attr(self, name, indices=None):
+        return [None] * self.num_envs
+
+    def set_attr(self, name, value, indices=None):
+        pass
+
+    def env_method(self, name, *args, indices=None, **kwargs):
+        return [None] * self.num_envs
+
+    def env_is_wrapped(self, wrapper, indices=None):
+        return [False] * self.num_envs
+
+
+class Until(BaseCallback):
+    """Ends learn() after so many seconds."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+    def _on_training_start(self):
+        self.began = time.monotonic()
+
+    def _on_step(self) -> bool:
+        return time.monotonic() - self.began < self.seconds
+
+
+def peer_rate(sumocfg: str, seconds: float) -> float:
+    """Decisions of signals a second of sumo-rl with PPO."""
+    envs = Signals(sumocfg)
+    until = Until(seconds)
+    agent = PPO("MlpPolicy", envs, n_steps=128, batch_size=256, device="cpu")
+    agent.learn(10**9, until)
+    rate = envs.decisions / (time.monotonic() - until.began)
+    envs.close()
+    return rate
+
+
+def own_rate(sumocfg: str, seconds: float) -> float:
+    """Decisions of signals a second of collecting and learning."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = "--torch-threads", 1, "--no-report", "--no-cuda"
+        about = "--network", sumocfg, "--timeout", seconds, "--run-dir", f"{folder}/run"
+        summary = arz.main([*map(str, about), *map(str, flags)])
+    spent = summary["phases"]["rollout"] + summary["phases"]["learn"]
+    signals = len(arz.find_network(sumocfg).nodes)
+    return signals * summary["global_step"] / spent
+
+
+def main(argv=None) -> dict:
+    """Both rates and their ratio."""
+    args, _ = parse_args(Args, argv)
+    refuse((not args.sumocfg, "--sumocfg MAP.sumocfg is missing"))
+    sumo()  # SUMO_HOME
+    os.environ["LIBSUMO_AS_TRACI"] = "1"
+    torch.set_num_threads(1)
+    peer = peer_rate(args.sumocfg, args.seconds)
+    own = own_rate(args.sumocfg, args.seconds + 60)
+    print(f"decisions of signals a second: ours {own:,.0f}, sumo-rl with PPO {peer:,.0f}")
+    print(f"{own / peer:.1f} x")
+    return {"exit_code": 0, "own": own, "peer": peer, "ratio": own / peer}
+
+
+if __name__ == "__main__":
+    exit_with(main)
