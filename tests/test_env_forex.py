@@ -267,9 +267,13 @@ def test_reset_and_step_build_nothing_and_share_nothing(make):
 CUDA = """
 import sys
 import numpy as np
+from numba import config
 from test_env_forex import draws, dqn, make_pairs, outputs
 rules = dict(leverage=3.0, episode_length=6, seed=3)
-cpu, gpu = (dqn.ForexVectorEnv(make_pairs(), "train", 5, backend=b, **rules) for b in ("cpu", "cuda"))
+backends = "cpu", "cpu" if config.ENABLE_CUDASIM else "cuda"
+cpu, gpu = (dqn.ForexVectorEnv(make_pairs(), "train", 5, backend=b, **rules) for b in backends)
+if config.ENABLE_CUDASIM:  # on the arrays of the CPU
+    gpu.block = dqn.market_block(dqn.cuda_step()[1, 128], gpu.arrays)
 assert (cpu.reset()[0] == gpu.reset()[0]).all()
 ends = 0
 for t, actions in enumerate(draws(int(sys.argv[1]), 5).numpy()):
@@ -284,31 +288,10 @@ print("same")
 """
 
 
-@pytest.mark.gpu
-def test_cuda_on_a_device_is_the_cpu(repo):
-    assert "same" in run_code(repo, CUDA, "500", "1e-6", NUMBA_ENABLE_CUDASIM="0")
-
-
-SIMULATED = """
-import numpy as np
-import torch
-from test_env_forex import OUT, draws, dqn, make_pairs, outputs
-rules = dict(leverage=3.0, episode_length=6, seed=3)
-cpu, gpu = (dqn.ForexVectorEnv(make_pairs(), "train", 5, **rules) for _ in range(2))
-gpu.block = dqn.market_block(dqn.cuda_step()[1, 128], gpu.arrays)  # on the arrays of the CPU
-assert (cpu.reset()[0] == gpu.reset()[0]).all()
-ends = 0
-for actions in draws(24, 5):
-    ends += int(cpu.step_lanes(actions)[2].sum())
-    gpu.step_lanes(actions)
-one, two = outputs(cpu), outputs(gpu)
-assert ends > 4 and max(np.abs(one[k].astype(float) - two[k]).max() for k in OUT) < 1e-12
-print("same")
-"""
-
-
-def test_cuda_in_the_simulator_is_the_cpu(repo):
-    assert "same" in run_code(repo, SIMULATED, NUMBA_ENABLE_CUDASIM="1")
+@pytest.mark.parametrize("simulated, steps, error", [
+    ("1", "24", "1e-12"), pytest.param("0", "500", "1e-6", marks=pytest.mark.gpu)])
+def test_cuda_is_the_cpu(repo, simulated, steps, error):
+    assert "same" in run_code(repo, CUDA, steps, error, NUMBA_ENABLE_CUDASIM=simulated)
 
 
 def test_the_kernel_compiles_for_a_real_gpu(repo, tmp_path):
