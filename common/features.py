@@ -544,8 +544,8 @@ def fit_hmm(x, seed, seconds=math.inf):
     """4-state Gaussian HMM of x (T,): mean, var, start (4,), sticky trans (4, 4), calmest first.
 
     EM begins at levels of the slow mean: from plain quantiles it gave three states to the calm
-    regime in 5 of 12 synthetic markets (accuracy .93 to .98 instead of .99). After `seconds` it stops
-    with what it has, and says so.
+    regime in 5 of 12 synthetic markets (accuracy .93 to .98 instead of .99). After `seconds` it
+    stops with what it has, and says so.
     """
     x, lengths = hmm_rows(x)
     rng, deadline = np.random.default_rng(seed), time.monotonic() + seconds
@@ -637,7 +637,7 @@ def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
 
 
 def with_products(table, n_tech: int) -> np.ndarray:
-    """(T, 6 n_tech + 5) float64: the columns of a table (T, n_tech + 5), technical ones times context."""
+    """(T, 6 n_tech + 5) float64: a table (T, n_tech + 5), and its technical columns times context."""
     table = np.asarray(table, np.float64)
     tech = table[:, :n_tech]
     products = [tech * table[:, k : k + 1] for k in range(n_tech, table.shape[1])]
@@ -645,8 +645,8 @@ def with_products(table, n_tech: int) -> np.ndarray:
 
 
 class Products:
-    """The rows of with_products(table, n_tech) that are asked for: of a million bars all of them would
-    be 2.4 GB."""
+    """The rows of with_products(table, n_tech) that are asked for: of a million bars all would be
+    2.4 GB."""
 
     def __init__(self, table, n_tech: int):
         self.table, self.n_tech = table, n_tech
@@ -702,7 +702,7 @@ class FeatureModel(Fitted):
     linear: dict = field(default_factory=dict)
 
     def forecast(self, table) -> np.ndarray:
-        """(T,) float32 linear forecast of the next return from rows (T, n_tech + 5), about 1 in size."""
+        """(T,) float32 linear forecast of the next return from rows (T, n_tech + 5), size about 1."""
         forecast = np.zeros(len(table), np.float32)
         if not self.linear:
             return forecast

@@ -26,7 +26,7 @@ SMOOTHING = (0.0, 0.5, 0.7, 0.8, 0.9)  # weight of a forecast's past
 # of a no-trade band, in standard deviations
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 NOTHING = 0.05  # bp a bar: an optimum that earns less earns nothing
-STILL = 0.05  # state_dependence below which a position is one and the same: at random it is above .2
+STILL = 0.05  # state_dependence below which a position is one and the same; at random above .2
 ENOUGH = 0.25  # share of the edge that is there, from which on an agent is healthy
 
 
@@ -146,8 +146,8 @@ def band(forecast: np.ndarray, level: float) -> np.ndarray:
 
 @dataclass
 class Sums:
-    """Sums over rows of columns x (n, K), less a level, and next returns y (n,): all that a lasso asks
-    of them. Those of two sets of rows add up, so that folds share one pass, a block at a time."""
+    """Sums over rows of columns x (n, K), less a level, and next returns y (n,): all that a lasso
+    asks of them. Those of two sets of rows add up: folds share one pass, a block at a time."""
 
     gram: np.ndarray  # (K + 2, K + 2) products of (x - level, y, 1)
     high: np.ndarray  # (3, K) of (x - level)^2 y, (x - level)^2 y^2, (x - level) y^2
@@ -166,7 +166,9 @@ def sums_of(series: Series, start: int, stop: int, level: np.ndarray) -> Sums:
         z = np.column_stack([x, y, np.ones(len(y))])
         sums.gram += z.T @ z
         square = x**2
-        sums.high += np.stack([y @ square, y**2 @ square, y**2 @ x])
+        sums.high[0] += y @ square
+        sums.high[1] += y**2 @ square
+        sums.high[2] += y**2 @ x
     return sums
 
 
@@ -182,8 +184,8 @@ def train_sums(assets: list[Series]) -> tuple[np.ndarray, list[Sums]]:
     parts = [[] for _ in range(FOLDS + 1)]
     for s in assets:
         edges = fold_edges(s)
-        near = np.concatenate([edges, edges - GAP, edges + GAP])
-        cuts = np.unique(near.clip(*s.rows["train"])).tolist()
+        cuts = np.concatenate([edges, edges - GAP, edges + GAP])
+        cuts = np.unique(cuts.clip(*s.rows["train"])).tolist()
         for start, stop in zip(cuts, cuts[1:]):
             sums = sums_of(s, start, stop, level)
             parts[0].append(sums)
@@ -235,16 +237,19 @@ def marginal_t(sums: Sums) -> np.ndarray:
     xx, xy, yy = np.diag(mean)[:-2], mean[:-2, -2], mean[-2, -2]
     xxy, xxyy, xyy = sums.high / sums.gram[-1, -1]
     covariance = xy - x * y
-    # of the product of both without their means: its square, expanded
-    square = xxyy - 2 * y * xxy + y**2 * xx - 2 * x * xyy + 4 * x * y * xy + x**2 * yy
-    square = square - 3 * x**2 * y**2
+    # mean square of (x - its mean) (y - its mean), multiplied out
+    square = xxyy - 2 * y * xxy + y**2 * xx
+    square += x**2 * yy - 2 * x * xyy
+    square += 4 * x * y * xy - 3 * x**2 * y**2
     variance = square - covariance**2
     return covariance / np.sqrt(np.maximum(variance, 1e-300) / sums.gram[-1, -1])
 
 
 def forecasts_on(series: Series, start: int, stop: int, center, weights) -> np.ndarray:
     """Forecasts (stop - start, P) of rows by weights (K, P), or (stop - start,) by weights (K,)."""
-    parts = [(series.x[rows] - center) @ weights for rows in blocks(start, stop)]
+    parts = []
+    for rows in blocks(start, stop):
+        parts.append((series.x[rows] - center) @ weights)
     return np.concatenate(parts)
 
 
@@ -462,8 +467,8 @@ def verdict(
 def describe(audit: dict, agent: dict) -> str:
     """The numbers behind a verdict."""
     text = f"state_dependence {audit['state_dependence']:.3f}, turnover {agent['turnover']:.4f}, "
-    text += f"exposure {agent['exposure']:+.2f}; over the best constant, or flat, on eval in bp a bar: "
-    text += "agent "
+    text += f"exposure {agent['exposure']:+.2f}; "
+    text += "over the best constant, or flat, on eval in bp a bar: agent "
     text += f"{audit['edge_bps']:+.2f} (standard error {audit['edge_se_bps']:.2f}), sparse_linear "
     text += f"{audit['rival_edge_bps']:+.2f} ({audit['rival_edge_se_bps']:.2f})"
     if audit["optimum_edge_bps"] is not None:
