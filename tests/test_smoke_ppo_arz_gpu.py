@@ -18,7 +18,7 @@ from cleanrl_crypto import ppo_arz_gpu as ppo
 from common.lanes import SimulatedLanes
 from common.run import UsageError
 from common.timeout_guard import load_checkpoint
-from runs import SUMMARY, assert_same, flags_of, records, wait_until
+from runs import SUMMARY, assert_same, flags_of, last_of, records, untimed, wait_until
 
 SCRIPT = Path(ppo.__file__)
 TINY = dict(
@@ -27,13 +27,6 @@ TINY = dict(
 STATS = {
     "episode_return", "delay_veh_s", "throughput_veh", "mean_speed", "switches", "mass_error",
     "max_cfl", "floor_veh", "queue_veh"}
-LOGGED = {
-    "charts/episodic_return", "charts/SPS", "charts/updates", "charts/replay_ratio",
-    "charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy",
-    "losses/approx_kl", "losses/clipfrac", "losses/grad_norm", "losses/explained_variance",
-    "policy/entropy", "policy/log_std_mean", "policy/action_mean", "policy/state_dependence",
-    "policy/saturation", "value/v_mean", "env/max_cfl", "env/queue_veh", "time/learn", "time/rollout",
-    "eval/validation/episode_return", "eval/published/episode_return", "eval/heldout/episode_return"}
 
 flags = partial(flags_of, TINY)
 
@@ -43,10 +36,6 @@ def command(run_dir, *before, **changes):
     argv = [sys.executable, *before, str(SCRIPT), *flags(run_dir, **changes)]
     done = subprocess.run(argv, cwd=run_dir.parent, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout, done.stderr
-
-
-def last(run_dir) -> dict:
-    return load_checkpoint(run_dir / "checkpoints" / "last.pt")
 
 
 def check_run(run_dir, summary):
@@ -60,7 +49,8 @@ def check_run(run_dir, summary):
         for metrics in (result["agent"], *result["baselines"].values()):
             assert STATS <= set(metrics) and all(math.isfinite(x) for x in metrics.values())
             assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 1 + 1e-6
-    assert LOGGED <= {key for record in records(run_dir) for key in record}
+    splits = {f"eval/{split}/episode_return" for split in summary["eval"]}
+    assert splits <= {key for record in records(run_dir) for key in record}
     assert json.loads((run_dir / "summary.json").read_text())["eval"] == summary["eval"]
     assert {"last.pt", "best.pt"} <= {p.name for p in (run_dir / "checkpoints").iterdir()}
     assert list(run_dir.glob("events.out.tfevents.*"))
@@ -97,7 +87,7 @@ def test_two_runs_in_one_process_have_the_same_bits(tmp_path, changes):
     for name, summary in zip("ab", results):
         check_run(tmp_path / name, summary)
     assert results[0]["eval"] == results[1]["eval"]
-    assert_same(last(tmp_path / "a")["agent"], last(tmp_path / "b")["agent"])
+    assert_same(last_of(tmp_path / "a")["agent"], last_of(tmp_path / "b")["agent"])
 
 
 def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(whole, tmp_path):
@@ -110,14 +100,12 @@ def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(whole, tmp_
     wait_until(child, lambda: len(list(folder.glob("step_*.pt"))) >= 2)
     child.kill()
     child.communicate()
-    assert 0 < last(tmp_path / "parts")["loop"]["global_step"] < 2048
+    assert 0 < last_of(tmp_path / "parts")["loop"]["global_step"] < 2048
     ppo.main(flags(tmp_path / "parts", **changes))
-    a, b = last(whole[0]), last(tmp_path / "parts")
+    a, b = last_of(whole[0]), last_of(tmp_path / "parts")
     for name in ("agent", "parts", "loop", "config", "data"):
         assert_same(a[name], b[name], name)
-    volatile = ("wall", "charts/SPS")
-    one, two = ([{k: x for k, x in r.items() if k not in volatile and not k.startswith("time/")}
-                 for r in records(folder)] for folder in (whole[0], tmp_path / "parts"))
+    one, two = (untimed(folder) for folder in (whole[0], tmp_path / "parts"))
     assert one == two and one[-1]["global_step"] == 2048
 
 
@@ -173,18 +161,19 @@ def test_a_broken_lane_does_not_break_the_run(tmp_path):
     assert np.isfinite(losses_of(tmp_path / "run")).all()
 
 
-def test_two_processes_follow_one(tmp_path):
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_follow_one(tmp_path, resumed):
     """The same lanes, noise and minibatches: losses are the same but for rounding; then resumed."""
     same = dict(eval_interval=128, total_timesteps=256)
     assert ppo.main(flags(tmp_path / "one", **same))["exit_code"] == 0
     argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # a free port
-    for more in (same, same | dict(resume="auto", total_timesteps=384)):
+    for more in (same, *[same | dict(resume="auto", total_timesteps=384)] * resumed):
         code, _, err = command(tmp_path / "two", *argv, **more)
         assert code == 0, err[-2000:]
     one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 2 and len(two) == 3
+    assert len(one) == 2 and len(two) == 2 + resumed
     np.testing.assert_allclose(two[:2], one, rtol=1e-3, atol=1e-5)
-    lanes = last(tmp_path / "two")["parts"]["envs"]  # every process has lanes of its own
+    lanes = last_of(tmp_path / "two")["parts"]["envs"]  # every process has lanes of its own
     assert len(lanes) == 2 and not torch.equal(lanes[0]["lane"], lanes[1]["lane"])
 
 
