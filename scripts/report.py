@@ -492,6 +492,12 @@ def heading(key: str) -> str:
     return COLUMNS[key][0] if key in COLUMNS else words(key)
 
 
+def unbroken(title: str) -> str:
+    """The title with its unit, what stands behind a comma, in one piece."""
+    name, comma, unit = title.partition(", ")
+    return name + comma + unit.replace(" ", "\u00a0")
+
+
 def kind_of(key: str) -> str:
     return COLUMNS[key][1] if key in COLUMNS else "plain"
 
@@ -900,7 +906,7 @@ def add_scores(
     keys = columns_of(blocks)
     everyone = [metrics for rows in blocks.values() for metrics in rows.values()]
     cells = zip(*(texts([m.get(k) for m in everyone], kind_of(k)) for k in keys))
-    head = "".join(f"<th>{esc(heading(k))}</th>" for k in keys)
+    head = "".join(f"<th>{esc(unbroken(heading(k)))}</th>" for k in keys)
     page.add(
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>'
     )
