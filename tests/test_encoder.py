@@ -248,5 +248,3 @@ def test_the_masked_reconstruction_improves_and_standardises_the_context(small):
     rows = torch.arange(FIRST, TRAIN_STOP)
     z = contexts.encoder.context(contexts.windows(rows)) / contexts.encoder.gain
     assert z.mean((0, 1)).abs().max() < 0.2 and (z.std((0, 1)) - 1).abs().max() < 0.2
-
-

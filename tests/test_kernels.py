@@ -165,8 +165,6 @@ def test_an_episode_s_row_and_w_cost():
 
 
 # ---------------------------------------------------------------------------------------- one step
-
-
 @MODES
 def test_step_is_an_independent_account_of_the_lane(drift):
     costs, rules, ret, funding = (8e-4, drift), rules_of(), returns(), payments()

@@ -163,5 +163,3 @@ def test_filter_equals_enumeration_of_all_paths(seed):
     x = np.random.default_rng(seed + 100).normal(0, 2, 7)
     found = forward_filter(x, *parameters)
     np.testing.assert_allclose(found, enumerated(x, *parameters), rtol=1e-12, atol=1e-15)
-
-

@@ -445,8 +445,6 @@ def test_dropout_takes_whole_channels_and_only_while_training():
     assert torch.equal(extractor.eval()(z, hmm, forecast)[:, :-1].reshape(z.shape), z)
 
 
-
-
 def test_entropy_calls_an_actor_back_from_its_limit():
     """Without a gradient there alpha grew without end, and the exposures became NaN."""
     torch.manual_seed(0)
