@@ -74,7 +74,8 @@ class Mirror(threading.Thread):
                 now[path] = path.stat().st_mtime_ns
                 name = path.relative_to(self.run_dir)
                 self.put(name.as_posix(), path.read_bytes())
-        self.put("log", self.log.read_bytes())
+        if self.log.exists():  # not of a run for which no time was left
+            self.put("log", self.log.read_bytes())
         if checkpoint is not None:
             self.put("checkpoints/last.pt", checkpoint)
         self.copied |= now

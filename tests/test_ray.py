@@ -11,6 +11,7 @@ ray = pytest.importorskip("ray", reason="pip install -r requirements-cluster.txt
 pytest.importorskip("fsspec", reason="pip install -r requirements-cluster.txt")
 
 from runs import wait_until  # noqa: E402
+from scripts import ray_engine  # noqa: E402
 from test_wfo import LAYOUT, TINY, folder  # noqa: E402, F401
 
 PROGRAM = "scripts/run_full_wfo.py"
@@ -28,6 +29,22 @@ def cluster():
     cluster.add_node(**size)
     yield cluster
     cluster.shutdown()
+
+
+def test_a_run_without_time_has_nothing_to_copy(tmp_path):
+    """Its place at the storage stays as it is; one with a log is copied whole and comes back."""
+    run_dir, log, url = tmp_path / "run", tmp_path / "log", (tmp_path / "bucket").as_uri()
+    run_dir.mkdir()
+    mirror = ray_engine.Mirror(run_dir, log, url, 1.0)
+    mirror.push()
+    assert not list((tmp_path / "bucket").rglob("*"))
+    log.write_text("said")
+    (run_dir / "metrics.jsonl").write_text("{}")
+    mirror.push()
+    there = ray_engine.Mirror(tmp_path / "there", tmp_path / "log_there", url, 1.0)
+    there.pull()
+    assert (tmp_path / "there" / "metrics.jsonl").read_text() == "{}"
+    assert (tmp_path / "log_there").read_text() == "said"
 
 
 def argv_of(data, root, *more) -> list:
