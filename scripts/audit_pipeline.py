@@ -14,14 +14,14 @@ docs/audit_pipeline.md explains each number.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from common.run import (  # noqa: E402
     UsageError,
     answer_help,
+    args_of,
     check,
     exit_with,
     load_run,
@@ -74,9 +75,8 @@ WINDOWS = 512  # a split, for the encoder
 SAME = 1e-5  # float32 rounding of a probability
 LIBRARY = 1e-3  # of hmmlearn's posterior beside ours
 ROUNDING = 2.0**-8  # of bf16, in which embeddings may be kept
-HORIZON = (
-    5  # bars / (1 - gamma) at the end of a split, whose returns are not yet known
-)
+# bars x (1 - gamma) at the end of a split whose returns are not yet known
+HORIZON = 5
 INNER = 0.8  # share that should lie between the 10 % and the 90 % quantile
 POINTS = 400  # of a curve
 
@@ -109,15 +109,18 @@ class Part:
     """What an audit found: the verdict is the worst level of its checks."""
 
     name: str
-    checks: list = field(
-        default_factory=list
-    )  # (level, the number and what it is held against)
+    # (level, the number and what it is held against)
+    checks: list = field(default_factory=list)
     numbers: dict = field(default_factory=dict)
     tables: list = field(default_factory=list)  # (title, head, rows)
     figures: list = field(default_factory=list)  # (name, title, figure, caption)
 
     def judge(self, level: str, reason: str):
         self.checks.append((level, reason))
+
+    def judge_by(self, good: bool, reason: str):
+        """Sound or broken; what is not a number is not good."""
+        self.judge("sound" if good else "broken", reason)
 
     @property
     def verdict(self) -> str:
@@ -141,7 +144,17 @@ def shifts(n: int, draws: int, rng) -> np.ndarray:
 def chance(value: float, null) -> float:
     """Probability that chance does as well: the share of (null and value) at or above value."""
     null = np.asarray(null)
-    return float((1 + (null >= value).sum()) / (1 + len(null)))
+    as_well = (null >= value).sum()
+    return float((1 + as_well) / (1 + len(null)))
+
+
+def against_shifts(score, x: np.ndarray, rng) -> tuple[float, float, float]:
+    """score(x), the mean score of x (n, ...) shifted along its rows, the probability of chance."""
+    value = score(x)
+    null = []
+    for shift in shifts(len(x), DRAWS, rng):
+        null.append(score(np.roll(x, shift, 0)))
+    return float(value), float(np.mean(null)), chance(value, null)
 
 
 def interval(x: np.ndarray, rng, draws: int = 1000) -> tuple[float, float]:
@@ -153,9 +166,11 @@ def interval(x: np.ndarray, rng, draws: int = 1000) -> tuple[float, float]:
     length = max(1, round(math.sqrt(n)))
     blocks = -(-n // length)
     # a block's sum is a difference of running sums; behind the last row the first ones follow
-    total = np.cumsum(np.concatenate([[0.0], x, x[:length]]))
+    circle = np.concatenate([[0.0], x, x[:length]])
+    total = np.cumsum(circle)
     start = rng.integers(n, size=(draws, blocks))
-    means = (total[start + length] - total[start]).mean(1) / length
+    sums = total[start + length] - total[start]
+    means = sums.mean(1) / length
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
@@ -170,43 +185,43 @@ class Subject:
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
+        flags = folder / "args.json"
+        best = folder / "checkpoints" / "best.pt"
+        refuse(
+            (not folder.is_dir(), f"{folder}: no such folder"),
+            (not flags.exists(), f"{folder}: holds no args.json: give a run directory"),
+            (not best.exists(), f"{best}: no such file: the run has no agent yet"),
+        )
+        self.state = load_run(best, Path(tqc.__file__), tqc.SCHEMA)
         try:
-            flags = json.loads((folder / "args.json").read_text())
-        except (OSError, ValueError) as e:
-            raise UsageError(
-                f"{folder}: not a run directory: args.json: {e}"
-            ) from e
-        path = folder / "checkpoints" / "best.pt"
-        if not path.exists():
-            raise UsageError(
-                f"{folder}: holds no checkpoints/best.pt: the run has no agent yet"
-            )
-        self.state = load_run(path, Path(tqc.__file__), tqc.SCHEMA)
-        try:
-            self.args = tqc.Args(**flags)
-        except TypeError as e:
-            raise UsageError(
-                f"{folder}/args.json: flags of another version: {e}"
-            ) from e
+            self.args = args_of(tqc.Args, json.loads(flags.read_text()))
+        except ValueError as e:  # no JSON, or the flags of another version
+            raise UsageError(f"{flags}: {e}") from e
         self.config = self.state["config"]
         # the columns as the run fitted them: a new fit would be another run's
         self.model = FeatureModel.from_state_dict(self.state["features"])
         self.market = tqc.load_market(self.args, self.model)
-        here, there = self.market.bars.sha256, self.state["data"]["sha256"]
-        refuse(
-            (
-                here != there,
-                f"--data {self.args.data}: is not what {folder} was trained on",
-            )
-        )
+        there = self.state["data"]
+        other = self.market.bars.sha256 != there["sha256"]
+        why = f"--data {self.args.data}: has changed since {folder} was trained on it"
+        refuse((other, why))
+        # a walk-forward leaves out more rows between the splits than the script alone
+        rows = there["rows"].items()
+        self.market.rows = {split: tuple(ends) for split, ends in rows}
         # its own: the audit of a run says the same at every call
         self.rng = np.random.default_rng(0)
         # made markets know the mean of each return: measured by it, luck does not count
         self.known = self.market.bars.truth is not None
-        self.unit = "expected" if self.known else "realised"
+        self.unit, self.target, self.target_name = "realised", self.market.ret, "next return"
+        if self.known:
+            self.unit, self.target = "expected", self.market.expected
+            self.target_name = "known mean of the next return"
         self.rows = {}
         for split, (start, stop) in self.market.rows.items():
             self.rows[split] = max(start, stop - SPAN), stop
+        unseen = "eval", "test"
+        later = [np.arange(*self.rows[split]) for split in unseen]
+        self.later = np.concatenate(later)
 
     @cached_property
     def agent(self):
@@ -236,15 +251,15 @@ class Subject:
     @property
     def posteriors(self) -> np.ndarray:
         """(T, 4)"""
-        return self.table[:, self.market.n_tech :][:, : features.STATES].astype(
-            np.float64
-        )
+        hmm = self.table[:, self.market.n_tech :]
+        return hmm[:, : features.STATES].astype(np.float64)
 
     @cached_property
     def emission(self) -> np.ndarray:
         """(T,) log volatility of the bars, which the HMM reads."""
         bars = self.market.bars
-        return asset_views(bars.ohlcv[0], bars.timestamp, self.model.assets[0]).lg
+        asset = self.model.assets[0]
+        return asset_views(bars.ohlcv[0], bars.timestamp, asset).lg
 
     @property
     def regimes(self) -> tuple[np.ndarray, str]:
@@ -253,6 +268,9 @@ class Subject:
         if truth:
             return truth.regime, "regime"
         return self.posteriors.argmax(1), "state"
+
+    def span(self, split) -> slice:
+        return slice(*self.rows[split])
 
     def earned(self, path, split) -> np.ndarray:
         """(n,) bp a bar of the exposures `path`; by the known mean where there is one."""
@@ -270,16 +288,17 @@ class Subject:
         w_cost = torch.full((len(latents), 1), w_cost)
         values = tqc.afterstate_values(self.agent, latents, w_cost)
         policy = policy or self.config["policy"]
-        return tqc.target_path(self.agent, latents, values, self.market, a, w_cost, policy)
+        return tqc.target_path(
+            self.agent, latents, values, self.market, a, w_cost, policy
+        )
 
     @cached_property
     def latents(self) -> dict:
         """split -> (n, width) the market part of the fusion layer."""
         found = {}
         for split, rows in self.rows.items():
-            found[split] = tqc.latents_of(
-                self.agent, self.contexts, torch.arange(*rows)
-            )
+            at = torch.arange(*rows)
+            found[split] = tqc.latents_of(self.agent, self.contexts, at)
         return found
 
 
@@ -305,8 +324,10 @@ def library_posterior(hmm: dict, x: np.ndarray) -> np.ndarray:
     mean, var, trans, start = arrays(hmm)
     # "": what is set here stays, nothing is initialised by a fit
     model = GaussianHMM(len(mean), "diag", init_params="")
-    model.startprob_, model.transmat_ = start / start.sum(), trans
-    model.means_, model.covars_ = mean[:, None], var[:, None]
+    model.startprob_ = start / start.sum()
+    model.transmat_ = trans
+    model.means_ = mean[:, None]
+    model.covars_ = var[:, None]
     return model.predict_proba(x[:, None])[-1]
 
 
@@ -315,23 +336,23 @@ def log_score(x: np.ndarray, p: np.ndarray, hmm: dict, rows) -> np.ndarray:
     mean, var, trans, _ = arrays(hmm)
     prior = p @ trans
     distance = (x[rows + 1, None] - mean) ** 2 / var
-    density = np.exp(-0.5 * distance) / np.sqrt(2 * np.pi * var)
+    scale = np.sqrt(2 * np.pi * var)
+    density = np.exp(-0.5 * distance) / scale
     # a bar that no state explains must not make the mean score infinite
     return np.log(np.maximum((prior * density).sum(1), 1e-300))
 
 
 def knows_the_next_bar(x, p, hmm, rows, rng) -> tuple[np.ndarray, float]:
-    """(n,) gain in log score of the posteriors p (n, K) over their mean; probability of chance.
-
-    Chance: the same posteriors, shifted along the rows.
-    """
+    """(n,) gain in log score of the posteriors p (n, K) over their mean; probability of chance."""
     # the mean over the same rows: a calm year alone is no gain
-    blind = log_score(x, np.broadcast_to(p.mean(0), p.shape), hmm, rows)
-    gain = log_score(x, p, hmm, rows) - blind
-    null = []
-    for shift in shifts(len(p), DRAWS, rng):
-        null.append((log_score(x, np.roll(p, shift, 0), hmm, rows) - blind).mean())
-    return gain, chance(gain.mean(), null)
+    mean = np.broadcast_to(p.mean(0), p.shape)
+    blind = log_score(x, mean, hmm, rows)
+
+    def gain(p):
+        return log_score(x, p, hmm, rows) - blind
+
+    *_, by_chance = against_shifts(lambda p: gain(p).mean(), p, rng)
+    return gain(p), by_chance
 
 
 def fit_states(x, seed, states=features.STATES) -> dict:
@@ -378,52 +399,50 @@ def audit_hmm(run: Subject, part: Part):
     check_stability(run, part, filtered, rows)
     if run.known and len(run.market.bars.truth.law.sigma) > 1:
         check_regimes(run, part, filtered)
-    check_products(run, part)
     draw_states(run, part)
 
 
 def check_filtered(run, part, hmm):
     """Columns with the future cut off, and beside hmmlearn."""
-    bars = run.market.bars
-    choice = np.concatenate(
-        [np.arange(*run.rows[split]) for split in ("eval", "test")]
-    )
-    ahead, apart = 0.0, 0.0
-    for row in run.rng.choice(choice, CUTS, replace=False):
+    ahead, apart = [], []
+    for row in run.rng.choice(run.later, CUTS, replace=False):
         there = run.table[row, run.market.n_tech :].astype(np.float64)
         # filtered, not smoothed: a column that knew a later bar would move
-        cut = run.model.transform(part_of_bars(bars, row + 1))[
-            row, run.market.n_tech :
-        ]
-        ahead = max(ahead, np.abs(cut - there).max())
+        bars = part_of_bars(run.market.bars, row + 1)
+        cut = run.model.transform(bars)[row, run.market.n_tech :]
+        ahead.append(np.abs(cut - there).max())
         library = library_posterior(hmm, run.emission[: row + 1])
-        apart = max(apart, np.abs(library - there[: len(library)]).max())
-    part.numbers |= {"ahead": float(ahead), "apart": float(apart)}
-    what = (
-        f"columns change by {ahead:.2g} when the future is cut off ({CUTS} rows; "
-    )
-    what += f"at most {SAME:g})"
-    part.judge("broken" if ahead > SAME else "sound", what)
-    what = f"columns are {apart:.2g} from hmmlearn's posterior on the bars so far "
-    what += f"(at most {LIBRARY:g})"
-    part.judge("broken" if apart > LIBRARY else "sound", what)
+        ours = there[: len(library)]
+        apart.append(np.abs(library - ours).max())
+    ahead = float(np.max(ahead))
+    apart = float(np.max(apart))
+    part.numbers |= {"ahead": ahead, "apart": apart}
+    text = f"columns change by {ahead:.2g} when the future is cut off ({CUTS} rows; "
+    part.judge_by(ahead <= SAME, f"{text}at most {SAME:g})")
+    text = f"columns are {apart:.2g} from hmmlearn's posterior on the bars so far "
+    part.judge_by(apart <= LIBRARY, f"{text}(at most {LIBRARY:g})")
 
 
 def check_power(run, part, hmm, fits, filtered, rows):
     """The next bar's volatility on eval rows, against no context, another fit, fewer states."""
-    x, table, found = run.emission, [], {}
+    x, table, gains, scores = run.emission, [], {}, {}
     for name, p in filtered.items():
         fit = fits.get(name, hmm)
-        gain, by_chance = knows_the_next_bar(x, p[rows], fit, rows, run.rng)
-        found[name] = gain, by_chance
-        score = log_score(x, p[rows], fit, rows).mean()
-        table.append(
-            (name, f"{score:.4f}", f"{gain.mean():+.4f}", f"{by_chance:.3f}")
+        gain, by_chance = gains[name] = knows_the_next_bar(
+            x, p[rows], fit, rows, run.rng
         )
-    head = "fit", "log score a bar", "gain over no context", "probability of chance"
+        scores[name] = log_score(x, p[rows], fit, rows)  # (n,)
+        score = scores[name].mean()
+        table.append((name, score, gain.mean(), by_chance))
+    head = (
+        "fit",
+        "log score a bar",
+        "gain over no context",
+        "probability of chance",
+    )
     part.tables.append(("Next bar's log volatility, eval rows", head, table))
-    gain, by_chance = found["this run"]
-    other, others_chance = found["its own seed again"]
+    gain, by_chance = gains["this run"]
+    other, others_chance = gains["its own seed again"]
     part.numbers |= {
         "gain": float(gain.mean()),
         "gain_of_refit": float(other.mean()),
@@ -439,16 +458,12 @@ def check_power(run, part, hmm, fits, filtered, rows):
     text = f"it tells {gain.mean():.4f} nats a bar of the next volatility on eval rows, a new fit "
     text += f"{other.mean():.4f}; probability of chance {by_chance:.3f} (at most {CHANCE}), "
     text += f"twice it less the new fit's: {ends(lead)} (must reach 0)"
-    part.judge("broken" if by_chance > CHANCE or lead[1] < 0 else "sound", text)
-    fewer = {
-        k: log_score(x, filtered[k][rows], fits[k], rows)
-        for k in ("2 states", "3 states")
-    }
-    own = log_score(x, filtered["this run"][rows], hmm, rows)
+    part.judge_by(by_chance <= CHANCE and lead[1] >= 0, text)
     # states that add nothing cost the agent columns
-    for name, score in fewer.items():
-        lead = interval(own - score, run.rng)
-        part.numbers[f"lead_over_{name[0]}_states"] = float((own - score).mean())
+    for name in ("2 states", "3 states"):
+        ahead = scores["this run"] - scores[name]
+        lead = interval(ahead, run.rng)
+        part.numbers[f"lead_over_{name[0]}_states"] = float(ahead.mean())
         if lead[1] < 0:
             part.judge(
                 "weak", f"{name} tell the next volatility better: {ends(lead)}"
@@ -460,12 +475,12 @@ def check_states(run, part, filtered):
     train = slice(*run.market.rows["train"])
     used = {}
     for name, p in filtered.items():
-        share = np.bincount(p[train].argmax(1), minlength=p.shape[1]) / len(
-            p[train]
-        )
-        used[name] = share
+        most = p[train].argmax(1)
+        likely = np.bincount(most, minlength=p.shape[1])
+        used[name] = likely / likely.sum()
     table = [
-        (name, " ".join(f"{s:.3f}" for s in share)) for name, share in used.items()
+        (name, " ".join(f"{s:.3f}" for s in share))
+        for name, share in used.items()
     ]
     part.tables.append(
         ("Share of train rows by most likely state", ("fit", "shares"), table)
@@ -479,6 +494,10 @@ def check_states(run, part, filtered):
         part.judge("broken", f"{text} at least")
 
 
+def share_equal(x, y) -> float:
+    return (x == y).mean()
+
+
 def check_stability(run, part, filtered, rows):
     """Share of eval rows on which another fit has the same most likely state."""
     own = filtered["this run"][rows].argmax(1)
@@ -488,15 +507,9 @@ def check_stability(run, part, filtered, rows):
         if p.shape[1] != features.STATES or name == "this run":
             continue
         other = p[rows].argmax(1)
-        same = (own == other).mean()
-        null = [
-            (np.roll(own, s) == other).mean()
-            for s in shifts(len(own), DRAWS, run.rng)
-        ]
-        by_chance = chance(same, null)
-        table.append(
-            (name, f"{same:.3f}", f"{np.mean(null):.3f}", f"{by_chance:.3f}")
-        )
+        agree = partial(share_equal, other)
+        same, shifted, by_chance = against_shifts(agree, own, run.rng)
+        table.append((name, same, shifted, by_chance))
         if by_chance > CHANCE:
             text = f"{name}: states agree on {same:.0%} of the eval rows, chance {by_chance:.2f}"
             part.judge("weak", f"{text} (at most {CHANCE})")
@@ -510,52 +523,66 @@ def lag_of(guess: np.ndarray, regime: np.ndarray) -> tuple[float, float]:
     """Mean bars until a guess follows a change of regime; share of changes that it misses."""
     changes = np.flatnonzero(np.diff(regime)) + 1
     lags = []
-    for start, stop in zip(changes, [*changes[1:], len(regime)]):
+    stops = [*changes[1:], len(regime)]
+    for start, stop in zip(changes, stops):
         # a guess that comes after the regime has ended again has missed it
         right = np.flatnonzero(guess[start:stop] == regime[start])
         lags.append(right[0] if len(right) else np.nan)
     missed = np.isnan(lags).mean() if lags else np.nan
-    return (float(np.nanmean(lags)) if missed < 1 else math.nan), float(missed)
+    lag = np.nanmean(lags) if missed < 1 else math.nan
+    return float(lag), float(missed)
 
 
 def check_regimes(run, part, filtered):
     """Against the true regime: accuracy, lag; the best filter knows the market's own parameters."""
     truth = run.market.bars.truth
     regime, x = truth.regime, run.emission
-    train = slice(*run.market.rows["train"])
+    train, later, last = (
+        slice(*run.market.rows["train"]),
+        *map(run.span, ("eval", "test")),
+    )
     # the best filter of the same emission: moments by the true regime, the true transitions
     kinds = np.arange(len(truth.law.sigma))
-    mean = np.array([x[train][regime[train] == k].mean() for k in kinds])
-    var = np.array([x[train][regime[train] == k].var() for k in kinds])
+    by_regime = [x[train][regime[train] == k] for k in kinds]
+    mean = np.array([values.mean() for values in by_regime])
+    var = np.array([values.var() for values in by_regime])
     start = np.full(len(kinds), 1 / len(kinds))
     best = forward_filter(x, mean, var, truth.law.regime_transition, start)
     table, names = [], ("this run", "2 states", "3 states")
-    shown = {k: filtered[k] for k in names} | {"true parameters": best}
-    for name, p in shown.items():
+    for name, p in (
+        {k: filtered[k] for k in names} | {"true parameters": best}
+    ).items():
         count = np.stack(
             [p[train][regime[train] == k].sum(0) for k in kinds]
         )  # (R, K)
         # each state stands for the regime that it meets most on train rows
-        guess = (p @ np.eye(len(kinds))[count.argmax(0)]).argmax(1)
-        cells = [name]
-        for split in ("eval", "test"):
-            rows = slice(*run.rows[split])
-            cells.append(f"{(guess[rows] == regime[rows]).mean():.3f}")
+        stands_for = np.eye(len(kinds))[count.argmax(0)]
+        guess = (p @ stands_for).argmax(1)
+        hits = guess == regime
+        right = [hits[rows].mean() for rows in (later, last)]
         lag, missed = lag_of(guess[train.start :], regime[train.start :])
-        table.append((*cells, f"{lag:.1f}", f"{missed:.0%}"))
+        table.append((name, *right, lag, missed))
         if name == "this run":
-            rows = slice(*run.rows["eval"])
-            right = (guess[rows] == regime[rows]).mean()
-            draws = shifts(len(guess[rows]), DRAWS, run.rng)
-            null = [(np.roll(guess[rows], s) == regime[rows]).mean() for s in draws]
-            by_chance = chance(right, null)
-            part.numbers |= {"accuracy": float(right), "lag": lag, "missed": missed}
-    head = "filter", "right, eval", "right, test", "lag, bars", "changes missed"
+            part.numbers |= {
+                "accuracy": float(right[0]),
+                "lag": lag,
+                "missed": missed,
+            }
+            own = guess[later]
+    head = (
+        "filter",
+        "right, eval",
+        "right, test",
+        "lag, bars",
+        "share of changes missed",
+    )
     part.tables.append(("The true regime", head, table))
+    right, _, by_chance = against_shifts(
+        partial(share_equal, regime[later]), own, run.rng
+    )
     text = f"it names the regime on {right:.1%} of the eval rows, probability of chance "
-    part.judge(
-        "broken" if by_chance > CHANCE else "sound",
-        f"{text}{by_chance:.3f} (at most .05)",
+    part.judge_by(
+        by_chance <= CHANCE, f"{text}{by_chance:.3f} (at most {CHANCE})"
     )
 
 
@@ -564,57 +591,35 @@ def context_value(run: Subject) -> dict:
 
     {"with", "without": explained share of the variance; "gain": (n,) fall of the squared error}
     """
-    market, errors, found = run.market, {}, {}
-    target = market.expected if run.known else market.ret
-    later = np.concatenate(
-        [np.arange(*run.rows[split]) for split in ("eval", "test")]
-    )
+    market, errors = run.market, {}
+    target = run.target[run.later]
     # every column: the run's screen may have thrown away what a bad context hid
     table = replace(run.model, evidence=[]).transform(market.bars)
     # products too: what the signal means may turn with the regime
     wide = with_products(table, market.n_tech)
-    for name, x in (("without", wide[:, : market.n_tech]), ("with", wide)):
+    columns = {"without": wide[:, : market.n_tech], "with": wide}
+    for name, x in columns.items():
         # fitted on train rows alone
         linear, _ = fit_linear(replace(market.series, x=x))
-        forecast = (x[later] - linear["center"]) @ np.array(linear["weights"])
-        errors[name] = (target[later] - forecast) ** 2
-        found[name] = 1 - errors[name].mean() / (target[later] ** 2).mean()
-    return found | {
-        "gain": (errors["without"] - errors["with"]) / (target[later] ** 2).mean()
-    }
-
-
-def check_products(run, part):
-    # shown without a verdict: what a context is worth is the market's, not the HMM's
-    found = context_value(run)
-    low_high = interval(found["gain"], run.rng)
-    of = "known mean of the next return" if run.known else "next return"
-    rows = [("columns", f"{found['without']:.4f}", "")]
-    rows.append(
-        ("columns, HMM and products", f"{found['with']:.4f}", ends(low_high))
-    )
-    part.numbers["context_value"] = float(found["gain"].mean())
-    title = f"Share of the {of} that a lasso explains, eval and test rows"
-    part.tables.append((title, ("lasso on", "explained", "gain"), rows))
+        weights = np.array(linear["weights"])
+        forecast = (x[run.later] - linear["center"]) @ weights
+        errors[name] = (target - forecast) ** 2 / (target**2).mean()
+    explained = {name: 1 - error.mean() for name, error in errors.items()}
+    return explained | {"gain": errors["without"] - errors["with"]}
 
 
 def draw_states(run, part):
     a, b = run.rows["eval"]
     a = max(a, b - POINTS)
     fig, (ax,) = canvas(9.4, 2.6)
-    p = run.posteriors[a:b]
+    at, p = np.arange(a, b), run.posteriors[a:b]
+    truth = run.market.bars.truth
     labels = [f"state {k}" for k in range(p.shape[1])]
-    ax.stackplot(
-        np.arange(a, b), p.T, labels=labels, colors=CYCLE[: p.shape[1]], alpha=0.75
-    )
-    if run.known and len(run.market.bars.truth.law.sigma) > 1:
-        ax.step(
-            np.arange(a, b),
-            run.market.bars.truth.regime[a:b],
-            "k",
-            lw=1.2,
-            label="true regime",
-        )
+    colors = CYCLE[: p.shape[1]]
+    ax.stackplot(at, p.T, labels=labels, colors=colors, alpha=0.75)
+    if run.known and len(truth.law.sigma) > 1:
+        regime = truth.regime[a:b]
+        ax.step(at, regime, "k", lw=1.2, label="true regime")
     ax.set_xlabel("row")
     caption = "Filtered posteriors, calmest state first."
     part.figures.append(("hmm_states", "States, last eval rows", fig, caption))
@@ -630,30 +635,29 @@ def audit_mae(run: Subject, part: Part):
         )
         return
     # the mean of train rows: the encoder was pre-trained on no others
-    train = run.market.table[slice(*run.market.rows["train"]), : run.market.n_tech]
-    mean = torch.as_tensor(train.mean(0))
+    train = slice(*run.market.rows["train"])
+    columns = run.market.table[train, : run.market.n_tech]
+    mean = torch.as_tensor(columns.mean(0))
     fresh = new_encoder(run)
     errors = {
         split: reconstruct(run, fresh, split, mean, live) for split in run.rows
     }
-    found = {
-        split: {k: v.mean() for k, v in of.items()} for split, of in errors.items()
-    }
     names = "encoder", "a new encoder", "column mean", "last visible bar"
-    table = [(split, *(f"{found[split][k]:.4f}" for k in names)) for split in found]
+    table = []
+    for split, of in errors.items():
+        means = [of[k].mean() for k in names]
+        table.append((split, *means))
+    head = "split", *names
     part.tables.append(
-        ("Squared error at hidden bars, columns in use", ("split", *names), table)
+        ("Squared error at hidden bars, columns in use", head, table)
     )
 
     of = errors["eval"]
     table = []
     for i, column in enumerate(live):
         cells = [of[k][:, i].mean() for k in names]
-        by_mean, by_last = (1 - cells[0] / other for other in cells[2:])
-        shown = f"{by_mean:+.2f}", f"{by_last:+.2f}"
-        table.append(
-            (run.model.columns[column], *(f"{c:.3f}" for c in cells), *shown)
-        )
+        better = [1 - cells[0] / other for other in cells[2:]]
+        table.append((run.model.columns[column], *cells, *better))
     head = "column", *names, "better than mean", "than last"
     part.tables.append(("By column, eval rows", head, table))
 
@@ -663,16 +667,14 @@ def audit_mae(run: Subject, part: Part):
     part.numbers |= {"skill": float(skill), "gain": float(gain.mean())}
     part.numbers["gain_of_new"] = float(others.mean())
     low_high = interval(gain, run.rng)
-    text = (
-        f"hidden bars on eval rows: squared error {error.mean():.3f}, column mean "
-    )
+    text = f"hidden bars on eval rows: squared error {error.mean():.3f}, column mean "
     text += f"{by_mean.mean():.3f}, gain {ends(low_high)} (must be above 0)"
-    part.judge("broken" if low_high[0] <= 0 else "sound", text)
+    part.judge_by(low_high[0] > 0, text)
     # nearer to the new one than to the column mean
     lead = interval(2 * gain - others, run.rng)
     text = f"an encoder that was pre-trained just now gains {others.mean():.3f}, this one "
     text += f"{gain.mean():.3f}; twice this less that: {ends(lead)} (must reach 0)"
-    part.judge("broken" if lead[1] < 0 else "sound", text)
+    part.judge_by(lead[1] >= 0, text)
     lead = interval(by_last - error, run.rng)
     if lead[1] < 0:
         text = f"the last visible bar reconstructs better: {by_last.mean():.3f} instead of "
@@ -681,7 +683,7 @@ def audit_mae(run: Subject, part: Part):
             f"{text}{error.mean():.3f} (difference {ends(lead)}, must reach 0)",
         )
     check_probe(run, part)
-    draw_columns(run, part, of, live)
+    draw_columns(part, of, [run.model.columns[k] for k in live])
 
 
 def new_encoder(run: Subject):
@@ -708,7 +710,8 @@ def new_encoder(run: Subject):
 def reconstruct(run: Subject, fresh, split: str, mean, live) -> dict:
     """{who: (windows, columns in use) squared error at hidden bars} on a split."""
     a, b = run.rows[split]
-    rows = torch.as_tensor(np.unique(np.linspace(a, b - 1, WINDOWS).astype(int)))
+    rows = np.linspace(a, b - 1, WINDOWS).astype(int)
+    rows = torch.as_tensor(np.unique(rows))
     x = run.contexts.windows(rows)
     # one mask for all: they are compared window by window
     generator = torch.Generator().manual_seed(0)
@@ -718,73 +721,61 @@ def reconstruct(run: Subject, fresh, split: str, mean, live) -> dict:
     for name, encoder in (("encoder", run.encoder), ("a new encoder", fresh)):
         parts = []
         for piece, hidden in zip(x.split(64), mask.split(64)):
-            z = torch.where(
-                hidden[..., None], encoder.mask_token, encoder.embed(piece)
-            )
+            shown = encoder.embed(piece)
+            z = torch.where(hidden[..., None], encoder.mask_token, shown)
             parts.append(encoder.decode(encoder.encode(z)))
         guesses[name] = torch.cat(parts)
-    at = (
-        torch.where(mask, 0, torch.arange(x.shape[1])).cummax(1).values
-    )  # last visible bar
+    # the last visible bar
+    bars = torch.arange(x.shape[1])
+    at = torch.where(mask, 0, bars).cummax(1).values
     last = x.gather(1, at[..., None].expand_as(x))
     # windows count alike, however many of their bars are hidden
     weight = mask[..., None] / mask.sum(1)[:, None, None]
     guesses |= {"column mean": mean, "last visible bar": last}
-    return {
-        k: (((g - x) ** 2 * weight).sum(1)).numpy()[:, live]
-        for k, g in guesses.items()
-    }
+    errors = {}
+    for name, guess in guesses.items():
+        error = ((guess - x) ** 2 * weight).sum(1)
+        errors[name] = error.numpy()[:, live]
+    return errors
 
 
 def check_probe(run, part):
     """Ridge of the next return on the last bar's embedding, and on its raw columns; each with HMM
     products."""
     from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    market, contexts = run.market, run.contexts
-    target = market.expected if run.known else market.ret
-    later = np.concatenate(
-        [np.arange(*run.rows[split]) for split in ("eval", "test")]
-    )
+    market, contexts, later = run.market, run.contexts, run.later
+    target = run.target[later]
     train = np.arange(*run.rows["train"])
     hmm = run.table[:, market.n_tech :]
     columns = {
         "raw columns": lambda rows: run.table[rows, : market.n_tech],
-        "embedding": lambda rows: contexts(torch.as_tensor(rows))[0][:, -1].numpy(),
+        "embedding": lambda rows: contexts(torch.as_tensor(rows))[0][
+            :, -1
+        ].numpy(),
     }
-    table, errors, scale = [], {}, (target[later] ** 2).mean()
+    table, errors = [], {}
     for name, of in columns.items():
         x = []
         for rows in (train, later):
             own = of(rows)
-            x.append(
-                with_products(np.concatenate([own, hmm[rows]], 1), own.shape[1])
-            )
+            both = np.concatenate([own, hmm[rows]], 1)
+            x.append(with_products(both, own.shape[1]))
         # the penalty is the same for all columns, so their scales must be; train rows set both
-        scaler = StandardScaler().fit(x[0])
-        ridge = RidgeCV(np.geomspace(1, 1e6, 13))
-        ridge.fit(scaler.transform(x[0]), market.ret[train])
-        forecast = ridge.predict(scaler.transform(x[1]))
-        errors[name] = (target[later] - forecast) ** 2 / scale
-        match = correlation(forecast, target[later])
-        draws = shifts(len(later), DRAWS, run.rng)
-        null = [correlation(np.roll(forecast, s), target[later]) for s in draws]
-        by_chance = chance(match, null)
-        part.numbers[f"probe_{name.split()[0]}"] = float(match)
-        table.append(
-            (
-                name,
-                f"{match:+.3f}",
-                f"{by_chance:.3f}",
-                f"{1 - errors[name].mean():+.4f}",
-            )
+        ridge = make_pipeline(StandardScaler(), RidgeCV(np.geomspace(1, 1e6, 13)))
+        ridge.fit(x[0], market.ret[train])
+        forecast = ridge.predict(x[1])
+        errors[name] = (target - forecast) ** 2 / (target**2).mean()
+        match, _, by_chance = against_shifts(
+            partial(correlation, target), forecast, run.rng
         )
+        part.numbers[f"probe_{name.split()[0]}"] = match
+        table.append((name, match, by_chance, 1 - errors[name].mean()))
     head = "ridge on", "correlation", "probability of chance", "explained"
-    of = "known mean of the next return" if run.known else "next return"
-    part.tables.append(
-        (f"Linear probe of the {of}, eval and test rows", head, table)
-    )
+    title = f"Linear probe of the {run.target_name}, eval and test rows"
+    part.tables.append((title, head, table))
     lead = interval(errors["raw columns"] - errors["embedding"], run.rng)
     if lead[1] < 0:
         text = "raw columns of the last bar foretell the next return better than its embedding: "
@@ -798,26 +789,20 @@ def correlation(x, y) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def draw_columns(run, part, of, live):
-    names = [run.model.columns[k] for k in live]
-    fig, (ax,) = canvas(
-        9.4, max(2.2, 0.19 * len(names) + 0.6), left=1.6, bottom=0.4
-    )
+def draw_columns(part, of, names):
+    height = max(2.2, 0.19 * len(names) + 0.6)
+    fig, (ax,) = canvas(9.4, height, left=1.6, bottom=0.4)
     at = np.arange(len(names))
     for i, (who, error) in enumerate(of.items()):
-        ax.plot(error.mean(0), at, "o", color=CYCLE[i], ms=4, label=who)
+        color = CYCLE[i]
+        mean = error.mean(0)
+        ax.plot(mean, at, "o", color=color, ms=4, label=who)
     ax.set_yticks(at, names)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("squared error at hidden bars")
-    part.figures.append(
-        (
-            "mae_columns",
-            "Reconstruction by column, eval rows",
-            fig,
-            "Left is better.",
-        )
-    )
+    title = "Reconstruction by column, eval rows"
+    part.figures.append(("mae_columns", title, fig, "Left is better."))
 
 
 # --------------------------------------------------------------------------------------------- FiLM
@@ -827,18 +812,21 @@ def audit_film(run: Subject, part: Part):
         part.judge("off", "--no-hmm: FiLM's input is zeros")
         return
     if not run.model.passed.any():
-        part.judge("off", "no technical column passed the screen: nothing to modulate")
+        part.judge(
+            "off", "no technical column passed the screen: nothing to modulate"
+        )
         return
-    rows = {split: torch.arange(*run.rows[split]) for split in ("eval", "test")}
-    inputs = {split: run.contexts(at) for split, at in rows.items()}
-    show_film(run, part, torch.cat([hmm for _, hmm, _ in inputs.values()]))
+    inputs = {}
+    for split in ("eval", "test"):
+        rows = torch.arange(*run.rows[split])
+        inputs[split] = run.contexts(rows)
+    contexts = [hmm for _, hmm, _ in inputs.values()]
+    show_film(run, part, torch.cat(contexts))
     ratio = film_ratio(run, inputs["eval"])
     part.numbers["ratio"] = ratio
     text = f"a shifted context moves the fused features by {ratio:.2g} of what a shifted "
-    text += "market does "
-    part.judge(
-        "broken" if ratio < ROUNDING else "sound",
-        f"{text}(at least {ROUNDING:.2g})",
+    part.judge_by(
+        ratio >= ROUNDING, f"{text}market does (at least {ROUNDING:.2g})"
     )
     ablate(run, part, inputs)
 
@@ -846,64 +834,57 @@ def audit_film(run: Subject, part: Part):
 @torch.no_grad()
 def film_ratio(run, inputs) -> float:
     z, hmm, forecast = inputs
-    # without the last feature: the forecast passes FiLM by
-    intact = run.agent.extractor(z, hmm, forecast)[:, :-1]
     # half the rows is the farthest shift: nothing of the own neighbourhood is left
     half = len(z) // 2
-    by_context = (
-        run.agent.extractor(z, hmm.roll(half, 0), forecast)[:, :-1] - intact
-    )
-    by_market = run.agent.extractor(z.roll(half, 0), hmm, forecast)[:, :-1] - intact
-    return float(
-        by_context.square().mean().sqrt() / by_market.square().mean().sqrt()
-    )
+    own = z, hmm
+    other_context = z, hmm.roll(half, 0)
+    other_market = z.roll(half, 0), hmm
+    # without the last feature: the forecast passes FiLM by
+    fused = []
+    for inputs in (own, other_context, other_market):
+        fused.append(run.agent.extractor(*inputs, forecast)[:, :-1])
+    by_context, by_market = (x - fused[0] for x in fused[1:])
+    ratio = by_context.square().mean() / by_market.square().mean()
+    return float(ratio.sqrt())
 
 
 @torch.no_grad()
 def show_film(run, part, hmm):
     """gamma and beta over the data and where one state is certain."""
-    film = run.agent.extractor.film
-    states = features.STATES
-    # a one at the state's column, the remaining HMM columns 0
-    pure = torch.eye(states, tqc.HMM_COLUMNS)
+    film, states = run.agent.extractor.film, features.STATES
     gamma, beta = film(hmm).chunk(2, -1)
     table = [("over eval and test rows, mean", *sizes(gamma, beta))]
-    table.append(
-        (
-            "their spread over rows",
-            *sizes(gamma - gamma.mean(0), beta - beta.mean(0)),
-        )
-    )
-    at_pure = 1 + film(pure).chunk(2, -1)[0]
+    spread = gamma - gamma.mean(0), beta - beta.mean(0)
+    table.append(("their spread over rows", *sizes(*spread)))
+    # a one at the state's column, the remaining HMM columns 0
+    pure = film(torch.eye(states, tqc.HMM_COLUMNS)).chunk(2, -1)
     for k in range(states):
-        g, b = film(pure[k : k + 1]).chunk(2, -1)
-        table.append((f"state {k} certain", *sizes(g, b)))
-    part.numbers |= {
-        "gamma_spread": float(gamma.std(0).mean()),
-        "beta_spread": float(beta.std(0).mean()),
-    }
+        where = f"state {k} certain"
+        own = sizes(pure[0][k], pure[1][k])
+        table.append((where, *own))
+    part.numbers["gamma_spread"] = float(gamma.std(0).mean())
+    part.numbers["beta_spread"] = float(beta.std(0).mean())
     head = "where", "gamma, mean", "gamma - 1, RMS", "beta, mean", "beta, RMS"
     part.tables.append(("FiLM", head, table))
     fig, (ax,) = canvas(9.4, 2.4, bottom=0.42)
-    order = np.argsort((at_pure[-1] - at_pure[0]).numpy())
+    at_pure = 1 + pure[0].numpy()
+    order = np.argsort(at_pure[-1] - at_pure[0])
     for k in range(states):
-        ax.plot(at_pure[k].numpy()[order], color=CYCLE[k], label=f"state {k}")
+        ax.plot(at_pure[k][order], color=CYCLE[k], label=f"state {k}")
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set_xlabel("channel, by what the storm changes")
     ax.set_ylabel("gamma")
-    part.figures.append(
-        ("film_gamma", "gamma where one state is certain", fig, "1: untouched.")
-    )
+    title = "gamma where one state is certain"
+    part.figures.append(("film_gamma", title, fig, "1: untouched."))
 
 
 def sizes(gamma, beta) -> tuple:
-    root = [float(x.square().mean().sqrt()) for x in (gamma, beta)]
-    return (
-        f"{1 + gamma.mean():.3f}",
-        f"{root[0]:.3f}",
-        f"{beta.mean():+.3f}",
-        f"{root[1]:.3f}",
-    )
+    """Mean and root mean square of each; the layer gives gamma - 1."""
+    found = []
+    for x, untouched in ((gamma, 1), (beta, 0)):
+        size = x.square().mean().sqrt()
+        found += [float(untouched + x.mean()), float(size)]
+    return tuple(found)
 
 
 def variants(run: Subject, split: str, inputs):
@@ -913,15 +894,12 @@ def variants(run: Subject, split: str, inputs):
     at = np.arange(start, start + len(z))
     yield "as it is", extractor(z, hmm, forecast)
     # weights and bias 0: FiLM returns 0, and gamma is 1 plus that
-    off = {
-        name: torch.zeros_like(x) for name, x in extractor.film.state_dict().items()
-    }
-    with swapped(extractor.film, off):
-        yield "FiLM off (gamma 1, beta 0)", extractor(z, hmm, forecast)
-    yield (
-        "FiLM at its mean",
-        extractor(z, hmm.mean(0, keepdim=True).expand_as(hmm), forecast),
-    )
+    film = extractor.film.state_dict().items()
+    off = {f"film.{name}": torch.zeros_like(x) for name, x in film}
+    latents = torch.func.functional_call(extractor, off, (z, hmm, forecast))
+    yield "FiLM off (gamma 1, beta 0)", latents
+    mean = hmm.mean(0, keepdim=True).expand_as(hmm)
+    yield "FiLM at its mean", extractor(z, mean, forecast)
     yield "forecast 0", extractor(z, hmm, 0 * forecast)
     # a generator of its own: the draws do not move with what was judged before
     rng = np.random.default_rng(1)
@@ -931,24 +909,14 @@ def variants(run: Subject, split: str, inputs):
         yield "context shifted in FiLM", latents
         if run.args.forecast:
             # the lasso reads the context times the columns: its share goes with it
-            table = np.concatenate(
-                [run.market.table[at, : run.market.n_tech], moved.numpy()], 1
-            )
-            other = torch.as_tensor(run.model.forecast(table))[:, None]
+            columns = run.market.table[at, : run.market.n_tech]
+            table = np.concatenate([columns, moved.numpy()], 1)
+            other = run.model.forecast(table)
+            other = torch.as_tensor(other)[:, None]
             latents = torch.cat([latents[:, :-1], other], 1)
         yield "context shifted in FiLM and forecast", latents
     for shift in shifts(len(z), FEW, rng):
         yield "encoding shifted", extractor(z.roll(int(shift), 0), hmm, forecast)
-
-
-@contextlib.contextmanager
-def swapped(module, state: dict):
-    own = {name: x.clone() for name, x in module.state_dict().items()}
-    module.load_state_dict(state)
-    try:
-        yield
-    finally:
-        module.load_state_dict(own)
 
 
 @torch.no_grad()
@@ -957,27 +925,24 @@ def ablate(run, part, inputs):
     earned = {}
     for split in inputs:
         for name, latents in variants(run, split, inputs[split]):
-            path = run.path_of(split, latents)
-            earned.setdefault(name, {}).setdefault(split, []).append(
-                run.earned(path, split)
-            )
+            of = run.earned(run.path_of(split, latents), split)
+            earned.setdefault(name, {}).setdefault(split, []).append(of)
     series = {}  # name -> (draws, rows of eval and test)
     for name, of in earned.items():
-        series[name] = np.concatenate([np.array(of[split]) for split in of], 1)
+        both = [np.array(of[split]) for split in of]
+        series[name] = np.concatenate(both, 1)
     intact = series.pop("as it is")[0]
-    table = [("as it is", f"{intact.mean():+.3f}", "", "", "")]
+    table = [("as it is", intact.mean(), "", "", "")]
     loss = {}
     for name, draws in series.items():
         # row by row against the same market: most of the noise is in both
         paired = intact - draws.mean(0)
-        loss[name] = paired.mean(), interval(paired, run.rng)
-        by_chance = (
-            chance(intact.mean(), draws.mean(1)) if len(draws) == WALKS else None
-        )
-        cells = f"{draws.mean():+.3f}", f"{paired.mean():+.3f}", ends(loss[name][1])
-        table.append(
-            (name, *cells, "" if by_chance is None else f"{by_chance:.2f}")
-        )
+        loss[name] = float(paired.mean()), interval(paired, run.rng)
+        drawn = len(draws) == WALKS
+        by_chance = chance(intact.mean(), draws.mean(1)) if drawn else ""
+        cost, low_high = loss[name]
+        table.append((name, draws.mean(), cost, ends(low_high), by_chance))
+        part.numbers[f"cost, {name}"] = loss[name][0]
     head = (
         "agent",
         f"bp a bar, {run.unit}",
@@ -986,21 +951,21 @@ def ablate(run, part, inputs):
         "probability of chance",
     )
     part.tables.append(("With an input spoiled, eval and test rows", head, table))
-    part.numbers |= {
-        f"cost, {name}": float(mean) for name, (mean, _) in loss.items()
-    }
     draw_costs(part, loss, run.unit)
+    moves = max(np.ptp(run.paths[split]) for split in inputs) > STILL
+    judge_context(run, part, loss, moves)
 
+
+def judge_context(run, part, loss, moves: bool):
+    """Only an agent that moves can ignore a context, and only one that pays."""
     mean, low_high = loss["context shifted in FiLM and forecast"]
     value = context_value(run)["gain"]
     worth = interval(value, run.rng)
-    moves = max(np.ptp(run.paths[split]) for split in inputs) > STILL
     text = f"the true context earns {mean:+.2f} bp a bar more than a shifted one ({ends(low_high)})"
-    # only an agent that moves can ignore a context, and only one that pays
     if worth[0] > 0 and moves:
         text += " (must be above 0); a lasso's explained share rises with it by "
         text += f"{value.mean():.2f} ({ends(worth)})"
-        part.judge("broken" if low_high[0] <= 0 else "sound", text)
+        part.judge_by(low_high[0] > 0, text)
     elif low_high[0] > 0:
         part.judge("sound", text)
     mean, low_high = loss["context shifted in FiLM"]
@@ -1010,10 +975,12 @@ def ablate(run, part, inputs):
 
 
 def draw_costs(part, loss, unit):
-    fig, (ax,) = canvas(9.4, 0.34 * len(loss) + 0.6, left=2.6, bottom=0.42)
+    height = 0.34 * len(loss) + 0.6
+    color = CYCLE[0]
+    fig, (ax,) = canvas(9.4, height, left=2.6, bottom=0.42)
     for i, (mean, (low, high)) in enumerate(loss.values()):
-        ax.plot([low, high], [i, i], color=CYCLE[0], lw=2)
-        ax.plot(mean, i, "o", color=CYCLE[0])
+        ax.plot([low, high], [i, i], color=color, lw=2)
+        ax.plot(mean, i, "o", color=color)
     ax.axvline(0, color="k", lw=0.8)
     ax.set_yticks(range(len(loss)), list(loss))
     ax.set_xlabel(f"bp a bar that it costs, {unit}")
@@ -1036,38 +1003,38 @@ def audit_tqc(run: Subject, part: Part):
 
 def diagnose_split(run: Subject, split: str) -> dict:
     """diagnose() and the verdict, as the script makes them, of another split."""
-    contexts = run.contexts
+    market, contexts, path = run.market, run.contexts, run.paths[split]
     # it looks at the eval rows: for this call, those of `split`
-    own, contexts.rows = contexts.rows, {"eval": run.rows[split]}
-    try:
+    with patch.object(contexts, "rows", {"eval": run.rows[split]}):
         found = tqc.diagnose(run.agent, contexts)
-    finally:
-        contexts.rows = own
-    audit = {name.split("/")[1]: x for name, x in found.items()}
-    market, path = run.market, run.paths[split]
+    audit = {}
+    for name, x in found.items():
+        audit[name.split("/")[1]] = x
     a, b = run.rows[split]
-    series = replace(market.series, rows=market.rows | {"eval": (a, b)})
-    paths = {name: [p] for name, p in tqc.fixed_paths(market, a, b).items()} | {
-        "agent": [path]
-    }
-    audit |= edges([series], paths, tqc.LEVELS, market.bars.bars_per_year)
-    reward, mean, change, held = market.walk(path, a, b)
-    metrics, _ = tqc.path_metrics(
-        reward, mean, change, held, market.bars.bars_per_year
-    )
+    rows = market.rows | {"eval": (a, b)}
+    series = replace(market.series, rows=rows)
+    fixed = tqc.fixed_paths(market, a, b)
+    paths = {name: [p] for name, p in fixed.items()}
+    a_year = market.bars.bars_per_year
+    paths["agent"] = [path]
+    audit |= edges([series], paths, tqc.LEVELS, a_year)
+    metrics, _ = tqc.path_metrics(*market.walk(path, a, b), a_year)
     updates = run.state["loop"]["updates"]
-    word, reasons = verdict(audit, metrics, updates, tqc.FEW_UPDATES, b - a, False)
-    # the same positions at other times: what a share of long, short and flat earns by itself
-    null = []
-    for shift in shifts(b - a, DRAWS, run.rng):
-        null.append(run.earned(np.roll(path, shift), split).mean())
-    earned = run.earned(path, split)
+    word, reasons = verdict(
+        audit, metrics, updates, tqc.FEW_UPDATES, b - a, False
+    )
     audit |= {
         "verdict": word,
         "reason": reasons[0],
         "turnover": metrics["turnover"],
     }
-    return audit | {"earned": earned.mean(), "chance": chance(earned.mean(), null)}
+
+    def earned(path):
+        return run.earned(path, split).mean()
+
+    # the same positions at other times: what a share of long, short and flat earns by itself
+    audit["earned"], _, audit["chance"] = against_shifts(earned, path, run.rng)
+    return audit
 
 
 def check_edge(run, part, found):
@@ -1086,29 +1053,22 @@ def check_edge(run, part, found):
         "quantile_spread": "spread of quantiles",
         "verdict": "verdict",
     }
-    table = []
-    for name, label in names.items():
-        cells = [found[split][name] for split in found]
-        table.append(
-            (label, *(c if isinstance(c, str) else number(c) for c in cells))
-        )
+    table = [
+        (label, *(of[name] for of in found.values()))
+        for name, label in names.items()
+    ]
     part.tables.append(("Diagnostics by split", ("", *found), table))
     of = found["eval"]
-    part.numbers |= {k: v for k, v in of.items() if not isinstance(v, str)}
-    part.numbers["verdict"] = of["verdict"]
+    for name, value in of.items():
+        if name != "reason":
+            part.numbers[name] = value
     text = f"eval rows: {of['verdict']} ({of['reason']}); {of['earned']:+.2f} bp a bar, edge "
-    text += (
-        f"{of['edge_bps']:+.2f} over the best constant or flat, state dependence "
-    )
+    text += f"{of['edge_bps']:+.2f} over the best constant or flat, state dependence "
     text += f"{of['state_dependence']:.3f} (at least {STILL}); positions shifted along the "
-    text += (
-        f"rows earn as much with probability {of['chance']:.3f} (at most {CHANCE})"
-    )
+    text += f"rows earn as much with probability {of['chance']:.3f} (at most {CHANCE})"
     # an undertrained agent is weak, not broken, where its positions earn more than chance
-    level = "sound"
-    if of["verdict"] in ("collapsed", "untrained"):
-        level = "broken"
-    elif of["verdict"] == "undertrained":
+    level = "broken" if of["verdict"] in ("collapsed", "untrained") else "sound"
+    if of["verdict"] == "undertrained":
         level = "broken" if of["chance"] > CHANCE else "weak"
     elif of["verdict"] == "undecided":
         level = "weak"
@@ -1128,15 +1088,9 @@ def check_other_policy(run, part):
             ]
         # over rows, at one held position: what only the market can cause
         spread = float(torch.stack(fixed).std(1).mean())
-        path = run.path_of("eval", policy=policy)
-        ships = " (ships)" if policy == run.config["policy"] else ""
-        table.append(
-            (
-                policy + ships,
-                f"{spread:.3f}",
-                f"{run.earned(path, 'eval').mean():+.3f}",
-            )
-        )
+        earned = run.earned(run.path_of("eval", policy=policy), "eval").mean()
+        ships = policy == run.config["policy"]
+        table.append((policy + " (ships)" * ships, spread, earned))
         part.numbers[f"state_dependence_{policy}"] = spread
         if not ships and spread < STILL and part.numbers["verdict"] == "healthy":
             text = f"{policy}, which does not ship, takes one position whatever the market: state "
@@ -1145,6 +1099,11 @@ def check_other_policy(run, part):
             )
     head = "policy", "state dependence", f"bp a bar, {run.unit}"
     part.tables.append(("Both policies, eval rows", head, table))
+
+
+def horizon(run: Subject) -> int:
+    """Bars until a reward counts for no more than e^-5 of itself."""
+    return int(HORIZON / (1 - run.config["gamma"]))
 
 
 @torch.no_grad()
@@ -1159,17 +1118,19 @@ def calibration(run: Subject, split: str, w_cost=0.0) -> dict:
     cost = torch.full((len(latents), 1), w_cost)
     path = run.path_of(split, w_cost=w_cost)
     after = torch.as_tensor(path[:, None]).float()
-    blocks = zip(latents.split(512), after.split(512), cost.split(512))
-    atoms = torch.cat([agent.critic(*block)[:, 0].flatten(1) for block in blocks])
+    blocks = zip(*(x.split(512) for x in (latents, after, cost)))
+    atoms = [agent.critic(*block)[:, 0].flatten(1) for block in blocks]
+    atoms = torch.cat(atoms)
     atoms = atoms.sort(1).values.double().numpy()  # (n, M)
 
-    scale, penalty = float(agent.reward_scale), run.config["penalty"] * w_cost
+    scale = float(agent.reward_scale)
+    penalty = run.config["penalty"] * w_cost
     reward, _, change, _ = run.market.walk(path, a, b)
     span = slice(a, b)
-    earned = path * (run.market.ret[span] - run.market.funding[span])
-    held = scale * np.log(
-        np.maximum(1 + earned, tqc.RUIN)
-    )  # what holding earns, no trade
+    paid = run.market.funding[span]
+    earned = path * (run.market.ret[span] - paid)
+    # what holding earns, no trade
+    held = scale * np.log(np.maximum(1 + earned, tqc.RUIN))
     whole = scale * (reward - penalty * change)
     # from the end; the first step is charged nothing, for its trade is already in the position
     result, tail = held.copy(), 0.0
@@ -1177,7 +1138,7 @@ def calibration(run: Subject, split: str, w_cost=0.0) -> dict:
         result[t] += gamma * tail
         tail = whole[t] + gamma * tail
     # later returns are cut short by the end of the rows
-    n = max(len(path) - int(HORIZON / (1 - gamma)), 1)
+    n = max(len(path) - horizon(run), 1)
     # the next row's quantiles stand for the rest, as in the critic's target
     drawn = run.rng.integers(atoms.shape[1], size=n)
     rows = np.arange(n)
@@ -1204,56 +1165,46 @@ def inside(u: np.ndarray) -> np.ndarray:
 
 def check_calibration(run, part):
     """Shares inside the predicted 80 % range; three errors, each nearer to calibrated or not."""
-    table, places = [], {}
-    for split in run.rows:
-        of = places[split] = calibration(run, split)
-        cells = [inside(of[k]).mean() for k in ("step", "return")]
-        table.append(
-            (split, *(f"{c:.3f}" for c in cells), f"{of['return'].mean():.3f}")
-        )
-    head = "rows", "inside, next step", "inside, return", "mean place of the return"
+    found = {split: calibration(run, split) for split in run.rows}
+    of = found["eval"]
+    table = [(split, *shares(places)) for split, places in found.items()]
     regime, kind = run.regimes
-    a, b = run.rows["eval"]
-    of = places["eval"]
-    for k in np.unique(regime[a:b]):
-        here = regime[a:b][: len(of["step"])] == k
-        if here.any():
-            cells = [inside(of[name])[here].mean() for name in ("step", "return")]
-            cells.append(of["return"][here].mean())
-            table.append((f"eval, {kind} {k}", *(f"{c:.3f}" for c in cells)))
+    here = regime[run.span("eval")][: len(of["step"])]
+    for k in np.unique(here):
+        table.append((f"eval, {kind} {k}", *shares(of, here == k)))
     for w in (0.5, 1.0):
-        other = calibration(run, "eval", w)
-        cells = [inside(other[name]).mean() for name in ("step", "return")]
-        cells.append(other["return"].mean())
-        table.append((f"eval, w_cost {w:g}", *(f"{c:.3f}" for c in cells)))
+        places = calibration(run, "eval", w)
+        table.append((f"eval, w_cost {w:g}", *shares(places)))
     title = f"Calibration: share inside the predicted {INNER:.0%} range, place among the quantiles"
+    head = "rows", "inside, next step", "inside, return", "mean place of the return"
     part.tables.append((title, head, table))
     draw_pit(part, of)
 
-    step, whole = (inside(of[name]) for name in ("step", "return"))
-    part.numbers |= {
-        "inside_step": float(step.mean()),
-        "inside_return": float(whole.mean()),
-    }
-    part.numbers["place"] = float(of["return"].mean())
+    numbers = zip(("inside_step", "inside_return", "place"), shares(of))
+    part.numbers |= dict(numbers)
     if of["size"] < SAME:
         part.judge(
-            "sound", "it never holds a position on eval rows: nothing to calibrate"
+            "sound",
+            "it never holds a position on eval rows: nothing to calibrate",
         )
+        return
+    rows, needed = len(of["return"]), horizon(run)
+    if rows < needed:  # not even one return that no other one overlaps
+        text = f"{rows} eval rows have returns that are known to their end, "
+        part.judge("off", f"{text}calibration needs {needed}")
         return
     # nearer to a point, to everything, or to one side than to a calibrated critic
     narrow, wide, side = INNER / 2, (1 + INNER) / 2, 0.25
+    step, whole = (inside(of[name]) for name in ("step", "return"))
     reach = interval(step, run.rng)
     text = f"{step.mean():.0%} of the next steps lie inside the predicted {INNER:.0%} range "
     text += f"({ends(reach)}; nearer to {INNER} than to 0: above {narrow})"
-    part.judge("broken" if reach[1] < narrow else "sound", text)
+    part.judge_by(reach[1] >= narrow, text)
     reach = interval(whole, run.rng)
     text = f"{whole.mean():.0%} of the returns lie inside the predicted {INNER:.0%} range "
     if reach[0] > wide:
-        part.judge(
-            "broken",
-            f"{text}({ends(reach)}; nearer to {INNER} than to 1: below {wide:g})",
-        )
+        text += f"({ends(reach)}; nearer to {INNER} than to 1: below {wide:g})"
+        part.judge("broken", text)
     if reach[1] < INNER:
         part.judge(
             "weak",
@@ -1262,32 +1213,46 @@ def check_calibration(run, part):
     reach = interval(of["return"], run.rng)
     text = f"returns stand at {of['return'].mean():.2f} among their quantiles ({ends(reach)}; "
     text += f"nearer to .5 than to an end: from {side} to {1 - side})"
-    one_sided = reach[1] < side or reach[0] > 1 - side
-    part.judge("broken" if one_sided else "sound", text)
+    part.judge_by(reach[1] >= side and reach[0] <= 1 - side, text)
+
+
+def shares(places: dict, rows=slice(None)) -> tuple:
+    """Of what calibration() gives: inside (next step, return), and the mean place of the return."""
+    step, whole = places["step"][rows], places["return"][rows]
+    found = inside(step), inside(whole), whole
+    return tuple(float(x.mean()) for x in found)
 
 
 def check_regime_rewards(run, part):
     regime, kind = run.regimes
     table = []
     for split in ("eval", "test"):
-        a, b = run.rows[split]
-        everyone = {"agent": run.paths[split]} | tqc.fixed_paths(run.market, a, b)
-        names = [k for k in ("agent", "sparse_linear", "optimum") if k in everyone]
-        for k in np.unique(regime[a:b]):
-            here = regime[a:b] == k
-            cells = [
-                f"{run.earned(everyone[name], split)[here].mean():+.2f}"
-                for name in names
-            ]
-            held = run.paths[split][here]
-            cells += [
-                f"{here.mean():.0%}",
-                f"{held.mean():+.2f}",
-                f"{np.abs(held).mean():.2f}",
-            ]
+        everyone = beside(run, split)
+        earned = {
+            name: run.earned(path, split) for name, path in everyone.items()
+        }
+        own = regime[run.span(split)]
+        for k in np.unique(own):
+            here = own == k
+            held = everyone["agent"][here]
+            cells = [earned[name][here].mean() for name in earned]
+            size = np.abs(held).mean()
+            cells += [here.mean(), held.mean(), size]
             table.append((f"{split}, {kind} {k}", *cells))
-    head = "rows", *names, "share of rows", "mean exposure", "mean size"
+    head = "rows", *earned, "share of rows", "mean exposure", "mean size"
     part.tables.append((f"By {kind}: bp a bar, {run.unit}", head, table))
+
+
+def beside(run, split) -> dict:
+    """Exposures of the agent, its cheap rival and, where it is known, the optimum."""
+    everyone = {"agent": run.paths[split]} | tqc.fixed_paths(
+        run.market, *run.rows[split]
+    )
+    return {
+        k: everyone[k]
+        for k in ("agent", "sparse_linear", "optimum")
+        if k in everyone
+    }
 
 
 def check_w_cost(run, part):
@@ -1297,31 +1262,27 @@ def check_w_cost(run, part):
         path = run.path_of("eval", w_cost=w)
         change = np.abs(np.diff(path, prepend=0.0))
         trades.append(change)
-        table.append(
-            (
-                f"{w:g}",
-                f"{change.mean():.4f}",
-                f"{run.earned(path, 'eval').mean():+.3f}",
-            )
-        )
+        earned = run.earned(path, "eval").mean()
+        table.append((f"{w:g}", change.mean(), earned))
     head = "w_cost", "turnover", f"bp a bar, {run.unit}"
     part.tables.append(("By w_cost, eval rows", head, table))
     # w_cost 0 less w_cost 1, row by row
     saved = trades[0] - trades[-1]
     part.numbers["turnover_saved"] = float(saved.mean())
     low_high = interval(saved, run.rng)
-    if run.config["penalty"] > 0 and trades[0].sum() > 2 and low_high[1] < 0:
-        part.judge(
-            "weak",
-            f"it trades more when trading costs more: turnover falls by {ends(low_high)}",
-        )
+    # of fewer than two full changes of position nothing can be said
+    charged, trading = run.config["penalty"] > 0, trades[0].sum() > 2
+    if charged and trading and low_high[1] < 0:
+        text = "it trades more when trading costs more: turnover falls by "
+        part.judge("weak", f"{text}{ends(low_high)}")
 
 
 def draw_pit(part, of):
     fig, (ax,) = canvas(9.4, 2.4)
     for i, name in enumerate(("step", "return")):
         label = {"step": "next step", "return": "discounted return"}[name]
-        ax.hist(of[name], 20, density=True, alpha=0.5, color=CYCLE[i], label=label)
+        color = CYCLE[i]
+        ax.hist(of[name], 20, density=True, alpha=0.5, color=color, label=label)
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set_xlabel("place among the predicted quantiles")
     caption = "Calibrated: flat at 1. High ends: too narrow."
@@ -1331,21 +1292,15 @@ def draw_pit(part, of):
 
 
 def draw_path(run, part):
-    a, b = run.rows["test"]
+    at = np.arange(*run.rows["test"])
     fig, axes = canvas(9.4, 3.6, 2, sharex=True)
-    everyone = {"agent": run.paths["test"]} | tqc.fixed_paths(run.market, a, b)
-    for i, name in enumerate(
-        k for k in ("agent", "sparse_linear", "optimum") if k in everyone
-    ):
-        total = np.cumsum(run.earned(everyone[name], "test"))
-        axes[0].plot(
-            np.arange(a, b),
-            total / 100,
-            color=CYCLE[i],
-            label=name.replace("_", " "),
-        )
+    for i, (name, path) in enumerate(beside(run, "test").items()):
+        total = np.cumsum(run.earned(path, "test")) / 100
+        label = name.replace("_", " ")
+        axes[0].plot(at, total, color=CYCLE[i], label=label)
     axes[0].set_ylabel(f"% {run.unit}")
-    axes[1].plot(np.arange(a, b), everyone["agent"], color=CYCLE[0], lw=0.7)
+    path = run.paths["test"]
+    axes[1].plot(at, path, color=CYCLE[0], lw=0.7)
     axes[1].set_ylabel("exposure")
     axes[1].set_xlabel("row")
     part.figures.append(
@@ -1354,10 +1309,11 @@ def draw_path(run, part):
 
 
 # ------------------------------------------------------------------------------------------- report
-def number(x) -> str:
-    if x is None:
-        return ""
-    return f"{x:.3g}" if isinstance(x, float) and abs(x) < 1000 else f"{x}"
+def cell(x) -> str:
+    """Of a table: text as it is, a number to three digits, nothing for none."""
+    if x is None or isinstance(x, str):
+        return x or ""
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
 
 
 def print_part(part: Part, console: Console):
@@ -1367,14 +1323,13 @@ def print_part(part: Part, console: Console):
         for i, name in enumerate(head):
             table.add_column(name, justify="right" if i else "left")
         for row in rows:
-            table.add_row(*map(str, row))
+            table.add_row(*map(cell, row))
         console.print(table)
 
 
 def build(folder: Path, parts: list[Part], command: str) -> Page:
     page = Page()
-    page.add(f"<h1>Audit of {esc(folder.name)}</h1>")
-    page.add('<div class="chips">')
+    page.add(f'<h1>Audit of {esc(folder.name)}</h1><div class="chips">')
     for part in parts:
         chip = f"{TITLES[part.name]} <b>{part.verdict}</b>"
         page.add(f'<span class="chip {TONES[part.verdict]}">{chip}</span>')
@@ -1385,11 +1340,10 @@ def build(folder: Path, parts: list[Part], command: str) -> Page:
         )
         # the worst first: it made the verdict
         checks = sorted(part.checks, key=lambda c: -LEVELS.index(c[0]))
-        reasons = "".join(
+        reasons = [
             f"<li><b>{level}</b>: {esc(why)}</li>" for level, why in checks
-        )
-        page.add(f'<ul class="reasons">{reasons}</ul>')
-        page.add('<div class="grid">')
+        ]
+        page.add(f'<ul class="reasons">{"".join(reasons)}</ul><div class="grid">')
         for name, title, fig, caption in part.figures:
             page.plot(name, title, fig, caption, wide=True)
         page.add("</div>")
@@ -1401,28 +1355,23 @@ def build(folder: Path, parts: list[Part], command: str) -> Page:
 
 
 def html_table(head, rows) -> str:
-    first = f'<th style="text-align:left">{esc(head[0])}</th>'
-    first += "".join(f"<th>{esc(name)}</th>" for name in head[1:])
     body = ""
-    for row in rows:
-        cells = "".join(f"<td>{esc(cell)}</td>" for cell in row[1:])
-        body += f"<tr><th>{esc(row[0])}</th>{cells}</tr>"
-    table = f"<table><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
+    for row in [head, *rows]:
+        kind = "td" if row is not head else "th"
+        first, *cells = (esc(cell(x)) for x in row)
+        cells = "".join(f"<{kind}>{x}</{kind}>" for x in cells)
+        body += f'<tr><th style="text-align:left">{first}</th>{cells}</tr>'
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def write(folder: Path, parts: list[Part], command: str):
     """RUN_DIR/audit/, whole or not at all."""
-    out = folder / "audit"
-    half = folder / f".audit.{os.getpid()}.tmp"
+    out, half = folder / "audit", folder / f".audit.{os.getpid()}.tmp"
     found = {}
     for part in parts:
-        record = {
-            "verdict": part.verdict,
-            "checks": part.checks,
-            "numbers": part.numbers,
+        found[part.name] = {
+            name: getattr(part, name) for name in ("verdict", "checks", "numbers")
         }
-        found[part.name] = record
     try:
         with matplotlib.rc_context(RC):
             page = build(folder, parts, command)
@@ -1436,7 +1385,12 @@ def write(folder: Path, parts: list[Part], command: str):
         shutil.rmtree(half, ignore_errors=True)
 
 
-AUDITS = {"hmm": audit_hmm, "mae": audit_mae, "film": audit_film, "tqc": audit_tqc}
+AUDITS = {
+    "hmm": audit_hmm,
+    "mae": audit_mae,
+    "film": audit_film,
+    "tqc": audit_tqc,
+}
 
 
 def audit_run(folder: Path, mode: str) -> list[Part]:
@@ -1456,7 +1410,10 @@ def run_dirs(args: Args) -> list[Path]:
         return [Path(args.run_dir)]
     folder = Path(args.root) / "logs" / args.name / f"segment_{args.segment}"
     found = sorted(path for path in folder.glob("seed_*") if path.is_dir())
-    refuse((not found, f"--segment {args.segment}: {folder} holds no run"))
+    way_out = "look at --root and --name"
+    refuse(
+        (not found, f"--segment {args.segment}: {folder} holds no run: {way_out}")
+    )
     return found
 
 
@@ -1465,8 +1422,8 @@ def main(argv=None) -> dict:
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     console = Console(width=max(shutil.get_terminal_size((120, 24)).columns, 100))
-    command = " ".join(
-        ["python scripts/audit_pipeline.py", *map(str, argv or sys.argv[1:])]
+    command = shlex.join(
+        ["python", "scripts/audit_pipeline.py", *map(str, argv or sys.argv[1:])]
     )
     found = {}
     for folder in run_dirs(args):
@@ -1476,7 +1433,9 @@ def main(argv=None) -> dict:
             print_part(part, console)
         print(f"\n{folder}: audit/audit.html, audit/audit.json")
         for part in parts:
-            print(f"{TITLES[part.name]}: {part.verdict}: {'; '.join(part.reasons)}")
+            print(
+                f"{TITLES[part.name]}: {part.verdict}: {'; '.join(part.reasons)}"
+            )
         found[str(folder)] = {part.name: part.verdict for part in parts}
     broken = any("broken" in of.values() for of in found.values())
     return {"exit_code": int(broken), "verdicts": found}

@@ -109,6 +109,21 @@ def test_a_segment_is_every_seed_of_it_beside_other_segments(sound, tmp_path):
     assert "segment_1" in page and "segment_0<" not in page
 
 
+@pytest.mark.slow
+def test_it_judges_the_rows_that_the_run_was_judged_on(sound, tmp_path):
+    """Those of a walk-forward begin later than the flags say; of too few the calibration is not judged."""
+    folder = tmp_path / "run"
+    shutil.copytree(sound, folder, ignore=shutil.ignore_patterns("audit"))
+    path = folder / "checkpoints" / "best.pt"
+    state = load_checkpoint(path)
+    stop = state["data"]["rows"]["eval"][1]
+    state["data"]["rows"]["eval"][0] = stop - 150
+    save_atomic(state, path)
+    part, = audit.audit_run(folder, "tqc")
+    assert audit.Subject(folder).rows["eval"] == (stop - 150, stop)
+    assert "off" in [level for level, _ in part.checks]
+
+
 def shuffled(context, axis):
     def other(x, hmm):
         p = context(x, hmm)
