@@ -661,8 +661,10 @@ def legend_of(fig) -> str:
         patch = getattr(handle, "patches", [handle])[0]
         line = hasattr(patch, "get_linestyle") and hasattr(patch, "get_color")
         color = patch.get_color() if line else np.ravel(patch.get_facecolor())[:3]
-        dash = "solid" if not line or patch.get_linestyle() == "-" else "dashed"
+        dash = "dashed" if line and patch.get_linestyle() in ("--", ":", "-.") else "solid"
         style = f"border-top:3px {dash} {to_hex(color)}"
+        if line and patch.get_marker() == "o" and patch.get_linestyle() == "None":
+            style = f"border:4px solid {to_hex(color)};border-radius:50%;width:0"
         keys.append(f'<span><i style="{style}"></i>{esc(label)}</span>')
     return f'<div class="legend">{"".join(keys)}</div>' if keys else ""
 

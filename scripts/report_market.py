@@ -167,13 +167,17 @@ def draw_equity(trace: dict, lines: dict):
         top.plot(*thin(x, growth, 350, "last"), label=words(name), **style)
         fall = 100 * np.expm1(growth - np.fmax.accumulate(growth))
         low.plot(*thin(x, fall, 350, "min"), **style)
-    low_end, high_end = top.get_ylim()
-    ticks, names = growth_ticks(low_end, high_end)
-    top.set_yticks(ticks, names)
-    top.set_ylim(low_end, high_end)
-    top.set_ylabel("growth, log scale")
+    label_growth(top)
     low.set_ylabel("drawdown, %")
     return fig
+
+
+def label_growth(ax):
+    """The axis of what is drawn as log growth; call it after plotting."""
+    limits = ax.get_ylim()
+    ax.set_yticks(*growth_ticks(*limits))
+    ax.set_ylim(limits)
+    ax.set_ylabel("growth, log scale")
 
 
 def growth_ticks(low: float, high: float) -> tuple[np.ndarray, list[str]]:

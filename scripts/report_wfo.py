@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from scripts.report import RC, Page, add_scores, canvas, color_of, esc, show, thin, words
+from scripts.report_market import label_growth
 
 POINTS = 600  # of a curve
 
@@ -28,7 +29,7 @@ def add_header(page: Page, name: str, summary: dict):
     tone = "good" if found["skill"] else "warn"
     page.add(f"<h1>Walk-forward: {esc(name)}</h1>")
     facts = f"{summary['finished']} of {summary['wanted']} segments finished"
-    facts += f" · {summary['months']:.1f} months out of sample · {found['trials']} trials so far"
+    facts += f" · {summary['months']:.1f} months out of sample · trials so far: {found['trials']}"
     if summary["partial"]:
         facts += f" · segments tested on a part of their rows (time): {summary['partial']}"
     page.add(f'<p class="soft">{esc(facts)}</p>')
@@ -55,7 +56,7 @@ def add_header(page: Page, name: str, summary: dict):
 def add_equity(page: Page, growth: pd.DataFrame, segments: list):
     lead = "Test months only, one after the other; every segment starts flat and pays its entry."
     page.section("equity", "Out of sample", lead)
-    fig, (ax,) = canvas(9.4, 3.4, left=0.75)
+    fig, (ax,) = canvas(9.4, 3.4, left=1.05)
     for i, who in enumerate(growth):
         total = np.cumsum(np.log1p(growth[who].to_numpy()))
         bars, total = thin(np.arange(len(total)), total, POINTS, "last")
@@ -63,9 +64,8 @@ def add_equity(page: Page, growth: pd.DataFrame, segments: list):
         times = growth.index[bars.astype(int)]
         ax.plot(times, total, label=words(who), color=color_of(who, i), lw=width)
     for segment in segments:
-        ax.axvline(segment.test_start, color="#c4cbd4", lw=0.8, ls=":")
-    ax.yaxis.set_major_formatter(lambda y, _: f"{100 * np.expm1(y):+,.0f} %")
-    ax.set_ylabel("growth, log scale")
+        ax.axvline(segment.test_start, color="#5a6675", lw=1.0, ls=":")
+    label_growth(ax)
     caption = "Dotted: a new segment, with an agent of its own."
     page.add('<div class="grid">')
     page.plot("equity", "Equity of the chosen agents and of their rivals", fig, caption, wide=True)
@@ -88,7 +88,7 @@ def add_tables(page: Page, summary: dict, segments: list):
 def add_folds(page: Page, summary: dict, results: list):
     fold = summary["folds"]
     page.section("folds", "Segment by segment")
-    fig, (ax,) = canvas(9.4, 2.6, left=0.75)
+    fig, (ax,) = canvas(9.4, 2.7, left=0.75, bottom=0.45)
     for i, who in enumerate(("buy_and_hold", "sparse_linear")):
         rows = summary["segments"].items()
         y = [test[who]["mean_reward_bps"] for _, test in rows]
@@ -116,7 +116,7 @@ def add_folds(page: Page, summary: dict, results: list):
         ahead = summary["leads"][who]
         lead = f"lead {show(ahead['lead_bps'], 'signed')} bp a bar"
         chance = f"above 0 with probability {ahead['probability']:.2f}"
-        rows[f"beats {words(who)} in"] = f"{share:.0%} of the segments; {lead}, {chance}"
+        rows[f"beats {words(who)} in"] = f"{100 * share:.0f} % of the segments; {lead}, {chance}"
     add_rows(page, rows)
 
 
