@@ -779,13 +779,17 @@ def score_synthetic(result: dict, trace: pd.DataFrame, bars: Bars):
 
 
 def choose(results: list[dict]) -> dict[int, dict]:
-    """Of every segment the seed that did best on its eval rows."""
+    """Of every segment the seed that did best on its eval rows, the first of equal ones."""
     best = {}
-    for result in results:
-        there = best.get(result["segment"])
-        if there is None or result["eval_score"] > there["eval_score"]:
-            best[result["segment"]] = result
+    for result in sorted(results, key=eval_score, reverse=True):
+        best.setdefault(result["segment"], result)
     return dict(sorted(best.items()))
+
+
+def eval_score(result: dict) -> float:
+    """What was not a number is the worst."""
+    score = result["eval_score"]
+    return -math.inf if score is None else score
 
 
 def publish(args: Args, chosen: dict[int, dict]):

@@ -237,6 +237,16 @@ def test_a_run_that_fails_says_why(tmp_path, code, kind):
     assert all(x in str(error) for x in ("segment 3 seed 2", "--funding f.csv", str(tmp_path / "log")))
 
 
+def test_the_best_seed_on_eval_rows_is_chosen():
+    """A score that was not a number (None in JSON) is chosen only where there is no other."""
+    scores = {0: [None, 0.2, 0.5, 0.5], 1: [None, -1.0], 2: [None]}
+    results = [
+        {"segment": k, "seed": seed, "eval_score": score}
+        for k, row in scores.items() for seed, score in enumerate(row)
+    ]
+    assert {k: r["seed"] for k, r in wfo.choose(results).items()} == {0: 2, 1: 1, 2: 0}
+
+
 def test_time_is_shared_out():
     guard = Namespace(remaining=lambda: 620.0)
     assert wfo.share_of_time(guard, left=5, jobs=2) == 200
