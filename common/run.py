@@ -598,14 +598,15 @@ class Run:
         except OSError as e:
             raise UsageError(f"--run-dir {self.dir}: {e.strerror}") from e
         self.lock = lock
-        held = (self.dir / "metrics.jsonl").exists()
+        lines, last = self.dir / "metrics.jsonl", find_last(self.dir)
+        # a run that was killed before its first line left nothing to continue
+        held = last is not None or (lines.exists() and lines.stat().st_size > 0)
         here = self.dir.resolve() / "checkpoints"
         own = args.resume == "auto"
         if args.resume and self.source:
             own = self.source.resolve().parent == here
         why = f"--run-dir {self.dir} holds a run already: --resume auto continues it"
         refuse((held and not own, why))
-        last = find_last(self.dir)
         if self.resumed and last and not last.samefile(self.source):
             step = load_run(last, self.script, self.schema)["loop"]["global_step"]
             behind = self.state["loop"]["global_step"]

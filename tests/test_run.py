@@ -177,6 +177,14 @@ def test_a_start_of_minutes_counts_once(tmp_path, monkeypatch):
     assert toy.main()["wall_seconds"] < 100
 
 
+def test_a_run_that_was_killed_before_its_first_line_refuses_no_other(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    assert play(folder, "--total-timesteps", 8)["exit_code"] == 0
+    assert "holds a run" in refused(UsageError, play, folder)
+
+
 def test_a_folder_has_one_owner(tmp_path):
     run = Run(toy.Args, [*TINY, "--run-dir", str(tmp_path / "r")], schema=1)
     run.open("toy", {})
