@@ -430,6 +430,7 @@ class Run:
         self._failed, self._counters, self._shown, self._pace = False, None, {}, Pace()
         self._saved, self._due = time.monotonic(), False
         self._evaluations, self.eval_seconds, self._eval_began = evaluations, 0.0, None
+        self._iteration_began = None
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
         self._piece = {"work": "", "began": 0.0, "longest": 0.0}
         # a program's first run began with its process, however long its imports took
@@ -685,6 +686,8 @@ class Run:
             self.eval_seconds, self._eval_began = now - self._eval_began, None
         if name == "eval":
             self._eval_began = now
+        elif name == "rollout":
+            self._iteration_began = now
         self.guard.mark(name)
 
     def reserve(self) -> float:
@@ -693,11 +696,14 @@ class Run:
         return REPORT_SECONDS + upload + self._evaluations * self.eval_seconds
 
     def out_of_time(self, more: float = 0.0) -> bool:
-        """Whether to leave the loop: a signal, or no more time than the end needs.
+        """Whether to leave the loop: a signal, or no time for the end and an iteration as long as
+        the last one, evaluations apart.
 
         more: seconds beside the final evaluations and the report. All processes of torchrun get the
         same answer.
         """
+        if self._iteration_began is not None:
+            more += (self._eval_began or time.monotonic()) - self._iteration_began
         stop = self.guard.should_stop(self.reserve() + more)
         self._due = time.monotonic() - self._saved > self.args.checkpoint_interval
         if self.world > 1:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -195,6 +196,14 @@ def test_a_folder_has_one_owner(tmp_path):
     assert "r holds" in refused(UsageError, play, tmp_path / "r")
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in refused(UsageError, play, tmp_path / "file" / "r")
+
+
+def test_no_iteration_begins_that_would_not_end(tmp_path, monkeypatch):
+    """Of 11 seconds the end gets 6, which leaves no room for a second iteration of 4."""
+    step = toy.ToyLanes.step_lanes
+    monkeypatch.setattr(toy.ToyLanes, "step_lanes", lambda *a: [time.sleep(4), step(*a)][1])
+    summary = play(tmp_path / "r", "--timeout", 11.5)
+    assert (summary["status"], summary["updates"]) == ("timeout", 1)
 
 
 def test_time_given_is_time_used(tmp_path):
