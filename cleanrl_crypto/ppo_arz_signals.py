@@ -1476,7 +1476,8 @@ class NetworkVectorEnv(SimulatedLanes):
         """
         self.action.copy_(action)
         self.launch(self.kernels[0], self.arrays["action"])
-        return self.local_reward.sum(1), self.flags[0], self.flags[1]
+        delay = self.delay.nan_to_num(0.0, 0.0, 0.0).sum(0)  # a broken lane has no number
+        return -delay, self.flags[0], self.flags[1]
 
     def observe(self):
         return self.obs
@@ -2243,8 +2244,8 @@ def verdict(
     if partial:
         why = "time cut an evaluation short: episodes of unequal length are not compared"
         return "undecided", [why, found]
-    delays = {name: metrics["delay_veh_s"] for name, metrics in baselines.items()}
-    name, best = min(delays.items(), key=lambda item: item[1])
+    name = min(baselines, key=lambda name: baselines[name]["delay_veh_s"])
+    best = baselines[name]["delay_veh_s"]
     percent = 100 * (1 - delay / best)
     side = "lower" if percent >= 0 else "higher"
     rival = f"the best tuned controller, {name}, has {best:.0f}"
@@ -2443,9 +2444,9 @@ def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, shor
         }
     audit = diagnose(agent, torch.cat(policy.states))
     chosen = next(iter(results.values()))
-    metrics, rivals = chosen["agent"], chosen["baselines"]
-    judged = verdict(audit, metrics, rivals, loop.updates, cut or short)
-    audit["verdict"], audit["reasons"] = judged
+    audit["verdict"], audit["reasons"] = verdict(
+        audit, chosen["agent"], chosen["baselines"], loop.updates, cut or short
+    )
     return results, audit
 
 

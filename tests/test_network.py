@@ -456,6 +456,10 @@ def test_what_stands_before_a_close_signal_belongs_to_both(metres, second):
     net = lay("east", signals=(LIGHT, light), turns=[*TURNS, ("east", "main", 1)], length=metres)
     assert net.owners()[:, 0].tolist()[:6] == [0, 0, 0, 0, 0, 1]
     assert net.owners()[:, 1].tolist() == second
+    envs = arz.NetworkVectorEnv(1, network=net, interval=5.0, seconds=100.0)
+    envs.reset(seed=1)
+    reward = sum(float(envs.step_lanes(torch.zeros(1, 2))[0]) for _ in range(20))
+    assert reward == pytest.approx(-float(envs.stats("finals")["delay_veh_s"]))  # counted once
 
 
 def test_parts_with_names_of_their_own():
