@@ -1477,7 +1477,7 @@ class NetworkVectorEnv(SimulatedLanes):
         self.action.copy_(action)
         self.launch(self.kernels[0], self.arrays["action"])
         delay = self.delay.nan_to_num(0.0, 0.0, 0.0).sum(0)  # a broken lane has no number
-        return -delay, self.flags[0], self.flags[1]
+        return -delay, *self.flags
 
     def observe(self):
         return self.obs
@@ -1755,7 +1755,7 @@ def phase_pressures(env, standing, downstream: bool = True):
     without `downstream` just the vehicles upstream. Upstream reaches to the signals behind.
     """
     net = env.network
-    table = served(env.network)
+    table = served(net)
     at_entry = net.entry >= 0
     entries = env.on_device(np.flatnonzero(at_entry))
     queues = env.on_device(net.entry[at_entry])
@@ -2198,8 +2198,7 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
         row = {"time_s": k * envs.decision_interval} | envs.trace() if trace else {}
         reward, *_ = envs.step_lanes(action)
         if trace:
-            numbers = enumerate(action[envs.traced].tolist())
-            row |= {f"action_{i}": a for i, a in numbers}
+            row |= {f"action_{i}": a for i, a in enumerate(action[envs.traced].tolist())}
             rows.append(row | {"reward": float(reward[envs.traced])})
         cut = time.monotonic() - began > seconds and k + 1 < envs.length
         if cut:
@@ -2431,8 +2430,7 @@ def validate(run: Run, loop: Loop, agent: Agent, eval_envs) -> dict[str, float]:
 def final_results(run: Run, loop: Loop, agent: Agent, eval_envs, baselines, short):
     """The best agent's results beside the baselines', its diagnostics; writes a trace."""
     policy = Greedy(agent)
-    limit = run.eval_limit(0.8)
-    result, rows, cut = evaluate(lambda envs: policy, eval_envs, limit, trace=True)
+    result, rows, cut = evaluate(lambda envs: policy, eval_envs, run.eval_limit(0.8), trace=True)
     write_trace(run.dir, eval_envs.network.name, rows)
     results = {}
     for split, metrics in result.items():
