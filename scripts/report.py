@@ -859,7 +859,7 @@ def tiles_of(run: Record) -> list[tuple[str, str, str]]:
     speed = show(summary.get("sps"), "int")
     for label, key, small in (
         ("gradient updates", "updates", f"{ratio} rows a transition"),
-        ("transitions", "global_step", "" if speed in "–0" else f"{speed} a second"),
+        ("transitions", "global_step", "" if speed in ("–", "0") else f"{speed} a second"),
         ("wall clock, s", "wall_seconds", limit),
     ):
         tiles.append((label, show(summary.get(key), "int"), small))
