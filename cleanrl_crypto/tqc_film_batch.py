@@ -116,7 +116,8 @@ LOST = 3e-6  # growth that ends the episode: above RUIN, a fee may hit the floor
 LEVELS = np.linspace(-1, 1, 21)  # exposures of the greedy policy and of the best constant
 
 # encoder: the shape that the scores in docs/results.md were measured with
-HEADS, LAYERS = 4, 2
+HEADS = 4
+LAYERS = 2
 MASKED = 0.3  # share of a window's bars that pre-training hides
 MAE_BATCH = 64  # windows a pre-training step
 MAE_LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
@@ -293,7 +294,6 @@ class Args(RunArgs):
         }
         check(self, choices, ranges)
         drop = self.top_quantiles_to_drop_per_net
-        floor = self.ent_coef_min
         alpha = initial_alpha(self.ent_coef)
         refuse(
             (
@@ -310,8 +310,8 @@ class Args(RunArgs):
             ),
             (self.cudagraphs and not self.compile, "--cudagraphs needs --compile"),
             (
-                not 0 <= floor <= alpha,
-                f"--ent-coef-min {floor}: must be from 0 to the initial coefficient {alpha}",
+                not 0 <= self.ent_coef_min <= alpha,
+                f"--ent-coef-min {self.ent_coef_min}: must be 0 to the initial coefficient {alpha}",
             ),
         )
 
@@ -398,8 +398,9 @@ def begin_nb(i, rules, state):
     episode = np.int64(state[EPISODE, i])
     for k in range(state.shape[0]):
         state[k, i] = 0.0
+    part = uniform_nb(seed, i, episode, 0)
     u = uniform_nb(seed, i, episode, 1)
-    state[ROW, i] = start + np.int64(uniform_nb(seed, i, episode, 0) * (stop - start))
+    state[ROW, i] = start + np.int64(part * (stop - start))
     state[EPISODE, i] = episode
     state[W_COST, i] = w_max * (0.0 if u < 0.2 else 1.0 if u > 0.8 else (u - 0.2) / 0.6)
     state[EQUITY, i] = 1.0
@@ -421,9 +422,11 @@ def lane_py(i, action, ret, funding, costs, rules, lanes):
     state[EQUITY, i] *= growth
     state[RETURN, i] += reward[i]
     state[TURNOVER, i] += change
-    flags[0, i] = growth <= LOST
-    flags[1, i] = not flags[0, i] and (state[CLOCK, i] >= length or row + 1 >= stop)
-    if flags[0, i] or flags[1, i]:
+    lost = growth <= LOST
+    over = state[CLOCK, i] >= length or row + 1 >= stop
+    flags[0, i] = lost
+    flags[1, i] = over and not lost
+    if lost or over:
         for k in range(state.shape[0]):
             last[k, i] = state[k, i]
         state[EPISODE, i] += 1
@@ -542,8 +545,8 @@ class Market:
     def walk(self, target, start, stop):
         """walk_nb along rows [start, stop)."""
         rows = slice(start, stop)
-        known = self.ret[rows], self.funding[rows], self.expected[rows]
-        return walk_nb(target, *known, self.costs)
+        returns = self.ret[rows], self.funding[rows], self.expected[rows]
+        return walk_nb(target, *returns, self.costs)
 
     @property
     def series(self):
@@ -624,7 +627,8 @@ class MarketVectorEnv(Lanes):
             position=box(-np.inf, np.inf, (1,)),
             w_cost=box(0.0, 1.0, (1,)),
         )
-        super().__init__(lanes, observation, box(-1.0, 1.0, (1,)), backend, args.seed)
+        action = box(-1.0, 1.0, (1,))
+        super().__init__(lanes, observation, action, backend, args.seed)
         self.take("state", (8, lanes), np.float64)
         self.position, _, self.equity = self.state[POSITION:RETURN]
         self.take("last", (8, lanes), np.float64)
@@ -792,7 +796,8 @@ class Fusion(nn.Module):
     def forward(self, market, position, w_cost):
         p, w, f = self.scalars.weight.unbind(1)
         x = market[:, None, :-1] + market[:, None, -1:] * f
-        return F.leaky_relu(self.norm(x + position[..., None] * p + w_cost[..., None] * w))
+        x = x + position[..., None] * p + w_cost[..., None] * w
+        return F.leaky_relu(self.norm(x))
 
 
 def mlp(width, hidden, out):
@@ -823,9 +828,8 @@ class Critic(nn.Module):
     def forward(self, market, after, w_cost):
         x = self.fusion(market, after, w_cost)
         linear = self.slope * after * market[:, -1:]
-        return (
-            torch.stack([net(x) for net in self.nets], 2).float() + linear[..., None, None]
-        )
+        quantiles = torch.stack([net(x) for net in self.nets], 2).float()
+        return quantiles + linear[..., None, None]
 
 
 class Actor(nn.Module):
@@ -852,20 +856,20 @@ class Agent(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = config
         self.config = config
-        self.costs = c["costs"]
-        width = c["fusion_width"]
-        hidden = c["hidden"]
-        critic = width, hidden, c["n_critics"], c["n_quantiles"]
+        self.costs = config["costs"]
+        width = config["fusion_width"]
+        hidden = config["hidden"]
+        critic = width, hidden, config["n_critics"], config["n_quantiles"]
         self.extractor = FoundationFeatureExtractor(
-            c["window"], c["d_model"], width, c["dropout"]
+            config["window"], config["d_model"], width, config["dropout"]
         )
         self.critic = Critic(*critic)
         self.target = Critic(*critic).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        self.actor = Actor(width, hidden, c["log_std_init"])
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(max(c["alpha"], 1e-30))))
+        self.actor = Actor(width, hidden, config["log_std_init"])
+        log_alpha = math.log(max(config["alpha"], 1e-30))
+        self.log_alpha = nn.Parameter(torch.tensor(log_alpha))
         self.register_buffer("grid", torch.tensor(LEVELS).float())
         # sums of 1, reward and reward^2
         self.register_buffer("reward_sums", torch.zeros(3, dtype=torch.float64))
@@ -930,7 +934,8 @@ def tqc_target(next_quantiles, reward, done, gamma, alpha, next_log_prob, drop):
 
 def squashed_log_prob(mean, std, u):
     """log density of tanh(u), u ~ N(mean, std), from the pre-tanh sample (no atanh of a clamp)."""
-    normal = -0.5 * ((u - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    z = (u - mean) / std
+    normal = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     return normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
@@ -962,7 +967,8 @@ def greedy_next(agent, market, held, w_cost, scale):
     values = agent.target(market, grid, w_cost)  # (B, A, C, N)
     paid = agent.trade_reward(held[..., None], agent.grid, w_cost[..., None])
     moves = scale * paid  # (B, K, A)
-    best = (values.mean((2, 3))[:, None] + moves).argmax(2, keepdim=True)  # (B, K, 1)
+    q = values.mean((2, 3))[:, None] + moves
+    best = q.argmax(2, keepdim=True)  # (B, K, 1)
     pick = best[..., None].expand(-1, -1, *values.shape[2:])
     quantiles = values.gather(1, pick) + moves.gather(2, best)[..., None]
     return quantiles.flatten(0, 1), torch.zeros_like(held).flatten()
@@ -1012,8 +1018,9 @@ class Contexts:
         self.forecast = self.tensor(market.forecast).float()[:, None]
         # a bad tick must not shrink all other rewards
         limit = usual_limit(market.ret[slice(*market.rows["train"])])
-        full = np.log1p(np.clip(market.ret, max(-limit, RUIN - 1), limit))
-        self.full_reward = self.tensor(full)  # (T,) float64, of a full long position
+        usual = np.clip(market.ret, max(-limit, RUIN - 1), limit)
+        # (T,) float64, of a full long position
+        self.full_reward = self.tensor(np.log1p(usual))
         self.offsets = torch.arange(1 - market.window, 1, device=device)
         shape = len(market.table), *encoder.positions.shape  # (bars, T, d)
         self.cache = torch.empty(shape, dtype=dtype, device=device) if keep else None
@@ -1089,7 +1096,8 @@ class Replay:
         """The lanes' state before they took `action` (N,)."""
         at = (self.total + self.lane) % self.size
         self.row[at] = state[ROW].int()
-        self.floats[:, at] = torch.stack([state[POSITION], action, state[W_COST]]).float()
+        floats = torch.stack([state[POSITION], action, state[W_COST]])
+        self.floats[:, at] = floats.float()
         self.total += self.lanes
 
     def sample(self, n, segment, counterfactuals, stop):
@@ -1132,7 +1140,8 @@ def explore(agent, contexts, state, matrix, redraw):
         mean, latent = agent.actor(market, position, w_cost)
     if redraw:
         matrix.copy_(torch.randn_like(matrix) * agent.actor.log_std.exp())
-    return (mean[:, 0] + (latent[:, 0] * matrix).sum(1)).tanh().float()
+    noise = (latent[:, 0] * matrix).sum(1)
+    return (mean[:, 0] + noise).tanh().float()
 
 
 def encode_stretches(extractor, contexts, rows):
@@ -1202,7 +1211,8 @@ def target_path(agent, latents, values, market, start, w_cost, policy):
     position = 0.0
     for t in range(len(ret)):
         held = torch.full((1, 1), position, device=latents.device)
-        target[t] = agent.actor(latents[t : t + 1], held, w_cost[t : t + 1])[0].tanh()
+        mean, _ = agent.actor(latents[t : t + 1], held, w_cost[t : t + 1])
+        target[t] = mean.tanh()
         _, position = trade_nb(position, target[t], ret[t], funding[t], agent.costs)
     return target
 
@@ -1270,8 +1280,9 @@ def evaluate(agent, contexts, split, args, seconds=math.inf, policies=POLICIES):
         columns |= {f"position{who}": target, f"equity{who}": equity}
     columns["q_spread"] = np.ptp(values.cpu().numpy(), 1)
 
-    whole = [start, stop] == list(market.rows[split]) and len(walked) == len(policies)
-    out = {"rows": [start, stop], "partial": not whole, "baselines": everyone}
+    rows = [start, stop]
+    whole = rows == list(market.rows[split]) and len(walked) == len(policies)
+    out = {"rows": rows, "partial": not whole, "baselines": everyone}
     out["overestimation"] = overestimation(
         agent, market, start, latents, w_cost, paths[acting]
     )
@@ -1290,7 +1301,8 @@ def diagnose(agent, contexts, n=256):
     """What the deterministic policy depends on, on n rows of the eval split (the same at
     every call), by metric."""
     rng = np.random.default_rng(0)
-    rows = contexts.tensor(np.sort(rng.choice(np.arange(*contexts.rows["eval"]), n)))
+    rows = rng.choice(np.arange(*contexts.rows["eval"]), n)
+    rows = contexts.tensor(np.sort(rows))
     mix = contexts.tensor(rng.permutation(n))
     position = contexts.tensor(rng.uniform(-1, 1, (n, 1))).float()
     w_cost = contexts.tensor(rng.random((n, 1))).float()
@@ -1316,12 +1328,13 @@ def diagnose(agent, contexts, n=256):
     noise = torch.randn(n, 1, generator=generator, device=contexts.device)
     sampled, log_prob, std = sample_action(agent.actor, *there, noise)
     q = action_values(agent, *there)  # (n, A)
-    q_greedy, q_sampled = action_values(agent, *there, torch.stack([greedy, sampled[:, 0]], 1)).T
+    both = torch.stack([greedy, sampled[:, 0]], 1)
+    q_greedy, q_sampled = action_values(agent, *there, both).T
     quantiles = agent.critic(latents, greedy[:, None], w_cost)  # (n, 1, C, N)
     full_reward = agent.reward_scale * contexts.full_reward[rows].abs()
     entropy = -log_prob.mean()
     alpha = agent.alpha
-    found = {
+    record = {
         "policy/state_dependence": fixed.std(1).mean(),
         "policy/action_mean": greedy.mean(),
         "policy/saturation": (greedy.abs() > 0.98).float().mean(),
@@ -1338,8 +1351,8 @@ def diagnose(agent, contexts, n=256):
         "env/clipped_rewards": (full_reward > REWARD_CLIP).float().mean(),
     }
     for name, other in shuffled.items():
-        found[f"policy/attribution_{name}"] = (other - greedy).abs().mean()
-    return {name: float(x) for name, x in found.items()}
+        record[f"policy/attribution_{name}"] = (other - greedy).abs().mean()
+    return {name: float(x) for name, x in record.items()}
 
 
 def w_cost_sweep(agent, contexts, args):
@@ -1357,15 +1370,15 @@ def w_cost_sweep(agent, contexts, args):
     return sweep
 
 
-def alarms(found, samples_per_transition):
-    """What comes before a collapse. found: diagnose()'s."""
-    spread_of_noise = 2 * found["policy/alpha"]
+def alarms(record, samples_per_transition):
+    """What comes before a collapse. record: diagnose()'s."""
+    spread_of_noise = 2 * record["policy/alpha"]
     return {
-        "alarm/q_spread_over_alpha": found["value/q_action_spread"] < spread_of_noise,
-        "alarm/entropy_over_reward": found["policy/entropy_rms"] > 1.0,
+        "alarm/q_spread_over_alpha": record["value/q_action_spread"] < spread_of_noise,
+        "alarm/entropy_over_reward": record["policy/entropy_rms"] > 1.0,
         "alarm/samples_per_transition": samples_per_transition < 2,
-        "alarm/sigma": found["policy/sigma"] > 0.9,
-        "alarm/clipped_rewards": found["env/clipped_rewards"] > 0.05,
+        "alarm/sigma": record["policy/sigma"] > 0.9,
+        "alarm/clipped_rewards": record["env/clipped_rewards"] > 0.05,
     }
 
 
@@ -1415,7 +1428,8 @@ def load_policy(checkpoint, device="cpu"):
         forecast = tensor(features.forecast(obs["market"][:, -1]))[:, None]
         latents = agent.extractor(encoder.context(tech), hmm[:, -1], forecast)
         position = tensor(obs["position"])
-        return act(agent, latents, position, tensor(obs["w_cost"]))[:, None].cpu().numpy()
+        action = act(agent, latents, position, tensor(obs["w_cost"]))
+        return action[:, None].cpu().numpy()
 
     return policy
 
@@ -1513,11 +1527,11 @@ class Loop:
 
 def open_market(run):
     """Bars and columns, said aloud; a checkpoint keeps its own fits."""
-    data = run.args.data
-    fitted = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
-    market = load_market(run.args, fitted, FIT_SHARE * run.guard.remaining())
+    features = FeatureModel.from_state_dict(run.state["features"]) if run.state else None
+    market = load_market(run.args, features, FIT_SHARE * run.guard.remaining())
     print(
-        f"{data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} of the HMM"
+        f"{run.args.data}: {len(market.ret)} bars, {market.n_tech} columns + {HMM_COLUMNS} "
+        "of the HMM"
     )
     for split, (start, stop) in market.rows.items():
         print(f"{split}: {stop - start} bars from {iso(market.bars.timestamp[start])}")
@@ -1657,16 +1671,17 @@ def judge(agent, contexts, run, loop):
     result, *_ = evaluate(
         agent, contexts, "eval", run.args, run.eval_limit(), [run.args.policy]
     )
-    found = diagnose(agent, contexts)
     metrics = result["agent"]
-    drawn = run.args.batch_size * loop.updates
-    alarm = alarms(found, drawn / max(loop.global_step, 1))
-    rival = result["baselines"]["sparse_linear"][market.judged_by]
-    still = found["policy/state_dependence"] < STILL and loop.updates >= FEW_UPDATES
-    alarm["alarm/collapsed"] = still and rival > max(0.0, metrics[market.judged_by])
-    run.log(found | alarm | {f"eval/eval/{name}": x for name, x in metrics.items()}, loop)
-
+    record = diagnose(agent, contexts)
+    samples = run.args.batch_size * loop.updates
+    record |= alarms(record, samples / max(loop.global_step, 1))
     score = metrics[market.judged_by]
+    rival = result["baselines"]["sparse_linear"][market.judged_by]
+    still = record["policy/state_dependence"] < STILL and loop.updates >= FEW_UPDATES
+    record["alarm/collapsed"] = still and rival > max(0.0, score)
+    record |= {f"eval/eval/{name}": x for name, x in metrics.items()}
+    run.log(record, loop)
+
     if loop.updates:
         whole = result["rows"] == contexts.rows["eval"]
         if whole:
@@ -1721,10 +1736,10 @@ def evaluate_splits(agent, contexts, run):
 def audit_of(agent, contexts, run, loop, results, paths):
     """diagnose(), overestimation, edges over the best constant and the verdict; logs what the loop
     did not. paths: everyone's exposures by split."""
-    record = {"value/overestimation": results["eval"]["overestimation"]}
-    found = diagnose(agent, contexts) | record
-    audit = {name.split("/")[1]: x for name, x in found.items()}
     result = results["eval"]
+    record = {"value/overestimation": result["overestimation"]}
+    audit = diagnose(agent, contexts) | record
+    audit = {name.split("/")[1]: x for name, x in audit.items()}
     market = contexts.market
     series = market.series
     series.rows = series.rows | {"eval": result["rows"]}
@@ -1881,6 +1896,8 @@ def main(argv=None):
             run.phase("eval")
             change = (action - state[POSITION]).abs().mean()
             record = {
+                **envs.charts(),
+                **run.charts(loop, loop.updates * args.batch_size),
                 "losses/qf_loss": qf_loss.detach(),
                 "losses/actor_loss": actor_loss.detach(),
                 "losses/grad_norm": grad_norm,
@@ -1891,7 +1908,7 @@ def main(argv=None):
                 "env/exposure": action.mean(),
                 "charts/learning_rate": args.learning_rate * share,
             }
-            run.log(envs.charts() | run.charts(loop, loop.updates * args.batch_size) | record, loop)
+            run.log(record, loop)
             judge(averaged, contexts, run, loop)
         run.checkpoint(loop)
 
