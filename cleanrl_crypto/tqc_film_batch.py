@@ -148,7 +148,7 @@ class Args(RunArgs):
 
     # data
     data: str = "synthetic:regime"
-    """synthetic:{regime,signal,noise,drift}[?bars=N&seed=K&...] or files of bars,
+    """synthetic:{regime,signal,square,noise,drift}[?bars=N&seed=K&...] or files of bars,
     comma-separated, the first traded"""
     split: str = "0.70/0.15/0.15"
     """train/eval/test as fractions of the rows, or the first days of eval and test:

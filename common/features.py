@@ -625,10 +625,12 @@ def least_t(t, share) -> float:
 def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
     """Evidence that technical columns (T, K) say something about the next return (T,).
 
-    Largest |t| of each, alone and times each context column (T, 5), (K,); and the one needed.
+    Largest |t| of each, alone, squared and times each context column (T, 5), (K,); and the one
+    needed.
     """
     pieces = [tech[:, k : k + PIECE] for k in range(0, tech.shape[1], PIECE)]
     t = [[newey_west_t(piece, ret) for piece in pieces]]
+    t.append([newey_west_t(piece**2, ret) for piece in pieces])
     for context in hmm.T[:, :, None]:
         t.append([newey_west_t(piece * context, ret) for piece in pieces])
     t = [np.concatenate(row) for row in t]

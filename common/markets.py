@@ -3,11 +3,12 @@
 A hidden signal s (Rouwenhorst chain, unit variance) and a hidden regime set the next bar's SIMPLE
 return:
 
-    r[t+1] = sigma[regime t] (ic sign[regime t] s[t] + sqrt(1 - ic^2) eps) + drift,    r > -0.95
+    r[t+1] = sigma[regime t] (ic sign[regime t] h(s[t]) + sqrt(1 - ic^2) eps) + drift,    r > -0.95
 
 Bar t shows s[t] in its volume and regime[t] in its range: a policy reads both at its close and
-earns bar t+1. Markets: `regime` (the signal's sign flips in the storm), `signal`, `noise` (ic 0: do not
-trade) and `drift` (constant mean: hold +1).
+earns bar t+1. Markets: `regime` (the signal's sign flips in the storm), `signal`, `square` (what counts
+is the signal's square, which a line through a column does not see), `noise` (ic 0: do not trade) and
+`drift` (constant mean: hold +1). h(s) is s; on `square` it is (s^2 - 1) / sqrt(2).
 
     law = parse_law("synthetic:regime?bars=20000&seed=3")
     timestamps, ohlcv, truth = generate(law)
@@ -43,6 +44,7 @@ MARKETS = {
         "regime_transition": ((0.995, 0.005), (0.010, 0.990)),
     },
     "signal": {"ic": 0.1},
+    "square": {"ic": 0.1},
     "noise": {"ic": 0.0},
     "drift": {"ic": 0.0},
 }
@@ -60,6 +62,7 @@ KEYS = ("bars", "seed", "n_states", "phi", "sigma", "tails")
 MARKET_KEYS = {
     "regime": (*KEYS, "ic"),
     "signal": (*KEYS, "ic"),
+    "square": (*KEYS, "ic"),
     "noise": KEYS,
     "drift": (*KEYS, "drift"),
 }
@@ -130,7 +133,7 @@ class Truth:
 def parse_law(spec: str) -> Law:
     """Law of "synthetic:NAME[?key=value&...]"; two regimes take two sigmas ("sigma=.005/.012").
 
-    Keys: bars, seed, n_states, phi, sigma, tails; ic (regime and signal only); drift (drift only: a
+    Keys: bars, seed, n_states, phi, sigma, tails; ic (not of noise and drift); drift (drift only: a
     simple return a bar, default .05 sigma). An unknown market or key, a key given twice and a value
     out of range are each a ValueError of one line.
     """
@@ -208,6 +211,8 @@ def expected_return(law: Law) -> np.ndarray:
     The floor on returns is left out: it is 79 sigma away at the defaults.
     """
     values = rouwenhorst(law.n_states, law.phi)[0]
+    if law.name == "square":
+        values = (values**2 - 1) / math.sqrt(2)  # mean 0, variance 1 - 1 / (n_states - 1)
     slope = np.multiply(law.sigma, law.sign) * law.ic
     return np.outer(slope, values) + law.drift
 

@@ -291,7 +291,7 @@ def test_the_bound_of_the_screen():
     assert features.least_t(np.array([9.0, -5.0, 4.5, 2.99, 1.0]), share) == 2.99
 
 
-@pytest.mark.parametrize("name, passes", [("signal?ic=.3&", True), ("noise?", False)])
+@pytest.mark.parametrize("name, passes", [("signal?ic=.3&", True), ("square?ic=.3&", True), ("noise?", False)])
 def test_the_screen_keeps_what_foretells_and_drops_the_rest(name, passes):
     bars = load_bars(f"synthetic:{name}bars=6000")
     model = fit_features(bars, 4200, screen=True)

@@ -27,7 +27,7 @@ BP = 1e-4
 LONG = 200_000  # bars: standard errors of a correlation are .0022
 
 
-@pytest.fixture(scope="module", params=["signal", "regime", "noise", "drift"])
+@pytest.fixture(scope="module", params=["signal", "regime", "square", "noise", "drift"])
 def market(request):
     law = parse_law(f"synthetic:{request.param}?bars={LONG}&seed=5")
     return law, *generate(law)
@@ -123,6 +123,17 @@ def test_ties_keep_the_position_and_a_drift_is_held():
     for name, held in (("drift", 1), ("noise", 0)):
         truth = generate(parse_law(f"synthetic:{name}?bars=3000"))[2]
         assert (optimum_path(truth, 5 * BP, 100, 3000) == held).all()
+
+
+def test_the_square_market_is_blind_to_the_sign_of_its_signal():
+    law = parse_law(f"synthetic:square?bars={LONG}&seed=5")
+    _, ohlcv, truth = generate(law)
+    earned, s = next_return(ohlcv), truth.signal[:-1]
+    assert corr(earned, s) == pytest.approx(0, abs=0.01)
+    assert corr(earned, s**2) == pytest.approx(law.ic, abs=0.01)
+    values = rouwenhorst(law.n_states, law.phi)[0]
+    free = optimum(law, 0.0)[0]
+    assert (ACTIONS[free] == np.sign(values**2 - 1)[:, None]).all()
 
 
 def test_path_follows_the_table_from_flat_and_earns_what_the_law_says(regime):
