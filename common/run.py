@@ -53,6 +53,7 @@ from common.timeout_guard import (
     TimeoutGuard,
     find_last,
     load_checkpoint,
+    named,
     plain,
     rotate,
     save_atomic,
@@ -627,8 +628,9 @@ class Run:
             axes["pretrain_step"] = pretrain_step
         record = {k: plain(float(v)) if v is not None else None for k, v in record.items()}
         line = axes | record
-        self.jsonl.write(json.dumps(line) + "\n")
-        self.jsonl.flush()
+        with named(self.dir / "metrics.jsonl"):
+            self.jsonl.write(json.dumps(line) + "\n")
+            self.jsonl.flush()
         self.mirrors.log(line, self.lines)
         self.lines += 1
         shown = {k: v for k, v in line.items() if k.startswith(SHOWN)}
@@ -1212,7 +1214,8 @@ def exit_with(main, flags: dict | None = None):
         result = main() if flags is None or own_argv() else main(flags)
         code, why = result["exit_code"], None
     except OSError as e:  # a full disk under a log, a folder that went away
-        code, why = 2, f"{e.filename or 'writing the run directory'}: {e.strerror}"
+        file = f"{e.filename}: " if e.filename else ""
+        code, why = 2, file + (e.strerror or str(e))
     except Exception as e:
         code, why = getattr(e, "exit_code", 1), e
         if out_of_memory(e):

@@ -194,16 +194,24 @@ def _check_loadable(obj, where: str):
 
 
 @contextmanager
+def named(path):
+    """An OSError within, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole_file(path: Path):
     """A name beside `path` to write to: it becomes `path` when all is written, else it goes. An
     OSError names `path`."""
     half = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield half
-        os.replace(half, path)
-    except OSError as e:
-        e.filename = str(path)
-        raise
+        with named(path):
+            yield half
+            os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
 
@@ -258,7 +266,8 @@ def plain(obj):
 def write_json_atomic(obj, path):
     """Indented JSON of plain(obj), written whole or not at all. Raises TypeError, OSError."""
     text = json.dumps(plain(obj), indent=2, allow_nan=False)
-    _write_atomic(path, lambda f: f.write(text.encode() + b"\n"))
+    with named(path):
+        _write_atomic(path, lambda f: f.write(text.encode() + b"\n"))
 
 
 def rotate(folder, keep: int, pattern: str = "step_*.pt") -> list[Path]:

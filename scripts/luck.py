@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.run import UsageError  # noqa: E402
-from common.timeout_guard import plain, write_json_atomic  # noqa: E402
+from common.timeout_guard import named, plain, write_json_atomic  # noqa: E402
 from scripts.report_market import bootstrap_means  # noqa: E402
 
 CONFIDENCE = 0.95
@@ -288,7 +288,7 @@ class Ledger:
 
     def write(self, line: str):
         """At the end of the file; half a line there is cut off."""
-        with self.path.open("a+b") as file:
+        with named(self.path), self.path.open("a+b") as file:
             whole = end_of_lines(file)
             file.truncate(whole)
             file.write(line.encode() + b"\n")

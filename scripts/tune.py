@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ answer_help(__name__, __file__)
 
 from filelock import FileLock, Timeout  # noqa: E402
 
-from common.timeout_guard import TimeoutGuard, plain, write_json_atomic  # noqa: E402
+from common.timeout_guard import TimeoutGuard, named, plain, write_json_atomic  # noqa: E402
 from scripts import luck  # noqa: E402
 from scripts import run_full_wfo as wfo  # noqa: E402
 
@@ -341,8 +342,16 @@ def open_storage(args: Args):
     folder.mkdir(parents=True, exist_ok=True)
     if args.serve:  # Optuna's proxy serves no journals
         return optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
+    path = str(folder / "journal.log")
+    backend = optuna.storages.journal.JournalFileBackend(path)
+    backend.append_logs = partial(append, path, backend.append_logs)
     return optuna.storages.JournalStorage(backend)
+
+
+def append(path: str, write, logs: list):
+    """write(logs), whose OSError names no file."""
+    with named(path):
+        write(logs)
 
 
 def open_study(args: Args, identity: dict):
