@@ -319,13 +319,15 @@ def print_segments(segments: list[Segment], assets: list):
     Console(width=max(shutil.get_terminal_size().columns, 130)).print(table)
 
 
-def write_slices(args: Args, segment: Segment, assets: list) -> tuple[str, str]:
+def write_slices(args: Args, segment: Segment, assets: list, wanted: bool) -> tuple[str, str]:
     """The segment's bars, and nothing else, in files; --data of its runs, and a hash of the bars.
 
-    train, eval and test.parquet are the same bars by part, for your own programs.
+    train, eval and test.parquet are the same bars by part, for your own programs. A segment
+    that is not wanted gets no files.
     """
     folder = args.folder("data", segment.number)
-    folder.mkdir(parents=True, exist_ok=True)
+    if wanted:
+        folder.mkdir(parents=True, exist_ok=True)
     digest, paths, tables = hashlib.sha256(), [], []
     for name, bars in assets:
         path = folder / f"{name}.parquet"
@@ -338,12 +340,13 @@ def write_slices(args: Args, segment: Segment, assets: list) -> tuple[str, str]:
             there = pd.read_parquet(path)
             other = not there.equals(table)
             refuse((other, f"{path} holds other bars than --data: --clean, or another --name"))
-        else:
+        elif wanted:
             write_parquet(table, path)
         paths.append(str(path))
         tables.append(table.assign(name=name))
     whole = pd.concat(tables)
-    for part, (start, stop) in parts_of(segment).items():
+    parts = parts_of(segment) if wanted else {}
+    for part, (start, stop) in parts.items():
         times = whole["timestamp"].dt.tz_localize(None)
         write_parquet(whole[(times >= start) & (times < stop)], folder / f"{part}.parquet")
     in_folder = args.script == "dqn" and Path(args.data).is_dir()
@@ -406,10 +409,11 @@ def trial_of(study: dict, seed: int) -> str:
 
 
 def make_tasks(args: Args, study: dict, segments: list, assets: list, extra: list) -> list[dict]:
-    """Plain values, all that run_task() needs, by segment and seed."""
+    """Plain values, all that run_task() needs, by segment and seed. Writes the bars of --segment."""
     tasks = []
     for segment in segments:
-        data, bars = write_slices(args, segment, assets)
+        wanted = args.segment == "all" or segment.number == int(args.segment)
+        data, bars = write_slices(args, segment, assets, wanted)
         for seed in range(1, args.seeds + 1):
             run_dir = args.folder("logs", segment.number) / f"seed_{seed}"
             split = f"{segment.eval_day:%Y-%m-%d}/{segment.test_day:%Y-%m-%d}"
@@ -439,7 +443,7 @@ def make_tasks(args: Args, study: dict, segments: list, assets: list, extra: lis
                 "log": str(run_dir.with_suffix(".log")),
                 "result": str(args.folder("results", segment.number) / f"seed_{seed}.json"),
             }
-            for path in (task["log"], task["result"]):
+            for path in (task["log"], task["result"]) if wanted else ():
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             tasks.append(task)
     return tasks

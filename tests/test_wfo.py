@@ -168,6 +168,7 @@ def test_test_rows_change_nothing_before_them(study, folder, monkeypatch):
     done = main(argv_of(folder / "late" / "TOY.parquet", late, "--segment", "1"))
     here, there = results_of(root)["segment_1"], results_of(late)["segment_1"]
     assert done["exit_code"] == 0
+    assert [path.name for path in (late / "data" / "wfo").iterdir()] == ["segment_1"]
     assert here["agent_sha256"] == there["agent_sha256"]
     assert here["agent_sha256"] != results_of(root)["segment_0"]["agent_sha256"]
     assert here["eval_score"] == there["eval_score"]
