@@ -614,7 +614,7 @@ def interval(values) -> tuple[float, float, float]:
     values = np.asarray(values, float)
     middle = functools.partial(trim_mean, proportiontocut=0.25)
     mean = float(middle(values))
-    if len(values) < 2 or np.ptp(values) == 0:
+    if not np.ptp(values) > 0:  # one value, all alike, or one that is not a number
         return mean, mean, mean
     how = {"n_resamples": DRAWS, "method": "percentile", "rng": 0}
     found = bootstrap((values,), middle, **how).confidence_interval

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -99,6 +100,9 @@ def test_interquartile_mean_and_its_interval():
     assert mean == pytest.approx(0.3)  # the ends do not count
     assert 0.1 <= low < mean < high < 9.0
     assert study.interval([0.5]) == (0.5, 0.5, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # scipy's
+        assert all(map(math.isnan, study.interval([0.5, 0.7, math.nan])))
     # of many draws of a normal distribution: about the usual interval of a mean
     x = np.random.default_rng(0).normal(size=400)
     _, low, high = study.interval(x)
