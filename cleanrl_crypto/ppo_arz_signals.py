@@ -546,7 +546,8 @@ def demand_factor_nb(seed, lane, episode, entry, second, rules):
     before = uniform_nb(seed, lane, episode, first + knot + 1)
     after = uniform_nb(seed, lane, episode, first + knot + 2)
     quick = uniform_nb(seed, lane, episode, first + 4096 + int(second // BIN))
-    slow = rules.low + (rules.high - rules.low) * (before + (after - before) * share)
+    between = before + (after - before) * share
+    slow = rules.low + (rules.high - rules.low) * between
     return slow * (1.0 + rules.jitter * (2.0 * quick - 1.0))
 
 
@@ -587,8 +588,11 @@ def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
     The right ones become the next cell's left ones.
     """
     own, _, mom, _, w, _ = class_of_nb(cells, k)
-    face, left, left_mom = scratch.face, scratch.left, scratch.left_mom
-    lost, dt = scratch.lost, scratch.dt
+    face = scratch.face
+    left = scratch.left
+    left_mom = scratch.left_mom
+    lost = scratch.lost
+    dt = scratch.dt
     for ln in range(lo, hi):
         h = dt[ln] * inv_dx
         out_mom = face[k, ln] * w[c, ln]
@@ -606,7 +610,8 @@ def transport_nb(lo, hi, c, k, inv_dx, cells, scratch):
 @point
 def settle_nb(lo, hi, c, s, roads, cells, gain, speed):
     """Relax cell c in place and raise `speed` (1/s) to its wave speed over dx."""
-    rho_m, rho_c, mom_m, mom_c = cells.rho_m, cells.rho_c, cells.mom_m, cells.mom_c
+    rho_m, rho_c = cells.rho_m, cells.rho_c
+    mom_m, mom_c = cells.mom_m, cells.mom_c
     inv_jam = roads.inv_jam[s]
     inv_dx = roads.inv_dx[s]
     k_m = roads.limit[0, s]
@@ -627,7 +632,7 @@ def settle_nb(lo, hi, c, s, roads, cells, gain, speed):
         )
         mom_m[c, ln] += r_m * d_m
         mom_c[c, ln] += r_c * d_c
-        fastest = fastest * inv_dx
+        fastest *= inv_dx
         speed[ln] = fastest if fastest > speed[ln] else speed[ln]
 
 
@@ -660,9 +665,10 @@ def relax_cell_nb(lo, hi, c, inv_jam, k_m, k_c, cells, gain):
 @point
 def relax_segment_nb(lo, hi, s, roads, cells, scratch, street, totals):
     """relax_cell_nb for the cells of segment s; adds the time of the step that begins."""
-    rho_m, rho_c, _, _, _, _, _, _ = cells
+    rho_m, rho_c = cells.rho_m, cells.rho_c
     total = scratch.total
-    k_m, k_c = roads.limit[0, s], roads.limit[1, s]
+    k_m = roads.limit[0, s]
+    k_c = roads.limit[1, s]
     for ln in range(lo, hi):
         total[0, ln] = ZERO
     for c in range(roads.first[s], roads.first[s + 1]):
@@ -686,7 +692,9 @@ def share_nb(want, other, supply):
 def wait_nb(lo, hi, s, roads, scratch, street):
     """scratch.into[:, s] <- what wants in over an entry: who waits outside, and who arrives."""
     e = roads.entry[s]
-    queue, rate, dt = street.queue, scratch.rate, scratch.dt
+    queue = street.queue
+    rate = scratch.rate
+    dt = scratch.dt
     for k in range(2):
         for ln in range(lo, hi):
             step = dt[ln] if dt[ln] > ZERO else ONE
@@ -697,10 +705,12 @@ def wait_nb(lo, hi, s, roads, scratch, street):
 def enter_nb(lo, hi, s, roads, scratch, street, totals):
     """What fits in over an entry enters, the others wait."""
     e = roads.entry[s]
-    queue, rate, dt = street.queue, scratch.rate, scratch.dt
+    queue = street.queue
+    rate = scratch.rate
+    dt = scratch.dt
     for k in range(2):
         for ln in range(lo, hi):
-            scratch.into[k, s, ln] = scratch.into[k, s, ln] * scratch.fits[k, s, ln]
+            scratch.into[k, s, ln] *= scratch.fits[k, s, ln]
         for ln in range(lo, hi):
             came = dt[ln] * rate[k, e, ln]
             after = queue[k, e, ln] + came - dt[ln] * scratch.into[k, s, ln]
@@ -721,7 +731,8 @@ def want_nb(lo, hi, s, roads, cells, scratch):
     """
     c = roads.first[s]
     total = scratch.total
-    begin, end = roads.source_ptr[s], roads.source_ptr[s + 1]
+    begin = roads.source_ptr[s]
+    end = roads.source_ptr[s + 1]
     is_entry = roads.entry[s] >= 0
     for k in range(2):
         _, _, _, _, w, _ = class_of_nb(cells, k)
@@ -825,7 +836,7 @@ def junctions_nb(lo, hi, roads, cells, scratch, street, totals):
         s = roads.limited[i]
         for k in range(2):
             for ln in range(lo, hi):
-                out[k, s, ln] = out[k, s, ln] * scratch.admit[s, ln]
+                out[k, s, ln] *= scratch.admit[s, ln]
     for s in range(n):
         if roads.entry[s] >= 0:
             wait_nb(lo, hi, s, roads, scratch, street)
@@ -842,7 +853,7 @@ def junctions_nb(lo, hi, roads, cells, scratch, street, totals):
                     fits = scratch.fits[k, to, ln]
                     total[0, ln] = fits if fits < total[0, ln] else total[0, ln]
             for ln in range(lo, hi):
-                out[k, s, ln] = out[k, s, ln] * total[0, ln]
+                out[k, s, ln] *= total[0, ln]
             if roads.leave[s] > ZERO:  # an exit, or trips that end here
                 for ln in range(lo, hi):
                     left = scratch.leave[s, ln] * out[k, s, ln]
@@ -859,8 +870,10 @@ def drive_nb(lo, hi, s, roads, cells, scratch, street, totals):
     Delay: time less distance over limit. The distance is that of the fluxes: before a red light a
     cell that is half full stands, whatever the speed of its mean density.
     """
-    face, left = scratch.face, scratch.left
-    left_mom, lost = scratch.left_mom, scratch.lost
+    face = scratch.face
+    left = scratch.left
+    left_mom = scratch.left_mom
+    lost = scratch.lost
     total = scratch.total
     end = roads.first[s + 1] - 1
     for k in range(2):
@@ -894,7 +907,10 @@ def set_steps_nb(lo, hi, scratch, totals):
 
     -> whether any lane still has time to go.
     """
-    dt, rest, speed, busy = scratch.dt, scratch.rest, scratch.speed, False
+    dt = scratch.dt
+    rest = scratch.rest
+    speed = scratch.speed
+    busy = False
     for ln in range(lo, hi):
         n = math.ceil(rest[ln] * speed[ln] / np.float32(CFL))
         n = n if n > 1 else 1
@@ -904,11 +920,10 @@ def set_steps_nb(lo, hi, scratch, totals):
             busy = True
             totals[STEPS, ln] += 1.0
             courant = dt[ln] * speed[ln]
-            totals[MAX_CFL, ln] = (
-                courant if courant > totals[MAX_CFL, ln] else totals[MAX_CFL, ln]
-            )
-        scratch.gain[0, ln] = 1.0 - math.exp(-0.5 * dt[ln] / TAU[0])
-        scratch.gain[1, ln] = 1.0 - math.exp(-0.5 * dt[ln] / TAU[1])
+            if courant > totals[MAX_CFL, ln]:
+                totals[MAX_CFL, ln] = courant
+        for k in range(2):
+            scratch.gain[k, ln] = 1.0 - math.exp(-0.5 * dt[ln] / TAU[k])
         speed[ln] = ZERO
     return busy
 
@@ -964,8 +979,10 @@ def gates_nb(lo, hi, roads, scratch, street):
     for s in range(roads.signal.size):
         g = roads.signal[s]
         if g >= 0:
-            green, minor = roads.green[s], roads.minor[s]
-            closes, opens = roads.closes[g], roads.opens[g]
+            green = roads.green[s]
+            minor = roads.minor[s]
+            closes = roads.closes[g]
+            opens = roads.opens[g]
             for ln in range(lo, hi):
                 age = street.age[g, ln] + SOON
                 phase = street.phase[g, ln]
@@ -1048,60 +1065,76 @@ def load_nb(ln, s, first, roads, street):
 
 
 @fast
+def see_approach_nb(ln, s, row, roads, street, rules):
+    """row[:10] <- what a junction sees of approach s, row[:16] if observations are wide; row[7],
+    whether it is green, is the junction's to say."""
+    zones = street.zones
+    queue = street.queue
+    for z in range(6):
+        row[z] = zones[z, s, ln]
+    e = roads.entry[s]
+    if e >= 0:
+        row[6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
+    # who may be on the way here
+    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+        i = roads.sources[j]
+        share = roads.share[j]
+        far = roads.signal[i]
+        is_open = far >= 0 and (roads.green[i] >> street.phase[far, ln]) & 1
+        row[8 if is_open else 9] += share * zones[0, i, ln]
+        if rules.wide and far < 0:
+            for z in range(6):
+                row[10 + z] += share * zones[z, i, ln]
+
+
+@fast
+def see_junction_nb(ln, g, most, row, roads, street, rules):
+    """row (D,) <- what junction g sees; most: phases of the junction that has most."""
+    zones = street.zones
+    phase = street.phase[g, ln]
+    age = street.age[g, ln]
+    for d in range(row.size):
+        row[d] = ZERO
+    # in a wide observation the last columns: for every phase what stands, then what comes
+    by_phase = row.size - 2 * most
+    d = 0
+    for s in roads.approach[g]:
+        if s >= 0:
+            see_approach_nb(ln, s, row[d:], roads, street, rules)
+            row[d + 7] = (roads.green[s] >> phase) & 1
+            if rules.wide:
+                stands = load_nb(ln, s, 3, roads, street) + 10 * row[d + 6]
+                comes = load_nb(ln, s, 0, roads, street)
+                for p in range(roads.n_phases[g]):
+                    if (roads.green[s] >> p) & 1:
+                        row[by_phase + p] += 0.1 * stands
+                        row[by_phase + most + p] += 0.1 * comes
+        d += 16 if rules.wide else 10
+    for s in roads.exits[g]:
+        if s >= 0:
+            for z in range(3):
+                row[d + z] = zones[z, s, ln]
+        d += 3
+    row[d + phase] = ONE
+    d += most
+    minutes = age / 60.0
+    row[d] = minutes if minutes < 2.0 else 2.0
+    row[d + 1] = ONE if age + SOON >= roads.free[g] else ZERO
+    end = by_phase if rules.wide else row.size
+    if end > d + 2:
+        row[d + 2 + g] = ONE
+
+
+@fast
 def observe_nb(lo, hi, obs, roads, street, rules):
     """obs (N, G, D): what each junction sees. Layout: NetworkVectorEnv."""
-    zones, queue, phase, age = street.zones, street.queue, street.phase, street.age
     junctions = roads.n_phases.size
-    width = roads.approach.shape[1]
     most = 0
     for g in range(junctions):
         most = roads.n_phases[g] if roads.n_phases[g] > most else most
     for ln in range(lo, hi):
         for g in range(junctions):
-            for d in range(obs.shape[2]):
-                obs[ln, g, d] = ZERO
-            d = 0
-            of_phase = obs.shape[2] - 2 * most  # where it stands in a wide observation
-            for a in range(width):
-                s = roads.approach[g, a]
-                if s >= 0:
-                    for z in range(6):
-                        obs[ln, g, d + z] = zones[z, s, ln]
-                    e = roads.entry[s]
-                    if e >= 0:
-                        obs[ln, g, d + 6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
-                    obs[ln, g, d + 7] = (roads.green[s] >> phase[g, ln]) & 1
-                    # who may be on the way here
-                    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
-                        i, share = roads.sources[j], roads.share[j]
-                        far = roads.signal[i]
-                        is_open = far >= 0 and (roads.green[i] >> phase[far, ln]) & 1
-                        obs[ln, g, d + (8 if is_open else 9)] += share * zones[0, i, ln]
-                        if rules.wide and far < 0:
-                            for z in range(6):
-                                obs[ln, g, d + 10 + z] += share * zones[z, i, ln]
-                    if rules.wide:
-                        waits = load_nb(ln, s, 3, roads, street) + 10 * obs[ln, g, d + 6]
-                        comes = load_nb(ln, s, 0, roads, street)
-                        for p in range(roads.n_phases[g]):
-                            if (roads.green[s] >> p) & 1:
-                                obs[ln, g, of_phase + p] += 0.1 * waits
-                                obs[ln, g, of_phase + most + p] += 0.1 * comes
-                d += 16 if rules.wide else 10
-            for a in range(width):
-                s = roads.exits[g, a]
-                if s >= 0:
-                    for z in range(3):
-                        obs[ln, g, d + z] = zones[z, s, ln]
-                d += 3
-            obs[ln, g, d + phase[g, ln]] = ONE
-            d += most
-            minutes = age[g, ln] / 60.0
-            obs[ln, g, d] = minutes if minutes < 2.0 else 2.0
-            obs[ln, g, d + 1] = ONE if age[g, ln] + SOON >= roads.free[g] else ZERO
-            end = of_phase if rules.wide else obs.shape[2]
-            if end > d + 2:
-                obs[ln, g, d + 2 + g] = ONE
+            see_junction_nb(ln, g, most, obs[ln, g], roads, street, rules)
 
 
 @fast
@@ -1168,10 +1201,11 @@ def draw_demand_nb(lo, hi, roads, scratch, street, rules):
         level = street.level[0, ln]
         share = uniform_nb(rules.seed, lane, episode, 0)
         level += (street.level[1, ln] - level) * share
-        row = street.decision[ln] if street.decision[ln] < roads.demand.shape[0] else 0
+        row = street.decision[ln]
+        row = row if row < roads.demand.shape[0] else 0
         for e in range(roads.demand.shape[2]):
             factor = demand_factor_nb(rules.seed, lane, episode, e, second, rules)
-            factor = level * factor
+            factor *= level
             scratch.rate[0, e, ln] = roads.demand[row, 0, e] * factor
             scratch.rate[1, e, ln] = roads.demand[row, 1, e] * factor
 
@@ -1179,8 +1213,10 @@ def draw_demand_nb(lo, hi, roads, scratch, street, rules):
 @fast
 def spread_nb(half, ln, draw, street, rules):
     """A factor of lane ln's episode, from 1 - half to 1 + half."""
-    lane, episode = street.lane_id[ln], street.episode_id[ln]
-    return 1.0 + half * (2.0 * uniform_nb(rules.seed, lane, episode, draw) - 1.0)
+    lane = street.lane_id[ln]
+    episode = street.episode_id[ln]
+    uniform = uniform_nb(rules.seed, lane, episode, draw)
+    return 1.0 + half * (2.0 * uniform - 1.0)
 
 
 @fast
@@ -1207,11 +1243,11 @@ def end_nb(lo, hi, roads, cells, scratch, street, result, rules):
     for ln in range(lo, hi):
         street.decision[ln] += 1
         result.totals[DECISIONS, ln] += 1.0
-        result.flags[0, ln] = street.broken[ln] > 0
-        result.flags[1, ln] = (
-            street.broken[ln] == 0 and street.decision[ln] >= rules.length
-        )
-        if result.flags[0, ln] or result.flags[1, ln]:
+        terminated = street.broken[ln] > 0
+        over = street.decision[ln] >= rules.length
+        result.flags[0, ln] = terminated
+        result.flags[1, ln] = over and not terminated
+        if over or terminated:
             for row in range(ROWS):
                 result.finals[row, ln] = result.totals[row, ln]
             for g in range(result.obs.shape[1]):
@@ -1306,24 +1342,26 @@ def on_gpu(function):
 
 
 # -------------------------------------------------------------------------------------- environment
+def part_starts(segments: np.ndarray, n: int) -> np.ndarray:
+    """(n + 1,) where the part of each of n segments begins in moves that are sorted by segment."""
+    counts = np.bincount(segments, minlength=n)
+    return np.r_[0, np.cumsum(counts)].astype(np.int64)
+
+
 def roads_of(net: Network, interval: float, length: int, saturation, dtype) -> Roads:
     """What the kernels read of a network; saturation: one for every segment."""
     n = len(net.ends)
     order = np.argsort(net.move_to, kind="stable")
     approach, exits = net.around()
-    ptr = [
-        np.r_[0, np.cumsum(np.bincount(m, minlength=n))].astype(np.int64)
-        for m in (net.move_from, net.move_to)
-    ]
     values = vars(net) | {
         "inv_dx": 1 / net.dx,
         "inv_jam": 1 / net.jam,
         "room": net.zone_length * net.jam,
         "share": net.share[order],
         "saturation": saturation,
-        "target_ptr": ptr[0],
+        "target_ptr": part_starts(net.move_from, n),
         "targets": net.move_to,
-        "source_ptr": ptr[1],
+        "source_ptr": part_starts(net.move_to, n),
         "sources": net.move_from[order],
         "place": np.argsort(order),
         "limited": np.flatnonzero(np.isfinite(saturation) | np.isfinite(net.follow)),
@@ -1397,7 +1435,8 @@ class NetworkVectorEnv(SimulatedLanes):
         # an episode's saturation flow is its factor's, not the diagram's
         flows = net.capacity if saturation else net.saturation
         self.roads = roads_of(net, interval, self.length, flows, real)
-        through = (net.signal[net.move_from] < 0) & (net.signal[net.move_to] >= 0)
+        has_signal = net.signal >= 0
+        through = ~has_signal[net.move_from] & has_signal[net.move_to]
         wide = phases > 2 or bool(through.any())
         # column where the phase begins
         self.phase_at = (19 if wide else 13) * self.roads.approach.shape[1]
@@ -1410,7 +1449,7 @@ class NetworkVectorEnv(SimulatedLanes):
         action = gym.spaces.MultiDiscrete(net.n_phases)
         super().__init__(num_envs, observation, action, backend, seed)
         self.take_all(real)
-        self.times = interval, int(wide), *variation, fill, saturation, turns
+        self.settings = interval, int(wide), *variation, fill, saturation, turns
         self.block = block or min(BLOCK, -(-num_envs // nb.get_num_threads()))
         self.kernels = decide_cpu, begin_cpu, show_cpu
         self.gate.fill_(1.0)  # of what has no signal; what episodes draw stands here if none does
@@ -1421,7 +1460,8 @@ class NetworkVectorEnv(SimulatedLanes):
             self.roads = Roads(*map(cuda.to_device, self.roads))
             grid = (num_envs + 63) // 64, 64
             self.kernels = tuple(on_gpu(f)[grid] for f in (decide_nb, begin_nb, show_nb))
-        self.splits, self.n_phases = {}, self.on_device(net.n_phases)
+        self.splits = {}
+        self.n_phases = self.on_device(net.n_phases)
         lane_id = lane0 + np.arange(num_envs)
         levels = np.repeat(np.array(level, float)[:, None], num_envs, 1)
         if cases == "eval":
@@ -1433,9 +1473,17 @@ class NetworkVectorEnv(SimulatedLanes):
 
     def take_all(self, real):
         """State and scratch of the kernels, from the pool."""
-        sizes = {"N": self.num_envs, "G": self.agents, "D": self.row_obs, "R": ROWS}
-        sizes |= {"C": int(self.network.first[-1]), "S": len(self.network.ends)}
-        sizes |= {"E": self.network.base.shape[2], "M": len(self.network.share) or 1}
+        net = self.network
+        sizes = {
+            "N": self.num_envs,
+            "C": int(net.first[-1]),
+            "S": len(net.ends),
+            "G": self.agents,
+            "E": net.base.shape[2],
+            "M": len(net.share) or 1,
+            "D": self.row_obs,
+            "R": ROWS,
+        }
         for shape, names, kind in ARRAYS:
             shape = tuple(sizes.get(axis) or int(axis) for axis in shape)
             for name in names.split():
@@ -1452,7 +1500,7 @@ class NetworkVectorEnv(SimulatedLanes):
 
     def launch(self, kernel, argument):
         """kernel on all lanes, in blocks."""
-        rules = Rules(self.seed, self.length, *self.times)
+        rules = Rules(self.seed, self.length, *self.settings)
         blocks = -(-self.num_envs // self.block)
         records = self.roads, *self.records, rules
         self.simulate(kernel, blocks, self.block, argument, *records)
@@ -1573,8 +1621,13 @@ def eval_cases(n: int, levels: tuple) -> tuple:
     low, high = levels
     unseen = (1 << 20) + np.arange(2 * k)
     lane_id = (1 << 32) + np.r_[np.arange(k), unseen, unseen]
-    level = np.r_[np.where(np.arange(k) % 2, high, low), np.repeat(levels, 2 * k)]
-    splits = {"eval": slice(0, k), f"x{low}": slice(k, 3 * k), f"x{high}": slice(3 * k, n)}
+    in_turn = np.where(np.arange(k) % 2, high, low)
+    level = np.r_[in_turn, np.repeat(levels, 2 * k)]
+    splits = {
+        "eval": slice(0, k),
+        f"x{low}": slice(k, 3 * k),
+        f"x{high}": slice(3 * k, n),
+    }
     return lane_id, np.stack((level, level)), splits
 
 
@@ -1589,7 +1642,7 @@ register("cleanrl_crypto/Network-v0", make_vec)
 # ---------------------------------------------------------------------------------------- baselines
 # A controller is make(env, **constants) -> act(obs) -> (N, junctions); constants are tensors (N,):
 # every lane its own.
-def served(net: Network) -> np.ndarray:
+def greens_of(net: Network) -> np.ndarray:
     """(G, phases, S) bool: the segments that each phase serves."""
     phases = np.arange(net.n_phases.max())[:, None]
     junctions = np.arange(len(net.nodes))[:, None]
@@ -1606,12 +1659,14 @@ def flow_ratios(env) -> np.ndarray:
     net = env.network
     demand = net.demand_table(env.decision_interval * env.length, 1)[0]
     ratio = net.mean_flows(demand) / net.capacity
-    table, critical = served(net), np.zeros((env.agents, int(net.n_phases.max())))
+    table = greens_of(net)
+    critical = np.zeros(table.shape[:2])
     for s in np.argsort(table.sum((0, 1)), kind="stable"):
         for y, greens in zip(critical, table[:, :, s]):
             if greens.any():
                 p = np.flatnonzero(greens)[y[greens].argmax()]
-                y[p] = max(y[p], ratio[s] - (y[greens].sum() - y[p]))
+                others = y[greens].sum() - y[p]
+                y[p] = max(y[p], ratio[s] - others)
     return critical
 
 
@@ -1623,12 +1678,15 @@ def webster_plan(flows, saturation: float, lost: float) -> tuple[float, np.ndarr
     ValueError where Y >= 1.
     """
     y = np.asarray(flows, float) / saturation
-    if y.sum() >= 1:
+    total = y.sum()
+    if total >= 1:
         raise ValueError(
-            f"flow ratios {y.round(3).tolist()} add up to {y.sum():.3f}: no cycle serves 1 or more"
+            f"flow ratios {y.round(3).tolist()} add up to {total:.3f}: no cycle serves 1 or more"
         )
-    cycle = (1.5 * lost + 5.0) / (1.0 - y.sum())
-    share = y / y.sum() if y.sum() > 0 else np.full(len(y), 1 / len(y))
+    cycle = (1.5 * lost + 5.0) / (1.0 - total)
+    share = np.full(len(y), 1 / len(y))
+    if total > 0:
+        share = y / total
     return cycle, share * (cycle - lost)
 
 
@@ -1669,7 +1727,8 @@ def in_turn(env, slots, cycle, offset):
 def own_program(env):
     """The map's own program, its switches at the decisions nearest to them."""
     net = env.network
-    slots = np.where(net.durations > 0, net.durations + net.change[:, None], 0.0)[..., None]
+    slots = net.durations + net.change[:, None]
+    slots = np.where(net.durations > 0, slots, 0.0)[..., None]
     # a slot begins with the switch, the program's first green after amber and all-red
     offset = net.offset - net.change - env.decision_interval / 2
     return in_turn(env, slots, slots.sum(1), offset[:, None])
@@ -1710,7 +1769,7 @@ def served_segments(env) -> torch.Tensor:
 
     -1: there is no such phase.
     """
-    table = served(env.network)
+    table = greens_of(env.network)
     rows = [np.flatnonzero(row) for row in table.reshape(-1, table.shape[2])]
     width = max(map(len, rows))
     segments = np.full((len(rows), width), -1)
@@ -1726,21 +1785,20 @@ def actuated(env, gap, longest):
 
     Filled: its last 50 m. Then the next phase that has traffic.
     """
-    served = served_segments(env)
+    segments = served_segments(env)
     phases = env.n_phases[:, None]
-    empty = (served[..., 0] < 0)[..., None]
+    empty = segments[..., :1] < 0
     change = env.on_device(env.network.change)[:, None]
 
     def act(obs):
-        # (G, phases, N)
-        filling = env.zones[0][served.clamp(min=0)].amax(2).masked_fill(empty, 0.0)
+        filling = env.zones[0][segments.clamp(min=0)].amax(2)  # (G, phases, N)
+        filling = filling.masked_fill(empty, 0.0)
         own = filling.gather(1, env.phase[:, None])[:, 0]
         following = env.phase
         for ahead in range(filling.shape[1] - 1, 0, -1):
             candidate = (env.phase + ahead) % phases
-            waits = (filling.gather(1, candidate[:, None])[:, 0] > 0.02) & (
-                candidate != env.phase
-            )
+            traffic = filling.gather(1, candidate[:, None])[:, 0]
+            waits = (traffic > 0.02) & (candidate != env.phase)
             following = torch.where(waits, candidate, following)
         leave = (own < gap) | (env.age >= longest + change)
         return torch.where(leave, following, env.phase).T
@@ -1755,7 +1813,7 @@ def phase_pressures(env, standing, downstream: bool = True):
     without `downstream` just the vehicles upstream. Upstream reaches to the signals behind.
     """
     net = env.network
-    table = served(net)
+    table = greens_of(net)
     at_entry = net.entry >= 0
     entries = env.on_device(np.flatnonzero(at_entry))
     queues = env.on_device(net.entry[at_entry])
@@ -1856,11 +1914,12 @@ def delays(
     """
     n = min(TUNING_LANES, env.num_envs)
     seats = max(1, env.num_envs // n)  # rows tried at once
-    found = []
+    lanes = np.arange(env.num_envs)
+    means = []
     for first in range(0, len(rows), seats):
-        at = np.minimum(first + np.arange(env.num_envs) // n, len(rows) - 1)
+        at = np.minimum(first + lanes // n, len(rows) - 1)
         level = np.array(levels)[at]
-        env.assign(np.arange(env.num_envs) % n, np.stack((level, level)))
+        env.assign(lanes % n, np.stack((level, level)))
         env.reset_lanes(True, {})
         act = controller(env, name, [rows[i] for i in at])
         for _ in range(env.length):
@@ -1868,10 +1927,9 @@ def delays(
             if time.monotonic() > deadline:
                 return None
         delay = env.stats("finals")["delay_veh_s"].cpu().numpy()
-        found += [
-            delay[at == i].mean() for i in range(first, min(first + seats, len(rows)))
-        ]
-    return np.array(found)
+        stop = min(first + seats, len(rows))
+        means += [delay[at == i].mean() for i in range(first, stop)]
+    return np.array(means)
 
 
 def tune(env, seconds: float = math.inf, levels: tuple = LEVELS) -> tuple[dict, int]:
@@ -1887,32 +1945,33 @@ def tune(env, seconds: float = math.inf, levels: tuple = LEVELS) -> tuple[dict, 
     if not env.network.durations.any(1).all():
         best.pop("own_program")
     for sweep in range(2):
-        for name, tuned in best.items():
+        for name, by_level in best.items():
             for key in START[name]:
                 periods = [env.decision_interval * k for k in range(1, 7)]
                 values = periods if key == "period" else GRIDS[key]
-                rows = [tuned[level] | {key: x} for level in levels for x in values]
-                of_row = [level for level in levels for _ in values]
-                delay = delays(env, name, rows, of_row, deadline)
+                rows = [by_level[level] | {key: x} for level in levels for x in values]
+                delay = delays(env, name, rows, np.repeat(levels, len(values)), deadline)
                 if delay is None:
                     return best, sweep
-                for level, row in zip(levels, delay.reshape(len(levels), -1).argmin(1)):
-                    tuned[level][key] = values[row]
+                for level, of_values in zip(levels, np.split(delay, len(levels))):
+                    by_level[level][key] = values[of_values.argmin()]
     return best, 2
 
 
 def controller(env, name: str, rows: list[dict]):
     """The controller `name` with the constants of rows, one row a lane."""
-    constants = {key: env.on_device([row[key] for row in rows]) for key in rows[0]}
+    constants = {}
+    for key in rows[0]:
+        constants[key] = env.on_device([row[key] for row in rows])
     return CONTROLLERS[name](env, **constants)
 
 
-def tuned_controller(env, name: str, tuned: dict):
+def tuned_controller(env, name: str, by_level: dict):
     """Every lane takes the constants of the demand level nearest to its own."""
     rows = []
     for own in env.level.mean(0).tolist():
-        nearest = min(tuned, key=lambda level: abs(level - own))
-        rows.append(tuned[nearest])
+        nearest = min(by_level, key=lambda level: abs(level - own))
+        rows.append(by_level[nearest])
     return controller(env, name, rows)
 
 
@@ -1987,7 +2046,9 @@ class Agent(nn.Module):
 def categorical_log_prob_entropy(logits, action):
     """logits (B, phases), action (B,) int64 -> (B,), (B,)."""
     log_p = logits.log_softmax(-1)
-    return log_p.gather(-1, action[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    log_prob = log_p.gather(-1, action[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_prob, entropy
 
 
 def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
@@ -1998,7 +2059,8 @@ def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
     broken lane's is NaN); ended: terminated or truncated. Returns advantages, returns.
     """
     zero = torch.zeros_like(reward[0])
-    advantage, running = torch.empty_like(reward), zero
+    advantage = torch.empty_like(reward)
+    running = zero
     for t in reversed(range(len(reward))):
         future = torch.where(terminated[t], zero, next_value[t])
         delta = reward[t] + gamma * future - value[t]
@@ -2010,7 +2072,8 @@ def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
 def clipped_surrogate(ratio, advantage, clip: float):
     """PPO's policy loss of every row (Schulman et al. 2017, eq. 7), with its sign for descent.
     All (B,)."""
-    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.max(-advantage * ratio, -advantage * clipped)
 
 
 def reduce_sum(tensor):
@@ -2063,14 +2126,18 @@ class Schedule:
     this pace."""
 
     def __init__(self, run: Run):
-        self.run, self.rollouts, self.end = run, 0, run.args.total_timesteps
+        self.run = run
+        self.rollouts = 0
+        self.end = run.args.total_timesteps
         self.latest = run.args.learning_rate
 
     def learning_rate(self, loop) -> float:
-        args, now = self.run.args, time.monotonic()
+        args = self.run.args
+        now = time.monotonic()
         self.rollouts += 1
         if self.rollouts == 2:  # the first ones compile and warm up
-            self.began, self.first_step = now, loop.global_step
+            self.began = now
+            self.first_step = loop.global_step
             self.run.charts(loop)
         if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
             pace = (loop.global_step - self.first_step) / (now - self.began)
@@ -2097,12 +2164,13 @@ class Greedy:
 
     @torch.no_grad()
     def __call__(self, obs):  # (..., observations) -> (...)
-        obs = torch.as_tensor(
-            obs, dtype=torch.float32, device=self.agent.critic[0].weight.device
-        )
+        device = self.agent.critic[0].weight.device
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         rows = obs.flatten(0, -2)
-        self.states.append(rows[:: max(1, len(rows) // 64)].clone())
-        return self.agent.act(self.agent.normalise(rows)).reshape(obs.shape[:-1])
+        step = max(1, len(rows) // 64)
+        self.states.append(rows[::step].clone())
+        action = self.agent.act(self.agent.normalise(rows))
+        return action.reshape(obs.shape[:-1])
 
 
 def check_env(envs):
@@ -2119,7 +2187,9 @@ def check_env(envs):
     other = envs.observe().clone()
     envs.load_state_dict(state)
     envs.step_lanes(still)
-    gap, moved = (float((envs.observe() - x).abs().max()) for x in (other, first))
+    now = envs.observe()
+    gap = float((now - other).abs().max())
+    moved = float((now - first).abs().max())
     arrived = float(envs.totals[ARRIVED : ARRIVED + 2].sum())
     due = float(envs.rate.sum()) * envs.decision_interval
     # to the end of the episode, without all of the way there
@@ -2190,7 +2260,9 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
     Returns {split: {statistic: mean over its lanes}}, the rows of the traced lane, and whether
     the time was up first: then the statistics are those of the episodes so far.
     """
-    began, rows, cut = time.monotonic(), [], False
+    began = time.monotonic()
+    rows = []
+    cut = False
     envs.reset(seed=EVAL_SEED)
     act = make(envs)
     for k in range(envs.length):
@@ -2204,7 +2276,8 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
         if cut:
             break
     envs.check_state()
-    stats, result = envs.latest(), {}
+    stats = envs.latest()
+    result = {}
     for split, lanes in envs.splits.items():
         std = stats["episode_return"][lanes].std(correction=0)
         result[split] = envs.summary(stats, lanes) | {"std": float(std)}
@@ -2237,12 +2310,12 @@ def verdict(
         return "untrained", ["no gradient update was made"]
     delay = result["delay_veh_s"]
     dependence = audit["state_dependence"]
-    found = f"delay {delay:.0f} veh s, state_dependence {dependence:.3f}"
+    numbers = f"delay {delay:.0f} veh s, state_dependence {dependence:.3f}"
     if not baselines:
-        return "undecided", [f"{found}: no baseline to judge it by"]
+        return "undecided", [f"{numbers}: no baseline to judge it by"]
     if partial:
         why = "time cut an evaluation short: episodes of unequal length are not compared"
-        return "undecided", [why, found]
+        return "undecided", [why, numbers]
     name = min(baselines, key=lambda name: baselines[name]["delay_veh_s"])
     best = baselines[name]["delay_veh_s"]
     percent = 100 * (1 - delay / best)
@@ -2250,16 +2323,12 @@ def verdict(
     rival = f"the best tuned controller, {name}, has {best:.0f}"
     beside = f"{rival}: the agent's is {abs(percent):.1f} % {side}"
     if not dependence >= 0.01:
-        return ("constant_is_right" if percent >= -1 else "collapsed"), [
-            f"one phase in every state: {found}",
-            beside,
-        ]
+        word = "constant_is_right" if percent >= -1 else "collapsed"
+        return word, [f"one phase in every state: {numbers}", beside]
     if percent < 0:
-        return "undertrained", [
-            f"the tuned controller {name} beats the agent: {found}",
-            beside,
-        ]
-    return "healthy", [f"the action answers to the state: {found}", beside]
+        why = f"the tuned controller {name} beats the agent: {numbers}"
+        return "undertrained", [why, beside]
+    return "healthy", [f"the action answers to the state: {numbers}", beside]
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
@@ -2306,9 +2375,11 @@ def make_envs(
 ):
     """The training environment, or with cases="eval" the evaluation one."""
     seconds = net.horizon(args.decision_interval) if args.network else 450.0
-    spreads = SPREADS if args.network else (0.0, 0.0)
-    given = args.saturation_spread, args.turn_spread
-    spreads = [b if a is None else a for a, b in zip(given, spreads)]
+    saturation, turns = SPREADS if args.network else (0.0, 0.0)
+    if args.saturation_spread is not None:
+        saturation = args.saturation_spread
+    if args.turn_spread is not None:
+        turns = args.turn_spread
     envs = NetworkVectorEnv(
         num_envs or (MAP_LANES if args.network else EVAL_LANES),
         net,
@@ -2321,8 +2392,8 @@ def make_envs(
         lane0=lane0,
         cases=cases,
         variation=args.variation,
-        saturation=spreads[0],
-        turns=spreads[1],
+        saturation=saturation,
+        turns=turns,
     )
     envs.timed = args.sim_timeout is not None
     return envs
@@ -2348,13 +2419,12 @@ def agent_config(run: Run, envs) -> dict:
         "hidden": run.args.hidden,
         "phase_at": envs.phase_at,
     }
-    there = run.state["config"] if run.state else config
-    other = [
-        f"{k} {there.get(k)} there, {v} here"
-        for k, v in config.items()
-        if there.get(k) != v
-    ]
-    refuse((other, f"{run.source} does not fit these flags: {'; '.join(other)}"))
+    saved = run.state["config"] if run.state else config
+    unlike = []
+    for key, value in config.items():
+        if saved.get(key) != value:
+            unlike.append(f"{key} {saved.get(key)} there, {value} here")
+    refuse((unlike, f"{run.source} does not fit these flags: {'; '.join(unlike)}"))
     return config
 
 
@@ -2392,15 +2462,16 @@ def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, bool]:
         f"{sweeps} of 2 sweeps"
         + ("" if sweeps == 2 else f" in {100 * TUNING_SHARE:g} % of the time")
     )
-    results, short = {}, False
-    for name, levels in tuned.items():
-        words = [
-            f"x{level}: " + ", ".join(f"{k} {v:g}" for k, v in row.items())
-            for level, row in levels.items()
-            if row
-        ]
-        print(f"baseline {name}: {'; '.join(words) or 'nothing to tune'}")
-        make = partial(tuned_controller, name=name, tuned=levels)
+    results = {}
+    short = False
+    for name, by_level in tuned.items():
+        texts = []
+        for level, constants in by_level.items():
+            numbers = ", ".join(f"{k} {v:g}" for k, v in constants.items())
+            texts.append(f"x{level}: {numbers}")
+        text = "; ".join(texts) if START[name] else "nothing to tune"
+        print(f"baseline {name}: {text}")
+        make = partial(tuned_controller, name=name, by_level=by_level)
         watched = name == "fixed_cycle"
         results[name], rows, cut = evaluate(make, eval_envs, run.eval_limit(0.05), trace=watched)
         write_trace(run.dir, f"{eval_envs.network.name}_{name}", rows)

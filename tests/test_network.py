@@ -268,7 +268,7 @@ def type_of(x):  # records keep their names
         return nb.types.BaseTuple.from_types([type_of(y) for y in x], type(x))
     return nb.typeof(np.array(x) if isinstance(x, np.ndarray) else x)
 envs = arz.NetworkVectorEnv(4, "town1")
-rules = arz.Rules(1, 90, *envs.times)
+rules = arz.Rules(1, 90, *envs.settings)
 emit(arz.on_gpu(arz.decide_nb), 1, envs.arrays["action"], envs.roads, *envs.records, rules)
 for kernel in (arz.begin_nb, arz.show_nb):
     emit(arz.on_gpu(kernel), 1, 0, envs.roads, *envs.records, rules)
