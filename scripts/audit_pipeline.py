@@ -58,8 +58,8 @@ from scripts.report import CYCLE, RC, Page, canvas, esc, write_figures  # noqa: 
 MODES = ("hmm", "mae", "tqc", "film", "all")
 TITLES = {"hmm": "HMM", "mae": "Encoder", "film": "FiLM", "tqc": "Agent"}
 TONES = {"sound": "good", "weak": "warn", "broken": "bad", "off": "calm"}
-LEVELS = ("off", "sound", "weak", "broken")  # the worst is the verdict
-RULE = {  # what a verdict means for the reader
+VERDICTS = ("off", "sound", "weak", "broken")  # the worst of a part's checks is the part's
+MEANING = {  # for the reader
     "sound": "does its work",
     "weak": "works, but something simpler does as well",
     "broken": "does not do its work",
@@ -76,7 +76,7 @@ SAME = 1e-5  # float32 rounding of a probability
 LIBRARY = 1e-3  # of hmmlearn's posterior beside ours
 ROUNDING = 2.0**-8  # of bf16, in which embeddings may be kept
 # bars x (1 - gamma) at the end of a split whose returns are not yet known
-HORIZON = 5
+TAIL = 5
 INNER = 0.8  # share that should lie between the 10 % and the 90 % quantile
 POINTS = 400  # of a curve
 
@@ -100,23 +100,23 @@ class Args:
     def __post_init__(self):
         ranges = {(0, 10**6): "segment", (1, 4096): "torch_threads"}
         check(self, {"mode": MODES}, ranges)
-        given = (self.run_dir is not None) + (self.segment is not None)
-        refuse((given != 1, "give one of --run-dir RUN_DIR and --segment NUMBER"))
+        one = (self.run_dir is None) != (self.segment is None)
+        refuse((not one, "give one of --run-dir RUN_DIR and --segment NUMBER"))
 
 
 @dataclass
 class Part:
-    """What an audit found: the verdict is the worst level of its checks."""
+    """What an audit says of a part of the run: the worst verdict of its checks, and why."""
 
     name: str
-    # (level, the number and what it is held against)
+    # (verdict, the number and what it is held against)
     checks: list = field(default_factory=list)
     numbers: dict = field(default_factory=dict)
     tables: list = field(default_factory=list)  # (title, head, rows)
     figures: list = field(default_factory=list)  # (name, title, figure, caption)
 
-    def judge(self, level: str, reason: str):
-        self.checks.append((level, reason))
+    def judge(self, verdict: str, reason: str):
+        self.checks.append((verdict, reason))
 
     def judge_by(self, good: bool, reason: str):
         """Sound or broken; what is not a number is not good."""
@@ -124,12 +124,12 @@ class Part:
 
     @property
     def verdict(self) -> str:
-        return max((level for level, _ in self.checks), key=LEVELS.index)
+        return max((word for word, _ in self.checks), key=VERDICTS.index)
 
     @property
     def reasons(self) -> list[str]:
         """Why it is no better than its verdict."""
-        return [reason for level, reason in self.checks if level == self.verdict]
+        return [reason for word, reason in self.checks if word == self.verdict]
 
 
 # ------------------------------------------------------------------------------------------ chance
@@ -201,27 +201,24 @@ class Subject:
         # the columns as the run fitted them: a new fit would be another run's
         self.model = FeatureModel.from_state_dict(self.state["features"])
         self.market = tqc.load_market(self.args, self.model)
-        there = self.state["data"]
-        other = self.market.bars.sha256 != there["sha256"]
+        data = self.state["data"]
+        changed = self.market.bars.sha256 != data["sha256"]
         why = f"--data {self.args.data}: has changed since {folder} was trained on it"
-        refuse((other, why))
+        refuse((changed, why))
         # a walk-forward leaves out more rows between the splits than the script alone
-        rows = there["rows"].items()
-        self.market.rows = {split: tuple(ends) for split, ends in rows}
+        self.market.rows = {split: tuple(ends) for split, ends in data["rows"].items()}
         # its own: the audit of a run says the same at every call
         self.rng = np.random.default_rng(0)
-        # made markets know the mean of each return: measured by it, luck does not count
+        # synthetic markets know the mean of each return: measured by it, luck does not count
         self.known = self.market.bars.truth is not None
-        self.unit, self.target, self.target_name = "realised", self.market.ret, "next return"
-        if self.known:
-            self.unit, self.target = "expected", self.market.expected
-            self.target_name = "known mean of the next return"
+        self.unit = "expected" if self.known else "realised"
+        self.target = self.market.expected if self.known else self.market.ret
+        self.target_name = "known mean of the next return" if self.known else "next return"
         self.rows = {}
         for split, (start, stop) in self.market.rows.items():
             self.rows[split] = max(start, stop - SPAN), stop
-        unseen = "eval", "test"
-        later = [np.arange(*self.rows[split]) for split in unseen]
-        self.later = np.concatenate(later)
+        unseen = [np.arange(*self.rows[split]) for split in ("eval", "test")]
+        self.unseen = np.concatenate(unseen)
 
     @cached_property
     def agent(self):
@@ -282,9 +279,10 @@ class Subject:
         """split -> exposures (n,) of the policy that ships, flat before the first."""
         return {split: self.path_of(split) for split in self.rows}
 
-    def path_of(self, split, latents=None, w_cost=0.0, policy=None) -> np.ndarray:
+    def path_of(self, split, latents=None, w_cost=None, policy=None) -> np.ndarray:
         a, _ = self.rows[split]
         latents = self.latents[split] if latents is None else latents
+        w_cost = self.args.eval_w_cost if w_cost is None else w_cost
         w_cost = torch.full((len(latents), 1), w_cost)
         values = tqc.afterstate_values(self.agent, latents, w_cost)
         policy = policy or self.config["policy"]
@@ -295,11 +293,11 @@ class Subject:
     @cached_property
     def latents(self) -> dict:
         """split -> (n, width) the market part of the fusion layer."""
-        found = {}
-        for split, rows in self.rows.items():
-            at = torch.arange(*rows)
-            found[split] = tqc.latents_of(self.agent, self.contexts, at)
-        return found
+        latents = {}
+        for split, (start, stop) in self.rows.items():
+            rows = torch.arange(start, stop)
+            latents[split] = tqc.latents_of(self.agent, self.contexts, rows)
+        return latents
 
 
 # ---------------------------------------------------------------------------------------------- HMM
@@ -404,36 +402,44 @@ def audit_hmm(run: Subject, part: Part):
 
 def check_filtered(run, part, hmm):
     """Columns with the future cut off, and beside hmmlearn."""
-    ahead, apart = [], []
-    for row in run.rng.choice(run.later, CUTS, replace=False):
-        there = run.table[row, run.market.n_tech :].astype(np.float64)
+    changes = []
+    distances = []
+    for row in run.rng.choice(run.unseen, CUTS, replace=False):
+        columns = run.table[row, run.market.n_tech :].astype(np.float64)
         # filtered, not smoothed: a column that knew a later bar would move
         bars = part_of_bars(run.market.bars, row + 1)
-        cut = run.model.transform(bars)[row, run.market.n_tech :]
-        ahead.append(np.abs(cut - there).max())
+        without_future = run.model.transform(bars)[row, run.market.n_tech :]
+        changes.append(np.abs(without_future - columns).max())
         library = library_posterior(hmm, run.emission[: row + 1])
-        ours = there[: len(library)]
-        apart.append(np.abs(library - ours).max())
-    ahead = float(np.max(ahead))
-    apart = float(np.max(apart))
-    part.numbers |= {"ahead": ahead, "apart": apart}
-    text = f"columns change by {ahead:.2g} when the future is cut off ({CUTS} rows; "
-    part.judge_by(ahead <= SAME, f"{text}at most {SAME:g})")
-    text = f"columns are {apart:.2g} from hmmlearn's posterior on the bars so far "
-    part.judge_by(apart <= LIBRARY, f"{text}(at most {LIBRARY:g})")
+        ours = columns[: len(library)]
+        distances.append(np.abs(library - ours).max())
+    change = float(np.max(changes))
+    distance = float(np.max(distances))
+    part.numbers |= {"ahead": change, "apart": distance}
+    part.judge_by(
+        change <= SAME,
+        f"columns change by {change:.2g} when the future is cut off ({CUTS} rows; "
+        f"at most {SAME:g})",
+    )
+    part.judge_by(
+        distance <= LIBRARY,
+        f"columns are {distance:.2g} from hmmlearn's posterior on the bars so far "
+        f"(at most {LIBRARY:g})",
+    )
 
 
 def check_power(run, part, hmm, fits, filtered, rows):
     """The next bar's volatility on eval rows, against no context, another fit, fewer states."""
-    x, table, gains, scores = run.emission, [], {}, {}
+    x = run.emission
+    table = []
+    gains = {}  # name -> (n,) gains, probability of chance
+    scores = {}  # name -> (n,)
     for name, p in filtered.items():
         fit = fits.get(name, hmm)
-        gain, by_chance = gains[name] = knows_the_next_bar(
-            x, p[rows], fit, rows, run.rng
-        )
-        scores[name] = log_score(x, p[rows], fit, rows)  # (n,)
-        score = scores[name].mean()
-        table.append((name, score, gain.mean(), by_chance))
+        gains[name] = knows_the_next_bar(x, p[rows], fit, rows, run.rng)
+        scores[name] = log_score(x, p[rows], fit, rows)
+        gain, by_chance = gains[name]
+        table.append((name, scores[name].mean(), gain.mean(), by_chance))
     head = (
         "fit",
         "log score a bar",
@@ -442,28 +448,33 @@ def check_power(run, part, hmm, fits, filtered, rows):
     )
     part.tables.append(("Next bar's log volatility, eval rows", head, table))
     gain, by_chance = gains["this run"]
-    other, others_chance = gains["its own seed again"]
+    refit_gain, refit_chance = gains["its own seed again"]
     part.numbers |= {
         "gain": float(gain.mean()),
-        "gain_of_refit": float(other.mean()),
+        "gain_of_refit": float(refit_gain.mean()),
+        "gain_chance": by_chance,
     }
-    part.numbers["gain_chance"] = by_chance
     # where no fit can do it, that is the market's doing and not this run's
-    if others_chance > CHANCE:
-        text = "no fit on train rows knows the next bar (probability of chance "
-        part.judge("weak", f"{text}{others_chance:.2f})")
+    if refit_chance > CHANCE:
+        part.judge(
+            "weak",
+            "no fit on train rows knows the next bar (probability of chance "
+            f"{refit_chance:.2f})",
+        )
         return
-    # nearer to the new fit than to no context: gain > other / 2
-    lead = interval(2 * gain - other, run.rng)
-    text = f"it tells {gain.mean():.4f} nats a bar of the next volatility on eval rows, a new fit "
-    text += f"{other.mean():.4f}; probability of chance {by_chance:.3f} (at most {CHANCE}), "
-    text += f"twice it less the new fit's: {ends(lead)} (must reach 0)"
-    part.judge_by(by_chance <= CHANCE and lead[1] >= 0, text)
+    # nearer to the new fit than to no context: gain > refit_gain / 2
+    lead = interval(2 * gain - refit_gain, run.rng)
+    part.judge_by(
+        by_chance <= CHANCE and lead[1] >= 0,
+        f"it tells {gain.mean():.4f} nats a bar of the next volatility on eval rows, a new fit "
+        f"{refit_gain.mean():.4f}; probability of chance {by_chance:.3f} (at most {CHANCE}), "
+        f"twice it less the new fit's: {ends(lead)} (must reach 0)",
+    )
     # states that add nothing cost the agent columns
     for name in ("2 states", "3 states"):
-        ahead = scores["this run"] - scores[name]
-        lead = interval(ahead, run.rng)
-        part.numbers[f"lead_over_{name[0]}_states"] = float(ahead.mean())
+        gain = scores["this run"] - scores[name]
+        lead = interval(gain, run.rng)
+        part.numbers[f"lead_over_{name[0]}_states"] = float(gain.mean())
         if lead[1] < 0:
             part.judge(
                 "weak", f"{name} tell the next volatility better: {ends(lead)}"
@@ -473,25 +484,25 @@ def check_power(run, part, hmm, fits, filtered, rows):
 def check_states(run, part, filtered):
     """A state that is never the most likely one, where other fits use all."""
     train = slice(*run.market.rows["train"])
-    used = {}
+    shares = {}  # name -> (K,) of train rows
+    table = []
     for name, p in filtered.items():
-        most = p[train].argmax(1)
-        likely = np.bincount(most, minlength=p.shape[1])
-        used[name] = likely / likely.sum()
-    table = [
-        (name, " ".join(f"{s:.3f}" for s in share))
-        for name, share in used.items()
-    ]
+        likely = p[train].argmax(1)
+        shares[name] = np.bincount(likely, minlength=p.shape[1]) / len(likely)
+        table.append((name, " ".join(f"{share:.3f}" for share in shares[name])))
     part.tables.append(
         ("Share of train rows by most likely state", ("fit", "shares"), table)
     )
-    least = used["this run"].min()
+    least = shares["this run"].min()
     # other seeds only: half of the rows may really lack a regime
-    others = [share.min() for name, share in used.items() if "seed" in name]
+    least_of_others = min(x.min() for name, x in shares.items() if "seed" in name)
     part.numbers["least_state"] = float(least)
-    if least == 0 and min(others) > 0:
-        text = f"a state is never the most likely one on train rows; other fits: {min(others):.3f}"
-        part.judge("broken", f"{text} at least")
+    if least == 0 and least_of_others > 0:
+        part.judge(
+            "broken",
+            "a state is never the most likely one on train rows; other fits: "
+            f"{least_of_others:.3f} at least",
+        )
 
 
 def share_equal(x, y) -> float:
@@ -511,8 +522,11 @@ def check_stability(run, part, filtered, rows):
         same, shifted, by_chance = against_shifts(agree, own, run.rng)
         table.append((name, same, shifted, by_chance))
         if by_chance > CHANCE:
-            text = f"{name}: states agree on {same:.0%} of the eval rows, chance {by_chance:.2f}"
-            part.judge("weak", f"{text} (at most {CHANCE})")
+            part.judge(
+                "weak",
+                f"{name}: states agree on {same:.0%} of the eval rows, chance {by_chance:.2f} "
+                f"(at most {CHANCE})",
+            )
     head = "other fit", "same state", "shifted", "probability of chance"
     part.tables.append(
         ("Stability over seeds and segments, eval rows", head, table)
@@ -533,42 +547,46 @@ def lag_of(guess: np.ndarray, regime: np.ndarray) -> tuple[float, float]:
     return float(lag), float(missed)
 
 
-def check_regimes(run, part, filtered):
-    """Against the true regime: accuracy, lag; the best filter knows the market's own parameters."""
+def best_filter(run: Subject) -> np.ndarray:
+    """(T, R) posteriors of a filter that knows the true transitions and, of train rows, the mean
+    and the variance of what the HMM reads in each true regime."""
     truth = run.market.bars.truth
-    regime, x = truth.regime, run.emission
-    train, later, last = (
-        slice(*run.market.rows["train"]),
-        *map(run.span, ("eval", "test")),
-    )
-    # the best filter of the same emission: moments by the true regime, the true transitions
-    kinds = np.arange(len(truth.law.sigma))
-    by_regime = [x[train][regime[train] == k] for k in kinds]
+    train = slice(*run.market.rows["train"])
+    x, regime = run.emission[train], truth.regime[train]
+    by_regime = [x[regime == k] for k in range(len(truth.law.sigma))]
     mean = np.array([values.mean() for values in by_regime])
     var = np.array([values.var() for values in by_regime])
-    start = np.full(len(kinds), 1 / len(kinds))
-    best = forward_filter(x, mean, var, truth.law.regime_transition, start)
-    table, names = [], ("this run", "2 states", "3 states")
-    for name, p in (
-        {k: filtered[k] for k in names} | {"true parameters": best}
-    ).items():
-        count = np.stack(
-            [p[train][regime[train] == k].sum(0) for k in kinds]
-        )  # (R, K)
-        # each state stands for the regime that it meets most on train rows
-        stands_for = np.eye(len(kinds))[count.argmax(0)]
-        guess = (p @ stands_for).argmax(1)
-        hits = guess == regime
-        right = [hits[rows].mean() for rows in (later, last)]
+    start = np.full(len(mean), 1 / len(mean))
+    return forward_filter(run.emission, mean, var, truth.law.regime_transition, start)
+
+
+def regimes_of(p: np.ndarray, regime: np.ndarray, train: slice) -> np.ndarray:
+    """(T,) regimes that the posteriors p (T, K) name: each state stands for the true one that it
+    meets most on train rows."""
+    kinds = np.arange(regime.max() + 1)
+    meets = np.stack([p[train][regime[train] == k].sum(0) for k in kinds])  # (R, K)
+    stands_for = np.eye(len(kinds))[meets.argmax(0)]
+    return (p @ stands_for).argmax(1)
+
+
+def check_regimes(run, part, filtered):
+    """Against the true regime: accuracy, lag; the best filter knows the market's own parameters."""
+    regime = run.market.bars.truth.regime
+    train = slice(*run.market.rows["train"])
+    eval_rows = run.span("eval")
+    test_rows = run.span("test")
+    filters = {name: filtered[name] for name in ("this run", "2 states", "3 states")}
+    filters["true parameters"] = best_filter(run)
+    guesses = {}
+    table = []
+    for name, p in filters.items():
+        guess = guesses[name] = regimes_of(p, regime, train)
+        right = guess == regime
         lag, missed = lag_of(guess[train.start :], regime[train.start :])
-        table.append((name, *right, lag, missed))
-        if name == "this run":
-            part.numbers |= {
-                "accuracy": float(right[0]),
-                "lag": lag,
-                "missed": missed,
-            }
-            own = guess[later]
+        row = right[eval_rows].mean(), right[test_rows].mean(), lag, missed
+        table.append((name, *row))
+    _, accuracy, _, lag, missed = table[0]
+    part.numbers |= {"accuracy": float(accuracy), "lag": lag, "missed": missed}
     head = (
         "filter",
         "right, eval",
@@ -577,12 +595,12 @@ def check_regimes(run, part, filtered):
         "share of changes missed",
     )
     part.tables.append(("The true regime", head, table))
-    right, _, by_chance = against_shifts(
-        partial(share_equal, regime[later]), own, run.rng
-    )
-    text = f"it names the regime on {right:.1%} of the eval rows, probability of chance "
+    score = partial(share_equal, regime[eval_rows])
+    right, _, by_chance = against_shifts(score, guesses["this run"][eval_rows], run.rng)
     part.judge_by(
-        by_chance <= CHANCE, f"{text}{by_chance:.3f} (at most {CHANCE})"
+        by_chance <= CHANCE,
+        f"it names the regime on {right:.1%} of the eval rows, probability of chance "
+        f"{by_chance:.3f} (at most {CHANCE})",
     )
 
 
@@ -591,18 +609,19 @@ def context_value(run: Subject) -> dict:
 
     {"with", "without": explained share of the variance; "gain": (n,) fall of the squared error}
     """
-    market, errors = run.market, {}
-    target = run.target[run.later]
+    market = run.market
+    target = run.target[run.unseen]
     # every column: the run's screen may have thrown away what a bad context hid
     table = replace(run.model, evidence=[]).transform(market.bars)
     # products too: what the signal means may turn with the regime
     wide = with_products(table, market.n_tech)
     columns = {"without": wide[:, : market.n_tech], "with": wide}
+    errors = {}
     for name, x in columns.items():
         # fitted on train rows alone
         linear, _ = fit_linear(replace(market.series, x=x))
         weights = np.array(linear["weights"])
-        forecast = (x[run.later] - linear["center"]) @ weights
+        forecast = (x[run.unseen] - linear["center"]) @ weights
         errors[name] = (target - forecast) ** 2 / (target**2).mean()
     explained = {name: 1 - error.mean() for name, error in errors.items()}
     return explained | {"gain": errors["without"] - errors["with"]}
@@ -612,7 +631,8 @@ def draw_states(run, part):
     a, b = run.rows["eval"]
     a = max(a, b - POINTS)
     fig, (ax,) = canvas(9.4, 2.6)
-    at, p = np.arange(a, b), run.posteriors[a:b]
+    at = np.arange(a, b)
+    p = run.posteriors[a:b]
     truth = run.market.bars.truth
     labels = [f"state {k}" for k in range(p.shape[1])]
     colors = CYCLE[: p.shape[1]]
@@ -639,51 +659,58 @@ def audit_mae(run: Subject, part: Part):
     columns = run.market.table[train, : run.market.n_tech]
     mean = torch.as_tensor(columns.mean(0))
     fresh = new_encoder(run)
-    errors = {
-        split: reconstruct(run, fresh, split, mean, live) for split in run.rows
-    }
     names = "encoder", "a new encoder", "column mean", "last visible bar"
     table = []
-    for split, of in errors.items():
-        means = [of[k].mean() for k in names]
+    for split in run.rows:
+        errors = reconstruct(run, fresh, split, mean, live)
+        means = [errors[name].mean() for name in names]
         table.append((split, *means))
+        if split == "eval":
+            eval_errors = errors
     head = "split", *names
     part.tables.append(
         ("Squared error at hidden bars, columns in use", head, table)
     )
 
-    of = errors["eval"]
     table = []
     for i, column in enumerate(live):
-        cells = [of[k][:, i].mean() for k in names]
-        better = [1 - cells[0] / other for other in cells[2:]]
+        cells = [eval_errors[name][:, i].mean() for name in names]
+        better = [1 - cells[0] / simple for simple in cells[2:]]
         table.append((run.model.columns[column], *cells, *better))
     head = "column", *names, "better than mean", "than last"
     part.tables.append(("By column, eval rows", head, table))
 
-    error, other, by_mean, by_last = (of[k].mean(1) for k in names)
-    gain, others = by_mean - error, by_mean - other
-    skill = 1 - error.mean() / by_mean.mean()
-    part.numbers |= {"skill": float(skill), "gain": float(gain.mean())}
-    part.numbers["gain_of_new"] = float(others.mean())
+    # (windows,) each
+    error, new_error, mean_error, last_error = (eval_errors[k].mean(1) for k in names)
+    gain = mean_error - error
+    new_gain = mean_error - new_error
+    part.numbers |= {
+        "skill": float(1 - error.mean() / mean_error.mean()),
+        "gain": float(gain.mean()),
+        "gain_of_new": float(new_gain.mean()),
+    }
     low_high = interval(gain, run.rng)
-    text = f"hidden bars on eval rows: squared error {error.mean():.3f}, column mean "
-    text += f"{by_mean.mean():.3f}, gain {ends(low_high)} (must be above 0)"
-    part.judge_by(low_high[0] > 0, text)
+    part.judge_by(
+        low_high[0] > 0,
+        f"hidden bars on eval rows: squared error {error.mean():.3f}, column mean "
+        f"{mean_error.mean():.3f}, gain {ends(low_high)} (must be above 0)",
+    )
     # nearer to the new one than to the column mean
-    lead = interval(2 * gain - others, run.rng)
-    text = f"an encoder that was pre-trained just now gains {others.mean():.3f}, this one "
-    text += f"{gain.mean():.3f}; twice this less that: {ends(lead)} (must reach 0)"
-    part.judge_by(lead[1] >= 0, text)
-    lead = interval(by_last - error, run.rng)
+    lead = interval(2 * gain - new_gain, run.rng)
+    part.judge_by(
+        lead[1] >= 0,
+        f"an encoder that was pre-trained just now gains {new_gain.mean():.3f}, this one "
+        f"{gain.mean():.3f}; twice this less that: {ends(lead)} (must reach 0)",
+    )
+    lead = interval(last_error - error, run.rng)
     if lead[1] < 0:
-        text = f"the last visible bar reconstructs better: {by_last.mean():.3f} instead of "
         part.judge(
             "weak",
-            f"{text}{error.mean():.3f} (difference {ends(lead)}, must reach 0)",
+            f"the last visible bar reconstructs better: {last_error.mean():.3f} instead of "
+            f"{error.mean():.3f} (difference {ends(lead)}, must reach 0)",
         )
     check_probe(run, part)
-    draw_columns(part, of, [run.model.columns[k] for k in live])
+    draw_columns(part, eval_errors, [run.model.columns[k] for k in live])
 
 
 def new_encoder(run: Subject):
@@ -716,13 +743,14 @@ def reconstruct(run: Subject, fresh, split: str, mean, live) -> dict:
     # one mask for all: they are compared window by window
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(x.shape[:2], generator=generator) < tqc.MASKED
-    mask[:, 0], mask[:, -1] = False, True  # a bar to copy, and one to hide
+    mask[:, 0] = False  # a bar to copy
+    mask[:, -1] = True  # and one to hide
     guesses = {}
     for name, encoder in (("encoder", run.encoder), ("a new encoder", fresh)):
         parts = []
         for piece, hidden in zip(x.split(64), mask.split(64)):
-            shown = encoder.embed(piece)
-            z = torch.where(hidden[..., None], encoder.mask_token, shown)
+            z = encoder.embed(piece)
+            z = torch.where(hidden[..., None], encoder.mask_token, z)
             parts.append(encoder.decode(encoder.encode(z)))
         guesses[name] = torch.cat(parts)
     # the last visible bar
@@ -746,31 +774,24 @@ def check_probe(run, part):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    market, contexts, later = run.market, run.contexts, run.later
-    target = run.target[later]
+    target = run.target[run.unseen]
     train = np.arange(*run.rows["train"])
-    hmm = run.table[:, market.n_tech :]
-    columns = {
-        "raw columns": lambda rows: run.table[rows, : market.n_tech],
-        "embedding": lambda rows: contexts(torch.as_tensor(rows))[0][
-            :, -1
-        ].numpy(),
-    }
-    table, errors = [], {}
-    for name, of in columns.items():
+    table = []
+    errors = {}
+    for name, columns_of in (("raw columns", raw_columns), ("embedding", last_embedding)):
         x = []
-        for rows in (train, later):
-            own = of(rows)
-            both = np.concatenate([own, hmm[rows]], 1)
-            x.append(with_products(both, own.shape[1]))
+        for rows in (train, run.unseen):
+            columns = columns_of(run, rows)
+            hmm = run.table[rows, run.market.n_tech :]
+            both = np.concatenate([columns, hmm], 1)
+            x.append(with_products(both, columns.shape[1]))
         # the penalty is the same for all columns, so their scales must be; train rows set both
         ridge = make_pipeline(StandardScaler(), RidgeCV(np.geomspace(1, 1e6, 13)))
-        ridge.fit(x[0], market.ret[train])
+        ridge.fit(x[0], run.market.ret[train])
         forecast = ridge.predict(x[1])
         errors[name] = (target - forecast) ** 2 / (target**2).mean()
-        match, _, by_chance = against_shifts(
-            partial(correlation, target), forecast, run.rng
-        )
+        score = partial(correlation, target)
+        match, _, by_chance = against_shifts(score, forecast, run.rng)
         part.numbers[f"probe_{name.split()[0]}"] = match
         table.append((name, match, by_chance, 1 - errors[name].mean()))
     head = "ridge on", "correlation", "probability of chance", "explained"
@@ -778,8 +799,20 @@ def check_probe(run, part):
     part.tables.append((title, head, table))
     lead = interval(errors["raw columns"] - errors["embedding"], run.rng)
     if lead[1] < 0:
-        text = "raw columns of the last bar foretell the next return better than its embedding: "
-        part.judge("weak", f"{text}explained share {ends(lead)} (must reach 0)")
+        part.judge(
+            "weak",
+            "raw columns of the last bar foretell the next return better than its embedding: "
+            f"explained share {ends(lead)} (must reach 0)",
+        )
+
+
+def raw_columns(run: Subject, rows: np.ndarray) -> np.ndarray:
+    return run.table[rows, : run.market.n_tech]
+
+
+def last_embedding(run: Subject, rows: np.ndarray) -> np.ndarray:
+    z, _, _ = run.contexts(torch.as_tensor(rows))
+    return z[:, -1].numpy()
 
 
 def correlation(x, y) -> float:
@@ -789,11 +822,11 @@ def correlation(x, y) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def draw_columns(part, of, names):
+def draw_columns(part, errors, names):
     height = max(2.2, 0.19 * len(names) + 0.6)
     fig, (ax,) = canvas(9.4, height, left=1.6, bottom=0.4)
     at = np.arange(len(names))
-    for i, (who, error) in enumerate(of.items()):
+    for i, (who, error) in enumerate(errors.items()):
         color = CYCLE[i]
         mean = error.mean(0)
         ax.plot(mean, at, "o", color=color, ms=4, label=who)
@@ -824,9 +857,10 @@ def audit_film(run: Subject, part: Part):
     show_film(run, part, torch.cat(contexts))
     ratio = film_ratio(run, inputs["eval"])
     part.numbers["ratio"] = ratio
-    text = f"a shifted context moves the fused features by {ratio:.2g} of what a shifted "
     part.judge_by(
-        ratio >= ROUNDING, f"{text}market does (at least {ROUNDING:.2g})"
+        ratio >= ROUNDING,
+        f"a shifted context moves the fused features by {ratio:.2g} of what a shifted market "
+        f"does (at least {ROUNDING:.2g})",
     )
     ablate(run, part, inputs)
 
@@ -836,22 +870,21 @@ def film_ratio(run, inputs) -> float:
     z, hmm, forecast = inputs
     # half the rows is the farthest shift: nothing of the own neighbourhood is left
     half = len(z) // 2
-    own = z, hmm
-    other_context = z, hmm.roll(half, 0)
-    other_market = z.roll(half, 0), hmm
+    extractor = run.agent.extractor
     # without the last feature: the forecast passes FiLM by
-    fused = []
-    for inputs in (own, other_context, other_market):
-        fused.append(run.agent.extractor(*inputs, forecast)[:, :-1])
-    by_context, by_market = (x - fused[0] for x in fused[1:])
-    ratio = by_context.square().mean() / by_market.square().mean()
-    return float(ratio.sqrt())
+    fused = extractor(z, hmm, forecast)[:, :-1]
+    other_context = extractor(z, hmm.roll(half, 0), forecast)[:, :-1]
+    other_market = extractor(z.roll(half, 0), hmm, forecast)[:, :-1]
+    by_context = (other_context - fused).square().mean()
+    by_market = (other_market - fused).square().mean()
+    return float((by_context / by_market).sqrt())
 
 
 @torch.no_grad()
 def show_film(run, part, hmm):
     """gamma and beta over the data and where one state is certain."""
-    film, states = run.agent.extractor.film, features.STATES
+    film = run.agent.extractor.film
+    states = features.STATES
     gamma, beta = film(hmm).chunk(2, -1)
     table = [("over eval and test rows, mean", *sizes(gamma, beta))]
     spread = gamma - gamma.mean(0), beta - beta.mean(0)
@@ -859,9 +892,7 @@ def show_film(run, part, hmm):
     # a one at the state's column, the remaining HMM columns 0
     pure = film(torch.eye(states, tqc.HMM_COLUMNS)).chunk(2, -1)
     for k in range(states):
-        where = f"state {k} certain"
-        own = sizes(pure[0][k], pure[1][k])
-        table.append((where, *own))
+        table.append((f"state {k} certain", *sizes(pure[0][k], pure[1][k])))
     part.numbers["gamma_spread"] = float(gamma.std(0).mean())
     part.numbers["beta_spread"] = float(beta.std(0).mean())
     head = "where", "gamma, mean", "gamma - 1, RMS", "beta, mean", "beta, RMS"
@@ -880,18 +911,18 @@ def show_film(run, part, hmm):
 
 def sizes(gamma, beta) -> tuple:
     """Mean and root mean square of each; the layer gives gamma - 1."""
-    found = []
+    numbers = []
     for x, untouched in ((gamma, 1), (beta, 0)):
         size = x.square().mean().sqrt()
-        found += [float(untouched + x.mean()), float(size)]
-    return tuple(found)
+        numbers += [float(untouched + x.mean()), float(size)]
+    return tuple(numbers)
 
 
 def variants(run: Subject, split: str, inputs):
     """(name, latents) of the agent with one input spoiled; names that repeat are draws."""
     z, hmm, forecast = inputs
-    extractor, start = run.agent.extractor, run.rows[split][0]
-    at = np.arange(start, start + len(z))
+    extractor = run.agent.extractor
+    rows = np.arange(*run.rows[split])
     yield "as it is", extractor(z, hmm, forecast)
     # weights and bias 0: FiLM returns 0, and gamma is 1 plus that
     film = extractor.film.state_dict().items()
@@ -909,11 +940,10 @@ def variants(run: Subject, split: str, inputs):
         yield "context shifted in FiLM", latents
         if run.args.forecast:
             # the lasso reads the context times the columns: its share goes with it
-            columns = run.market.table[at, : run.market.n_tech]
+            columns = run.market.table[rows, : run.market.n_tech]
             table = np.concatenate([columns, moved.numpy()], 1)
-            other = run.model.forecast(table)
-            other = torch.as_tensor(other)[:, None]
-            latents = torch.cat([latents[:, :-1], other], 1)
+            other_forecast = torch.as_tensor(run.model.forecast(table))[:, None]
+            latents = torch.cat([latents[:, :-1], other_forecast], 1)
         yield "context shifted in FiLM and forecast", latents
     for shift in shifts(len(z), FEW, rng):
         yield "encoding shifted", extractor(z.roll(int(shift), 0), hmm, forecast)
@@ -922,27 +952,27 @@ def variants(run: Subject, split: str, inputs):
 @torch.no_grad()
 def ablate(run, part, inputs):
     """What the agent earns on eval and test rows with an input spoiled."""
-    earned = {}
+    by_split = {}  # name -> split -> a list of (rows,), one a draw
     for split in inputs:
         for name, latents in variants(run, split, inputs[split]):
-            of = run.earned(run.path_of(split, latents), split)
-            earned.setdefault(name, {}).setdefault(split, []).append(of)
+            rewards = run.earned(run.path_of(split, latents), split)
+            by_split.setdefault(name, {}).setdefault(split, []).append(rewards)
     series = {}  # name -> (draws, rows of eval and test)
-    for name, of in earned.items():
-        both = [np.array(of[split]) for split in of]
-        series[name] = np.concatenate(both, 1)
+    for name, draws in by_split.items():
+        series[name] = np.concatenate([np.array(x) for x in draws.values()], 1)
     intact = series.pop("as it is")[0]
     table = [("as it is", intact.mean(), "", "", "")]
     loss = {}
     for name, draws in series.items():
         # row by row against the same market: most of the noise is in both
         paired = intact - draws.mean(0)
-        loss[name] = float(paired.mean()), interval(paired, run.rng)
-        drawn = len(draws) == WALKS
-        by_chance = chance(intact.mean(), draws.mean(1)) if drawn else ""
-        cost, low_high = loss[name]
+        cost = float(paired.mean())
+        low_high = interval(paired, run.rng)
+        loss[name] = cost, low_high
+        is_null = len(draws) == WALKS
+        by_chance = chance(intact.mean(), draws.mean(1)) if is_null else ""
         table.append((name, draws.mean(), cost, ends(low_high), by_chance))
-        part.numbers[f"cost, {name}"] = loss[name][0]
+        part.numbers[f"cost, {name}"] = cost
     head = (
         "agent",
         f"bp a bar, {run.unit}",
@@ -970,8 +1000,10 @@ def judge_context(run, part, loss, moves: bool):
         part.judge("sound", text)
     mean, low_high = loss["context shifted in FiLM"]
     if low_high[0] <= 0:
-        text = f"FiLM's own share of that is not to be seen: {mean:+.3f} bp a bar "
-        part.judge("weak", f"{text}({ends(low_high)})")
+        part.judge(
+            "weak",
+            f"FiLM's own share of that is not to be seen: {mean:+.3f} bp a bar ({ends(low_high)})",
+        )
 
 
 def draw_costs(part, loss, unit):
@@ -992,8 +1024,7 @@ def draw_costs(part, loss, unit):
 # -------------------------------------------------------------------------------------------- agent
 def audit_tqc(run: Subject, part: Part):
     """Does the position answer to the market, does that earn, do the quantiles hold?"""
-    found = {split: diagnose_split(run, split) for split in run.rows}
-    check_edge(run, part, found)
+    check_edge(run, part, {split: diagnose_split(run, split) for split in run.rows})
     check_other_policy(run, part)
     check_calibration(run, part)
     check_regime_rewards(run, part)
@@ -1003,13 +1034,12 @@ def audit_tqc(run: Subject, part: Part):
 
 def diagnose_split(run: Subject, split: str) -> dict:
     """diagnose() and the verdict, as the script makes them, of another split."""
-    market, contexts, path = run.market, run.contexts, run.paths[split]
+    market = run.market
+    path = run.paths[split]
     # it looks at the eval rows: for this call, those of `split`
-    with patch.object(contexts, "rows", {"eval": run.rows[split]}):
-        found = tqc.diagnose(run.agent, contexts)
-    audit = {}
-    for name, x in found.items():
-        audit[name.split("/")[1]] = x
+    with patch.object(run.contexts, "rows", {"eval": run.rows[split]}):
+        record = tqc.diagnose(run.agent, run.contexts)
+    audit = {name.split("/")[1]: x for name, x in record.items()}
     a, b = run.rows[split]
     rows = market.rows | {"eval": (a, b)}
     series = replace(market.series, rows=rows)
@@ -1037,7 +1067,7 @@ def diagnose_split(run: Subject, split: str) -> dict:
     return audit
 
 
-def check_edge(run, part, found):
+def check_edge(run, part, audits):
     names = {
         "earned": f"bp a bar, {run.unit}",
         "chance": "probability of chance",
@@ -1053,39 +1083,41 @@ def check_edge(run, part, found):
         "quantile_spread": "spread of quantiles",
         "verdict": "verdict",
     }
-    table = [
-        (label, *(of[name] for of in found.values()))
-        for name, label in names.items()
-    ]
-    part.tables.append(("Diagnostics by split", ("", *found), table))
-    of = found["eval"]
-    for name, value in of.items():
-        if name != "reason":
-            part.numbers[name] = value
-    text = f"eval rows: {of['verdict']} ({of['reason']}); {of['earned']:+.2f} bp a bar, edge "
-    text += f"{of['edge_bps']:+.2f} over the best constant or flat, state dependence "
-    text += f"{of['state_dependence']:.3f} (at least {STILL}); positions shifted along the "
-    text += f"rows earn as much with probability {of['chance']:.3f} (at most {CHANCE})"
+    table = []
+    for name, label in names.items():
+        table.append((label, *(audit[name] for audit in audits.values())))
+    part.tables.append(("Diagnostics by split", ("", *audits), table))
+    audit = audits["eval"]
+    word, reason = audit["verdict"], audit["reason"]
+    part.numbers |= {name: x for name, x in audit.items() if name != "reason"}
     # an undertrained agent is weak, not broken, where its positions earn more than chance
-    level = "broken" if of["verdict"] in ("collapsed", "untrained") else "sound"
-    if of["verdict"] == "undertrained":
-        level = "broken" if of["chance"] > CHANCE else "weak"
-    elif of["verdict"] == "undecided":
-        level = "weak"
-    part.judge(level, text)
+    by_chance = audit["chance"] > CHANCE
+    judgement = {
+        "collapsed": "broken",
+        "untrained": "broken",
+        "undertrained": "broken" if by_chance else "weak",
+        "undecided": "weak",
+    }
+    part.judge(
+        judgement.get(word, "sound"),
+        f"eval rows: {word} ({reason}); {audit['earned']:+.2f} bp a bar, edge "
+        f"{audit['edge_bps']:+.2f} over the best constant or flat, state dependence "
+        f"{audit['state_dependence']:.3f} (at least {STILL}); positions shifted along the "
+        f"rows earn as much with probability {audit['chance']:.3f} (at most {CHANCE})",
+    )
 
 
 @torch.no_grad()
 def check_other_policy(run, part):
     """State dependence of both policies: the actor collects even where the grid ships."""
     latents = run.latents["eval"]
-    table, flat = [], torch.zeros(len(latents), 1)
+    flat = torch.zeros(len(latents), 1)
+    table = []
     for policy in tqc.POLICIES:
+        fixed = []
         with patch.dict(run.agent.config, policy=policy):
-            fixed = [
-                tqc.act(run.agent, latents, flat + p, flat)
-                for p in (-1.0, 0.0, 1.0)
-            ]
+            for p in (-1.0, 0.0, 1.0):
+                fixed.append(tqc.act(run.agent, latents, flat + p, flat))
         # over rows, at one held position: what only the market can cause
         spread = float(torch.stack(fixed).std(1).mean())
         earned = run.earned(run.path_of("eval", policy=policy), "eval").mean()
@@ -1093,9 +1125,10 @@ def check_other_policy(run, part):
         table.append((policy + " (ships)" * ships, spread, earned))
         part.numbers[f"state_dependence_{policy}"] = spread
         if not ships and spread < STILL and part.numbers["verdict"] == "healthy":
-            text = f"{policy}, which does not ship, takes one position whatever the market: state "
             part.judge(
-                "broken", f"{text}dependence {spread:.3f} (at least {STILL})"
+                "broken",
+                f"{policy}, which does not ship, takes one position whatever the market: state "
+                f"dependence {spread:.3f} (at least {STILL})",
             )
     head = "policy", "state dependence", f"bp a bar, {run.unit}"
     part.tables.append(("Both policies, eval rows", head, table))
@@ -1103,53 +1136,57 @@ def check_other_policy(run, part):
 
 def horizon(run: Subject) -> int:
     """Bars until a reward counts for no more than e^-5 of itself."""
-    return int(HORIZON / (1 - run.config["gamma"]))
+    return int(TAIL / (1 - run.config["gamma"]))
 
 
 @torch.no_grad()
-def calibration(run: Subject, split: str, w_cost=0.0) -> dict:
+def calibration(run: Subject, split: str, w_cost: float) -> dict:
     """Place of what came (n,) among the predicted quantiles, 0 to 1, along the policy's path.
 
     "return": the discounted rewards that really followed; "step": the next reward and a quantile
     drawn at the next row, as training sees it. And the size of that return, "size".
     """
-    agent, (a, b) = run.agent, run.rows[split]
-    latents, gamma = run.latents[split], run.config["gamma"]
-    cost = torch.full((len(latents), 1), w_cost)
+    a, b = run.rows[split]
+    gamma = run.config["gamma"]
     path = run.path_of(split, w_cost=w_cost)
-    after = torch.as_tensor(path[:, None]).float()
-    blocks = zip(*(x.split(512) for x in (latents, after, cost)))
-    atoms = [agent.critic(*block)[:, 0].flatten(1) for block in blocks]
-    atoms = torch.cat(atoms)
-    atoms = atoms.sort(1).values.double().numpy()  # (n, M)
+    atoms = atoms_of(run, split, path, w_cost)
 
-    scale = float(agent.reward_scale)
+    scale = float(run.agent.reward_scale)
     penalty = run.config["penalty"] * w_cost
     reward, _, change, _ = run.market.walk(path, a, b)
-    span = slice(a, b)
-    paid = run.market.funding[span]
-    earned = path * (run.market.ret[span] - paid)
-    # what holding earns, no trade
-    held = scale * np.log(np.maximum(1 + earned, tqc.RUIN))
+    returns = path * (run.market.ret[a:b] - run.market.funding[a:b])
+    # what holding earns, without the trade; and with it
+    holding = scale * np.log(np.maximum(1 + returns, tqc.RUIN))
     whole = scale * (reward - penalty * change)
     # from the end; the first step is charged nothing, for its trade is already in the position
-    result, tail = held.copy(), 0.0
+    result = holding.copy()
+    tail = 0.0
     for t in reversed(range(len(path))):
         result[t] += gamma * tail
         tail = whole[t] + gamma * tail
     # later returns are cut short by the end of the rows
     n = max(len(path) - horizon(run), 1)
     # the next row's quantiles stand for the rest, as in the critic's target
-    drawn = run.rng.integers(atoms.shape[1], size=n)
-    rows = np.arange(n)
-    following = atoms[rows + 1, drawn] + (whole - held)[1 : n + 1]
+    draw = run.rng.integers(atoms.shape[1], size=n)
+    following = atoms[np.arange(n) + 1, draw] + (whole - holding)[1 : n + 1]
     limit = tqc.REWARD_CLIP
-    target = held[:n].clip(-limit, limit) + gamma * following
+    target = holding[:n].clip(-limit, limit) + gamma * following
     return {
         "return": place(atoms[:n], result[:n]),
         "step": place(atoms[:n], target),
         "size": float(result[:n].std()),
     }
+
+
+@torch.no_grad()
+def atoms_of(run: Subject, split: str, path: np.ndarray, w_cost: float) -> np.ndarray:
+    """(n, M) sorted atoms of holding the exposures `path` (n,)."""
+    latents = run.latents[split]
+    after = torch.as_tensor(path[:, None]).float()
+    w_costs = torch.full_like(after, w_cost)
+    blocks = zip(latents.split(512), after.split(512), w_costs.split(512))
+    atoms = [run.agent.critic(*block)[:, 0].flatten(1) for block in blocks]
+    return torch.cat(atoms).sort(1).values.double().numpy()
 
 
 def place(atoms: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -1165,62 +1202,70 @@ def inside(u: np.ndarray) -> np.ndarray:
 
 def check_calibration(run, part):
     """Shares inside the predicted 80 % range; three errors, each nearer to calibrated or not."""
-    found = {split: calibration(run, split) for split in run.rows}
-    of = found["eval"]
-    table = [(split, *shares(places)) for split, places in found.items()]
+    shown = run.args.eval_w_cost
+    by_split = {split: calibration(run, split, shown) for split in run.rows}
+    places = by_split["eval"]
+    table = [(split, *shares(x)) for split, x in by_split.items()]
     regime, kind = run.regimes
-    here = regime[run.span("eval")][: len(of["step"])]
-    for k in np.unique(here):
-        table.append((f"eval, {kind} {k}", *shares(of, here == k)))
-    for w in (0.5, 1.0):
-        places = calibration(run, "eval", w)
-        table.append((f"eval, w_cost {w:g}", *shares(places)))
+    of_row = regime[run.span("eval")][: len(places["step"])]
+    for k in np.unique(of_row):
+        table.append((f"eval, {kind} {k}", *shares(places, of_row == k)))
+    for w in (0.0, 0.5, 1.0):
+        if w != shown:
+            table.append((f"eval, w_cost {w:g}", *shares(calibration(run, "eval", w))))
     title = f"Calibration: share inside the predicted {INNER:.0%} range, place among the quantiles"
     head = "rows", "inside, next step", "inside, return", "mean place of the return"
     part.tables.append((title, head, table))
-    draw_pit(part, of)
+    draw_pit(part, places)
 
-    numbers = zip(("inside_step", "inside_return", "place"), shares(of))
-    part.numbers |= dict(numbers)
-    if of["size"] < SAME:
+    names = "inside_step", "inside_return", "place"
+    part.numbers |= dict(zip(names, shares(places)))
+    if places["size"] < SAME:
         part.judge(
             "sound",
             "it never holds a position on eval rows: nothing to calibrate",
         )
         return
-    rows, needed = len(of["return"]), horizon(run)
-    if rows < needed:  # not even one return that no other one overlaps
-        text = f"{rows} eval rows have returns that are known to their end, "
-        part.judge("off", f"{text}calibration needs {needed}")
+    rows = len(places["return"])
+    if rows < horizon(run):  # not even one return that no other one overlaps
+        part.judge(
+            "off",
+            f"{rows} eval rows have returns that are known to their end, "
+            f"calibration needs {horizon(run)}",
+        )
         return
     # nearer to a point, to everything, or to one side than to a calibrated critic
-    narrow, wide, side = INNER / 2, (1 + INNER) / 2, 0.25
-    step, whole = (inside(of[name]) for name in ("step", "return"))
-    reach = interval(step, run.rng)
-    text = f"{step.mean():.0%} of the next steps lie inside the predicted {INNER:.0%} range "
-    text += f"({ends(reach)}; nearer to {INNER} than to 0: above {narrow})"
-    part.judge_by(reach[1] >= narrow, text)
-    reach = interval(whole, run.rng)
+    narrow = INNER / 2
+    wide = (1 + INNER) / 2
+    side = 0.25
+    step = inside(places["step"])
+    low, high = interval(step, run.rng)
+    part.judge_by(
+        high >= narrow,
+        f"{step.mean():.0%} of the next steps lie inside the predicted {INNER:.0%} range "
+        f"({ends((low, high))}; nearer to {INNER} than to 0: above {narrow})",
+    )
+    whole = inside(places["return"])
+    low, high = interval(whole, run.rng)
     text = f"{whole.mean():.0%} of the returns lie inside the predicted {INNER:.0%} range "
-    if reach[0] > wide:
-        text += f"({ends(reach)}; nearer to {INNER} than to 1: below {wide:g})"
-        part.judge("broken", text)
-    if reach[1] < INNER:
-        part.judge(
-            "weak",
-            f"{text}({ends(reach)}): too narrow, so do not read them as risk",
-        )
-    reach = interval(of["return"], run.rng)
-    text = f"returns stand at {of['return'].mean():.2f} among their quantiles ({ends(reach)}; "
-    text += f"nearer to .5 than to an end: from {side} to {1 - side})"
-    part.judge_by(reach[1] >= side and reach[0] <= 1 - side, text)
+    text += f"({ends((low, high))}"
+    if low > wide:
+        part.judge("broken", f"{text}; nearer to {INNER} than to 1: below {wide:g})")
+    if high < INNER:
+        part.judge("weak", f"{text}): too narrow, so do not read them as risk")
+    low, high = interval(places["return"], run.rng)
+    part.judge_by(
+        high >= side and low <= 1 - side,
+        f"returns stand at {places['return'].mean():.2f} among their quantiles "
+        f"({ends((low, high))}; nearer to .5 than to an end: from {side} to {1 - side})",
+    )
 
 
 def shares(places: dict, rows=slice(None)) -> tuple:
     """Of what calibration() gives: inside (next step, return), and the mean place of the return."""
-    step, whole = places["step"][rows], places["return"][rows]
-    found = inside(step), inside(whole), whole
-    return tuple(float(x.mean()) for x in found)
+    step = places["step"][rows]
+    whole = places["return"][rows]
+    return tuple(float(x.mean()) for x in (inside(step), inside(whole), whole))
 
 
 def check_regime_rewards(run, part):
@@ -1228,61 +1273,56 @@ def check_regime_rewards(run, part):
     table = []
     for split in ("eval", "test"):
         everyone = beside(run, split)
-        earned = {
-            name: run.earned(path, split) for name, path in everyone.items()
-        }
-        own = regime[run.span(split)]
-        for k in np.unique(own):
-            here = own == k
-            held = everyone["agent"][here]
-            cells = [earned[name][here].mean() for name in earned]
-            size = np.abs(held).mean()
-            cells += [here.mean(), held.mean(), size]
+        rewards = {name: run.earned(path, split) for name, path in everyone.items()}
+        of_row = regime[run.span(split)]
+        for k in np.unique(of_row):
+            rows = of_row == k
+            exposure = everyone["agent"][rows]
+            cells = [x[rows].mean() for x in rewards.values()]
+            cells += [rows.mean(), exposure.mean(), np.abs(exposure).mean()]
             table.append((f"{split}, {kind} {k}", *cells))
-    head = "rows", *earned, "share of rows", "mean exposure", "mean size"
+    head = "rows", *everyone, "share of rows", "mean exposure", "mean size"
     part.tables.append((f"By {kind}: bp a bar, {run.unit}", head, table))
 
 
 def beside(run, split) -> dict:
     """Exposures of the agent, its cheap rival and, where it is known, the optimum."""
-    everyone = {"agent": run.paths[split]} | tqc.fixed_paths(
-        run.market, *run.rows[split]
-    )
-    return {
-        k: everyone[k]
-        for k in ("agent", "sparse_linear", "optimum")
-        if k in everyone
-    }
+    fixed = tqc.fixed_paths(run.market, *run.rows[split])
+    rivals = {k: fixed[k] for k in ("sparse_linear", "optimum") if k in fixed}
+    return {"agent": run.paths[split]} | rivals
 
 
 def check_w_cost(run, part):
     """The shown dislike of trading must lower the turnover, where training charged it."""
-    table, trades = [], []
+    table = []
+    changes = []
     for w in (0.0, 0.25, 0.5, 0.75, 1.0):
         path = run.path_of("eval", w_cost=w)
         change = np.abs(np.diff(path, prepend=0.0))
-        trades.append(change)
+        changes.append(change)
         earned = run.earned(path, "eval").mean()
         table.append((f"{w:g}", change.mean(), earned))
     head = "w_cost", "turnover", f"bp a bar, {run.unit}"
     part.tables.append(("By w_cost, eval rows", head, table))
     # w_cost 0 less w_cost 1, row by row
-    saved = trades[0] - trades[-1]
-    part.numbers["turnover_saved"] = float(saved.mean())
-    low_high = interval(saved, run.rng)
+    fall = changes[0] - changes[-1]
+    part.numbers["turnover_saved"] = float(fall.mean())
+    low_high = interval(fall, run.rng)
     # of fewer than two full changes of position nothing can be said
-    charged, trading = run.config["penalty"] > 0, trades[0].sum() > 2
-    if charged and trading and low_high[1] < 0:
-        text = "it trades more when trading costs more: turnover falls by "
-        part.judge("weak", f"{text}{ends(low_high)}")
+    trades = changes[0].sum() > 2
+    if run.config["penalty"] > 0 and trades and low_high[1] < 0:
+        part.judge(
+            "weak",
+            f"it trades more when trading costs more: turnover falls by {ends(low_high)}",
+        )
 
 
-def draw_pit(part, of):
+def draw_pit(part, places):
     fig, (ax,) = canvas(9.4, 2.4)
     for i, name in enumerate(("step", "return")):
         label = {"step": "next step", "return": "discounted return"}[name]
         color = CYCLE[i]
-        ax.hist(of[name], 20, density=True, alpha=0.5, color=color, label=label)
+        ax.hist(places[name], 20, density=True, alpha=0.5, color=color, label=label)
     ax.axhline(1, color="k", lw=0.8, ls=":")
     ax.set_xlabel("place among the predicted quantiles")
     caption = "Calibrated: flat at 1. High ends: too narrow."
@@ -1335,14 +1375,11 @@ def build(folder: Path, parts: list[Part], command: str) -> Page:
         page.add(f'<span class="chip {TONES[part.verdict]}">{chip}</span>')
     page.add(f"</div><pre>{esc(command)}</pre><!--nav-->")
     for part in parts:
-        page.section(
-            part.name, TITLES[part.name], f"{part.verdict}: {RULE[part.verdict]}"
-        )
+        lead = f"{part.verdict}: {MEANING[part.verdict]}"
+        page.section(part.name, TITLES[part.name], lead)
         # the worst first: it made the verdict
-        checks = sorted(part.checks, key=lambda c: -LEVELS.index(c[0]))
-        reasons = [
-            f"<li><b>{level}</b>: {esc(why)}</li>" for level, why in checks
-        ]
+        checks = sorted(part.checks, key=lambda check: -VERDICTS.index(check[0]))
+        reasons = [f"<li><b>{word}</b>: {esc(why)}</li>" for word, why in checks]
         page.add(f'<ul class="reasons">{"".join(reasons)}</ul><div class="grid">')
         for name, title, fig, caption in part.figures:
             page.plot(name, title, fig, caption, wide=True)
@@ -1366,11 +1403,14 @@ def html_table(head, rows) -> str:
 
 def write(folder: Path, parts: list[Part], command: str):
     """RUN_DIR/audit/, whole or not at all."""
-    out, half = folder / "audit", folder / f".audit.{os.getpid()}.tmp"
-    found = {}
+    out = folder / "audit"
+    half = folder / f".audit.{os.getpid()}.tmp"
+    record = {}
     for part in parts:
-        found[part.name] = {
-            name: getattr(part, name) for name in ("verdict", "checks", "numbers")
+        record[part.name] = {
+            "verdict": part.verdict,
+            "checks": part.checks,
+            "numbers": part.numbers,
         }
     try:
         with matplotlib.rc_context(RC):
@@ -1378,7 +1418,7 @@ def write(folder: Path, parts: list[Part], command: str):
             write_figures(page, half)
         text = page.html(f"audit: {folder.name}")
         (half / "audit.html").write_text(text, encoding="utf-8")
-        write_json_atomic(found, half / "audit.json")
+        write_json_atomic(record, half / "audit.json")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(half, out)
     finally:
@@ -1395,7 +1435,8 @@ AUDITS = {
 
 def audit_run(folder: Path, mode: str) -> list[Part]:
     """The parts of a run directory, judged."""
-    run, parts = Subject(folder), []
+    run = Subject(folder)
+    parts = []
     for name, audit in AUDITS.items():
         if mode in (name, "all"):
             part = Part(name)
@@ -1409,12 +1450,10 @@ def run_dirs(args: Args) -> list[Path]:
     if args.run_dir is not None:
         return [Path(args.run_dir)]
     folder = Path(args.root) / "logs" / args.name / f"segment_{args.segment}"
-    found = sorted(path for path in folder.glob("seed_*") if path.is_dir())
-    way_out = "look at --root and --name"
-    refuse(
-        (not found, f"--segment {args.segment}: {folder} holds no run: {way_out}")
-    )
-    return found
+    folders = sorted(path for path in folder.glob("seed_*") if path.is_dir())
+    why = f"--segment {args.segment}: {folder} holds no run: look at --root and --name"
+    refuse((not folders, why))
+    return folders
 
 
 def main(argv=None) -> dict:
@@ -1425,7 +1464,7 @@ def main(argv=None) -> dict:
     command = shlex.join(
         ["python", "scripts/audit_pipeline.py", *map(str, argv or sys.argv[1:])]
     )
-    found = {}
+    verdicts = {}
     for folder in run_dirs(args):
         parts = audit_run(folder, args.mode)
         write(folder, parts, command)
@@ -1436,9 +1475,9 @@ def main(argv=None) -> dict:
             print(
                 f"{TITLES[part.name]}: {part.verdict}: {'; '.join(part.reasons)}"
             )
-        found[str(folder)] = {part.name: part.verdict for part in parts}
-    broken = any("broken" in of.values() for of in found.values())
-    return {"exit_code": int(broken), "verdicts": found}
+        verdicts[str(folder)] = {part.name: part.verdict for part in parts}
+    broken = any("broken" in words.values() for words in verdicts.values())
+    return {"exit_code": int(broken), "verdicts": verdicts}
 
 
 if __name__ == "__main__":
