@@ -357,12 +357,14 @@ def print_flag(name: str, kind: str, default: str, text: str):
     if kind.startswith("Positional"):
         head = f"  {name.upper()}"
     elif kind != "bool":
-        head += " " + re.split(r" \||\[", kind)[0].upper()
+        one = kind.split(" |")[0]
+        head += " " + re.sub(r"tuple\[|[],]", "", one).upper()
     if default == "True":
         text += f" ({flag('no_' + name)} turns it off)"
     elif default not in ("False", "None", "()", "", "''") and name != "exp_name":
-        text += f" (default: {default.strip(chr(39))})"
-    lines = textwrap.wrap(text, 46)
+        words = re.sub(r"[()',]", "", default)  # of a tuple as one gives them
+        text += f" (default: {words})"
+    lines = textwrap.wrap(text, 46, break_on_hyphens=False)
     if len(head) >= 33:
         print(head)
         head = ""
