@@ -362,7 +362,7 @@ def print_flag(name: str, kind: str, default: str, text: str):
     if default == "True":
         text += f" ({flag('no_' + name)} turns it off)"
     elif default not in ("False", "None", "()", "", "''") and name != "exp_name":
-        words = re.sub(r"[()',]", "", default)  # of a tuple as one gives them
+        words = re.sub(r"^Path\(|[()',]", "", default)  # of a tuple as one gives them
         text += f" (default: {words})"
     lines = textwrap.wrap(text, 46, break_on_hyphens=False)
     if len(head) >= 33:
