@@ -16,12 +16,11 @@ What has no counterpart is in net.notes, with what became of it. A picture of wh
 python scripts/draw_map.py MAP.net.xml
 """
 
+import gzip
 import heapq
 import json
 import math
 import os
-import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
@@ -43,8 +42,8 @@ from common.networks import (
     assemble,
     check_shape,
     near,
+    read_bytes,
     read_plan,
-    read_text,
 )
 
 BIN = 60.0  # s of a bin of the demand: in bins of 300 s a queue's random part is lost, docs/maps.md
@@ -57,7 +56,7 @@ HEADWAY = 1.0  # s, of the SUMO driver (tau), where a vehicle type gives none
 REACTION = 0.4  # s that a queue adds to the driver's headway
 START_LOSS = 1.5  # s of a green in which a queue does not move yet
 AMBER_USED = 1.0  # s of amber in which it still moves; the simulator is open in all of it
-SPACE = {"car": 7.5, "bus": 14.5, "truck": 9.6, "motorcycle": 4.7}  # m, length and gap
+SPACE = {"car": 7.5, "bus": 14.5, "truck": 9.6, "motorcycle": 4.7, "moped": 4.6}  # m, with gap
 AMBER = 3.0  # s, where a map has none
 DEFAULT_FLOW = 200.0  # veh/h and lane where a map comes without demand
 RARE_TURN = 0.02  # of a road's vehicles: rarer turns are cut out of their routes
@@ -68,6 +67,18 @@ SEED = 1  # of SUMO where it gives trips their routes
 TWO_WHEELS = {"motorcycle", "moped"}
 NO_CARS = {"pedestrian", "bicycle", "scooter", "wheelchair", "container", "ship"}
 ON_RAILS = {"tram", "rail_urban", "rail", "rail_electric", "rail_fast", "subway", "cable_car"}
+SUMOS_TYPES = {"DEFAULT_BIKETYPE": "bicycle", "DEFAULT_RAILTYPE": "rail"}  # no vType names them
+DEMAND = {"vehicle", "trip", "flow"}
+UNREAD = {
+    "WAUT": "changes programs by the clock",
+    "calibrator": "changes flows by what SUMO measures",
+    "variableSpeedSign": "changes limits by the clock",
+}
+SHORT_NAMES = {"n": "net-file", "net": "net-file", "r": "route-files", "a": "additional-files"}
+SHORT_NAMES |= {"b": "begin", "e": "end"}  # of a configuration
+# what a configuration may ask that moves routes or departures
+ROUTING = ("scale", "junction-taz", "ignore-route-errors", "max-depart-delay", "time-to-teleport")
+ROUTING += ("device.rerouting.", "routing-algorithm", "weight", "step-length")
 
 
 class Road(NamedTuple):
@@ -101,6 +112,12 @@ class Program(NamedTuple):
     phases: tuple  # of (seconds, state, least seconds or None)
 
 
+class Ride(NamedTuple):
+    depart: float | None  # s, None: when a person comes
+    edges: tuple
+    kind: str | None  # its vType
+
+
 class Trips(NamedTuple):
     routes: Counter  # {(edges, number of the bin, class): vehicles}
     begin: float  # s, on SUMO's clock
@@ -127,6 +144,7 @@ class Group(NamedTuple):
     flows: dict  # {next road: vehicles}
     ways: dict  # {(next road, its group or ""): vehicles}
     links: tuple
+    shows: tuple = ()  # (signal, what it shows in each green phase)
 
 
 # ------------------------------------------------------------------------------------ SUMO's files
@@ -145,10 +163,16 @@ def sumo():
 
 
 def parse_xml(path: Path, *roots: str):
-    """The element on top, which must be one of roots; any where none is given."""
-    text = read_text(path)
+    """The element on top, which must be one of roots; any where none is given. Reads .gz too."""
+    raw = read_bytes(path)
     try:
-        tree = ElementTree.fromstring(text)
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        tree = ElementTree.fromstring(raw)
+    except (OSError, EOFError) as e:
+        raise NetworkError(f"{path}: not gzip: {e}") from None
+    except (LookupError, ValueError) as e:
+        raise NetworkError(f"{path}: not XML: {e}") from None
     except ElementTree.ParseError as e:
         line, column = e.position
         raise NetworkError(f"{path}: line {line}, column {column}: not XML: {e.msg}") from None
@@ -164,6 +188,7 @@ class Files(NamedTuple):
     additional: tuple
     begin: float | None
     end: float | None
+    options: tuple = ()  # of (name, value): what the configuration asks of ROUTING
 
 
 def find_files(path, demand=()) -> Files:
@@ -173,23 +198,25 @@ def find_files(path, demand=()) -> Files:
         return Files(path, tuple(map(Path, demand)), (), None, None)
     # the second name is that of SUMO 1.20 and later
     tree = parse_xml(path, "configuration", "sumoConfiguration")
-    given = {e.tag: e.get("value", e.get("v")) for e in tree.iter()}
+    given = {SHORT_NAMES.get(e.tag, e.tag): e.get("value", e.get("v")) for e in tree.iter()}
     if "net-file" not in given:
         raise NetworkError(f"{path}: no net-file")
     named = {}
-    for key in ("net-file", "route-files", "additional-files"):
-        names = re.split(r"[,\s]+", (given.get(key) or "").strip())
-        named[key] = tuple(path.parent / name for name in names if name)
+    for key in ("route-files", "additional-files"):
+        names = (given.get(key) or "").split(",")
+        named[key] = tuple(path.parent / name.strip() for name in names if name.strip())
     times = []
     for key in ("begin", "end"):
         seconds = seconds_of(given.get(key), f"{path}: {key}")
         # SUMO's -1: no limit
         times.append(seconds if seconds is None or seconds >= 0 else None)
+    options = tuple(pair for pair in given.items() if pair[0].startswith(ROUTING))
     return Files(
-        named["net-file"][0],
+        path.parent / given["net-file"],
         tuple(map(Path, demand)) or named["route-files"],
         named["additional-files"],
         *times,
+        options,
     )
 
 
@@ -199,10 +226,10 @@ def seconds_of(text, at: str) -> float | None:
         return None
     try:
         parts = [float(part) for part in text.split(":")]
+        parts = [0.0] * (4 - len(parts)) + parts
+        days, hours, minutes, seconds = parts
     except ValueError:
         raise NetworkError(f"{at}: {text!r} is not a time") from None
-    parts = [0.0] * (4 - len(parts)) + parts
-    days, hours, minutes, seconds = parts
     return 86400 * days + 3600 * hours + 60 * minutes + seconds
 
 
@@ -213,54 +240,120 @@ def read_trips(files: Files, notes: list) -> Trips:
     is another: on ingolstadt21 two vehicles of three drive round a queue. So SUMO runs the demand
     once, under the map's own program.
     """
-    open_ways = 0  # trips, and flows without a route
-    for path in files.demand:
-        tree = parse_xml(path, "routes", "additional")
-        for kind in ("trip", "flow"):
-            open_ways += sum(not has_route(e) for e in tree.iter(kind))
-    for path in files.additional:
-        parse_xml(path)  # SUMO takes any name on top
+    trees = [parse_xml(path, "routes", "additional") for path in files.demand]
+    for path, tree in zip(files.demand, trees):
+        check_order(path, tree)
+    trees += map(parse_xml, files.additional)  # SUMO takes any name on top
+    elements = [e for tree in trees for e in tree.iter()]
+    stops = sum(e.tag in DEMAND and e.find(".//stop") is not None for e in elements)
+    if stops:
+        notes.append(f"{stops} vehicles and flows with stops: they drive on")
     with tempfile.TemporaryDirectory() as folder:
-        planned, driven = Path(folder, "planned.xml"), Path(folder, "driven.xml")
-        # detectors write beside the file that defines them: not into the user's folder
-        copies = tuple(shutil.copy(path, folder) for path in files.additional)
-        files = files._replace(additional=copies)
-        run_sumo("duarouter", files, "-o", planned, "--alternatives-output", "NUL")
-        ways = {}
-        if open_ways:
-            unfinished = "--vehroute-output.write-unfinished"
-            run_sumo("sumo", files, "--vehroute-output", driven, unfinished, "--seed", SEED)
-            vehicles = ElementTree.parse(driven).getroot().iter("vehicle")
-            ways = {vehicle.get("id"): route_of(vehicle) for vehicle in vehicles}
+        copies = [copy_quiet(path, folder) for path in files.additional]
+        quiet = files._replace(additional=tuple(copies))
+        planned = Path(folder, "planned.xml")
+        run_sumo("duarouter", quiet, "-o", planned, "--alternatives-output", "NUL")
+        trees.append(ElementTree.parse(planned).getroot())
+        rides = {e.get("id"): as_ride(e) for e in trees[-1].iter("vehicle")}
+        waits = any(ride.depart is None for ride in rides.values())
+        if waits or any(map(is_open, elements)):
+            rides = simulate(quiet, folder, rides)
             notes.append("trips drive as SUMO routes them under the map's own program")
-        return count_trips(ElementTree.parse(planned).getroot(), ways, files, notes)
+    people = sum(e.tag in ("person", "container") for e in trees[-1])
+    kinds = {e.get("id"): e for tree in trees for e in tree.iter("vType")}
+    return count_trips(list(rides.values()), kinds, people, files, notes)
 
 
-def has_route(flow) -> bool:
-    return flow.get("route") is not None or flow.find("route") is not None
-
-
-def route_of(vehicle) -> tuple:
-    """Edges of a vehicle; of several routes it drove the last."""
+def as_ride(vehicle) -> Ride:
+    """A vehicle with its route; of several it drove the last."""
     *_, route = vehicle.iter("route")
-    return tuple(route.get("edges").split())
+    edges = tuple(route.get("edges").split())
+    text = vehicle.get("depart")
+    return Ride(float(text) if is_time(text) else None, edges, vehicle.get("type"))
+
+
+def simulate(files: Files, folder: str, planned: dict) -> dict:
+    """{vehicle: Ride} as SUMO inserts and routes them; those that it never inserted as planned."""
+    routes, trips = Path(folder, "routes.xml"), Path(folder, "trips.xml")
+    flags = ["--vehroute-output.write-unfinished", "--tripinfo-output.write-unfinished"]
+    flags += ["--tripinfo-output.write-undeparted", "--seed", SEED]
+    run_sumo("sumo", files, "--vehroute-output", routes, "--tripinfo-output", trips, *flags)
+    driven = {e.get("id"): as_ride(e) for e in ElementTree.parse(routes).iter("vehicle")}
+    rides = {}
+    for trip in ElementTree.parse(trips).iter("tripinfo"):
+        name, depart = trip.get("id"), float(trip.get("depart"))
+        if name in driven and depart >= 0:
+            wanted = round(depart - float(trip.get("departDelay")), 2)
+            rides[name] = driven[name]._replace(depart=wanted, kind=trip.get("vType"))
+        elif name in planned:
+            rides[name] = planned[name]
+    # in the order of the files: sums of floats depend on it
+    return {name: rides[name] for name in (*planned, *rides) if name in rides}
+
+
+def check_order(path: Path, tree):
+    """SUMO leaves out whoever departs before one that stands above: so its demand is another."""
+    last = 0.0
+    for e in tree:
+        text = e.get("depart", e.get("begin", ""))
+        if e.tag in DEMAND and is_time(text):
+            now = seconds_of(text, f"{path}: {e.tag} {e.get('id')}")
+            if now < last:
+                raise NetworkError(
+                    f"{path}: {e.tag} {e.get('id')} departs at {now:g} s but stands below one of "
+                    f"{last:g} s: SUMO leaves it out: sort the file by departure"
+                )
+            last = last if e.get("line") else now
+
+
+def is_time(text: str) -> bool:
+    """Whether a departure is a moment: not "triggered", "begin" or "split"."""
+    return text[:1].isdigit()
+
+
+def is_open(e) -> bool:
+    """Whether only a simulation knows where or when an element's vehicles drive."""
+    if e.tag == "flow" and e.get("route") is None and e.find("route") is None:
+        return True
+    # duarouter keeps public transport for its persons
+    line = e.tag in DEMAND and e.get("line")
+    return line or e.tag in ("trip", "rerouter") or e.get("key") == "has.rerouting.device"
+
+
+def copy_quiet(path: Path, folder: str) -> Path:
+    """A copy of an additional file, in a folder of its own, that writes nothing beside the map."""
+    tree = parse_xml(path)
+    for e in tree.iter():
+        for key in {"file", "dest"} & set(e.keys()):
+            read = path.parent.resolve() / e.get(key)  # the one that is no output
+            e.set(key, str(read) if e.tag == "rerouter" else "NUL")
+    copy = Path(tempfile.mkdtemp(dir=folder), path.name.removesuffix(".gz"))
+    ElementTree.ElementTree(tree).write(copy, "utf-8")
+    return copy
 
 
 def run_sumo(program: str, files: Files, *options):
     """One of SUMO's programs on a map and its demand."""
     command = [sumo().checkBinary(program), "-n", files.net]
-    command += ["-r", ",".join(map(str, files.demand))]
+    if files.demand:
+        command += ["-r", ",".join(map(str, files.demand))]
     if files.additional:
         command += ["-a", ",".join(map(str, files.additional))]
     for option, value in (("--begin", files.begin), ("--end", files.end)):
         if value is not None:
             command += [option, value]
+    for option, value in files.options:
+        if program == "sumo" or option in ("scale", "junction-taz"):
+            command += [f"--{option}", value]
+        elif option == "ignore-route-errors":
+            command += ["--ignore-errors", value]
     command += ["--no-step-log", "--no-warnings", *options]
     command = [str(word) for word in command]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         names = ", ".join(path.name for path in (files.net, *files.demand))
-        raise NetworkError(f"{names}: {why_of(done.stderr, files)}")
+        why = why_of(done.stderr, files) or f"{program} ended with {done.returncode}"
+        raise NetworkError(f"{names}: {why}")
 
 
 def why_of(stderr: str, files: Files) -> str:
@@ -276,22 +369,23 @@ def nobody(files: Files) -> str:
     return f"no vehicle departs from {files.begin} to {files.end} s: see begin and end"
 
 
-def count_trips(tree, ways: dict, files: Files, notes: list) -> Trips:
-    """tree: vehicles and their routes; ways {vehicle: edges}: others that some drive."""
-    kinds = {e.get("id"): e for e in tree.iter("vType")}
-    vehicles, left_out = [], Counter()
-    for vehicle in tree.iter("vehicle"):
-        kind = kinds.get(vehicle.get("type"))
-        v_class = "passenger" if kind is None else kind.get("vClass", "passenger")
-        if v_class in NO_CARS | ON_RAILS:
+def count_trips(rides: list, kinds: dict, people: int, files: Files, notes: list) -> Trips:
+    """kinds: vTypes by name; people: persons and containers."""
+    vehicles, left_out = [], Counter(person=people)
+    for depart, edges, name in rides:
+        kind = kinds.get(name)
+        v_class = SUMOS_TYPES.get(name, "passenger")
+        if kind is not None:
+            v_class = kind.get("vClass", "passenger")
+        if depart is None:
+            left_out["triggered"] += 1
+        elif v_class in NO_CARS | ON_RAILS:
             left_out[v_class] += 1
-            continue
-        edges = ways.get(vehicle.get("id")) or route_of(vehicle)
-        vehicles.append((float(vehicle.get("depart")), edges, v_class, kind))
-    left_out["person"] += sum(1 for _ in tree.iter("person"))
+        else:
+            vehicles.append((depart, edges, v_class, kind))
     for what, count in left_out.items():
         if count:
-            notes.append(f"{count} of class {what} left out: not on roads for cars")
+            notes.append(f"{count} of class {what} left out")
     if not vehicles:
         names = ", ".join(map(str, files.demand))
         raise NetworkError(f"{names}: {nobody(files)}")
@@ -334,7 +428,7 @@ def read_net(path: Path, additional=(), notes=None) -> Map:
     tree = parse_xml(path, "net")
     junctions = {e.get("id"): e for e in tree.iter("junction") if e.get("type") != "internal"}
     try:
-        net = sumo().net.readNet(str(path), withPrograms=True, withInternal=True)
+        net = sumo().net.readNet(str(path), withInternal=True)
     except (KeyError, ValueError, IndexError, AttributeError) as e:
         raise NetworkError(
             f"{path}: a connection, lane or junction names {e}, which the map does not have"
@@ -368,7 +462,14 @@ def read_net(path: Path, additional=(), notes=None) -> Map:
     if net.getRoundabouts():
         notes.append(f"{len(net.getRoundabouts())} roundabouts: edges whose entries give way")
     links = read_links(net, junctions, roads, place)
-    return Map(str(path), roads, links, read_programs(path, net, additional, notes))
+    crossings = sum(e.get("type") == "rail_crossing" for e in junctions.values())
+    if crossings:
+        notes.append(f"{crossings} rail crossings: open, trains are left out")
+    trees = {path: tree} | {extra: parse_xml(extra) for extra in additional}
+    programs = read_programs(trees, notes)
+    for signal in sorted({link.signal for link in links} - {"", *programs}):
+        raise NetworkError(f"{path}: signal {signal} has no program (tlLogic)")
+    return Map(str(path), roads, links, programs)
 
 
 def shape_of(edge) -> tuple:
@@ -403,7 +504,10 @@ def read_links(net, junctions: dict, roads: dict, place: dict) -> list:
             target = c.getToLane().getID()
             if source in place and target in place:
                 number[k] = len(links)
-                links.append(as_link(net, c, place, len(links)))
+                link = as_link(net, c, place, len(links))
+                if junction.get("type") == "rail_crossing":  # its barriers have no program
+                    link = link._replace(signal="")
+                links.append(link)
         for k in number:
             # the last character is link 0's
             bits = responses.get(k, "")[::-1]
@@ -428,35 +532,38 @@ def as_link(net, c, place: dict, number: int) -> Link:
     )
 
 
-def read_programs(path: Path, net, additional, notes: list) -> dict:
-    programs = {}
-    for signal in net.getTrafficLights():
-        for name, program in signal.getPrograms().items():
-            phases = [(p.duration, p.state, p.minDur) for p in program.getPhases()]
-            programs[signal.getID()] = as_program(program.getOffset(), phases)
-            if program.getType() not in ("static", ""):
-                notes.append(
-                    f"signal {signal.getID()}: its {program.getType()} program {name} counts "
-                    "with its planned greens"
-                )
-        if signal.getID() not in programs:
-            raise NetworkError(f"{path}: signal {signal.getID()} has no program (tlLogic)")
-    for extra in additional:
-        for logic in parse_xml(extra).iter("tlLogic"):
-            phases = [
-                (float(p.get("duration")), p.get("state"), float(p.get("minDur", -1)))
-                for p in logic.iter("phase")
-            ]
-            programs[logic.get("id")] = as_program(float(logic.get("offset", 0)), phases)
+def read_programs(trees: dict, notes: list) -> dict:
+    """Of several programs of a signal the last, as in SUMO: additional files stand behind."""
+    programs, types = {}, {}
+    for path, tree in trees.items():
+        for e in tree.iter():
+            if e.tag in UNREAD:
+                raise NetworkError(f"{path}: {e.tag} {e.get('id')} {UNREAD[e.tag]}: take it out")
+        for logic in tree.iter("tlLogic"):
+            name = logic.get("id")
+            at = f"{path}: tlLogic {name}"
+            phases = [phase_of(phase, at) for phase in logic.iter("phase")]
+            offset = seconds_of(logic.get("offset"), f"{at}: offset")
+            if "off" in (logic.get("programID"), logic.get("type")):
+                raise NetworkError(f"{at} is switched off: take it out, or the signal")
+            if phases:
+                programs[name] = Program(offset or 0.0, tuple(phases))
+                types[name] = logic.get("type", "static")
+            elif offset is not None and name in programs:  # it moves the program above
+                programs[name] = programs[name]._replace(offset=offset)
+    for kind, count in Counter(types.values()).items():
+        if kind != "static":
+            notes.append(f"{count} signals with {kind} programs: the planned greens count")
     return programs
 
 
-def as_program(offset, phases) -> Program:
-    kept = []
-    for seconds, state, least in phases:
-        given = least and least > 0
-        kept.append((float(seconds), state, least if given else None))
-    return Program(float(offset), tuple(kept))
+def phase_of(phase, at: str) -> tuple:
+    seconds = seconds_of(phase.get("duration"), f"{at}: duration")
+    least = seconds_of(phase.get("minDur"), f"{at}: minDur")
+    state = phase.get("state")
+    if seconds is None or not state:
+        raise NetworkError(f"{at}: a phase needs duration and state")
+    return seconds, state, least if least and least > 0 else None
 
 
 # ------------------------------------------------------------------------------------ fewer roads
@@ -468,7 +575,7 @@ class Ways:
         self.programs = plan.programs
         self.notes = notes
         self.routes = self.known_routes(plan.roads, routes)
-        self.split_routes(plan.roads)
+        self.split_routes(plan)
         self.look()
         self.roads = {name: road for name, road in plan.roads.items() if name in self.used}
         self.links = defaultdict(list)
@@ -476,8 +583,6 @@ class Ways:
             pair = link.source, link.target
             if pair in self.pairs:
                 self.links[pair].append(link)
-        for a, b in self.pairs - set(self.links):
-            raise NetworkError(f"{self.where}: no connection for cars from edge {a} to {b}")
         if len(self.roads) < len(plan.roads):
             unused = len(plan.roads) - len(self.roads)
             notes.append(f"{unused} edges that no vehicle uses left out")
@@ -490,22 +595,26 @@ class Ways:
             else:
                 lost += count
         if lost:
-            self.notes.append(f"{lost} vehicles left out: their routes use edges without cars")
+            self.notes.append(f"{lost:.0f} vehicles left out: their routes use edges without cars")
         if not known:
             raise NetworkError(f"{self.where}: no vehicle's route lies on its edges for cars")
         return known
 
-    def split_routes(self, roads: dict):
+    def split_routes(self, plan: Map):
         """Vehicles at rare turns leave, and others begin behind: first in, first out is for queues.
 
         A turn of one vehicle in a hundred would hold up the other 99 where its target is full, and
         one that turns round would lock its street and that street's reverse.
         """
+        roads = plan.roads
         of_pair, of_road = Counter(), Counter()
         for (edges, *_), count in self.routes.items():
             for a, b in zip(edges, edges[1:]):
                 of_pair[a, b] += count
                 of_road[a] += count
+        linked = {(link.source, link.target) for link in plan.links}
+        for a, b in sorted(set(of_pair) - linked):
+            raise NetworkError(f"{plan.where}: no connection for cars from edge {a} to {b}")
         rare = set()
         for (a, b), count in of_pair.items():
             turns_round = is_reverse(roads[a], roads[b])
@@ -680,19 +789,20 @@ def in_a_row(first: Road, second: Road, links: list) -> Road:
 # ------------------------------------------------------------------------------------- lane groups
 def greens_of(program: Program) -> list[int]:
     """Numbers of the phases that a policy may choose: something green, nothing amber."""
-    greens = []
-    for k, (_, state, _) in enumerate(program.phases):
-        if not set(state) & set("yYu") and set(state) & set("Gg"):
-            greens.append(k)
-    return greens
+    return [k for k, (_, state, _) in enumerate(program.phases) if is_green(state)]
+
+
+def is_green(state: str) -> bool:
+    return bool(set(state) & set("Gg")) and not set(state) & set("yYu")
 
 
 def pattern_of(link: Link, programs: dict, where: str) -> tuple:
-    """What a link shows in every green phase; () without a signal."""
+    """(signal, what a link shows in every green phase); () without a signal.
+
+    A link that is switched off while others are green is open: with priority (O) or without (o).
+    """
     if not link.signal:
         return ()
-    if link.signal not in programs:
-        raise NetworkError(f"{where}: signal {link.signal} has no program (tlLogic)")
     program = programs[link.signal]
     shown = []
     for k in greens_of(program):
@@ -701,7 +811,7 @@ def pattern_of(link: Link, programs: dict, where: str) -> tuple:
             raise NetworkError(
                 f"{where}: signal {link.signal}: state {state} has no link {link.index}"
             )
-        shown.append(state[link.index])
+        shown.append({"o": "g", "O": "G"}.get(state[link.index], state[link.index]))
     if not set(shown) & set("Ggs"):
         raise NetworkError(
             f"{where}: signal {link.signal}: link {link.index} ({link.source} > {link.target}) "
@@ -789,6 +899,7 @@ def split_turns(road: str, lanes: tuple, width: float, turns, shown, here) -> li
             dict(targets),
             dict(flows),
             tuple(links),
+            kind,
         )
         groups.append(group)
     return groups
@@ -953,7 +1064,7 @@ class Drawing:
                 if name in self.cut:
                     start, shape, length = road.start + "|" + name, at_end, self.cut[name]
                 saturation = None
-                if any(x.signal for x in group.links):
+                if group.shows:
                     saturation = self.saturation_of(group)
                 width = max(group.width, THINNEST)
                 parts.append(
@@ -1010,9 +1121,9 @@ class Drawing:
         demand = defaultdict(dict)
         for (part, kind), by_bin in begun.items():
             flow = []
-            for k in range(math.ceil(self.trips.seconds / BIN - 1e-9)):
-                seconds = min(BIN, self.trips.seconds - k * BIN)
-                flow.append([k * BIN / 60, 3600 * by_bin[k] / seconds])
+            # the last bin lasts as long as the others; of one alone an empty one shows the end
+            for k in range(max(2, math.ceil(self.trips.seconds / BIN - 1e-9))):
+                flow.append([k * BIN / 60, 3600 * by_bin[k] / BIN])
             demand[part][kind] = flow
         return turns, dict(demand)
 
@@ -1027,7 +1138,7 @@ class Drawing:
         yields = {}
         for groups in self.groups.values():
             for group in groups:
-                if any(x.signal for x in group.links) or not group.flows:
+                if group.shows or not group.flows:
                     continue
                 waits = set()  # next roads
                 for link in group.links:
@@ -1045,17 +1156,13 @@ class Drawing:
         by_signal = defaultdict(list)
         for groups in self.groups.values():
             for group in groups:
-                for name in {x.signal for x in group.links if x.signal}:
-                    by_signal[name].append(group)
+                if group.shows:
+                    by_signal[group.shows[0]].append(group)
         signals, states = [], {}
         for name, groups in sorted(by_signal.items()):
             program = self.ways.programs[name]
             greens = greens_of(program)
-            shown = {}
-            for g in groups:
-                # the links of a group show the same
-                _, chars = pattern_of(g.links[0], self.ways.programs, self.ways.where)
-                shown[g.name] = chars
+            shown = {g.name: g.shows[1] for g in groups}
             phases, minor = [], []
             for p in range(len(greens)):
                 phase = [name for name, chars in shown.items() if chars[p] in "Ggs"]
@@ -1298,11 +1405,12 @@ def read_both(path, demand=(), dx: float = CELL_LENGTH) -> tuple:
     """(Network, Layout) of a SUMO map."""
     files, notes = find_files(path, demand), []
     plan = read_net(files.net, files.additional, notes)
-    if not files.demand:
+    additional = chain(*map(parse_xml, files.additional))
+    if not files.demand and not any(e.tag in DEMAND for e in additional):
         name = files.net.name.split(".")[0]
         beside = files.net.with_name(f"{name}.demand.json")
         files = files._replace(demand=(beside,))
-    if files.demand[0].suffix == ".json":
+    if files.demand and files.demand[0].suffix == ".json":
         trips = default_demand(plan, files.demand[0], notes)
     else:
         trips = read_trips(files, notes)
@@ -1333,7 +1441,7 @@ def is_edge_table(path) -> bool:
 
 def is_map(path: str) -> bool:
     """Whether read_map knows the file by its name: SUMO, CityFlow, an edge table."""
-    return path.endswith((".net.xml", ".sumocfg", ".json")) or is_edge_table(path)
+    return path.endswith((".net.xml", ".net.xml.gz", ".sumocfg", ".json")) or is_edge_table(path)
 
 
 def read_map(path: str, demand=(), dx: float = CELL_LENGTH) -> Network:

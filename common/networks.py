@@ -851,7 +851,7 @@ def unique(where: Path, pairs: list) -> dict:
     return found
 
 
-def read_text(path: Path) -> str:
+def read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise NetworkError(
             f"{path}: no such file (a network is NAME.csv with its segments and "
@@ -862,11 +862,16 @@ def read_text(path: Path) -> str:
             f"{path}: {path.stat().st_size} bytes, at most {LARGEST} are read"
         )
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise NetworkError(f"{path}: byte {e.start + 1} is not UTF-8") from None
+        return path.read_bytes()
     except OSError as e:
         raise NetworkError(f"{path}: {e.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise NetworkError(f"{path}: byte {e.start + 1} is not UTF-8") from None
 
 
 def check_columns(path: Path, columns: list):

@@ -1,5 +1,6 @@
 """Maps of other programs: what they become, ten broken or odd ones, edge tables, CityFlow, pictures."""
 
+import gzip
 import importlib.util
 import json
 import math
@@ -72,7 +73,7 @@ def test_a_crossing_becomes_lane_groups_phases_and_demand(cross):
     greens = [program.phases[k] for k in maps.greens_of(program)]
     assert net.durations[0].tolist() == [seconds for seconds, *_ in greens]
     assert layout.tls["J"] == ("J", tuple(state for _, state, _ in greens))
-    assert (net.base.sum((1, 2)) * 60).sum() == pytest.approx(60)  # every trip, in bins of a minute
+    assert vehicles(net).sum() == pytest.approx(60)  # every trip, in bins of a minute
     assert net.base.shape[0] == 10
     west = [s for s, name in enumerate(net.ids) if name.startswith("MJ")]
     assert net.lengths[west] == pytest.approx(300, abs=30)  # the two edges in a row are one
@@ -117,6 +118,12 @@ BROKEN = {
     "cut off": ("cross.net.xml", "</net>", "", "not XML"),
     "nobody departs": ("cross.sumocfg", 'begin value="100"', 'begin value="695"', "695"),
     "no program": ("cross.net.xml", r"(?s)<tlLogic.*?</tlLogic>", "", "tlLogic"),
+    "a signal that is off": ("cross.net.xml", 'programID="0"', 'programID="off"', "tlLogic J"),
+    "a phase without end": ("cross.net.xml", r'(<phase )duration="\d+"', r"\1", "tlLogic J"),
+    "programs by the clock": ("cross.net.xml", "</net>", '<WAUT id="night"/></net>', "WAUT night"),
+    "flows by measurement": ("cross.net.xml", "</net>", '<calibrator id="c"/></net>', "calibrator c"),
+    "not in order": ("cross.rou.xml", 'depart="200"', 'depart="150"', "trip t10"),
+    "five parts of a time": ("cross.sumocfg", 'value="700"', 'value="0:0:0:0:700"', "0:0:0:0:700"),
     "a state too short": ("cross.net.xml", r'state="\w+"', 'state="G"', "'J'"),
     "never green": ("cross.net.xml", r'state="(\w)\w', r'state="\1r', "green in no phase"),
     "no cars": ("cross.net.xml", "<lane ", '<lane allow="rail" ', "cars"),
@@ -135,6 +142,122 @@ def test_a_broken_map_is_one_line_that_names_it(own, case):
     with pytest.raises(networks.NetworkError) as e:
         maps.read_sumo(own / "cross.sumocfg")
     assert word in str(e.value) and "\n" not in str(e.value) and e.value.exit_code == 2
+
+
+CARS, EDGES = "from='WM' to='JE'", "<route edges='WM MJ JE'/>"
+PEOPLE = "<person id='p' depart='100'><ride from='WM' to='JE' lines='taxi'/></person>"
+# what drives, cars and motorcycles that SUMO would insert from 100 to 700 s
+DEMANDS = {
+    "flows by number and rate": (
+        f"<flow id='a' begin='0' end='400' period='10'>{EDGES}</flow>"
+        f"<flow id='b' begin='100' end='400' vehsPerHour='360'>{EDGES}</flow>"
+        f"<flow id='c' begin='100' end='700' number='7'>{EDGES}</flow>", (30 + 30 + 7, 0)),
+    "flows without routes": (
+        f"<flow id='a' begin='0' end='400' period='10' {CARS}/><flow id='b' begin='100' perHour='60' {CARS}/>",
+        (30 + 10, 0)),
+    "types": (
+        "<vTypeDistribution id='d'><vType id='m' vClass='moped' probability='1'/></vTypeDistribution>"
+        "<vType id='t' vClass='tram'/>"
+        f"<vehicle id='b' depart='100' type='DEFAULT_BIKETYPE'>{EDGES}</vehicle>"
+        f"<vehicle id='t' depart='100' type='t'>{EDGES}</vehicle>"
+        f"<flow id='a' type='d' begin='100' end='700' number='9'>{EDGES}</flow>", (0, 9)),
+    "moments that SUMO knows": (
+        f"{PEOPLE}<vehicle id='taxi' line='taxi' depart='triggered'>{EDGES}</vehicle>"
+        f"<vehicle id='now' depart='begin'>{EDGES}</vehicle>"
+        f"<vehicle id='bus' line='1' depart='0:2:30'>{EDGES}<stop lane='MJ_0' endPos='50' duration='5'/></vehicle>",
+        (3, 0)),
+    "a minute that is cut": ("".join(f"<vehicle id='{k}' depart='{100 + 10 * k}'>{EDGES}</vehicle>"
+                                     for k in range(7)), (7, 0)),
+}
+
+
+def vehicles(net) -> np.ndarray:
+    """(2,) motorcycles and cars of the whole demand."""
+    lasts = np.diff(net.change_at, append=net.horizon(1.0))
+    return np.einsum("b,bke->k", lasts, net.base)
+
+
+@pytest.mark.parametrize("case", DEMANDS)
+def test_vehicles_are_those_that_sumo_inserts(own, case):
+    text, (cars, motorcycles) = DEMANDS[case]
+    (own / "cross.rou.xml").write_text(f"<routes>{text}</routes>")
+    assert vehicles(maps.read_sumo(own / "cross.sumocfg")) == pytest.approx([motorcycles, cars])
+
+
+def test_a_configuration_as_people_write_it(own):
+    """Short names, a name with a space, gzip, demand, a program's offset and outputs in additional
+    files of one name, twice as many vehicles."""
+    net = (own / "cross.net.xml").read_bytes()
+    (own / "my town.net.xml.gz").write_bytes(gzip.compress(net))
+    (own / "sub").mkdir()
+    later = '<tlLogic id="J" programID="0" offset="7"/>'
+    (own / "a.xml").write_text(f"<additional>{TRIPS}{later}</additional>")
+    loop = '<e1Detector id="d" lane="MJ_0" pos="20" freq="60" file="nowhere/loop.xml"/>'
+    (own / "sub" / "a.xml").write_text(f"<additional>{loop}</additional>")
+    (own / "c.sumocfg").write_text(
+        '<configuration><n v="my town.net.xml.gz"/><a v="a.xml, sub/a.xml"/><b v="0:01:40"/><e v="700"/>'
+        '<scale value="2"/></configuration>')
+    before = sorted(own.rglob("*"))
+    read = maps.read_sumo(own / "c.sumocfg")
+    assert vehicles(read) == pytest.approx([0, 120]) and sorted(own.rglob("*")) == before
+    cycle = (read.durations[0] + read.change[0]).sum()
+    assert read.offset[0] == pytest.approx((7 - 100) % cycle)
+
+
+def test_a_road_that_closes_sends_vehicles_round(own):
+    closed = '<interval begin="0" end="700"><destProbReroute id="JS" probability="1"/></interval>'
+    (own / "r.add.xml").write_text(f'<additional><rerouter id="r" edges="WM">{closed}</rerouter></additional>')
+    routes = "".join(f"<vehicle id='{k}' depart='{100 + 10 * k}'>{EDGES}</vehicle>" for k in range(9))
+    (own / "cross.rou.xml").write_text(f"<routes>{routes}</routes>")
+    config = own / "cross.sumocfg"
+    config.write_text(config.read_text().replace("</input>", '<additional-files value="r.add.xml"/></input>'))
+    net = maps.read_sumo(config)
+    assert vehicles(net)[1] == pytest.approx(9)
+    assert {end for _, end in net.ends} >= {"S"} and "E" not in {end for _, end in net.ends}
+
+
+def test_a_rare_turn_waits_for_the_green_of_the_others(own):
+    """One left turn in forty shares the lane of those who drive on, who never give way."""
+    trips = "".join(f"<trip id='{k}' depart='{100 + 10 * k}' from='NJ' to='{'JE' if k == 20 else 'JS'}'/>"
+                    for k in range(40))
+    (own / "cross.rou.xml").write_text(f"<routes>{trips}</routes>")
+    net = maps.read_sumo(own / "cross.sumocfg")
+    north = [s for s, name in enumerate(net.ids) if name.startswith("NJ")]
+    assert len(north) == 1 and not net.minor[north].any() and net.green[north].any()
+
+
+def test_links_that_are_switched_off_are_open(own):
+    """O: with priority; o: it gives way, here to those who are green."""
+    text = (own / "cross.net.xml").read_text()
+    links = re.findall(r'from="(\wJ)" to="(J\w)".*? linkIndex="(\d+)"', text)
+    index = {a + b: int(k) for a, b, k in links}
+
+    def off(phase):
+        state = list(phase[2])
+        state[index["NJJS"]], state[index["EJJS"]] = "Oo"
+        return phase[1] + "".join(state)
+
+    (own / "cross.net.xml").write_text(re.sub(r'(<phase .*state=")(\w+)', off, text))
+    net = maps.read_sumo(own / "cross.sumocfg")
+    every = 2 ** net.n_phases[0] - 1
+    north = [s for s, name in enumerate(net.ids) if name.startswith("NJ")]
+    assert (net.green[north] == every).all() and not net.minor[north].any()
+    left = [s for s, name in enumerate(net.ids) if name.startswith("EJ") and net.minor[s]]
+    assert (net.green[left] == every).all()
+
+
+def test_barriers_of_rails_are_open_for_cars(tmp_path):
+    nodes = {"W": (-200, 0), "E": (200, 0), "N": (0, 200), "S": (0, -200), "R": (0, 100), "J": (0, 0)}
+    types = {"J": "rail_crossing", "R": "rail_signal"}
+    text = "".join(f'<node id="{n}" x="{x}" y="{y}" type="{types.get(n, "priority")}"/>' for n, (x, y) in nodes.items())
+    (tmp_path / "a.nod.xml").write_text(f"<nodes>{text}</nodes>")
+    rails = "".join(f'<edge id="{n}" from="{n[0]}" to="{n[1]}" allow="rail"/>' for n in ("NR", "RJ", "JS"))
+    roads = "".join(f'<edge id="{n}" from="{n[0]}" to="{n[1]}"/>' for n in ("WJ", "JE"))
+    (tmp_path / "a.edg.xml").write_text(f"<edges>{rails}{roads}</edges>")
+    path = netconvert(tmp_path, "-n", "a.nod.xml", "-e", "a.edg.xml")
+    (tmp_path / "cross.demand.json").write_text('{"entries": {"WJ": 60}, "exits": {"JE": 1}}')
+    net = maps.read_sumo(path)
+    assert vehicles(net)[1] == pytest.approx(60) and not net.nodes
 
 
 def test_odd_maps_load_and_are_right(own):
@@ -181,16 +304,6 @@ def test_trips_drive_round_a_queue_as_in_sumo(tmp_path):
 def test_a_line_is_cut_by_its_own_length():
     line = (0, 0), (3, 0), (3, 1)
     assert maps.split_line(line, 0.5) == (((0, 0), (2, 0)), ((2, 0), (3, 0), (3, 1)))
-
-
-def test_reading_writes_nothing_beside_the_map(own):
-    loop = '<e1Detector id="d" lane="MJ_0" pos="20" freq="60" file="loop.xml"/>'
-    (own / "loops.add.xml").write_text(f"<additional>{loop}</additional>")
-    config = own / "cross.sumocfg"
-    config.write_text(config.read_text().replace("</input>", '<additional-files value="loops.add.xml"/></input>'))
-    before = sorted(own.iterdir())
-    maps.read_sumo(config)
-    assert sorted(own.iterdir()) == before
 
 
 def shrunk(shape: str) -> str:
