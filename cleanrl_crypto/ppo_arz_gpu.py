@@ -100,7 +100,9 @@ BROKEN = -1e3  # reward of a decision after which a state is not finite
 
 # order of the finite volumes, or Richtmyer's scheme: a tuple's length is part of its type, None
 # too, so that each is compiled on its own
-FIRST, SECOND, PUBLISHED = (0,), (0, 0), None
+FIRST = (0,)
+SECOND = (0, 0)
+PUBLISHED = None
 SCHEMES = {"richtmyer": PUBLISHED, "godunov": FIRST, "muscl": SECOND}
 CFL = {"godunov": 0.9, "muscl": 0.45, "richtmyer": math.nan}  # the last has no choice
 # usual scale (m/s) and exponent
@@ -306,8 +308,10 @@ def scramble_nb(x):
 def uniform_nb(seed, lane, episode, draw):
     """Counter-based uniform in [0, 1): two rounds of splitmix64 over (seed, lane, episode,
     draw)."""
-    x = scramble_nb(np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(lane))
-    x = scramble_nb(x + np.uint64(episode) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw))
+    seeds = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    episodes = np.uint64(episode) * np.uint64(0xD1342543DE82EF95)
+    x = scramble_nb(seeds + np.uint64(lane))
+    x = scramble_nb(x + episodes + np.uint64(draw))
     return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
@@ -366,7 +370,8 @@ def whole_step(rho, y, half_rho, half_y, ledger, a, b, road):
     v_max = road[1]
     rho_max = road[2]
     floor = road[4]
-    added, clamped = ledger[0], ledger[1]
+    added = ledger[0]
+    clamped = ledger[1]
     for i in range(1, rho.shape[0] - 1):
         for j in range(rho.shape[1]):
             f0, g0 = published_flux_nb(
@@ -384,7 +389,8 @@ def whole_step(rho, y, half_rho, half_y, ledger, a, b, road):
             low = -new * greenshields_nb(new, v_max, rho_max)  # v = 0
             high = new * v_max + low  # v = v_max
             new_y = raw_y if raw_y > low else low
-            rho[i, j], y[i, j] = new, new_y if new_y < high else high
+            rho[i, j] = new
+            y[i, j] = new_y if new_y < high else high
             added[j] += new - raw
             clamped[j] += new - raw if new > raw else raw - new
 
@@ -448,8 +454,9 @@ def pressure_of(
 
     gap is V(0) - V(rho); power has `scale` m/s at rho_max, singular at rho_max / 2.
     """
-    usual = PRESSURES[kind]
-    scale, exponent = scale or usual[0], exponent or usual[1]
+    usual_scale, usual_exponent = PRESSURES[kind]
+    scale = scale or usual_scale
+    exponent = exponent or usual_exponent
     zeros = list(PRESSURES).index(kind) * (real(0),)
     return real(scale / RHO_MAX**exponent), real(exponent), real(RHO_MAX), *zeros
 
@@ -465,11 +472,9 @@ def pressure_nb(rho, pressure):
         return c * rho
     if len(pressure) == 4:
         return c * rho**gamma
-    return (
-        c * (rho * rho_max / (rho_max - rho)) ** gamma
-        if rho < rho_max
-        else c * ONE * np.float32(1e9)
-    )
+    if rho < rho_max:
+        return c * (rho * rho_max / (rho_max - rho)) ** gamma
+    return c * ONE * np.float32(1e9)
 
 
 @fast
@@ -487,7 +492,9 @@ def density_nb(p, pressure):
 @fast
 def stiffness_nb(rho, pressure):
     """rho p'(rho), m/s: lambda_1 = v - rho p', lambda_2 = v."""
-    gamma, rho_max, p = pressure[1], pressure[2], pressure_nb(rho, pressure)
+    gamma = pressure[1]
+    rho_max = pressure[2]
+    p = pressure_nb(rho, pressure)
     if len(pressure) == 3:
         return p
     return gamma * p if len(pressure) == 4 else gamma * p * rho_max / (rho_max - rho)
@@ -664,9 +671,12 @@ def outlet(r, v, f, g, lane, pressure):
 def update_nb(rho, z, f0, g0, f1, g1, a, floor, w_floor):
     """One conservative update of one cell; a = dt / dx. Returns rho, z, and the density that the
     floor added."""
-    rho, z = rho - a * (f1 - f0), z - a * (g1 - g0)
-    added = floor - rho if rho < floor else ZERO
-    return rho + added, floor * w_floor if rho < floor else z, added
+    rho = rho - a * (f1 - f0)
+    z = z - a * (g1 - g0)
+    low = rho < floor
+    added = floor - rho if low else ZERO
+    z = floor * w_floor if low else z
+    return rho + added, z, added
 
 
 @fast
@@ -729,7 +739,8 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
     relaxation, transport (Euler, or SSPRK2 where order is SECOND), half a relaxation.
     """
     dx, v_max, _, tau, floor, cfl = road
-    m, width = u.shape[1], u.shape[2]
+    m = u.shape[1]
+    width = u.shape[2]
     rho = u[0]
     z = u[1]
     half_rho = work[4, :m]
@@ -747,7 +758,8 @@ def advance(u, work, lane, totals, road, seconds, order, left, right, pressure):
     keep = rows[5]
     speed = rows[6]
     rest = rows[7]
-    weight, more = dx * HALF if len(order) == 2 else dx, True
+    weight = dx * HALF if len(order) == 2 else dx
+    more = True
     for j in range(width):
         rest[j] = seconds
     while more:
@@ -820,9 +832,11 @@ def nodes(u, work, v_max, order, pressure):
     v = work[1]
     last = u.shape[1] - 1
     for i in range(NODES):
-        west, east = i, i
+        west = i
+        east = i
         if order is not None:
-            west, east = i - 1 if i > 0 else 0, i if i < last else last
+            west = i - 1 if i > 0 else 0
+            east = i if i < last else last
         for j in range(rho.shape[1]):
             r[i, j] = HALF * (rho[west, j] + rho[east, j])
             v_west = speed_nb(rho[west, j], z[west, j], order, v_max, pressure)
@@ -834,7 +848,8 @@ def nodes(u, work, v_max, order, pressure):
 def norms(work, lane, weight):
     """One sample of the NODES points work[0], work[1] into the first rows (W,) of work[2] to
     work[5]: squared relative errors of rho and of v, and by the trapezoid rule rho and rho v."""
-    r, v = work[0], work[1]
+    r = work[0]
+    v = work[1]
     square_rho = work[2, 0]
     square_v = work[3, 0]
     mass = work[4, 0]
@@ -867,7 +882,8 @@ def observe(work, lane, obs):
 def stored(u, order, dx, j):
     """Vehicles on lane j's road: of its cells, or of its inner nodes, which are what the
     published scheme conserves."""
-    margin, vehicles = 1 if order is None else 0, 0.0
+    margin = 1 if order is None else 0
+    vehicles = 0.0
     for i in range(margin, u.shape[1] - margin):
         vehicles += u[0, i, j] * dx
     return vehicles
@@ -889,7 +905,8 @@ def start_lane(state, road, order, pressure, seed, lane0, j):
     amplitude = waves[1, j]
     phase = waves[2, j]
     if rho_star == 0.0:
-        number, episode = lane0 + j, clock[1, j]
+        number = lane0 + j
+        episode = clock[1, j]
         rho_star = between_nb(TRAIN_WAVES[0], uniform_nb(seed, number, episode, 0))
         amplitude = between_nb(TRAIN_WAVES[1], uniform_nb(seed, number, episode, 1))
         phase = between_nb(TRAIN_WAVES[2], uniform_nb(seed, number, episode, 2))
@@ -929,10 +946,10 @@ def act(action, lane, totals, control, swing):
         into = -ONE if into < -ONE else ONE if into > ONE else into
         lane[AT.q_in, j] = lane[AT.q_star, j] * (ONE + swing * into)
         lane[AT.q_out, j] = lane[AT.q_star, j] * (ONE + swing * out)
-        totals[SUM.switches, j] += HALF * (
-            abs(out - lane[AT.last_out, j]) + abs(into - lane[AT.last_in, j])
-        )
-        lane[AT.last_out, j], lane[AT.last_in, j] = out, into
+        change = abs(out - lane[AT.last_out, j]) + abs(into - lane[AT.last_in, j])
+        totals[SUM.switches, j] += HALF * change
+        lane[AT.last_out, j] = out
+        lane[AT.last_in, j] = into
 
 
 @fast
@@ -956,7 +973,8 @@ def decide(state, result, rules, order, action, seed, lane0):
     flow = work[5, 0]
     act(action, lane, totals, control, swing)
     for j in range(reward.size):
-        reward[j], terminated[j] = 0.0, False
+        reward[j] = 0.0
+        terminated[j] = False
     for s in range(samples):
         if order is not None:
             advance(u, work, lane, totals, road, seconds, order, FLUX, FLUX, pressure)
@@ -1088,7 +1106,8 @@ class FreewayVectorEnv(SimulatedLanes):
     STATE = "u", "work", "lane", "totals", "clock", "waves"
     RESULT = "obs", "final", "finals", "reward", "terminated", "truncated"
     WORST = "mass_error", "max_cfl"
-    obs_scale, traced = 10.0, 50
+    obs_scale = 10.0
+    traced = 50
 
     def __init__(
         self,
@@ -1356,7 +1375,8 @@ def gae(reward, value, next_value, terminated, ended, gamma: float, lam: float):
     broken lane's is NaN); ended: terminated or truncated. Returns advantages, returns.
     """
     zero = torch.zeros_like(reward[0])
-    advantage, running = torch.empty_like(reward), zero
+    advantage = torch.empty_like(reward)
+    running = zero
     for t in reversed(range(len(reward))):
         future = torch.where(terminated[t], zero, next_value[t])
         delta = reward[t] + gamma * future - value[t]
@@ -1394,14 +1414,18 @@ class Schedule:
     this pace."""
 
     def __init__(self, run: Run):
-        self.run, self.rollouts, self.end = run, 0, run.args.total_timesteps
+        self.run = run
+        self.rollouts = 0
+        self.end = run.args.total_timesteps
         self.latest = run.args.learning_rate
 
     def learning_rate(self, loop) -> float:
-        args, now = self.run.args, time.monotonic()
+        args = self.run.args
+        now = time.monotonic()
         self.rollouts += 1
         if self.rollouts == 2:  # the first ones compile and warm up
-            self.began, self.first_step = now, loop.global_step
+            self.began = now
+            self.first_step = loop.global_step
             self.run.charts(loop)
         if args.timeout and self.rollouts > 2 and self.rollouts % 8 == 0:
             pace = (loop.global_step - self.first_step) / (now - self.began)
@@ -1437,7 +1461,8 @@ class LinearController:
     """
 
     def __init__(self, envs, kp, ki=0.0, k_in=0.0):
-        self.envs, self.gains = envs, (kp, ki, k_in)
+        self.envs = envs
+        self.gains = kp, ki, k_in
         self.total = torch.zeros(
             envs.num_envs, dtype=torch.float64, device=envs.torch_device
         )
@@ -1472,7 +1497,9 @@ class Backstepping:
         share = behind / v_star
         self.c_v = -kernel + share * kernel * growth
         self.c_q = (1 - share) * kernel * growth
-        self.lane, self.x, self.actions = lane, x, envs.actions
+        self.lane = lane
+        self.x = x
+        self.actions = envs.actions
 
     def __call__(self, obs):
         rho_star, v_star, q_star, *_ = self.lane
@@ -1494,7 +1521,8 @@ class GainSearch:
     once, for at most `seconds`."""
 
     def __init__(self, envs, seconds: float):
-        self.envs, self.complete = envs, True
+        self.envs = envs
+        self.complete = True
         self.deadline = time.monotonic() + seconds
         self.n = min(16, envs.num_envs)
         self.seats = max(1, envs.num_envs // self.n)  # gains tried at once
@@ -1507,16 +1535,17 @@ class GainSearch:
     def best(self, grid: list[tuple]) -> tuple:
         """grid of (kp, ki, k_in) -> its row of the highest return; the rows before the time
         was up."""
-        envs, scores = self.envs, []
+        envs = self.envs
+        scores = []
         rows = torch.tensor(grid, dtype=torch.float64)
         for first in range(0, len(grid), self.seats):
             if scores and time.monotonic() > self.deadline:
                 self.complete = False
                 break
             lanes = torch.arange(envs.num_envs) // self.n
-            chosen = (first + lanes).clamp(max=len(grid) - 1)
+            of_lane = (first + lanes).clamp(max=len(grid) - 1)
             envs.reset(options={"waves": self.waves})
-            gains = rows[chosen].T.to(envs.torch_device)
+            gains = rows[of_lane].T.to(envs.torch_device)
             act = LinearController(envs, *gains)
             for _ in range(envs.length):
                 envs.step_lanes(act(envs.observe()))
@@ -1539,8 +1568,8 @@ class GainSearch:
         integral = [*(-i for i in integral), 0.0, *integral]
         shares = 0.7, 0.8, 0.9, 1.0, 1.1
         pi = self.best([(kp * share, i, k_in) for share in shares for i in integral])
-        drawn = np.zeros((3, self.envs.num_envs))
-        self.envs.reset(options={"waves": drawn})
+        random = np.zeros((3, self.envs.num_envs))
+        self.envs.reset(options={"waves": random})
         return {"p": tuple(map(float, p)), "pi": tuple(map(float, pi))}
 
 
@@ -1569,9 +1598,8 @@ class Greedy:
 
     @torch.no_grad()
     def __call__(self, obs):
-        obs = torch.as_tensor(
-            obs, dtype=torch.float32, device=self.agent.log_std.device
-        )
+        device = self.agent.log_std.device
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         self.states.append(obs.clone())
         return self.agent.act(self.agent.normalise(obs)).clamp(-1, 1)
 
@@ -1587,11 +1615,15 @@ def check_env(envs):
     other = envs.observe().clone()
     envs.load_state_dict(state)
     envs.step_lanes(still)
-    gap = float((envs.observe() - other).abs().max())
-    moved = float((envs.observe() - first).abs().max())
-    inflow, interval = envs.seconds_of_inflow(), envs.decision_interval
-    rewards, early, rows = [], 0, envs.num_envs
-    densest, slowest = 0.0, V_MAX
+    now = envs.observe()
+    gap = float((now - other).abs().max())
+    moved = float((now - first).abs().max())
+    inflow = envs.seconds_of_inflow()
+    interval = envs.decision_interval
+    rewards = []
+    early = 0
+    densest = 0.0
+    slowest = V_MAX
     for _ in range(envs.length - 1):
         reward, terminated, truncated = envs.step_lanes(still)
         rewards += reward.tolist()
@@ -1631,9 +1663,9 @@ def check_env(envs):
             f"{early - ended} that did",
         ),
         (
-            ended == rows,
+            ended == envs.num_envs,
             f"truncation of every episode at decision {decisions}",
-            f"{ended} of {rows}",
+            f"{ended} of {envs.num_envs}",
         ),
         (
             values > decisions // 2,
@@ -1670,7 +1702,9 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
     Returns {split: {statistic: mean over its lanes}}, the rows of the traced lane, and whether
     the time was up first: then the statistics are those of the episodes so far.
     """
-    began, rows, cut = time.monotonic(), [], False
+    began = time.monotonic()
+    rows = []
+    cut = False
     envs.reset(seed=EVAL_SEED)
     act = make(envs)
     for k in range(envs.length):
@@ -1684,7 +1718,8 @@ def evaluate(make, envs, seconds: float = math.inf, trace: bool = False) -> tupl
         cut = time.monotonic() - began > seconds and k + 1 < envs.length
         if cut:
             break
-    stats, result = envs.latest(), {}
+    stats = envs.latest()
+    result = {}
     if cut:  # what is counted at an episode's end alone
         stats["mass_error"].fill_(math.nan)
         stats["episode_length"].fill_(k + 1)
@@ -1719,32 +1754,28 @@ def verdict(
     """
     if updates == 0:
         return "untrained", ["no gradient update was made"]
-    score, dependence = result["episode_return"], audit["state_dependence"]
-    found = f"return {score:.2f}, state_dependence {dependence:.3f}"
+    score = result["episode_return"]
+    dependence = audit["state_dependence"]
+    numbers = f"return {score:.2f}, state_dependence {dependence:.3f}"
     if not baselines:
-        return "undecided", [f"{found}: no baseline to judge it by"]
+        return "undecided", [f"{numbers}: no baseline to judge it by"]
     if partial:
         why = "time cut an evaluation short: episodes of unequal length are not compared"
-        return "undecided", [why, found]
+        return "undecided", [why, numbers]
     returns = {name: metrics["episode_return"] for name, metrics in baselines.items()}
     name, best = max(returns.items(), key=lambda item: item[1])
     constant = returns["constant"]
     margin = 0.01 * abs(constant)
     beside = f"the best baseline, {name}, returns {best:.2f}, constant {constant:.2f}"
     if not dependence >= 0.01:
-        right = best <= constant + margin
-        return ("constant_is_right" if right else "collapsed"), [
-            f"one action in every state: {found}",
-            beside,
-        ]
+        word = "constant_is_right" if best <= constant + margin else "collapsed"
+        return word, [f"one action in every state: {numbers}", beside]
     if not score > constant + margin:
-        return "collapsed", [f"no better than doing nothing: {found}", beside]
+        return "collapsed", [f"no better than doing nothing: {numbers}", beside]
     if best > score:
-        return "undertrained", [
-            f"the tuned controller {name} beats the agent: {found}",
-            beside,
-        ]
-    return "healthy", [f"the action answers to the state: {found}", beside]
+        why = f"the tuned controller {name} beats the agent: {numbers}"
+        return "undertrained", [why, beside]
+    return "healthy", [f"the action answers to the state: {numbers}", beside]
 
 
 def load_policy(checkpoint: str | Path, device: str = "cpu"):
@@ -1839,13 +1870,12 @@ def agent_config(run: Run, envs) -> dict:
         "log_std_init": args.log_std_init,
         "obs_scale": envs.obs_scale,
     }
-    there = run.state["config"] if run.state else config
-    other = [
-        f"{k} {there.get(k)} there, {v} here"
-        for k, v in config.items()
-        if there.get(k) != v
-    ]
-    refuse((other, f"{run.source} does not fit these flags: {'; '.join(other)}"))
+    saved = run.state["config"] if run.state else config
+    unlike = []
+    for key, value in config.items():
+        if saved.get(key) != value:
+            unlike.append(f"{key} {saved.get(key)} there, {value} here")
+    refuse((unlike, f"{run.source} does not fit these flags: {'; '.join(unlike)}"))
     return config
 
 
@@ -1871,7 +1901,8 @@ def judge_baselines(run: Run, envs, eval_envs) -> tuple[dict, dict, bool]:
     run.phase("baselines")
     envs.reset(seed=run.args.seed)
     makers = make_controllers(envs, run.eval_limit(0.1))
-    results, short = {}, False
+    results = {}
+    short = False
     for name, make in makers.items():
         results[name], _, cut = evaluate(make, eval_envs, run.eval_limit(0.05))
         short |= cut
@@ -2024,7 +2055,8 @@ def main(argv: list[str] | None = None, envs=None, eval_envs=None) -> dict:
             order = torch.randperm(steps * args.num_envs, generator=draws, device=device)
             for index in order.split(size):
                 if run.world > 1:  # every process takes its lanes' share of it
-                    t, lane = index // args.num_envs, index % args.num_envs - lane0
+                    t = index // args.num_envs
+                    lane = index % args.num_envs - lane0
                     index = (t * lanes + lane)[(lane >= 0) & (lane < lanes)]
                 batch = (column[index] for column in rows)
                 x, action, old_log_prob, advantage, target = batch
