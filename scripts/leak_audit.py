@@ -61,6 +61,13 @@ AGAIN = 6  # other edits of the same bars, before it is said that an observation
 SLACK = 3  # bars by which an observation may show a new bar late
 FAR = 64  # bars: where the search for how far an environment looks ahead ends
 
+DEFAULTS = {"bars": 3000, "edits": 40, "steps": 300, "labels": [], "earned": []}
+IDLE = {  # flags that say nothing of a kind of target
+    "a run directory": ("data", "bars", "edits", "labels", "earned"),
+    "a function that returns columns": ("steps",),
+    "an environment": ("edits", "labels", "earned"),
+}
+
 
 # ------------------------------------------------------------------------------------------- bars
 def rough(bars: Bars, rng) -> Bars:
@@ -74,11 +81,10 @@ def rough(bars: Bars, rng) -> Bars:
     for row in rng.integers(20, rows - 20, rows // 50):
         ohlcv[:, row, :4] = ohlcv[:, row - 1, 3:4]
         ohlcv[:, row, 4] = 0.0
-    return part(replace(bars, ohlcv=ohlcv, truth=None), keep)
+    return some_rows(replace(bars, ohlcv=ohlcv, truth=None), keep)
 
 
-def part(bars: Bars, rows) -> Bars:
-    """Some rows of bars."""
+def some_rows(bars: Bars, rows) -> Bars:
     return replace(
         bars,
         timestamp=bars.timestamp[rows],
@@ -90,7 +96,7 @@ def part(bars: Bars, rows) -> Bars:
 def edited(bars: Bars, cut: int, kind: str, rng) -> Bars:
     """Bars whose rows after `cut` are others that are valid too, or are not there."""
     if kind == "length":
-        return part(bars, slice(0, cut + 1))
+        return some_rows(bars, slice(0, cut + 1))
     ohlcv = bars.ohlcv.copy()
     timestamp = bars.timestamp.copy()
     after = ohlcv[:, cut + 1 :]
@@ -98,8 +104,7 @@ def edited(bars: Bars, cut: int, kind: str, rng) -> Bars:
     if kind in ("rows", "prices"):
         # calm and wild ones at the old level or far from it: a leak may show at one of them only
         wild = rng.choice([0.003, 0.03, 0.3])
-        size_of_jump = rng.choice([0.0, 0.3, 1.0])
-        level = size_of_jump * rng.normal()
+        level = rng.choice([0.0, 0.3, 1.0]) * rng.normal()
         moves = rng.normal(level, wild, (*size, 4))
         prices = after[..., :4] * np.exp(moves)
         after[..., :4] = prices
@@ -184,7 +189,7 @@ class Target:
 
 
 @dataclass
-class Shown:
+class Output:
     """What a target shows of some bars, by opening time (datetime64, UTC)."""
 
     frames: dict[str, pd.DataFrame]  # split -> columns; one of the name "" if there are no splits
@@ -214,17 +219,17 @@ def import_target(spec: str, fresh: bool = False):
     where, _, name = spec.rpartition(":")
     try:
         if where.endswith(".py"):
-            found = import_file(Path(where).resolve(), fresh)
+            function = import_file(Path(where).resolve(), fresh)
         else:
             sys.path.insert(0, str(Path.cwd()))
-            found = importlib.import_module(where)
+            function = importlib.import_module(where)
     except (Exception, SystemExit) as e:
         raise UsageError(f"{spec}: cannot import {where}: {first_line(e)}") from e
     for attribute in name.split("."):
-        found = getattr(found, attribute, None)
-    if not callable(found):
+        function = getattr(function, attribute, None)
+    if not callable(function):
         raise UsageError(f"{spec}: {where} has no function {name}")
-    return found
+    return function
 
 
 def import_file(path: Path, fresh: bool):
@@ -262,8 +267,8 @@ def user_target(spec: str, bars: Bars) -> Target:
     return target
 
 
-def judged(name: str, function, *args):
-    """quietly(), for what a target does: UsageError where it fails."""
+def attempt(name: str, function, *args):
+    """quietly(), with a UsageError where the target `name` fails."""
     try:
         return quietly(function, *args)
     except UsageError:
@@ -290,7 +295,7 @@ def quietly(function, *args):
 
 
 # ------------------------------------------------------------------------------- what columns show
-def shown_by(target: Target, bars: Bars, row) -> Shown:
+def output_of(target: Target, bars: Bars, row) -> Output:
     """One call: columns, (columns, fitted), {split: columns} or an object with transform(bars)."""
     result = quietly(target.call, bars, row)
     fitted, model = {}, None
@@ -300,11 +305,11 @@ def shown_by(target: Target, bars: Bars, row) -> Shown:
         model = fitted = result
         result = quietly(model.transform, frame_of(bars))
     splits = result if isinstance(result, dict) else {"": result}
-    shown = Shown({}, {}, flat(fitted), model)
+    output = Output({}, {}, flat(fitted), model)
     for split, values in splits.items():
         frame = by_time(values, bars, target.name)
-        shown.frames[str(split)] = numbers_of(frame, shown.rounding)
-    return shown
+        output.frames[str(split)] = numbers_of(frame, output.rounding)
+    return output
 
 
 def by_time(values, bars: Bars, name: str) -> pd.DataFrame:
@@ -368,11 +373,11 @@ def flat(values, name: str = "", depth: int = 6) -> dict[str, np.ndarray]:
         values = dict(enumerate(values))
     if not isinstance(values, dict):
         values = getattr(values, "__dict__", {})
-    found = {}
+    numbers = {}
     for key, value in values.items():
         path = f"{name}.{key}" if name else str(key)
-        found |= flat(value, path, depth - 1)
-    return found
+        numbers |= flat(value, path, depth - 1)
+    return numbers
 
 
 def moved(x, y, spread, level) -> np.ndarray:
@@ -394,7 +399,7 @@ class ColumnAudit:
         self.bars = bars
         self.edits = edits
         self.rng = np.random.default_rng(audit.args.seed)
-        self.bases = self.first_calls()  # row up to which it fits, or None -> Shown
+        self.bases = self.first_calls()  # row up to which it fits, or None -> Output
         self.fit, self.base = next(iter(self.bases.items()))
         self.columns = [name for frame in self.base.frames.values() for name in frame]
         self.skip = self.columns_to_skip()
@@ -408,10 +413,11 @@ class ColumnAudit:
 
     def first_calls(self) -> dict:
         """One call for each row up to which it may fit. UsageError if none works."""
-        bases, error = {}, None
+        bases = {}
+        error = None
         for fit in self.target.fits or (None,):
             try:
-                bases[fit] = shown_by(self.target, self.bars, fit)
+                bases[fit] = output_of(self.target, self.bars, fit)
             except UsageError:
                 raise
             except (Exception, SystemExit) as e:
@@ -427,7 +433,7 @@ class ColumnAudit:
         if unknown:
             names = ", ".join(self.columns)[:200]
             raise UsageError(f"no column {', '.join(sorted(unknown))}: there are {names}")
-        again = shown_by(self.target, self.bars, self.fit)
+        again = output_of(self.target, self.bars, self.fit)
         odd = set()
         for split, frame in self.base.frames.items():
             other = again.frames[split]
@@ -470,9 +476,9 @@ class ColumnAudit:
             kinds.remove("length")
         return kinds
 
-    def show(self, cut, kind, fit, target=None) -> Shown:
+    def show(self, cut, kind, fit, target=None) -> Output:
         bars = edited(self.bars, cut, kind, self.rng)
-        return shown_by(target or self.target, bars, fit)
+        return output_of(target or self.target, bars, fit)
 
     def edit_the_future(self):
         counts = dict.fromkeys(self.kinds(), 0)
@@ -557,9 +563,9 @@ class ColumnAudit:
             both = old.index.intersection(new.index)
             x = old.loc[both, names].to_numpy()
             y = new.loc[both, names].to_numpy()
-            known = np.ma.masked_invalid(everything[names].to_numpy())
-            spread = known.std(0).filled(0.0)
-            level = np.abs(known).max(0).filled(0.0)
+            finite = np.ma.masked_invalid(everything[names].to_numpy())
+            spread = finite.std(0).filled(0.0)
+            level = np.abs(finite).max(0).filled(0.0)
             rounding = np.array([before.rounding[name] for name in names])
             changed = moved(x, y, spread, rounding * level)
             for k in np.flatnonzero(changed.any(0)):
@@ -600,11 +606,11 @@ class ColumnAudit:
             return model.transform(frame_of(bars))
 
         held = Target(self.target.name, transform)
-        base = shown_by(held, self.bars, None)
-        plan, count = self.plan(None, self.edits), 0
-        for cut, kind in plan:
+        base = output_of(held, self.bars, None)
+        count = 0
+        for cut, kind in self.plan(None, self.edits):
             with contextlib.suppress(UsageError):  # too few bars for it
-                after = judged(self.target.name, self.show, cut, kind, None, held)
+                after = attempt(self.target.name, self.show, cut, kind, None, held)
                 self.compare(base, after, cut, kind, self.skip)
                 count += 1
         if count:
@@ -619,7 +625,7 @@ class ColumnAudit:
         target = replace(self.target, call=self.target.fresh)
         cut = self.start or len(self.bars.timestamp) // 2
         try:
-            after = judged(self.target.name, self.show, cut, "rows", self.fit, target)
+            after = attempt(self.target.name, self.show, cut, "rows", self.fit, target)
         except UsageError as e:
             self.audit.not_judged.append(f"a new import ({e})")
             return
@@ -633,23 +639,22 @@ class ColumnAudit:
         """
         bars = shuffled(self.bars, self.rng)
         try:
-            frames = shown_by(self.target, bars, self.fit).frames
+            frames = output_of(self.target, bars, self.fit).frames
         except Exception as e:
             self.audit.not_judged.append(f"shuffled bars ({first_line(e)})")
             return
-        known = next_bar(bars)
+        following = next_bar(bars)
         border = bars.timestamp[self.start or 0]
         for split, frame in frames.items():
             for early in (True, False):
-                chosen = frame[(frame.index <= border) == early]
-                rows = np.searchsorted(bars.timestamp, chosen.index, "right") - 1
-                next_rows = known.iloc[rows]
-                for name in chosen.columns.difference([*self.skip], sort=False):
-                    z, of = rank_z(chosen[name].to_numpy(), next_rows)
+                part = frame[(frame.index <= border) == early]
+                rows = np.searchsorted(bars.timestamp, part.index, "right") - 1
+                for name in part.columns.difference([*self.skip], sort=False):
+                    z, what = rank_z(part[name].to_numpy(), following.iloc[rows])
                     if z > Z:
-                        how = f"on shuffled bars it knows the next {of}, {z:.0f} standard errors"
+                        how = f"on shuffled bars it knows the next {what}, {z:.0f} standard errors"
                         how += ", in the rows of the fit" * (early and bool(self.start))
-                        size = z / np.sqrt(len(chosen))
+                        size = z / np.sqrt(len(part))
                         self.audit.report(column(split, name), 1, size, how)
             self.compare_earnings(split, frame)
         self.audit.tried.append("next bar of shuffled bars")
@@ -696,12 +701,12 @@ def next_bar(bars: Bars) -> pd.DataFrame:
     return pd.DataFrame(parts).shift(-1)
 
 
-def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
+def rank_z(values, following: pd.DataFrame) -> tuple[float, str]:
     """Largest |rank correlation| in standard errors, of the column or its changes; with what."""
     from scipy.stats import rankdata
 
     best = 0.0, ""
-    complete = known.notna().all(axis=1).to_numpy()
+    complete = following.notna().all(axis=1).to_numpy()
     changes = np.diff(values, prepend=np.nan)
     for x in (values, changes):
         both = np.isfinite(x) & complete
@@ -709,7 +714,7 @@ def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
         if count < FEW or np.ptp(x[both]) == 0:
             continue
         a = rankdata(x[both])
-        b = rankdata(known[both], axis=0)
+        b = rankdata(following[both], axis=0)
         a -= a.mean()
         b -= b.mean(0)
         size = np.linalg.norm(a) * np.linalg.norm(b, axis=0)
@@ -718,8 +723,7 @@ def rank_z(values, known: pd.DataFrame) -> tuple[float, str]:
         k = int(rho.argmax())
         # without a relation rho has a standard error of 1 / sqrt(count)
         z = float(rho[k] * np.sqrt(count))
-        found = z, known.columns[k]
-        best = max(best, found)
+        best = max(best, (z, following.columns[k]))
     return best
 
 
@@ -749,10 +753,10 @@ def flat_obs(obs, lane: bool, name: str = "") -> dict[str, np.ndarray]:
     if isinstance(obs, tuple):
         obs = {str(k): x for k, x in enumerate(obs)}
     if isinstance(obs, dict):
-        found = {}
+        numbers = {}
         for key, x in obs.items():
-            found |= flat_obs(x, lane, name + key)
-        return found
+            numbers |= flat_obs(x, lane, name + key)
+        return numbers
     array = np.asarray(obs, np.float64)
     return {name: np.ravel(array[0] if lane else array)}
 
@@ -786,7 +790,8 @@ class EnvAudit:
     """
 
     def __init__(self, audit: Audit, target: Target, bars: Bars):
-        self.audit, self.target = audit, target
+        self.audit = audit
+        self.target = target
         self.rng = np.random.default_rng(audit.args.seed)
         self.bars = shuffled(bars, self.rng)
         self.rows = len(bars.timestamp)
@@ -827,14 +832,14 @@ class EnvAudit:
             raise UsageError(f"{self.target.name}: every observation is random: nothing to judge")
 
     def build(self, bars):
-        return judged(self.target.name, self.target.call, bars, self.fit)
+        return attempt(self.target.name, self.target.call, bars, self.fit)
 
     def edit(self, cut):
         return self.build(edited(self.bars, cut, "rows", self.rng))
 
     def walk(self, env, seed, steps, flip=None, end=0) -> Walk:
         """An episode; flip: a step that takes the extreme action `end` instead of its own."""
-        return judged(self.target.name, self.walk_aloud, env, seed, steps, flip, end)
+        return attempt(self.target.name, self.walk_aloud, env, seed, steps, flip, end)
 
     def walk_aloud(self, env, seed, steps, flip, end):
         obs, _ = env.reset(seed=seed)
@@ -866,19 +871,17 @@ class EnvAudit:
         base = self.base[seed]
         a, b = common_part(base.obs, other.obs)
         changed = self.changed(a, b)
-        found = First(cut, None, None, "")
+        first = First(cut, None, None, "")
         self.of_bars |= changed.any(0)
         if changed.any():
-            step = int(changed.any(1).argmax())
-            which = changed[step].argmax()
-            found.step = step
-            found.which = self.names[which]
+            first.step = int(changed.any(1).argmax())
+            first.which = self.names[changed[first.step].argmax()]
         a, b = common_part(base.rewards, other.rewards)
         spread = base.rewards.std()
         changed = moved(a, b, spread, 1e-9 * np.abs(a))
         if changed.any() and not self.random_reward:
-            found.reward = int(changed.argmax())
-        return found
+            first.reward = int(changed.argmax())
+        return first
 
     def run(self):
         pairs = []  # (seed, cut, step whose observation shows a bar after the cut)
@@ -892,9 +895,9 @@ class EnvAudit:
             self.rewards_are_known(seed, firsts)
             last = len(base.rewards) - 1
             count += len(firsts)
-            for found in firsts:
-                if found.step is not None and found.step < last:
-                    pairs.append((seed, found.cut, found.step))
+            for first in firsts:
+                if first.step is not None and first.step < last:
+                    pairs.append((seed, first.cut, first.step))
         steps = sum(len(walk.rewards) for walk in self.base)
         if not pairs:
             why = "more --steps, or the environment does not read the bars"
@@ -935,22 +938,22 @@ class EnvAudit:
         """An observation that shows bar c shows bar c + m at most m steps later, and the file is
         long enough for the steps that follow: else it has shown bar c too early."""
         last = len(self.base[seed].obs) - 2  # the last one may repeat the one before
-        for found in firsts:
-            if found.step is None:
+        for first in firsts:
+            if first.step is None:
                 continue
-            bar = found.cut + 1
-            what = f"observation '{found.which}'"
-            early = bar + (last - found.step) - (self.rows - 1)
+            bar = first.cut + 1
+            what = f"observation '{first.which}'"
+            early = bar + (last - first.step) - (self.rows - 1)
             if early > 0:
-                how = f"at step {found.step} of {last + 1} it depends on bar {bar} of {self.rows}"
+                how = f"at step {first.step} of {last + 1} it depends on bar {bar} of {self.rows}"
                 self.audit.report(what, early, 1.0, how)
             for later in firsts:
-                due = found.step + later.cut - found.cut + SLACK
+                due = first.step + later.cut - first.cut + SLACK
                 then = last if later.step is None else later.step
-                if later.cut <= found.cut or due > last or then <= due:
+                if later.cut <= first.cut or due > last or then <= due:
                     continue
                 if not self.shows(seed, later.cut, due):
-                    how = f"at step {found.step} it depends on bar {bar}, "
+                    how = f"at step {first.step} it depends on bar {bar}, "
                     how += f"but at step {due} not on bar {later.cut + 1}"
                     self.audit.report(what, then - due + SLACK, 1.0, how)
 
@@ -965,35 +968,34 @@ class EnvAudit:
     def rewards_are_known(self, seed, firsts):
         """What a reward depends on is in the observation that comes with it, or one bar later."""
         last = len(self.base[seed].obs) - 2
-        for found in firsts:
-            if found.reward is None:
+        for first in firsts:
+            if first.reward is None:
                 continue
-            due = found.reward + 2
-            then = last if found.step is None else found.step
-            if then > due and due <= last and not self.shows(seed, found.cut, due):
-                how = f"at step {found.reward} it depends on bar {found.cut + 1}, "
+            due = first.reward + 2
+            then = last if first.step is None else first.step
+            if then > due and due <= last and not self.shows(seed, first.cut, due):
+                how = f"at step {first.reward} it depends on bar {first.cut + 1}, "
                 how += "which no observation shows by then"
                 self.audit.report("reward", then - due + 1, 1.0, how)
 
     def payoffs(self, bars, pairs) -> list[float]:
         """What the rewards gain by one extreme action instead of the other, at each pair's step."""
         env = self.build(bars)
-        found = []
+        gains = []
         for seed, _, step in pairs:
             low, high = (self.walk(env, seed, step + PAYOFF, step, end) for end in (0, 1))
             a, b = common_part(low.rewards, high.rewards)
-            gain = b[step:] - a[step:]
-            found.append(gain.sum())
-        return found
+            gains.append((b[step:] - a[step:]).sum())
+        return gains
 
     def kept_by_mirror(self, pairs, back=0) -> float | None:
         """Cosine between payoffs and those after every bar up to the shown one is mirrored.
 
         1: nothing that was shown is earned; -1: nothing else is. None: actions earn nothing.
         """
-        before, after = [], []
-        cuts = {cut for _, cut, _ in pairs}
-        for cut in cuts:
+        before = []
+        after = []
+        for cut in {cut for _, cut, _ in pairs}:
             some = [pair for pair in pairs if pair[1] == cut]
             last = max(cut + 1 - back, 0)
             bars = mirrored(self.bars, last)
@@ -1027,7 +1029,7 @@ class EnvAudit:
         for share in (0.95, 0.9, 0.8):
             rows = int(share * self.rows)
             try:
-                env = self.build(part(self.bars, slice(0, rows)))
+                env = self.build(some_rows(self.bars, slice(0, rows)))
                 other = self.walk(env, 0, len(base.rewards))
             except UsageError:  # too few bars for it
                 continue
@@ -1088,8 +1090,8 @@ def one_thread():
         numba.set_num_threads(threads)
 
 
-def check_data(flags, here, there):
-    if here != there:
+def check_data(flags, sha256, in_checkpoint):
+    if sha256 != in_checkpoint:
         raise UsageError(f"--data {flags.data}: has changed since the run read it (its sha256)")
 
 
@@ -1171,25 +1173,25 @@ def audit_dqn(audit, dqn, flags, state):
     if flags.env_fn:
         raise UsageError("a run of --env-fn has no bars: give its factory as TARGET")
     series = dqn.load_series(flags)
-    found = [bars.sha256 for bars in series.values()]
-    check_data(flags, found, list(state["data"]["sha256"]))
+    hashes = [bars.sha256 for bars in series.values()]
+    check_data(flags, hashes, list(state["data"]["sha256"]))
     stored = state["config"]["models"]
     pairs = quietly(dqn.load_pairs, flags)
     check_stored(audit, stored, pairs.models)
 
     def columns(bars, row, name):
-        model, stop = stored[name], None
-        if row is not None:  # fitted again, up to that row
-            model, stop = None, row + 1
-        model, values = dqn.fit(flags, bars, stop, model)
+        if row is None:
+            model, values = dqn.fit(flags, bars, None, stored[name])
+        else:  # fitted again, up to that row
+            model, values = dqn.fit(flags, bars, row + 1, None)
         frame = pd.DataFrame(values, columns=model.columns)
         return frame, model.state_dict()
 
     for k, (name, bars) in enumerate(series.items()):
         # rows of all pairs stand in one table: a pair's own begin at its first
         rows = {}
-        for split, of in pairs.rows.items():
-            rows[split] = of[k] - pairs.first[k]
+        for split, of_pairs in pairs.rows.items():
+            rows[split] = of_pairs[k] - pairs.first[k]
         check_purge(audit, rows, 1, name)
         call = partial(columns, name=name)
         held = Target(name, call, part=f"{name} with the fit held ")
@@ -1238,13 +1240,16 @@ def parse(argv):
     add = parser.add_argument
     add("target", metavar="TARGET", help="module:function, file.py:function or a run directory")
     add("--data", help="bars: files or synthetic:MARKET (default: noise with holes)")
-    add("--bars", type=int, default=3000, help="use the last N of --data (default: %(default)s)")
-    add("--edits", type=int, default=40, help="edits of the future (default: %(default)s)")
-    add("--steps", type=int, default=300, help="steps of an episode (default: %(default)s)")
-    add("--labels", nargs="+", default=[], help="columns that may look ahead: what is forecast")
-    add("--earned", nargs="+", default=[], help="columns of what a backtest earned in each bar")
+    add("--bars", type=int, help="use the last N of --data (default: %(default)s)")
+    add("--edits", type=int, help="edits of the future (default: %(default)s)")
+    add("--steps", type=int, help="steps of an episode (default: %(default)s)")
+    add("--labels", nargs="+", help="columns that may look ahead: what is forecast")
+    add("--earned", nargs="+", help="columns of what a backtest earned in each bar")
     add("--seed", type=int, default=1, help="of the bars and the edits (default: %(default)s)")
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
+    if args.data is None and args.bars != DEFAULTS["bars"]:
+        raise UsageError("--bars needs --data")
     for name, least in {"bars": 200, "edits": 4, "steps": 10, "seed": 0}.items():
         value = getattr(args, name)
         if value < least:
@@ -1252,12 +1257,19 @@ def parse(argv):
     return args
 
 
+def refuse_idle(args, kind: str):
+    """UsageError for a flag that says nothing of this kind of target."""
+    for name in IDLE[kind]:
+        if getattr(args, name) != DEFAULTS.get(name):
+            raise UsageError(f"--{name}: says nothing of {kind}")
+
+
 def read_bars(args) -> Bars:
     if args.data is None:
         bars = load_bars(f"{OWN_BARS}&seed={args.seed}")
         return rough(bars, np.random.default_rng(args.seed))
     bars = replace(load_bars(args.data), truth=None)
-    return part(bars, slice(-args.bars, None))
+    return some_rows(bars, slice(-args.bars, None))
 
 
 def makes_env(target: Target, bars: Bars) -> bool:
@@ -1272,6 +1284,7 @@ def main(argv=None) -> dict:
     args = parse(argv)
     audit = Audit(args)
     if Path(args.target).is_dir():
+        refuse_idle(args, "a run directory")
         audit_run(audit, Path(args.target))
     elif ":" not in args.target:
         raise UsageError(f"{args.target}: no run directory, and no module:function")
@@ -1279,8 +1292,10 @@ def main(argv=None) -> dict:
         bars = read_bars(args)
         target = user_target(args.target, bars)
         if makes_env(target, bars):
+            refuse_idle(args, "an environment")
             EnvAudit(audit, target, bars).run()
         else:
+            refuse_idle(args, "a function that returns columns")
             ColumnAudit(audit, target, bars, args.edits).run()
     if len(audit.findings) > 1:
         for what, (ahead, size, how) in audit.findings.items():

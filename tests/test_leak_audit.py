@@ -198,6 +198,9 @@ def test_targets_of_other_kinds(targets, name, code, capsys):
         ["{targets}:seeded", "--edits", "1"],
         ["{targets}:seeded", "--data", "absent.csv"],
         ["{targets}:seeded", "--absent"],
+        ["{targets}:seeded", "--steps", "20"],
+        ["{targets}:seeded", "--bars", "500"],
+        ["{targets}:SignAlone", "--edits", "8"],
         ["no_such_module:columns"],
         ["no_such_folder"],
         ["{folder}"],
@@ -267,6 +270,12 @@ def folder_of_a_run(folder, rows_too_many=0):
 def test_a_run_directory(tmp_path, rows_too_many, code):
     folder = folder_of_a_run(tmp_path / "run", rows_too_many)
     assert audit(folder)["exit_code"] == code
+
+
+def test_flags_that_say_nothing_of_a_run_are_refused(tmp_path, refusal_of):
+    folder = folder_of_a_run(tmp_path / "run")
+    line = refusal_of(Path(leak_audit.__file__))([folder, "--edits", "400"])
+    assert "--edits" in line
 
 
 def test_a_run_whose_data_changed_is_refused(tmp_path, refusal_of):
