@@ -64,6 +64,28 @@ def load_summary(run_dir) -> dict:
     return json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
 
 
+def refusal(kind, call, *args, **kwargs) -> str:
+    """What the exception of that kind says, which the call must raise: one line."""
+    with pytest.raises(kind) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def uniform(seed, lane, episode, draw=0) -> float:
+    """What the kernels' counters give: two rounds of splitmix64's finaliser, in Python's integers."""
+    mask = 2**64 - 1
+
+    def mix(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        return x ^ x >> 31
+
+    seed, lane, episode, draw = map(int, (seed, lane, episode, draw))
+    x = mix(seed * 0x9E3779B97F4A7C15 + lane & mask)
+    return (mix(x + episode * 0xD1342543DE82EF95 + draw & mask) >> 11) / 2**53
+
+
 def write_network(folder, table, plan) -> str:
     """net.csv with the segments, net.json with the plan: text, bytes or what JSON can say."""
     plan = plan if isinstance(plan, (str, bytes)) else json.dumps(plan)
@@ -89,6 +111,25 @@ def assert_same(a, b, where=""):
             assert_same(x, y, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+def assert_same_run(a, b, forgive=None):
+    """Two run directories hold the same agent, learner, lanes, random numbers, log and results, to the bit.
+
+    forgive(state): takes out of a checkpoint what may be different.
+    """
+    for name in ("last.pt", "best.pt"):
+        one, two = (load_checkpoint(x / "checkpoints" / name) for x in (a, b))
+        for state in (one, two):
+            del state["args"]  # the run directory's name, --resume
+            state.get("run", {}).pop("id", None)
+            if forgive:
+                forgive(state)
+        assert_same(one, two, name)
+    assert untimed(a) == untimed(b)
+    one, two = (load_summary(x) for x in (a, b))
+    for key in ("status", "global_step", "updates", "best_step", "eval", "audit"):
+        assert one[key] == two[key], key
 
 
 def run_code(repo, code, *argv, **environment) -> str:

@@ -8,12 +8,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
-from common.gpu_pool import pool
-from common.lanes import Lanes
-from runs import assert_compiles_for_a_gpu, run_code
+from runs import assert_compiles_for_a_gpu, run_code, uniform
 
 OUT = ("obs", "reward", "terminated", "truncated", "row", "position", "final_obs", "stats")
 COLUMNS = 5
@@ -90,19 +87,6 @@ def put_on(env, rows):
     state["row"] = torch.as_tensor(rows)
     state["obs"] = torch.cat([env.table[rows], torch.zeros(env.num_envs, 1)], 1)
     env.load_state_dict(state)
-
-
-def uniform(seed, lane, episode):
-    """Two rounds of splitmix64 in Python's integers."""
-    mask = 2**64 - 1
-
-    def mix(x):
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-        return x ^ x >> 31
-
-    x = mix((seed * 0x9E3779B97F4A7C15 + lane) & mask)
-    return (mix((x + episode * 0xD1342543DE82EF95) & mask) >> 11) / 2**53
 
 
 @dataclasses.dataclass
@@ -203,14 +187,6 @@ def test_sharpe_of_a_constant_is_zero(make):
 
 
 # ---------------------------------------------------------------------------------------- Gymnasium
-def test_the_vector_api_and_its_wrappers(make):
-    env = gym.wrappers.vector.RecordEpisodeStatistics(make(6, episode_length=4))
-    assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    obs, _ = env.reset(seed=1)
-    assert obs in env.observation_space and env.single_action_space == gym.spaces.Discrete(3)
-    assert any("episode" in env.step(np.ones(6, int))[4] for _ in range(5))
-
-
 def test_a_loops_wrong_action_shows_in_the_reward(make):
     env = make(2)
     env.reset(seed=1)
@@ -235,32 +211,6 @@ def test_gymnasium_makes_lanes_and_checks_what_it_is_given(pairs):
     for odd in (dict(timeout=3.0), dict(leverag=2.0)):
         with pytest.raises(TypeError, match=next(iter(odd))):
             gym.make_vec("cleanrl_crypto/Forex-v0", num_envs=4, pairs=pairs, **odd)
-
-
-# ------------------------------------------------------------------------ seeds, state, views, builds
-def test_every_reset_is_a_new_episode_and_a_lane_knows_no_other(make):
-    few, many = make(5, seed=21), make(50, seed=1)
-    np.testing.assert_array_equal(few.reset()[0], many.reset(seed=21)[0][:5])
-    for actions in draws(30, 50):
-        few.step_lanes(actions[:5])
-        many.step_lanes(actions)
-        assert torch.equal(few.obs, many.obs[:5]) and torch.equal(few.reward, many.reward[:5])
-    assert len({tuple(few.reset()[0][:, 0]) for _ in range(6)}) == 6
-
-
-def test_reset_and_step_build_nothing_and_share_nothing(make):
-    env = make(8, episode_length=5)
-    env.reset(seed=1)
-    views, builds, stats = [getattr(env, k) for k in OUT], Lanes.builds, pool.stats()
-    for k in range(4):
-        env.reset(seed=k if k % 2 else None)
-        for actions in draws(8, 8):
-            env.step_lanes(actions)
-    assert Lanes.builds == builds and pool.stats() == stats
-    assert all(getattr(env, k) is view for k, view in zip(OUT, views))
-    other = make(8)
-    assert Lanes.builds == builds + 1
-    assert not any(np.shares_memory(x, y) for x in env.arrays.values() for y in other.arrays.values())
 
 
 # --------------------------------------------------------------------------------------------- CUDA

@@ -164,15 +164,6 @@ def test_a_closed_outlet_lets_nothing_pass_and_the_queue_spills_back():
     assert (v < 0.4).sum() * 0.02 == pytest.approx(0.1, abs=0.025)
 
 
-def test_lanes_do_not_see_each_other():
-    rng = np.random.default_rng(1)
-    rho, v = rng.uniform(0.1, 0.6, (30, 7)), rng.uniform(0.1, 0.8, (30, 7))
-    together = Road(rho, v, 0.1, tau=3.0).run(1.0, SECOND, RING, RING)
-    for k in range(7):
-        alone = Road(rho[:, k], v[:, k], 0.1, tau=3.0).run(1.0, SECOND, RING, RING)
-        assert (alone[:, :, 0] == together[:, :, k]).all()
-
-
 def test_float32_stays_float32():
     f32 = np.float32
     law = tuple(map(f32, GAP))
