@@ -1064,65 +1064,67 @@ def load_nb(ln, s, first, roads, street):
     return total
 
 
+# obs as a whole in both: a view of a junction's numbers would cost half a step's time
 @fast
-def see_approach_nb(ln, s, row, roads, street, rules):
-    """row[:10] <- what a junction sees of approach s, row[:16] if observations are wide; row[7],
-    whether it is green, is the junction's to say."""
+def see_approach_nb(ln, g, s, d, obs, roads, street, rules):
+    """obs[ln, g, d:] <- what a junction sees of approach s, but for d + 7: is it green."""
     zones = street.zones
     queue = street.queue
     for z in range(6):
-        row[z] = zones[z, s, ln]
+        obs[ln, g, d + z] = zones[z, s, ln]
     e = roads.entry[s]
     if e >= 0:
-        row[6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
+        obs[ln, g, d + 6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
     # who may be on the way here
     for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
         i = roads.sources[j]
         share = roads.share[j]
         far = roads.signal[i]
         is_open = far >= 0 and (roads.green[i] >> street.phase[far, ln]) & 1
-        row[8 if is_open else 9] += share * zones[0, i, ln]
+        obs[ln, g, d + (8 if is_open else 9)] += share * zones[0, i, ln]
         if rules.wide and far < 0:
             for z in range(6):
-                row[10 + z] += share * zones[z, i, ln]
+                obs[ln, g, d + 10 + z] += share * zones[z, i, ln]
 
 
 @fast
-def see_junction_nb(ln, g, most, row, roads, street, rules):
-    """row (D,) <- what junction g sees; most: phases of the junction that has most."""
-    zones = street.zones
+def see_junction_nb(ln, g, most, obs, roads, street, rules):
+    """obs[ln, g] <- what junction g sees; most: phases of the junction that has most."""
     phase = street.phase[g, ln]
     age = street.age[g, ln]
-    for d in range(row.size):
-        row[d] = ZERO
+    width = obs.shape[2]
+    for d in range(width):
+        obs[ln, g, d] = ZERO
     # in a wide observation the last columns: for every phase what stands, then what comes
-    by_phase = row.size - 2 * most
+    by_phase = width - 2 * most
     d = 0
-    for s in roads.approach[g]:
+    for a in range(roads.approach.shape[1]):
+        s = roads.approach[g, a]
         if s >= 0:
-            see_approach_nb(ln, s, row[d:], roads, street, rules)
-            row[d + 7] = (roads.green[s] >> phase) & 1
+            see_approach_nb(ln, g, s, d, obs, roads, street, rules)
+            obs[ln, g, d + 7] = (roads.green[s] >> phase) & 1
             if rules.wide:
-                stands = load_nb(ln, s, 3, roads, street) + 10 * row[d + 6]
+                stands = load_nb(ln, s, 3, roads, street) + 10 * obs[ln, g, d + 6]
                 comes = load_nb(ln, s, 0, roads, street)
                 for p in range(roads.n_phases[g]):
                     if (roads.green[s] >> p) & 1:
-                        row[by_phase + p] += 0.1 * stands
-                        row[by_phase + most + p] += 0.1 * comes
+                        obs[ln, g, by_phase + p] += 0.1 * stands
+                        obs[ln, g, by_phase + most + p] += 0.1 * comes
         d += 16 if rules.wide else 10
-    for s in roads.exits[g]:
+    for a in range(roads.exits.shape[1]):
+        s = roads.exits[g, a]
         if s >= 0:
             for z in range(3):
-                row[d + z] = zones[z, s, ln]
+                obs[ln, g, d + z] = street.zones[z, s, ln]
         d += 3
-    row[d + phase] = ONE
+    obs[ln, g, d + phase] = ONE
     d += most
     minutes = age / 60.0
-    row[d] = minutes if minutes < 2.0 else 2.0
-    row[d + 1] = ONE if age + SOON >= roads.free[g] else ZERO
-    end = by_phase if rules.wide else row.size
+    obs[ln, g, d] = minutes if minutes < 2.0 else 2.0
+    obs[ln, g, d + 1] = ONE if age + SOON >= roads.free[g] else ZERO
+    end = by_phase if rules.wide else width
     if end > d + 2:
-        row[d + 2 + g] = ONE
+        obs[ln, g, d + 2 + g] = ONE
 
 
 @fast
@@ -1134,7 +1136,7 @@ def observe_nb(lo, hi, obs, roads, street, rules):
         most = roads.n_phases[g] if roads.n_phases[g] > most else most
     for ln in range(lo, hi):
         for g in range(junctions):
-            see_junction_nb(ln, g, most, obs[ln, g], roads, street, rules)
+            see_junction_nb(ln, g, most, obs, roads, street, rules)
 
 
 @fast
