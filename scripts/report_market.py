@@ -82,11 +82,8 @@ def pairs_of(traces: dict, split: str) -> dict[str, dict]:
 
 def accounts_of(run: Record) -> dict[str, dict]:
     """{split: trace}, unseen data first, without the traces of single pairs."""
-    names = [
-        k
-        for k in run.traces
-        if not any(k.startswith(s + "_") for s in run.traces)
-    ]
+    stems = tuple(name + "_" for name in run.traces)
+    names = [name for name in run.traces if not name.startswith(stems)]
     return {s: run.traces[s] for s in ordered(names)}
 
 
@@ -97,7 +94,8 @@ def bootstrap_means(growth: np.ndarray, draws: int = DRAWS) -> np.ndarray:
     The stationary bootstrap of Politis and Romano (1994): blocks of bars begin anywhere, go on
     from the start behind the end, and have geometric lengths of mean n^(1/3).
     """
-    rng, n = np.random.default_rng(0), growth.shape[1]
+    rng = np.random.default_rng(0)
+    n = growth.shape[1]
     length = max(n ** (1 / 3), 1.0)
     shape = draws, int(2 * n / length) + 40
     ends = np.minimum(np.cumsum(rng.geometric(1 / length, shape), 1), n)
@@ -184,19 +182,23 @@ def growth_ticks(low: float, high: float) -> tuple[np.ndarray, list[str]]:
     """Ticks between two log growths at round returns, and what to call them."""
     from matplotlib.ticker import MaxNLocator
 
-    grown = np.expm1(MaxNLocator(5).tick_values(low, high))
+    returns = np.expm1(MaxNLocator(5).tick_values(low, high))
     # 60 %, not 64.9 %
-    size = 10.0 ** np.floor(np.log10(np.maximum(np.abs(grown), 1e-3)))
-    grown = np.unique(np.round(grown / size, int(high - low < 0.3)) * size)
-    grown = grown[(grown > np.expm1(low)) & (grown < np.expm1(high))]
-    names = [f"{x:+,.0f} %" if abs(x) >= 100 else f"{x:+.3g} %" for x in 100 * grown]
-    return np.log1p(grown), [name.replace("-", "−").replace("+0 ", "0 ") for name in names]
+    size = 10.0 ** np.floor(np.log10(np.maximum(np.abs(returns), 1e-3)))
+    returns = np.unique(np.round(returns / size, int(high - low < 0.3)) * size)
+    returns = returns[(returns > np.expm1(low)) & (returns < np.expm1(high))]
+    names = []
+    for x in 100 * returns:
+        name = f"{x:+,.0f} %" if abs(x) >= 100 else f"{x:+.3g} %"
+        names.append(name.replace("-", "−").replace("+0 ", "0 "))
+    return np.log1p(returns), names
 
 
 def draw_positions(trace: dict, bars: int):
     """Price over position for the last bars, the regime (if known) as a tint."""
     part = {k: v[-bars:] for k, v in trace.items()}
-    x, position = time_of(part, "position"), part["position"]
+    x = time_of(part, "position")
+    position = part["position"]
     fig, (top, low) = canvas(10.4, 3.9, 2, sharex=True, height_ratios=(1.5, 1))
     if "close" in part:
         top.plot(x, part["close"], color=INK, lw=1.1, label="close")
@@ -274,8 +276,8 @@ def draw_histogram(traces: dict):
 
 def gross_of(trace: dict) -> np.ndarray:
     """(n,) log growth of the position without costs."""
-    earned = np.nan_to_num(trace["position"] * trace["next_return"])
-    return np.log1p(np.maximum(earned, -0.999))
+    returns = np.nan_to_num(trace["position"] * trace["next_return"])
+    return np.log1p(np.maximum(returns, -0.999))
 
 
 def draw_costs(traces: list[dict]):
@@ -371,8 +373,8 @@ def draw_spread(metrics: dict):
 def draw_screen(evidence: dict, least: float | None):
     """|t| of columns with the next return, the strongest on top; dashed: what is needed."""
     names, sizes = list(evidence), list(evidence.values())
-    passed = [least is not None and size >= least for size in sizes]
-    colors = [LONG if ok else "#b4bdc9" for ok in passed]
+    least_size = np.inf if least is None else least
+    colors = [LONG if size >= least_size else "#b4bdc9" for size in sizes]
     longest = max(map(len, names))
     margin = 0.2 + 0.08 * longest  # inches
     height = 0.6 + 0.18 * len(names)
@@ -395,14 +397,14 @@ def draw_sweep(sweep: list[dict]):
     }
     fig, (ax,) = canvas(4.6, 3.0, left=0.75, bottom=0.45)
     turnover = [row["turnover"] for row in sweep]
-    judged = next(k for k in lines if sweep[0].get(k) is not None)
-    for key in [k for k in lines if sweep[0].get(k) is not None]:
+    keys = [k for k in lines if sweep[0].get(k) is not None]
+    for key in keys:
         label, color, dash = lines[key]
         returns = [row[key] for row in sweep]
         ax.plot(turnover, returns, dash, color=color, marker="o", ms=4, label=label)
     for row, x in zip(sweep, turnover):
         place = dict(xytext=(0, 7), textcoords="offset points", ha="center")
-        ax.annotate(f"{row['w_cost']:g}", (x, row[judged]), **place)
+        ax.annotate(f"{row['w_cost']:g}", (x, row[keys[0]]), **place)
     ax.margins(0.12, 0.15)
     ax.locator_params(axis="x", nbins=4)
     ax.set_xlabel("turnover a bar")
@@ -470,7 +472,8 @@ def add_symbols(page: Page, run: Record):
     for i, split in enumerate(splits):
         if i == 0:
             page.section("pairs", "Pair by pair")
-        traces, rows = pairs_of(run.traces, split), {}
+        traces = pairs_of(run.traces, split)
+        rows = {}
         for pair, result in within(results, split, "symbols").items():
             rows[pair] = pair_row(result, traces.get(pair, {}))
         page.add(
@@ -501,7 +504,8 @@ def add_positions(page: Page, run: Record, traces: dict):
     fig = draw_positions(trace, bars)
     title = f"{split}: positions under price, the last {bars} bars"
     page.plot("positions", title, fig, wide=True, metric=EVAL + "exposure")
-    times, policies = time_of(trace, "position"), policies_of(trace, "position")
+    times = time_of(trace, "position")
+    policies = policies_of(trace, "position")
     policies.pop("flat", None)  # an empty stripe
     rows = {k: (times, position) for k, position in policies.items()}
     if pairs:
@@ -511,12 +515,14 @@ def add_positions(page: Page, run: Record, traces: dict):
     title = f"{split}: positions over the whole split"
     legend = "Blue is long, orange short, white flat."
     page.plot("band", title, draw_band(rows), legend, wide=True)
-    title, fig = "How often it holds which position", draw_histogram(traces)
-    page.plot("histogram", title, fig, metric="policy/state_dependence")
-    add_responses(page, split, list(pairs.values()) or [trace])
-    title, fig = f"{split}: what trading costs", draw_costs(list(pairs.values()) or [trace])
+    title = "How often it holds which position"
+    page.plot("histogram", title, draw_histogram(traces), metric="policy/state_dependence")
+    single = list(pairs.values()) or [trace]
+    add_responses(page, split, single)
+    title = f"{split}: what trading costs"
     if pairs:
         title += ", mean of the pairs"
+    fig = draw_costs(single)
     if fig:
         page.plot("costs", title, fig, metric=EVAL + "turnover")
     page.add("</div>")
@@ -566,11 +572,8 @@ def add_values(page: Page, run: Record):
     """What actions are worth, beside what randomness is paid."""
     page.section("values", "What actions are worth")
     page.add('<div class="grid">')
-    title, fig = (
-        "Spread of Q over actions, alpha and entropy",
-        draw_spread(run.metrics),
-    )
-    page.plot("q_spread", title, fig, metric="value/q_action_spread")
+    title = "Spread of Q over actions, alpha and entropy"
+    page.plot("q_spread", title, draw_spread(run.metrics), metric="value/q_action_spread")
     page.add("</div>")
 
 
@@ -581,13 +584,12 @@ def add_screen(page: Page, screen: dict):
         return
     least = screen.get("least")
     order = sorted(evidence, key=evidence.get, reverse=True)
-    passed = [k for k in order if least is not None and evidence[k] >= least]
-    lead = f"{len(passed)} of {len(order)} technical columns show evidence; the others are 0."
+    strong = [k for k in order if least is not None and evidence[k] >= least]
+    lead = f"{len(strong)} of {len(order)} technical columns show evidence; the others are 0."
     page.section("screen", "Screen of columns", lead)
-    shown = {k: evidence[k] for k in order[:MOST]}
-    fig = draw_screen(shown, least)
+    fig = draw_screen({k: evidence[k] for k in order[:MOST]}, least)
     caption = "Largest |t| with the next return, alone and times a column of the HMM."
-    if not passed:
+    if not strong:
         caption += " No column has enough: the false-discovery rule lets none through."
     if len(order) > MOST:
         caption += f" {len(order) - MOST} weaker columns are not drawn."

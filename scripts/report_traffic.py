@@ -19,7 +19,7 @@ EPISODE = re.compile(
 # ends the name of a trace of the same episode without the agent -> what to call it
 CONTROLS = {"_constant": "without control", "_fixed_cycle": "fixed cycle"}
 FILM_BYTES = 600_000  # of an animation: it gets fewer frames, or none
-FILM = """<script>
+PLAYER = """<script>
 for (const film of document.querySelectorAll(".film")) {
   const data = JSON.parse(film.querySelector("script").textContent);
   const [slider, button] = [film.querySelector("input"), film.querySelector("button")];
@@ -97,7 +97,7 @@ def panels_of(
         acts = {
             k: actions.get(k, words(k)) for k in columns_of(trace, "action_")
         }
-    vehicles = {k: k[:-4] for k in trace if k.endswith("side_veh")}
+    vehicles = {k: k.removesuffix("_veh") for k in trace if k.endswith("side_veh")}
     reward = {k: "" for k in trace if k == "reward"}
     place = "position, m" if length else "point of road"
     panels = [
@@ -203,8 +203,8 @@ def draw_images(panel: Panel, axes, sides: dict, length: float | None):
 def phase_style(levels: np.ndarray) -> dict:
     from matplotlib.colors import ListedColormap
 
-    tones = [CYCLE[i % 8] for i in range(max(len(levels), 1))]
-    return dict(cmap=ListedColormap(tones), vmin=-0.5, vmax=len(tones) - 0.5)
+    colours = [CYCLE[i % 8] for i in range(max(len(levels), 1))]
+    return dict(cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5)
 
 
 def name_stripes(axes, names: list[str]):
@@ -217,6 +217,14 @@ def name_stripes(axes, names: list[str]):
     for ax in axes:
         for y in range(1, len(names)):
             ax.axhline(y, color="white", lw=2 / step)
+
+
+def is_rival(name: str, traces: dict) -> bool:
+    """Whether a trace is that of another one's episode without the agent."""
+    for end in CONTROLS:
+        if name.endswith(end) and name.removesuffix(end) in traces:
+            return True
+    return False
 
 
 def add_traces(page: Page, run: Record):
@@ -236,29 +244,31 @@ def add_traces(page: Page, run: Record):
     lead = "One episode of the agent that is reported, without exploration noise."
     page.section("road", "On the road", lead)
     for name, trace in traces.items():
-        if any(name.removesuffix(end) in traces for end in CONTROLS if name.endswith(end)):
+        if is_rival(name, traces):
             continue
         sides = {"agent": trace}
         for end, title in CONTROLS.items():
             other = traces.get(name + end)
             if other and set(trace) <= set(other):
                 sides[title] = other
-        kind = next((k for k in KINDS if k in trace), "reward")
-        what, caption = KINDS[kind]
+        column = next((k for k in KINDS if k in trace), "reward")
+        what, caption = KINDS[column]
         fig = draw_episode(sides, length, actions)
         title = f"{name}: {what} over one episode"
         alt = f"{title}, {' beside '.join(sides)}"
         page.plot(f"episode_{name}", title, fig, caption, alt, wide=True)
         add_film(page, run, name, sides, length)
     if any('class="film' in part for part in page.parts):
-        page.add(FILM)
+        page.add(PLAYER)
 
 
 def add_film(page: Page, run: Record, name: str, sides: dict, length: float | None):
     """The episode as a map whose segments change their colours, side by side."""
     trace = sides["agent"]
     keys = list(columns_of(trace, "fill_"))
-    what, low, full = "filling of a segment", 0.0, FULL
+    what = "filling of a segment"
+    low = 0.0
+    full = FULL
     lines = beside(run.summary.get("shapes") or [])
     if not keys:  # one road: its points in a row
         keys = list(columns_of(trace, "rho_"))
@@ -267,7 +277,9 @@ def add_film(page: Page, run: Record, name: str, sides: dict, length: float | No
         # an episode that time cut short has fewer rows than the one beside it
         every = [t[key] for t in sides.values() for key in keys]
         every = np.concatenate(every or [np.ones(1)])
-        what, low, full = "density, veh/m", np.nanmin(every), np.nanmax(every)
+        what = "density, veh/m"
+        low = np.nanmin(every)
+        full = np.nanmax(every)
     if not keys or len(lines) != len(keys):
         page.lack(f"{name} as a map", "summary.json has no coordinates of its segments (shapes)")
         return
@@ -279,17 +291,16 @@ def add_film(page: Page, run: Record, name: str, sides: dict, length: float | No
     step = -(-len(trace["time_s"]) // frames)
     levels = []
     for t in sides.values():
-        fill = np.stack([t[key] for key in keys], 1)
-        fill = np.concatenate([fill.mean(0, keepdims=True), fill[::step]])
-        fill = (fill - low) / max(full - low, 1e-9)
-        levels.append((31 * np.nan_to_num(fill).clip(0, 1)).round().astype(np.uint8))
+        values = np.stack([t[key] for key in keys], 1)
+        numbers = tone_numbers(values, step, low, full)
+        levels.append(base64.b64encode(numbers.tobytes()).decode())
     palette = ["#" + bytes(c).hex() for c in tones(np.linspace(0, 1, 32))]
     veh = [vehicles_of(t)[::step] for t in sides.values()]
     data = {
         "tones": palette,
         "time": [f"{t:g}" for t in trace["time_s"][::step]],
         "veh": veh,
-        "levels": [base64.b64encode(x.tobytes()).decode() for x in levels],
+        "levels": levels,
     }
     maps = "".join(
         f"<div><b>{esc(title)}</b> <output></output>{paths}</div>" for title in sides
@@ -304,6 +315,14 @@ def add_film(page: Page, run: Record, name: str, sides: dict, length: float | No
         f'max="{len(data["time"]) - 1}" aria-label="time"></p>'
         f'<script type="application/json">{json.dumps(data)}</script></figure>'
     )
+
+
+def tone_numbers(values: np.ndarray, step: int, low: float, full: float) -> np.ndarray:
+    """Tones 0 to 31 of values (decisions, segments): their mean, then every `step`th decision."""
+    values = np.concatenate([values.mean(0, keepdims=True), values[::step]])
+    share = (values - low) / max(full - low, 1e-9)
+    share = np.nan_to_num(share).clip(0, 1)
+    return (31 * share).round().astype(np.uint8)
 
 
 def vehicles_of(trace: dict) -> list[str]:
