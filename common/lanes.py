@@ -73,12 +73,16 @@ class Lanes(gym.vector.VectorEnv):
     ):
         refuse_fork()
         Lanes.builds += 1
-        self.num_envs, self.backend = num_envs, backend
-        self.seed, self.was_reset = int(seed), False
-        self.single_observation_space, self.single_action_space = observation, action
+        self.num_envs = num_envs
+        self.backend = backend
+        self.seed = int(seed)
+        self.was_reset = False
+        self.single_observation_space = observation
+        self.single_action_space = action
         self.observation_space = gym.vector.utils.batch_space(observation, num_envs)
         self.action_space = gym.vector.utils.batch_space(action, num_envs)
-        self.lease, self.arrays = pool.lease(), {}
+        self.lease = pool.lease()
+        self.arrays = {}
 
     @property
     def torch_device(self) -> torch.device:
@@ -168,7 +172,8 @@ class Lanes(gym.vector.VectorEnv):
             raise gym.error.ResetNeeded("call reset() before the first step")
         step = self.step_lanes(self.check_action(actions))
         reward, terminated, truncated = (to_numpy(x) for x in step)
-        done, info = terminated | truncated, {}
+        done = terminated | truncated
+        info = {}
         if done.any():
             lanes = np.flatnonzero(done)
             ended = torch.as_tensor(lanes, device=self.torch_device)
@@ -213,7 +218,10 @@ class Lanes(gym.vector.VectorEnv):
         last, begins = self.began[:, lane]
         frames = self.film[last:begins] if over else self.film[begins:]
         frames = frames[-FILM:]
-        return self.painter.draw({k: np.stack([f[k][lane] for f in frames]) for k in frames[0]})
+        gauges = {}
+        for name in frames[0]:
+            gauges[name] = np.stack([frame[name][lane] for frame in frames])
+        return self.painter.draw(gauges)
 
     def render(self):
         """Gymnasium's, with render_mode="rgb_array": a picture a lane."""
@@ -250,7 +258,8 @@ class SimulatedLanes(Lanes):
 
     def simulate(self, kernel, blocks: int, *arguments):
         """kernel(*arguments); on a CPU a thread without a block of lanes would only be waited for."""
-        began, threads = time.perf_counter(), nb.get_num_threads()
+        began = time.perf_counter()
+        threads = nb.get_num_threads()
         nb.set_num_threads(min(threads, blocks))
         try:
             kernel(*arguments)
@@ -311,9 +320,10 @@ class SimulatedLanes(Lanes):
         if not done.any():
             return {}
         numbers = self.summary(stats, done)
-        charts = ("return", "length")
-        charts = {f"charts/episodic_{k}": numbers.pop(f"episode_{k}") for k in charts}
-        return charts | {f"env/{k}": x for k, x in numbers.items()}
+        record = {}
+        for name in ("return", "length"):
+            record[f"charts/episodic_{name}"] = numbers.pop(f"episode_{name}")
+        return record | {f"env/{name}": x for name, x in numbers.items()}
 
 
 class OneLane(gym.Env):
@@ -325,7 +335,9 @@ class OneLane(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": Lanes.metadata["render_fps"]}
 
     def __init__(self, lanes: Lanes, render_mode: str | None = None, joint: bool = False):
-        self.render_mode, self.lanes, self.over = render_mode, lanes, False
+        self.render_mode = render_mode
+        self.lanes = lanes
+        self.over = False
         lanes.render_mode = render_mode
         self.observation_space = lanes.single_observation_space
         self.action_space = lanes.single_action_space
@@ -412,11 +424,15 @@ def shared(build, args, *own: str):
     args: a dataclass; own: fields that differ between instances and that build() does not read.
     """
     flags = {k: v for k, v in asdict(args).items() if k not in own}
-    names = [str(name) for v in flags.values() for name in (v if isinstance(v, tuple) else (v,))]
+    paths = []
+    for value in flags.values():
+        for name in value if isinstance(value, tuple) else (value,):
+            paths += [Path(part.strip()) for part in str(name).split(",")]
     stamps = []
-    for path in (Path(part.strip()) for name in names for part in name.split(",")):
+    for path in paths:
         if len(str(path)) < 256 and path.is_file():
-            stamps.append((path.stat().st_mtime_ns, path.stat().st_size))
+            stat = path.stat()
+            stamps.append((stat.st_mtime_ns, stat.st_size))
     key = build.__module__, build.__qualname__, repr(flags), tuple(stamps)
     if key not in SHARED:
         if len(SHARED) == 4:

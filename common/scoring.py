@@ -97,12 +97,14 @@ def best_constant(series: Series, levels) -> float:
     0 unless that is more than 2 standard errors above flat: on noise some constant is always ahead.
     """
     a, b = series.rows["train"]
-    best, earned = 0.0, None
+    best = 0.0
+    earned = None
     for level in levels:
         constant = np.full(b - a, float(level))
         path = series.walk(constant, a, b)[0]
         if earned is None or path.mean() > earned.mean():
-            best, earned = float(level), path
+            best = float(level)
+            earned = path
     visible = earned.mean() > 2 * standard_error(earned)
     return best if visible or 0 not in levels else 0.0
 
@@ -210,7 +212,8 @@ def lasso_path_of(level: np.ndarray, sums: Sums, penalties=None, adaptive=False)
     """
     from sklearn.linear_model import lasso_path  # more than a second
 
-    n, k = int(sums.gram[-1, -1]), len(level)
+    n = int(sums.gram[-1, -1])
+    k = len(level)
     ask_deadline("the lasso", n)
     mean = sums.gram[-1] / n
     product = sums.gram - n * np.outer(mean, mean)  # of what is left of x and y without their means
@@ -221,9 +224,11 @@ def lasso_path_of(level: np.ndarray, sums: Sums, penalties=None, adaptive=False)
     rhs = product[:k, k] / scale
     if penalties is None:
         first = np.abs(rhs).max() / n
-        penalties = first * (np.geomspace(1, 0.01, 24) if adaptive else np.geomspace(1, 0.1, 12))
+        steps = np.geomspace(1, 0.01, 24) if adaptive else np.geomspace(1, 0.1, 12)
+        penalties = first * steps
     # beside the products sklearn reads the shape of x and the size of y alone
-    x, y = np.broadcast_to(0.0, (n, k)), np.zeros(n)
+    x = np.broadcast_to(0.0, (n, k))
+    y = np.zeros(n)
     y[0] = math.sqrt(product[k, k])
     products = dict(precompute=gram, Xy=rhs, check_input=False)
     path = lasso_path(x, y, alphas=penalties, max_iter=10_000, **products)
@@ -232,17 +237,21 @@ def lasso_path_of(level: np.ndarray, sums: Sums, penalties=None, adaptive=False)
 
 def marginal_t(sums: Sums) -> np.ndarray:
     """t-values (K,) of the covariance of each column of x with y."""
-    mean = sums.gram / sums.gram[-1, -1]
+    n = sums.gram[-1, -1]
+    mean = sums.gram / n
     x, y = mean[-1, :-2], mean[-1, -2]
-    xx, xy, yy = np.diag(mean)[:-2], mean[:-2, -2], mean[-2, -2]
-    xxy, xxyy, xyy = sums.high / sums.gram[-1, -1]
+    xx = np.diag(mean)[:-2]
+    xy = mean[:-2, -2]
+    yy = mean[-2, -2]
+    xxy, xxyy, xyy = sums.high / n
     covariance = xy - x * y
     # mean square of (x - its mean) (y - its mean), multiplied out
     square = xxyy - 2 * y * xxy + y**2 * xx
     square += x**2 * yy - 2 * x * xyy
     square += 4 * x * y * xy - 3 * x**2 * y**2
     variance = square - covariance**2
-    return covariance / np.sqrt(np.maximum(variance, 1e-300) / sums.gram[-1, -1])
+    variance = np.maximum(variance, 1e-300)
+    return covariance / np.sqrt(variance / n)
 
 
 def forecasts_on(series: Series, start: int, stop: int, center, weights) -> np.ndarray:
@@ -279,7 +288,8 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
     penalties, center, weights = lasso_path_of(level, whole)
     forecasts = out_of_fold(assets, level, others, penalties)
 
-    most, choice = 0.0, None
+    most = 0.0
+    choice = None
     for k in range(1, len(penalties)):  # the first penalty leaves no weight
         for keep in SMOOTHING:
             ask_deadline("the lasso's thresholds", len(y))
@@ -289,12 +299,15 @@ def sparse_linear(assets: list[Series]) -> list[np.ndarray]:
                 paths = [band(forecast, threshold * spread) for forecast in smooth]
                 score = earned_on(assets, paths, trains)
                 if score > most:
-                    most, choice = score, (k, keep, threshold)
+                    most = score
+                    choice = k, keep, threshold
     if choice is None:
         return flat
     k, keep, threshold = choice
-    chosen = weights[:, k]
-    smooth = [ewma_nb(forecasts_on(s, 0, len(s.ret), center, chosen), keep) for s in assets]
+    smooth = []
+    for s in assets:
+        forecast = forecasts_on(s, 0, len(s.ret), center, weights[:, k])
+        smooth.append(ewma_nb(forecast, keep))
     spread = spread_on(smooth, trains)
     return [band(forecast, threshold * spread) for forecast in smooth]
 
@@ -322,7 +335,8 @@ def edge_over_constant(
     exposures (T,), or (n,) of the split alone, an array an asset. Mean over assets; where the
     conditional mean is known (synthetic) it stands in for the realised return.
     """
-    means, errors = [], []
+    means = []
+    errors = []
     for s, path in zip(assets, paths):
         a, b = s.rows[split]
         if len(path) != b - a:
@@ -352,15 +366,16 @@ def fit_linear(series: Series) -> tuple[dict, np.ndarray]:
     level, (whole, *others) = train_sums([series])
     penalties, center, weights = lasso_path_of(level, whole, adaptive=True)
     forecasts = out_of_fold([series], level, others, penalties, adaptive=True)[0]
-    k = int(np.argmin([((y - forecast) ** 2).mean() for forecast in forecasts.T]))
-    chosen, forecast = weights[:, k], forecasts[:, k]
+    errors = [((y - forecast) ** 2).mean() for forecast in forecasts.T]
+    k = int(np.argmin(errors))
+    forecast = forecasts[:, k]
     # no forecast of other rows: then none of the train rows either
-    if not chosen.any():
+    if not weights[:, k].any():
         forecast = np.zeros(len(y))
     linear = {
         "penalty": float(penalties[k]),
         "center": center.tolist(),
-        "weights": chosen.tolist(),
+        "weights": weights[:, k].tolist(),
         "spread": float(forecast.std()) or 1.0,
     }
     return linear, forecast / linear["spread"]
@@ -377,17 +392,18 @@ def edges(assets: list[Series], paths: dict, levels, bars_per_year: float) -> di
     paths: {"agent", "sparse_linear" and, where it is known, "optimum": exposures (n,) of the eval
     split, an array an asset}. Bp a bar.
     """
-    found = {}
+    result = {}
     for name, who in (("edge", "agent"), ("rival_edge", "sparse_linear")):
-        earned = edge_over_constant(assets, paths[who], "eval", levels)
-        found[f"{name}_bps"], found[f"{name}_se_bps"] = earned
-    found["optimum_edge_bps"] = None
+        edge, error = edge_over_constant(assets, paths[who], "eval", levels)
+        result[f"{name}_bps"] = edge
+        result[f"{name}_se_bps"] = error
+    result["optimum_edge_bps"] = None
     if "optimum" in paths:
-        earned = edge_over_constant(assets, paths["optimum"], "eval", levels)
-        found["optimum_edge_bps"] = earned[0]
+        edge, _ = edge_over_constant(assets, paths["optimum"], "eval", levels)
+        result["optimum_edge_bps"] = edge
     returns = [s.ret[slice(*s.rows["train"])] for s in assets]
-    found["matters_bps"] = edge_that_matters(np.concatenate(returns), bars_per_year)
-    return found
+    result["matters_bps"] = edge_that_matters(np.concatenate(returns), bars_per_year)
+    return result
 
 
 def verdict(
@@ -415,15 +431,17 @@ def verdict(
             numbers,
         ]
 
-    rival, least = audit["rival_edge_bps"], 2 * audit["rival_edge_se_bps"]
-    optimum, matters = audit["optimum_edge_bps"], audit["matters_bps"]
-    visible, goal = rival > least, rival
+    goal = rival = audit["rival_edge_bps"]
+    least = 2 * audit["rival_edge_se_bps"]
+    optimum = audit["optimum_edge_bps"]
+    matters = audit["matters_bps"]
+    visible = rival > least
     if optimum is not None:
-        visible, goal = optimum >= NOTHING and (visible or optimum >= matters), optimum
-    moves = audit["state_dependence"] >= STILL and agent["trades"] > 1
-    moves = (
-        moves and agent["turnover"] >= 1e-3 + 1 / rows
-    )  # more than the opening trade
+        visible = optimum >= NOTHING and (visible or optimum >= matters)
+        goal = optimum
+    # more than the opening trade
+    trades = agent["trades"] > 1 and agent["turnover"] >= 1e-3 + 1 / rows
+    moves = trades and audit["state_dependence"] >= STILL
     earns = audit["edge_bps"] > 2 * audit["edge_se_bps"]
     if visible:
         if moves and earns and audit["edge_bps"] >= ENOUGH * goal:
@@ -452,11 +470,9 @@ def verdict(
         why = f"an edge below {least:.2f} bp a bar would not show on these rows, and one of "
         return "undecided", [f"{why}{matters:.2f} matters", numbers]
     if moves or (optimum or 0.0) >= NOTHING:
-        why = (
-            "it trades where no edge is to be seen"
-            if moves
-            else "the edge is too weak to be seen"
-        )
+        why = "the edge is too weak to be seen"
+        if moves:
+            why = "it trades where no edge is to be seen"
         return "undecided", [why, numbers]
     return "constant_is_right", [
         "one position whatever the market, and no edge",

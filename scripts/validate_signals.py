@@ -79,19 +79,21 @@ def smooth_street(dx: float) -> float:
     """L1 error (m of jam) of a smooth wave of cars in free flow, which moves at the limit."""
     seconds, top = 20.0, 10.0
     envs = street(dx, 800.0, 1e-6, 36.0, seconds)
-    cells, jam = slice(*envs.network.first[:2]), envs.network.jam[0]
+    cells = slice(*envs.network.first[:2])
+    jam = envs.network.jam[0]
 
     def wave(x):
         return 0.12 * np.exp(-(((x - 300.0) / 70.0) ** 2))
 
-    x = (np.arange(round(800 / dx))[:, None] + (np.arange(20) + 0.5) / 20) * dx
+    points = (np.arange(20) + 0.5) / 20  # of a cell
+    x = (np.arange(round(800 / dx))[:, None] + points) * dx
     rho = torch.as_tensor(wave(x).mean(1) * jam)
     envs.rho_c[cells, 0] = rho.float()
     envs.mom_c[cells, 0] = rho.float() * top
     envs.step_lanes(torch.zeros(1, 1))
     expected = wave(x - top * seconds).mean(1)
-    found = envs.rho_c[cells, 0].double().numpy() / jam
-    return float(np.abs(found - expected).sum() * dx)
+    simulated = envs.rho_c[cells, 0].double().numpy() / jam
+    return float(np.abs(simulated - expected).sum() * dx)
 
 
 def red_light(dx: float) -> float:
@@ -140,16 +142,19 @@ def show(title: str, names, values, form: str):
 def main(argv: list[str] | None = None) -> dict:
     """The tables, printed; raises CheckFailed with every check that failed."""
     args, _ = parse_args(Args, argv)
-    fine = (25.0, 12.5) if args.quick else (25.0, 12.5, 6.25)
-    wave_dx, red_dx = (
-        ((10.0, 5.0), (5.0, 2.5)) if args.quick else ((10.0, 5.0, 2.5, 1.25),) * 2
-    )
+    fine = 25.0, 12.5, 6.25
+    wave_dx = red_dx = 10.0, 5.0, 2.5, 1.25
+    if args.quick:
+        fine = 25.0, 12.5
+        wave_dx = 10.0, 5.0
+        red_dx = 5.0, 2.5
     wave = [smooth_street(dx) for dx in wave_dx]
     orders = np.log2(np.array(wave[:-1]) / wave[1:])
     reds = [red_light(dx) for dx in red_dx]
     show("smooth wave, L1 error, m of jam; dx, m", wave_dx, wave, ".4f")
     show(f"one red of 10 s, veh s (LWR: {RED:.4f})", red_dx, reds, ".4f")
-    limits, delays = (30.0, 40.0, 50.0, 60.0), {}
+    limits = 30.0, 40.0, 50.0, 60.0
+    delays = {}
     flows = [saturation_flow(limit) for limit in limits]
     show("saturation flow, veh/h and lane; km/h", limits, flows, ".0f")
     for name, level in product(CONTROLLERS, arz.LEVELS):
