@@ -16,6 +16,7 @@ import io
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,11 @@ FAR = 0.20  # a move of one bar beyond this is said
 FUNDING_TIMES = ("fundingTime", "fundingRateTimestamp", "calc_time", "timestamp", "time")
 FUNDING_RATES = ("fundingRate", "last_funding_rate", "funding_rate", "rate")
 FAR_FUNDING = 0.1  # a payment of a tenth of the position is a rate in per cent
-BROKER_TIME = "the clocks of MetaTrader and of most brokers are not, convert those first"
+REPAIR = "scripts/import_bars.py {} repairs that"
+BROKER_TIME = (
+    "the clocks of MetaTrader and of most brokers are not, convert those first "
+    "(bars: scripts/import_bars.py --tz)"
+)
 YEAR = np.timedelta64(31_557_600, "s").astype("timedelta64[ns]")  # Julian year, 365.25 days
 
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
@@ -434,21 +439,21 @@ def check_bars(path: str | Path, timestamp: np.ndarray, ohlcv: np.ndarray) -> No
     if len(timestamp) < MIN_ROWS:
         raise DataError(f"{path}: {len(timestamp)} rows, at least {MIN_ROWS} are needed")
     _check_times(path, timestamp)
-    names = COLUMNS[1:]
-    bad = ~np.isfinite(ohlcv)
-    _refuse(path, timestamp, bad, names, lambda i, c: f"{ohlcv[i, c]} is not finite")
+    check = partial(_refuse, path, timestamp, names=COLUMNS[1:], flag="--drop-incomplete")
+    check(~np.isfinite(ohlcv), say=lambda i, c: f"{ohlcv[i, c]} is not finite")
+    check = partial(check, flag="--drop-impossible")
     bad = ohlcv <= 0.0
     bad[:, 4] = ohlcv[:, 4] < 0.0
     wrong = ("not positive",) * 4 + ("negative",)
-    _refuse(path, timestamp, bad, names, lambda i, c: f"{ohlcv[i, c]:g} is {wrong[c]}")
+    check(bad, say=lambda i, c: f"{ohlcv[i, c]:g} is {wrong[c]}")
     low, high = ohlcv[:, 2], ohlcv[:, 1]
     bad = np.zeros_like(bad)
     bad[:, 1] = high < low
-    _refuse(path, timestamp, bad, names, lambda i, c: f"{high[i]:.12g} is below low {low[i]:.12g}")
+    check(bad, say=lambda i, c: f"{high[i]:.12g} is below low {low[i]:.12g}")
     for c in (0, 3):
         bad[:, c] = (ohlcv[:, c] < low) | (ohlcv[:, c] > high)
     price = "{:.12g} is outside {:.12g} .. {:.12g}"
-    _refuse(path, timestamp, bad, names, lambda i, c: price.format(ohlcv[i, c], low[i], high[i]))
+    check(bad, say=lambda i, c: price.format(ohlcv[i, c], low[i], high[i]))
 
 
 def _check_times(path, timestamp):
@@ -467,16 +472,18 @@ def _check_times(path, timestamp):
         f"duplicate of row {twin[0]}" if len(twin) else f"before row {i - 1}: not sorted by time"
     )
     counts = f"in the file {copies} duplicate times, {disorder} rows earlier than the row before"
-    raise DataError(f"{_at(path, timestamp, i, 'timestamp')}: {what} ({counts})")
+    way_out = REPAIR.format("--sort --drop-duplicates" if disorder else "--drop-duplicates")
+    raise DataError(f"{_at(path, timestamp, i, 'timestamp')}: {what} ({counts}); {way_out}")
 
 
-def _refuse(path, timestamp, bad, names, say):
-    """DataError about the first marked cell of (T, n) `bad`, if there is one."""
+def _refuse(path, timestamp, bad, names, say, flag=""):
+    """DataError about the first marked cell of (T, n) `bad`, if there is one; flag: mends it."""
     rows = np.flatnonzero(bad.any(1))
     if len(rows):
         i, c = rows[0], int(np.argmax(bad[rows[0]]))
         more = f" (and {len(rows) - 1} more such rows)" if len(rows) > 1 else ""
-        raise DataError(f"{_at(path, timestamp, i, names[c])}: {say(i, c)}{more}")
+        way_out = f"; {REPAIR.format(flag)}" if flag else ""
+        raise DataError(f"{_at(path, timestamp, i, names[c])}: {say(i, c)}{more}{way_out}")
 
 
 def _at(path, timestamp, row, column):
