@@ -45,10 +45,11 @@ PRICES = ("open", "high", "low", "close")
 VALUES = (*PRICES, "volume")
 ROLES = ("timestamp", "date", "time", *VALUES, "symbol", "skip")
 
+INDEX = "index level 0"  # pandas' own, in a parquet
 # what columns are called, in small letters and without < > _
 CALLED = {
     "timestamp": "timestamp, datetime, date/time, unix, unix timestamp, open time, gmt time,"
-    " local time, utc time, window start, index level 0, ts, t",
+    f" local time, utc time, window start, {INDEX}, ts, t",
     "date": "date, day",
     "time": "time",
     "open": "open, o",
@@ -370,8 +371,11 @@ def by_header(path: Path, names: list[str], above: str = "") -> Layout:
         if needed <= set(words):
             kind = name, zone, side
     roles, volumes = {}, []
+    times = [word for word in words[: len(names)] if ROLE_OF.get(word) in ("timestamp", "date")]
     for place, word in enumerate(words[: len(names)]):
         role = ROLE_OF.get(word)
+        if word == INDEX and len(times) > 1:  # numbers of the rows that pandas kept
+            continue
         zoned = re.fullmatch(r"time \(([\w/]+)\)", word)  # JForex
         if zoned:
             role, kind = "timestamp", ("Dukascopy", zoned[1].upper(), "")

@@ -145,6 +145,13 @@ def test_feather_of_freqtrade_and_parquet(tmp_path):
     np.testing.assert_array_equal(found, MINUTES.to_numpy())
     np.testing.assert_array_equal(values, OHLCV)
 
+    # of rows that were picked out pandas stores the numbers too
+    frame.set_index(2 * np.arange(len(frame))).to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "b").mkdir()
+    _, found, values = run(tmp_path / "b", (tmp_path / "b.parquet").read_bytes())
+    np.testing.assert_array_equal(found, MINUTES.to_numpy())
+    np.testing.assert_array_equal(values, OHLCV)
+
     frame.assign(date=MINUTES).set_index("date").to_parquet(tmp_path / "a.parquet")
     out = tmp_path / "Y.parquet"
     with pytest.raises(UsageError, match="--tz"):
