@@ -267,7 +267,8 @@ def parse_args(cls, argv: list[str] | dict | None):
         with redirect_stderr(stderr):
             return tyro.cli(cls, args=argv), {known[name] for name in names}
     except SystemExit as e:
-        text = re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+", " ", stderr.getvalue())  # colours, a box
+        # colours, a box, of dashes where the terminal is not UTF-8
+        text = re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]+|-{3,}", " ", stderr.getvalue())
         frame = rf"^.*?Error parsing ({cls.__name__}: )?|Argument helptext.*|For full helptext.*"
         raise UsageError(re.sub(frame, "", " ".join(text.split())).strip()) from e
 
