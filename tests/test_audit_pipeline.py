@@ -124,6 +124,16 @@ def test_it_judges_the_rows_that_the_run_was_judged_on(sound, tmp_path):
     assert "off" in [level for level, _ in part.checks]
 
 
+@pytest.mark.slow
+def test_it_judges_the_policy_at_the_w_cost_that_the_run_was_judged_at(sound, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sound, folder, ignore=shutil.ignore_patterns("audit"))
+    flags = json.loads((folder / "args.json").read_text()) | {"eval_w_cost": 1.0}
+    (folder / "args.json").write_text(json.dumps(flags))
+    (cheap,), (dear,) = (audit.audit_run(x, "tqc") for x in (sound, folder))
+    assert dear.numbers["turnover"] < 0.8 * cheap.numbers["turnover"]
+
+
 def shuffled(context, axis):
     def other(x, hmm):
         p = context(x, hmm)
