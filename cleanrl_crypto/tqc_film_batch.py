@@ -234,8 +234,9 @@ class Args(RunArgs):
     """width of the two hidden layers of every head"""
     learning_rate: float = 3e-3
     """of the heads (AdamW)"""
-    learning_rate_fusion: float = 3e-5
-    """of the fusion layer's 16384 market columns"""
+    learning_rate_fusion: float | None = None
+    """of the fusion layer's 16384 market columns (default: 3e-5 beside a linear forecast, 3e-4
+    where there is none)"""
     learning_rate_film: float = 1e-2
     """of FiLM"""
     weight_decay: float = 1e-2
@@ -1600,8 +1601,8 @@ def freeze_contexts(contexts, weights, config, run, loop):
         pretrain(contexts, run, loop)
     encoder.eval().requires_grad_(False)
     weights = {k: v.cpu() for k, v in encoder.state_dict().items()}
-    state = {"config": config, "encoder": weights, "columns": market.features.columns}
-    save_atomic(state, run.dir / "encoder.pt")
+    columns = market.features.columns
+    save_atomic(dict(config=config, encoder=weights, columns=columns), run.dir / "encoder.pt")
 
     run.phase("cache")
     splits = market.rows
@@ -1624,14 +1625,17 @@ def make_agents(config, device):
     return agent, averaged
 
 
-def make_optimizers(agent, args):
+def make_optimizers(agent, args, forecast):
     """By name. "rate" times learning_rate_share() is what the first two step by."""
     market = agent.extractor.market
-    film = agent.extractor.film
-    fusion = {"params": [market.weight], "rate": args.learning_rate_fusion}
+    rate = args.learning_rate_fusion
+    if rate is None:
+        # beside a forecast the layer overfits at 3e-4; without one it has all to learn
+        rate = 3e-5 if forecast.any() else 3e-4
+    fusion = {"params": [market.weight], "rate": rate}
     groups = [
         {**fusion, "weight_decay": args.weight_decay},
-        {"params": film.parameters(), "rate": args.learning_rate_film},
+        {"params": agent.extractor.film.parameters(), "rate": args.learning_rate_film},
         {"params": [market.bias, *agent.critic.parameters()], "rate": args.learning_rate},
     ]
     actor = [{"params": agent.actor.parameters(), "rate": args.learning_rate}]
@@ -1673,8 +1677,7 @@ def judge(agent, contexts, run, loop):
     )
     metrics = result["agent"]
     record = diagnose(agent, contexts)
-    samples = run.args.batch_size * loop.updates
-    record |= alarms(record, samples / max(loop.global_step, 1))
+    record |= alarms(record, run.args.batch_size * loop.updates / max(loop.global_step, 1))
     score = metrics[market.judged_by]
     rival = result["baselines"]["sparse_linear"][market.judged_by]
     still = record["policy/state_dependence"] < STILL and loop.updates >= FEW_UPDATES
@@ -1745,10 +1748,9 @@ def audit_of(agent, contexts, run, loop, results, paths):
     series.rows = series.rows | {"eval": result["rows"]}
     eval_paths = {name: [path] for name, path in paths["eval"].items()}
     audit |= edges([series], eval_paths, LEVELS, market.bars.bars_per_year)
-    improving = loop.stale == 0 and run.guard.status != "finished"
-    rows = np.ptp(result["rows"])
+    improving = not loop.stale and run.guard.status != "finished"
     audit["verdict"], audit["reasons"] = verdict(
-        audit, result["agent"], loop.updates, FEW_UPDATES, rows, improving
+        audit, result["agent"], loop.updates, FEW_UPDATES, np.ptp(result["rows"]), improving
     )
     audit["w_cost_sweep"] = w_cost_sweep(agent, contexts, run.args)
     for split in ("train", "test"):
@@ -1777,7 +1779,7 @@ def main(argv=None):
 
     run.phase("setup")
     agent, averaged = make_agents(config, device)
-    optimizers = make_optimizers(agent, args)
+    optimizers = make_optimizers(agent, args, market.forecast)
     q_optimizer, actor_optimizer, alpha_optimizer = optimizers.values()
     q_parameters = [*agent.extractor.parameters(), *agent.critic.parameters()]
     actor_parameters = list(agent.actor.parameters())
@@ -1891,7 +1893,7 @@ def main(argv=None):
             if not qf_loss.isfinite():
                 raise CheckFailed(
                     f"critic not finite after {loop.updates} updates: lower --learning-rate or "
-                    f"--learning-rate-fusion"
+                    "--learning-rate-fusion"
                 )
             run.phase("eval")
             change = (action - state[POSITION]).abs().mean()
@@ -1925,10 +1927,7 @@ def main(argv=None):
         selected_by=market.judged_by,
         mae_steps=loop.mae_steps,
         samples_per_transition=loop.updates * args.batch_size / max(loop.global_step, 1),
-        device={
-            "precision": contexts.precision,
-            "embedding_cache_bytes": getattr(contexts.cache, "nbytes", 0),
-        },
+        device={"precision": contexts.precision},
         data={
             "gaps": market.bars.gaps,
             "facts": market.bars.facts,

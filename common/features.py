@@ -740,6 +740,8 @@ class FeatureModel(Fitted):
         if names:
             strongest = f"the strongest, with |t| (at least {self.least_evidence:.1f})"
             strongest = f"{strongest}: {', '.join(names)}"
+            if self.linear and not any(self.linear["weights"]):
+                strongest = f"{strongest}\nno linear forecast: the lasso keeps none of them"
         return f"screen: {what}\n{strongest}"
 
     def transform(self, bars: Bars) -> np.ndarray:
