@@ -40,7 +40,7 @@ def read_cityflow(path, demand=(), dx: float = CELL_LENGTH) -> Network:
     try:
         plan = cityflow_map(path, net)
     except ODD as e:
-        raise NetworkError(f"{path}: not a roadnet of CityFlow: {e!r} is missing or odd") from None
+        raise NetworkError(f"{path}: not a roadnet of CityFlow: {missing(e)}") from None
     if not plan.roads or not plan.links:
         raise NetworkError(f"{path}: {len(plan.roads)} roads and {len(plan.links)} lane links")
     notes.append("turns of CityFlow: nobody gives way at a green")
@@ -60,6 +60,13 @@ def read_json(path: Path):
         return json.loads(read_text(path))
     except json.JSONDecodeError as e:
         raise NetworkError(f"{path}: line {e.lineno}: not JSON: {e.msg}") from None
+    except RecursionError:
+        raise NetworkError(f"{path}: brackets within brackets, hundreds deep") from None
+
+
+def missing(error: Exception) -> str:
+    """What an error of ODD says of the JSON."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def cityflow_map(path: Path, net: dict) -> Map:
@@ -150,7 +157,7 @@ def read_flow(row: dict, at: str) -> Flow:
         every, first = float(row["interval"]), float(row["startTime"])
         last, route = float(row["endTime"]), list(row["route"])
     except ODD as e:
-        raise NetworkError(f"{at}: {e!r} is missing or odd") from None
+        raise NetworkError(f"{at}: {missing(e)}") from None
     if not every > 0 or first < 0:
         raise NetworkError(f"{at}: interval {every:g} must be > 0, startTime {first:g} >= 0")
     if last < 0:

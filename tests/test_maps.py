@@ -425,6 +425,10 @@ def test_a_roadnet_of_cityflow(tmp_path):
     (tmp_path / "roadnet.json").write_text(json.dumps(odd))
     with pytest.raises(networks.NetworkError, match="WJ: lane 2"):
         maps.read_map(str(tmp_path / "roadnet.json"))
+    for text in ("[" * 100_000, "[]", "{}"):
+        (tmp_path / "roadnet.json").write_text(text)
+        with pytest.raises(networks.NetworkError, match="roadnet.json: "):
+            maps.read_map(str(tmp_path / "roadnet.json"))
 
 
 # --------------------------------------------------------------------------------------------------------- RESCO
