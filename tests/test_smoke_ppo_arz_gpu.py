@@ -18,7 +18,7 @@ from cleanrl_crypto import ppo_arz_gpu as ppo
 from common.lanes import SimulatedLanes
 from common.run import UsageError
 from common.timeout_guard import load_checkpoint
-from runs import SUMMARY, assert_same, flags_of, last_of, records, untimed, wait_until
+from runs import assert_same, assert_same_run, flags_of, last_of, records, wait_until
 
 SCRIPT = Path(ppo.__file__)
 TINY = dict(
@@ -39,10 +39,8 @@ def command(run_dir, *before, **changes):
 
 
 def check_run(run_dir, summary):
-    assert SUMMARY <= set(summary) and summary["updates"] > 0
-    assert summary["replay_ratio"] == pytest.approx(summary["updates"] / summary["global_step"])
-    assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
-    assert summary["env_builds"] == 2
+    """What the script itself writes; the rest is run.py's (test_run.py)."""
+    assert summary["updates"] > 0 and summary["env_builds"] == 2
     assert set(summary["eval"]) == {"validation", "published", "heldout"}
     for result in summary["eval"].values():
         assert {"constant", "p", "pi"} <= set(result["baselines"])
@@ -51,9 +49,6 @@ def check_run(run_dir, summary):
             assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 1 + 1e-6
     splits = {f"eval/{split}/episode_return" for split in summary["eval"]}
     assert splits <= {key for record in records(run_dir) for key in record}
-    assert json.loads((run_dir / "summary.json").read_text())["eval"] == summary["eval"]
-    assert {"last.pt", "best.pt"} <= {p.name for p in (run_dir / "checkpoints").iterdir()}
-    assert list(run_dir.glob("events.out.tfevents.*"))
     trace = pd.read_parquet(run_dir / "traces" / "freeway.parquet")
     assert {"time_s", "action_0", "reward", "rho_0", "v_50"} <= set(trace) and len(trace) == 10
 
@@ -102,11 +97,7 @@ def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(whole, tmp_
     child.communicate()
     assert 0 < last_of(tmp_path / "parts")["loop"]["global_step"] < 2048
     ppo.main(flags(tmp_path / "parts", **changes))
-    a, b = last_of(whole[0]), last_of(tmp_path / "parts")
-    for name in ("agent", "parts", "loop", "config", "data"):
-        assert_same(a[name], b[name], name)
-    one, two = (untimed(folder) for folder in (whole[0], tmp_path / "parts"))
-    assert one == two and one[-1]["global_step"] == 2048
+    assert_same_run(whole[0], tmp_path / "parts")
 
 
 def test_a_policy_from_its_file_alone_acts_as_evaluated(whole, tmp_path, capsys):
@@ -161,6 +152,58 @@ def test_a_broken_lane_does_not_break_the_run(tmp_path):
     assert np.isfinite(losses_of(tmp_path / "run")).all()
 
 
+class Target(SimulatedLanes):
+    """The action that is asked for is what one sees; reward: minus the square of what is missed."""
+
+    obs_scale, traced, length, decision_interval = 1.0, 0, 5, 1.0
+
+    def __init__(self, num_envs: int, **splits):
+        box = gym.spaces.Box(-1, 1, (1,), np.float32)
+        super().__init__(num_envs, box, box)
+        self.splits, self.draws = splits, torch.Generator()
+
+    def draw(self):
+        return 2 * torch.rand(self.num_envs, 1, generator=self.draws) - 1
+
+    def reset_lanes(self, first, options):
+        if first:
+            self.draws.manual_seed(self.seed)
+        self.asked = self.last = self.draw()
+        self.totals, self.finals = torch.zeros(2, 2, self.num_envs)
+
+    def observe(self):
+        return self.asked
+
+    def last_observations(self):
+        return self.last
+
+    def step_lanes(self, action):
+        reward = -((action - self.asked) ** 2).flatten()
+        self.totals += torch.stack([reward, torch.ones(self.num_envs)])
+        self.last, self.asked = self.asked, self.draw()
+        over = self.totals[1] == self.length
+        self.finals = torch.where(over, self.totals, self.finals)
+        self.totals = torch.where(over, 0.0, self.totals)
+        return reward, torch.zeros_like(over), over
+
+    def stats(self, name="totals"):
+        return dict(zip(("episode_return", "episode_length"), getattr(self, name)))
+
+    def trace(self):
+        return {}
+
+
+def test_a_known_task_is_solved(tmp_path):
+    """The loop learns: the best constant has -1.67 an episode, a policy that is right 0."""
+    changes = dict(
+        num_envs=32, num_steps=16, num_minibatches=4, update_epochs=4, learning_rate=3e-3, log_std_init=-1.0,
+        eval_interval=2048, total_timesteps=10_240)
+    eval_envs = Target(64, validation=slice(0, 64))
+    summary = ppo.main(flags(tmp_path / "run", **changes), envs=Target(32), eval_envs=eval_envs)
+    assert summary["eval"]["validation"]["agent"]["episode_return"] > -0.05
+    assert summary["audit"]["verdict"] == "undecided"  # there is no baseline
+
+
 @pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_follow_one(tmp_path, resumed):
     """The same lanes, noise and minibatches: losses are the same but for rounding; then resumed."""
@@ -193,72 +236,6 @@ def test_a_bad_flag_is_refused(tmp_path, changes, words):
     with pytest.raises(UsageError, match=words):
         ppo.main(flags(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_refusal_is_one_line_and_exit_code_2(refusal_of, tmp_path):
-    assert "--num-envs" in refusal_of(SCRIPT)(flags(tmp_path / "run", num_envs=-1))
-
-
-@pytest.mark.parametrize("changes", [dict(control="both"), dict(ent_coef=0.1), dict(log_std_init=-1.0)])
-def test_other_flags_at_resume_are_refused(whole, changes):
-    name = "--" + next(iter(changes)).replace("_", "-")
-    with pytest.raises(UsageError, match=name):
-        ppo.main(flags(whole[0], resume="auto", total_timesteps=2048, **changes))
-
-
-# -------------------------------------------------------------------------------------- slow
-class Pendulum(SimulatedLanes):
-    """Gymnasium's Pendulum as lanes: a task of known difficulty."""
-
-    obs_scale, traced, length, decision_interval = 1.0, 0, 200, 1.0
-
-    def __init__(self, num_envs: int, **splits):
-        mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-        env = gym.make_vec("Pendulum-v1", num_envs, vectorization_mode="sync", vector_kwargs=mode)
-        super().__init__(num_envs, env.single_observation_space, env.single_action_space)
-        self.env, self.splits = env, splits
-        self.totals, self.finals = torch.zeros(2, 2, num_envs)
-
-    def reset_lanes(self, first, options):
-        obs, _ = self.env.reset(seed=self.seed % 2**31 if first else None)
-        self.set(obs, obs)
-        self.totals = torch.zeros(2, self.num_envs)
-
-    def set(self, obs, final):
-        scale = np.array([1, 1, 1 / 8])  # angular speeds reach 8
-        self.obs, self.final = (torch.tensor(x * scale, dtype=torch.float32) for x in (obs, final))
-
-    def observe(self):
-        return self.obs
-
-    def last_observations(self):
-        return self.final
-
-    def step_lanes(self, action):
-        torque = 2 * action.clamp(-1, 1).numpy()
-        obs, reward, terminated, truncated, info = self.env.step(torque)
-        self.set(obs, np.stack(info["final_obs"]) if truncated.all() else obs)
-        self.totals = self.totals + torch.stack([torch.tensor(reward), torch.ones(self.num_envs)])
-        if truncated.all():  # all end at 200 steps
-            self.finals, self.totals = self.totals, torch.zeros(2, self.num_envs)
-        return torch.tensor(reward / 8), torch.tensor(terminated), torch.tensor(truncated)
-
-    def stats(self, name="totals"):
-        return dict(zip(("episode_return", "episode_length"), getattr(self, name)))
-
-    def trace(self):
-        return {}
-
-
-@pytest.mark.slow
-def test_a_known_task_is_solved(tmp_path):
-    changes = dict(
-        num_envs=8, num_steps=256, num_minibatches=8, update_epochs=10, gamma=0.9, log_std_init=-0.5,
-        hidden=64, eval_interval=20_000, total_timesteps=200_000)
-    eval_envs = Pendulum(20, validation=slice(0, 20))
-    summary = ppo.main(flags(tmp_path / "run", **changes), envs=Pendulum(8), eval_envs=eval_envs)
-    assert summary["eval"]["validation"]["agent"]["episode_return"] > -250
-    assert summary["audit"]["verdict"] == "undecided"
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """cleanrl_crypto/ppo_arz_signals.py through its command line, at tiny sizes: runs, resume, refusals, processes."""
 
-import json
 import math
 import socket
 import subprocess
@@ -14,14 +13,14 @@ import torch
 
 from cleanrl_crypto import ppo_arz_signals as arz
 from common.run import CheckFailed, UsageError
-from runs import SUMMARY, assert_same, flags_of, last_of, records, untimed, wait_until, write_network
+from runs import assert_same, flags_of, last_of, records, untimed, wait_until, write_network
 
 SCRIPT = Path(arz.__file__)
 TINY = dict(
     scenario="town1", num_envs=4, num_steps=5, num_minibatches=2, update_epochs=2, hidden=8, episode_seconds=50,
     total_timesteps=120, eval_interval=60, report=False, torch_threads=1, cuda=False)
-ROADS = "from,to,length_m,class,lanes,limit\nA,J,200,secondary,1,\nB,J,150,tertiary,1,\nJ,C,200,secondary,1,\n"
-PLAN = {"signals": {"J": [["A"], ["B"]]}, "demand": {"A": {"car": 500}, "B": {"car": 200}}}
+ROADS = "from,to,length_m,class,lanes,limit\nA,J,100,secondary,1,\nB,J,100,tertiary,1,\nJ,C,100,secondary,1,\n"
+PLAN = {"signals": {"J": [["A"], ["B"]]}, "demand": {"A": {"car": 0}, "B": {"car": 1200}}}
 # as a program of its own, but with the kernels that this process has compiled
 PROGRAM = f"import sys; sys.path.insert(0, {str(SCRIPT.parents[1])!r}); " \
           "from cleanrl_crypto.ppo_arz_signals import exit_with, main; exit_with(main)"
@@ -42,9 +41,8 @@ def finished(tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------- whole runs
 def test_a_run_and_what_it_leaves(finished):
     run_dir, summary = finished
-    assert SUMMARY <= set(summary) and summary["status"] == "finished" and summary["global_step"] == 120
+    assert summary["status"] == "finished" and summary["global_step"] == 120
     assert summary["updates"] == 120 // (4 * 5) * 2 * 2 and summary["samples_per_transition"] == 2
-    assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
     assert summary["env_builds"] == 2 and set(summary["eval"]) == {"eval", "x1.0", "x1.3"}
     for result in summary["eval"].values():
         assert set(result["baselines"]) == set(arz.CONTROLLERS) - {"own_program"}
@@ -53,8 +51,6 @@ def test_a_run_and_what_it_leaves(finished):
             assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 0.9 + 1e-6
     splits = {f"eval/{split}/delay_veh_s" for split in summary["eval"]}
     assert splits <= {key for record in records(run_dir) for key in record}
-    assert json.loads((run_dir / "summary.json").read_text())["eval"] == summary["eval"]
-    assert {"last.pt", "best.pt"} <= {p.name for p in (run_dir / "checkpoints").iterdir()}
     assert (run_dir / "traces" / "town1.parquet").stat().st_size > 500
 
 
@@ -121,12 +117,16 @@ def test_a_policy_from_its_file_alone_acts_as_evaluated(finished, tmp_path):
         arz.main(flags(tmp_path / "other", eval_only=True, checkpoint=path, scenario="town2"))
 
 
-def test_a_network_whose_file_changed_is_not_resumed(tmp_path):
+def test_it_learns_which_road_has_the_traffic_and_resumes_on_no_other_network(tmp_path):
     path = write_network(tmp_path, ROADS, PLAN)
-    arz.main(flags(tmp_path / "run", scenario=path, total_timesteps=20))
+    changes = dict(
+        scenario=path, num_envs=16, num_steps=20, learning_rate=3e-3, episode_seconds=100, total_timesteps=640)
+    result = arz.main(flags(tmp_path / "run", **changes))["eval"]["eval"]
+    assert result["agent"]["switches"] <= 1
+    assert result["agent"]["delay_veh_s"] < 0.5 * result["baselines"]["always_switch"]["delay_veh_s"]
     write_network(tmp_path, ROADS, PLAN | {"demand": {"A": {"car": 400}, "B": {"car": 200}}})
     with pytest.raises(UsageError, match="sha256"):
-        arz.main(flags(tmp_path / "run", scenario=path, total_timesteps=40, resume="auto"))
+        arz.main(flags(tmp_path / "run", **changes, resume="auto"))
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -148,6 +148,7 @@ def test_a_large_town_keeps_a_short_deadline(tmp_path):
     summary = arz.main(flags(tmp_path / "run", scenario="town8", num_envs=64, episode_seconds=450, timeout=12,
                              total_timesteps=10**9, num_minibatches=2))
     assert summary["status"] == "timeout" and summary["exit_code"] == 0
+    assert summary["wall_seconds"] < 60
 
 
 # ------------------------------------------------------------------------------------------------------ processes
