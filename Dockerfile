@@ -14,5 +14,7 @@ ENV PIP_NO_CACHE_DIR=1
 COPY Makefile requirements.txt ./
 RUN make venv TORCH="$TORCH"
 COPY . .
+# a clone that is younger than the cached layer above has the same requirements
+RUN touch .venv/.run
 VOLUME /app/runs
 CMD ["make", "run"]
