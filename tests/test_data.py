@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runs
 from common import data
 from common.data import COLUMNS, DataError, load_bars, read_bars, split_rows, split_series
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 KINDS = ("parquet", "csv")
+refusal = partial(runs.refusal, DataError)
 
 
 def make_frame(n=40, seed=0, start="2024-01-01", freq="h"):
@@ -38,14 +41,6 @@ def save(frame, path):
     else:
         frame.to_parquet(path, index=False)
     return str(path)
-
-
-def refusal(call, *args):
-    """The message of the DataError that call(*args) must raise: one line."""
-    with pytest.raises(DataError) as error:
-        call(*args)
-    assert "\n" not in str(error.value) and error.value.exit_code == 2  # a usage error
-    return str(error.value)
 
 
 def nanoseconds(frame):

@@ -21,6 +21,7 @@ from common.markets import (
     rouwenhorst,
     stationary,
 )
+from runs import refusal
 
 SIGMA = 0.006
 BP = 1e-4
@@ -258,10 +259,8 @@ def test_spec_keys_reach_the_law():
     ("synthetic:drift?drift=.05", ["drift", "0.05", "0.006"]),
 ])
 def test_bad_specs_are_refused_in_one_line(spec, words):
-    with pytest.raises(ValueError) as error:
-        parse_law(spec)
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    message = refusal(ValueError, parse_law, spec)
+    assert all(word in message for word in words), message
 
 
 # ---------------------------------------------------------------------------------- how it is judged
@@ -298,7 +297,7 @@ def test_the_best_constant_is_flat_unless_an_edge_is_seen(spec, constant):
 
 
 def test_nothing_is_earned_by_not_holding_a_constant_that_turned_wrong():
-    """A run of the study that held nearly nothing was called healthy: its best constant of the train rows lost on eval."""
+    """A run that held nearly nothing was called healthy: its best constant of the train rows lost on eval."""
     ret = np.repeat([-1e-3, 1e-3], 400) + 1e-4 * np.random.default_rng(0).normal(size=800)
 
     def walk(target, a, b):
@@ -390,7 +389,9 @@ def test_a_lasso_of_sums_is_that_of_the_whole_table():
     table = np.concatenate([rng.normal(size=(30_000, 50)), rng.random((30_000, 5))], 1).astype(np.float32)
     table[:, 7] = 3.0  # a constant column
     ret = 0.01 * rng.normal(size=30_000) + 0.001 * table[:, 0]
-    assets = [scoring.Series(Products(table, 50), ret, {"train": train}, None, False) for train in ((9, 29_000), (50, 220))]
+    columns = Products(table, 50)
+    rows = (9, 29_000), (50, 220)
+    assets = [scoring.Series(columns, ret, {"train": train}, None, False) for train in rows]
     tracemalloc.start()
     level, parts = scoring.train_sums(assets)
     scoring.fit_linear(assets[0])
@@ -400,8 +401,8 @@ def test_a_lasso_of_sums_is_that_of_the_whole_table():
     assert peak < dense.nbytes
     low, high = 9 + 28_991 // 5 - 64, 9 + 2 * 28_991 // 5 + 64  # the second fold of the first, with its gaps
     # the second asset's folds are shorter than the gap: of its 170 rows the second leaves out 34 and 64 on both sides
-    rows = np.r_[9:low, high:29_000], np.r_[50:50, 50 + 68 + 64 : 220]
-    for sums, (a, b) in ((parts[0], (np.r_[9:29_000], np.r_[50:220])), (parts[2], rows)):
+    second = np.r_[9:low, high:29_000], np.r_[50:50, 50 + 68 + 64 : 220]
+    for sums, (a, b) in ((parts[0], (np.r_[9:29_000], np.r_[50:220])), (parts[2], second)):
         x, y = np.concatenate([dense[a], dense[b]]), np.concatenate([ret[a], ret[b]])
         x, y = x - x.mean(0), y - y.mean()
         covariance = x.T @ y / len(y)

@@ -26,14 +26,6 @@ def test_a_released_buffer_comes_back_zeroed_and_nothing_is_allocated():
     assert pool.stats()["allocations"] == 4
 
 
-def test_mutable_state_is_never_shared():
-    # an evaluation environment once overwrote the training environment's state through one array
-    pool = Pool()
-    train, evaluation = pool.acquire(5, np.float64), pool.acquire(5, np.float64)
-    train[...] = 1
-    assert not np.shares_memory(train, evaluation) and not evaluation.any()
-
-
 def test_misuse_is_refused_and_not_counted():
     pool = Pool()
     wrong = (3, np.float32, "gpu"), ((-1,), np.float32), (3, "no such dtype")
