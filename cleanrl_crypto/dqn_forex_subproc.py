@@ -445,8 +445,8 @@ def side_costs(args, series):
     """Cost of a side (T,) of every bar, as a share of the notional, of every pair."""
     commission = (args.cost_bps or 0.0) * BP
     if not args.synthetic:
-        found = zip(spreads(args, series), series.values())
-        return [0.5 * spread / bars.close + commission for spread, bars in found]
+        pairs = zip(spreads(args, series), series.values())
+        return [0.5 * spread / bars.close + commission for spread, bars in pairs]
     first, *_ = series.values()
     if args.cost_bps is None:
         commission = SYNTHETIC_COST * min(first.truth.law.sigma)
@@ -757,9 +757,9 @@ def try_user_env(pipe, env_fn):
 @lru_cache(None)
 def user_spaces(env_fn):
     """The spaces of a user's environment, from a process that may die or hang. UsageError."""
-    found = ask(worker_context(MODULE), try_user_env, env_fn, seconds=START_SECONDS)
-    refuse((isinstance(found, str), f"--env-fn {env_fn}: {found}"))
-    return found
+    spaces = ask(worker_context(MODULE), try_user_env, env_fn, seconds=START_SECONDS)
+    refuse((isinstance(spaces, str), f"--env-fn {env_fn}: {spaces}"))  # or why it has none
+    return spaces
 
 
 class UserBlock:
@@ -1026,12 +1026,12 @@ class WorkerLanes(Lanes):
         usage = []
         for process in self.processes.values():
             with suppress(psutil.Error):
-                found = psutil.Process(process.pid)
-                memory = found.memory_full_info()
+                worker = psutil.Process(process.pid)
+                memory = worker.memory_full_info()
                 usage.append(
                     {
-                        "pid": found.pid,
-                        "cpu_seconds": sum(found.cpu_times()[:2]),  # user, system
+                        "pid": worker.pid,
+                        "cpu_seconds": sum(worker.cpu_times()[:2]),  # user, system
                         "rss": memory.rss,
                         "uss": memory.uss,
                     }
@@ -1579,11 +1579,11 @@ def series_of(pairs, leverage):
 @torch.no_grad()
 def values(network, table, device):
     """Q (n, 3, actions) of rows (n, F) of a table at each position: all that an agent can be asked."""
-    found = []
+    blocks = []
     for rows in torch.from_numpy(table).split(2**15):
         q = [network(F.pad(rows, (0, 1), value=level).to(device)) for level in LEVELS]
-        found.append(torch.stack(q, 1))
-    return torch.cat(found).cpu()
+        blocks.append(torch.stack(q, 1))
+    return torch.cat(blocks).cpu()
 
 
 def greedy_path(q, flat):
@@ -1824,8 +1824,8 @@ class CustomJudge:
         variance = sum(x["episode_return_std"] ** 2 / max(x["episodes"], 1) for x in (agent, random))
         ahead = agent[self.by] - random[self.by] > 2 * math.sqrt(variance)
         word = ("healthy" if ahead else "undertrained") if updates else "untrained"
-        found = f"mean return {agent[self.by]:.1f}, of random actions {random[self.by]:.1f}"
-        return {"verdict": word, "reasons": [found]}
+        why = f"mean return {agent[self.by]:.1f}, of random actions {random[self.by]:.1f}"
+        return {"verdict": word, "reasons": [why]}
 
     def random(self, obs):
         """Values (N, actions) whose greatest is anywhere."""

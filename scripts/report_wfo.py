@@ -25,11 +25,11 @@ def build(name: str, summary: dict, growth: pd.DataFrame, results: list, segment
 
 
 def add_header(page: Page, name: str, summary: dict):
-    found = summary["luck"]
-    tone = "good" if found["skill"] else "warn"
+    luck = summary["luck"]
+    tone = "good" if luck["skill"] else "warn"
     page.add(f"<h1>Walk-forward: {esc(name)}</h1>")
     facts = f"{summary['finished']} of {summary['wanted']} segments finished"
-    facts += f" · {summary['months']:.1f} months out of sample · trials so far: {found['trials']}"
+    facts += f" · {summary['months']:.1f} months out of sample · trials so far: {luck['trials']}"
     if summary["partial"]:
         facts += f" · segments tested on a part of their rows (time): {summary['partial']}"
     page.add(f'<p class="soft">{esc(facts)}</p>')
@@ -37,11 +37,11 @@ def add_header(page: Page, name: str, summary: dict):
     page.add(f'<div class="chips"><span class="chip {tone}"><b>{esc(text)}</b></span></div>')
     page.add('<div class="tiles">')
     year = np.sqrt(summary["bars_per_year"])
-    low, high = show(found["low"] * year, "signed"), show(found["high"] * year, "signed")
+    low, high = show(luck["low"] * year, "signed"), show(luck["high"] * year, "signed")
     fold = summary["folds"]
     tiles = (
-        ("Sharpe ratio, a year", show(found["sharpe"] * year, "signed"), f"95 %: {low} to {high}"),
-        ("deflated Sharpe ratio", f"{found['deflated']:.3f}", "skill from .95 on"),
+        ("Sharpe ratio, a year", show(luck["sharpe"] * year, "signed"), f"95 %: {low} to {high}"),
+        ("deflated Sharpe ratio", f"{luck['deflated']:.3f}", "skill from .95 on"),
         ("months needed more", show(summary["months_more"], "int"), "at this Sharpe ratio"),
         ("worst, bp a bar", show(fold["worst_bps"], "signed"), f"segment {fold['worst_segment']}"),
     )
@@ -125,21 +125,21 @@ def bps(x) -> str:
 
 
 def add_luck(page: Page, summary: dict):
-    found = summary["luck"]
+    luck = summary["luck"]
     bars_a_month = summary["bars_per_year"] / 12
     year = np.sqrt(summary["bars_per_year"])
     page.section("luck", "Luck", "Sharpe ratios of the agent's test months; docs/walk_forward.md.")
-    low, high = found["low"] * year, found["high"] * year
-    record = found["track_record_bars"] / bars_a_month
-    pbo = found["overfitting"]
+    low, high = luck["low"] * year, luck["high"] * year
+    record = luck["track_record_bars"] / bars_a_month
+    pbo = luck["overfitting"]
     rows = {
-        "Sharpe ratio, a year": f"{found['sharpe'] * year:+.2f}",
+        "Sharpe ratio, a year": f"{luck['sharpe'] * year:+.2f}",
         "95 % interval (stationary bootstrap)": f"{low:+.2f} to {high:+.2f}",
-        "skewness and kurtosis of a bar": f"{found['skew']:.2f}, {found['kurtosis']:.1f}",
-        "probabilistic Sharpe ratio (above 0)": f"{found['probabilistic']:.3f}",
-        "configurations and seeds tried on this data": f"{found['trials']} (results/ledger.jsonl)",
-        "what the best of them shows by chance, a year": f"{found['threshold'] * year:.2f}",
-        "deflated Sharpe ratio (above that)": f"{found['deflated']:.3f}",
+        "skewness and kurtosis of a bar": f"{luck['skew']:.2f}, {luck['kurtosis']:.1f}",
+        "probabilistic Sharpe ratio (above 0)": f"{luck['probabilistic']:.3f}",
+        "configurations and seeds tried on this data": f"{luck['trials']} (results/ledger.jsonl)",
+        "what the best of them shows by chance, a year": f"{luck['threshold'] * year:.2f}",
+        "deflated Sharpe ratio (above that)": f"{luck['deflated']:.3f}",
         "minimum track record (one trial, 95 %)": f"{show(record, 'int')} months",
         "probability of backtest overfitting": "needs two trials" if pbo is None else f"{pbo:.2f}",
     }
