@@ -77,8 +77,8 @@ UNREAD = {
 SHORT_NAMES = {"n": "net-file", "net": "net-file", "r": "route-files", "a": "additional-files"}
 SHORT_NAMES |= {"b": "begin", "e": "end"}  # of a configuration
 # what a configuration may ask that moves routes or departures
-ROUTING = ("scale", "junction-taz", "ignore-route-errors", "max-depart-delay", "time-to-teleport")
-ROUTING += ("device.rerouting.", "routing-algorithm", "weight", "step-length")
+ROUTING = ("scale", "junction-taz", "ignore-route-errors", "time-to-teleport", "step-length")
+ROUTING += ("device.rerouting.", "routing-algorithm", "weight")
 
 
 class Road(NamedTuple):
@@ -793,6 +793,7 @@ def greens_of(program: Program) -> list[int]:
 
 
 def is_green(state: str) -> bool:
+    """Whether a phase is one that may be chosen: greens, no amber."""
     return bool(set(state) & set("Gg")) and not set(state) & set("yYu")
 
 

@@ -50,6 +50,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 from cleanrl_crypto import ppo_arz_signals as arz  # noqa: E402
+from common.maps import is_green  # noqa: E402
 from common.networks import Network  # noqa: E402
 from common.timeout_guard import whole_file, write_json_atomic  # noqa: E402
 from common.workers import be_a_worker, worker_context  # noqa: E402
@@ -59,6 +60,8 @@ POLICY, OWN = "policy", "own program"
 # SUMO's types of a program that are run with the map's phases
 SUMO_TYPES = {"actuated": "actuated", "delay-based": "delay_based"}
 LONGEST_GREEN = 50.0  # s, of SUMO's programs where the map gives none: netconvert's default
+# options under which SUMO takes vehicles out that have not arrived: they would count for nothing
+REMOVE = {"max-depart-delay": "-1", "time-to-teleport.remove": "false"}  # SUMO's defaults
 FRAMES = 120  # of the animation, one a decision, from the middle of the simulation
 COLUMNS = {  # of runs.csv
     "delay": "time loss and departure delay, s a vehicle",
@@ -167,6 +170,8 @@ def probe(config: str) -> dict:
     """Begin, end, files, and every signal's program as SUMO runs it."""
     with simulation(config) as sumo:
         lights = sumo.trafficlight
+        option = sumo.simulation.getOption
+        removes = [name for name, usual in REMOVE.items() if option(name) != usual]
         programs = {}
         for tls in lights.getIDList():
             running = lights.getProgram(tls)
@@ -179,7 +184,8 @@ def probe(config: str) -> dict:
         return {
             "begin": sumo.simulation.getTime(),
             "end": sumo.simulation.getEndTime(),
-            "additional": sumo.simulation.getOption("additional-files"),
+            "additional": option("additional-files"),
+            "removes": removes,
             "version": libsumo_version(),
             "programs": programs,
         }
@@ -208,11 +214,6 @@ def write_programs(path: Path, kind: str, programs: dict, min_green: dict):
                 row["maxDur"] = f"{max(longest, duration):g}"
             ET.SubElement(logic, "phase", row)
     ET.ElementTree(root).write(path)
-
-
-def is_green(state: str) -> bool:
-    """Whether a phase of SUMO's is one that may be chosen: greens, no amber."""
-    return bool(set(state) & set("Gg")) and not set(state) & set("yu")
 
 
 def between(old: str, new: str, closing: str) -> str:
@@ -662,7 +663,10 @@ def main(argv: list[str] | None = None) -> dict:
         why = f"{args.run_dir} was trained on another network ({there[:12]}) than {config} gives"
         refuse((there != here, f"{why} ({here[:12]}): train with --network {config}"))
     found = next(in_workers(probe, [str(config)], 1))
-    refuse((found["end"] <= found["begin"], f"{config}: gives no end: add <end value=.../>"))
+    refuse(
+        (found["end"] <= found["begin"], f"{config}: gives no end: add <end value=.../>"),
+        (found["removes"], f"{config}: removes vehicles on their way: drop {found['removes']}"),
+    )
 
     default = f"{args.run_dir}/sumo" if args.run_dir else f"runs/sumo_{config.stem}"
     out = Path(args.out or default)

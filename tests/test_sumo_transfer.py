@@ -38,7 +38,7 @@ def test_greens_that_end_turn_amber_and_those_of_both_phases_stay(old, new, ambe
 
 
 @pytest.mark.parametrize(
-    "state, expected", [("Ggr", True), ("Gyr", False), ("rrr", False), ("uGr", False)]
+    "state, expected", [("Ggr", True), ("Gyr", False), ("GYr", False), ("rrr", False), ("uGr", False)]
 )
 def test_phases_to_choose_from(state, expected):
     assert st.is_green(state) is expected
@@ -238,11 +238,14 @@ def test_command_line_judges_all_controllers(cologne, run_of):
         (["--baselines-only", "--video", "--sumocfg", "{map}"], "--video"),
         (["--baselines-only", "--sumocfg", "{map}", "--seeds", "0"], "--seeds"),
         (["--baselines-only", "--sumocfg", "{broken}"], "no.net.xml"),
+        (["--baselines-only", "--sumocfg", "{leaky}"], "max-depart-delay"),
     ],
 )
 def test_one_line_says_what_is_wrong(refusal_of, cologne, run_of, argv, named):
     broken = cologne.with_name("broken.sumocfg")
     broken.write_text(cologne.read_text().replace("cologne1.net.xml", "no.net.xml"))
+    leaky = cologne.with_name("leaky.sumocfg")
+    leaky.write_text(cologne.read_text().replace("</time>", '</time><max-depart-delay value="20"/>'))
     other = run_of("other", "0" * 64) if "{other}" in argv else ""
-    argv = [a.format(map=cologne, broken=broken, other=other) for a in argv]
+    argv = [a.format(map=cologne, broken=broken, leaky=leaky, other=other) for a in argv]
     assert named in refusal_of(SCRIPT)(argv)
