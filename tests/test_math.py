@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from sb3_contrib import TQC
-from sb3_contrib.common.utils import quantile_huber_loss as sb3_quantile_huber_loss
 from torch import nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.run import UsageError
+from runs import refusal
 
 WINDOW, TECH, ROWS, CPU = 8, 6, 400, torch.device("cpu")
 CONFIG = {
@@ -76,7 +76,7 @@ def make_batch(agent, n=64, k=1, seed=0) -> SimpleNamespace:
 
 
 def losses(agent, batch, noise=None, drop=0, next_noise=None) -> dict:
-    """The loop's three losses, from the script's functions, without clipping rewards."""
+    """The three losses as the loop makes them of the script's functions, without clipping rewards."""
     c, scale = agent.config, agent.reward_scale
     with torch.no_grad():
         growth, held = tqc.hold(batch.after, *batch.bar, c["costs"][1])
@@ -100,35 +100,6 @@ def losses(agent, batch, noise=None, drop=0, next_noise=None) -> dict:
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-# ---------------------------------------------------------------------------------- quantile Huber
-def quantiles(seed, b=33, c=3, n=7, m=11, spread=1.5, dtype=torch.float32):
-    current = spread * normal(b, c, n, seed=seed, dtype=dtype)
-    return current, spread * normal(b, m, seed=seed + 100, dtype=dtype)
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.5, 30.0])
-def test_quantile_huber_and_its_gradient_equal_sb3_contrib_s(spread):
-    current, target = quantiles(1, spread=spread, dtype=torch.float64)
-    current[0, 0, 0] = target[0, 0]  # the kink
-    ours, theirs, target = (x.clone().requires_grad_() for x in (current, current, target))
-    loss = tqc.quantile_huber_loss(ours, target)
-    expected = sb3_quantile_huber_loss(theirs, target[:, None], sum_over_quantiles=False)
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert target.grad is None  # no gradient to the target
-    expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-9)
-
-
-# ------------------------------------------------------------------------------------ TQC's target
-@pytest.mark.parametrize("done, expected", [(0.0, [0.233, 0.423, 0.613, 0.708]), (1.0, [0.1] * 4)])
-def test_tqc_target_fixture(done, expected):
-    nets = torch.tensor([[[0, 0.5, 1], [0.2, 0.4, 2.5]]])
-    reward, log_prob = torch.tensor([0.1]), torch.tensor([-0.7])
-    target = tqc.tqc_target(nets, reward, torch.tensor([done]), 0.95, 0.2, log_prob, 1)
-    torch.testing.assert_close(target, torch.tensor([expected]))
 
 
 # ------------------------------------------------------------------------------- squashed Gaussian
@@ -287,16 +258,6 @@ def test_rewards_are_those_of_the_kernels(drift):
         assert float(held) == pytest.approx(after, rel=1e-12)
 
 
-def test_what_ent_coef_changes():
-    """Nothing in the greedy policy's targets; under policy actor it enters them, as in TQC."""
-    for policy, moved in (("critic_grid", False), ("actor", True)):
-        targets = []
-        for alpha in (0.5, 0.01):
-            agent = make_agent(policy=policy, alpha=alpha)
-            targets.append(losses(agent, make_batch(agent), normal(64, 1), 0, normal(64, 1))["target"])
-        assert torch.equal(*targets) != moved, policy
-
-
 def test_the_slope_of_q_in_the_cost_of_the_trade_is_1():
     agent = make_agent(policy="critic_grid")
     latents, w, after = normal(64, 25), torch.rand(64, 1), agent.grid.expand(64, -1)
@@ -374,21 +335,19 @@ def test_stretches_encode_every_row_once_and_next_rows_without_gradient():
 
 
 # -------------------------------------------------------------------------------- averages, schedules
-def test_averages_keep_no_graph_and_no_random_start():
-    """After 100 updates: an average is a leaf, and equals the weighted mean of the weights."""
+def test_averages_keep_no_graph():
+    """A follower of weights that learn is a leaf, and the average that its formula says."""
     agent, average = make_agent(), make_agent(1).requires_grad_(False)
-    decay, every, seen = 0.99, 10, []
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-    for updates in range(every, 101, every):
-        agent.critic(normal(4, 25, seed=updates), torch.zeros(4, 1), torch.zeros(4, 1)).mean().backward()
+    expected = average.critic.nets[0][0].weight.clone()
+    for k in range(10):
+        agent.critic(normal(4, 25, seed=k), torch.zeros(4, 1), torch.zeros(4, 1)).mean().backward()
         optimizer.step()
-        seen.append(agent.critic.nets[0][0].weight.detach().clone())
-        tqc.move(average, agent, (1 - decay**every) / (1 - decay**updates))
+        tqc.move(average, agent, 0.1)
         tqc.move(agent.target, agent.critic, 0.05)
+        expected = 0.9 * expected + 0.1 * agent.critic.nets[0][0].weight.detach()
     for p in [*average.parameters(), *agent.target.parameters()]:
         assert p.grad_fn is None and not p.requires_grad
-    share = decay ** (every * np.arange(len(seen))[::-1])
-    expected = sum(float(a) * w for a, w in zip(share / share.sum(), seen))
     torch.testing.assert_close(average.critic.nets[0][0].weight, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -404,9 +363,7 @@ def test_ent_coef_is_read_as_stable_baselines3_reads_it():
     good = {"auto": 1.0, "auto_0.5": 0.5, "0.2": 0.2, "0": 0.0}
     assert {text: tqc.initial_alpha(text) for text in good} == good
     for text in ("auto_0", "auto_-1", "-0.1", "automatic", "nan", "inf", "0,5", "", "auto_"):
-        with pytest.raises(UsageError, match="--ent-coef") as e:
-            tqc.Args(ent_coef=text)
-        assert "\n" not in str(e.value), text
+        assert "--ent-coef" in refusal(UsageError, tqc.Args, ent_coef=text)
 
 
 # ----------------------------------------------------------------------------------- FiLM and fusion

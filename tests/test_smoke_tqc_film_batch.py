@@ -22,7 +22,7 @@ from common.data import COLUMNS, load_bars
 from common.lanes import Lanes
 from common.run import CheckFailed, Run, UsageError
 from common.timeout_guard import CheckpointError, load_checkpoint
-from runs import SUMMARY, flags_of, load_summary, records
+from runs import flags_of, load_summary, records, refusal
 
 SCRIPT = Path(tqc.__file__)
 TINY = dict(
@@ -52,12 +52,8 @@ def write_bars(path, spec, rows=None):
 
 
 def check_summary(summary, synthetic=True):
-    """Every key of the contract's table, with values that can be."""
-    assert SUMMARY <= set(summary)
-    steps = max(summary["global_step"], 1)
-    assert summary["replay_ratio"] == pytest.approx(summary["updates"] / steps)
-    assert summary["samples_per_transition"] == pytest.approx(64 * summary["updates"] / steps)
-    assert sum(summary["phases"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
+    """What the script itself writes, with values that can be; the rest is run.py's (test_run.py)."""
+    assert summary["samples_per_transition"] == pytest.approx(64 * summary["replay_ratio"])
     assert {"setup", "pretrain", "cache", "eval", "io"} <= set(summary["phases"])
     assert list(summary["eval"]) == ["train", "eval", "test"]
     for split, result in summary["eval"].items():
@@ -92,13 +88,10 @@ def base(tmp_path_factory):
 # -------------------------------------------------------------------------------- the command line
 def test_run_directory_is_complete(base):
     run_dir, out = base
-    names = "args.json metrics.jsonl summary.json report.html encoder.pt checkpoints/last.pt"
-    for name in [*names.split(), "checkpoints/best.pt", *(f"traces/{s}.parquet" for s in ("train", "eval", "test"))]:
+    for name in ("report.html", "encoder.pt", *(f"traces/{split}.parquet" for split in ("train", "eval", "test"))):
         assert (run_dir / name).stat().st_size > 0, name
     for path in run_dir.rglob("*.pt"):
         assert isinstance(torch.load(path, weights_only=True), dict)
-    args = json.loads((run_dir / "args.json").read_text())
-    assert set(args) == set(tqc.Args.__dataclass_fields__) and args["d_model"] == 32
     assert not list(run_dir.rglob("*.tmp"))
     assert "optimum" in out and "buy_and_hold" in out and str(run_dir) in out
 
@@ -230,6 +223,16 @@ def test_main_twice_in_one_process_learns_the_same_and_the_loop_never_waits_for_
     assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5) for k in a)
 
 
+def test_a_clear_signal_is_learned_by_the_critic_and_by_the_actor(tmp_path):
+    """A lasso has .999 of the optimum; an actor that learned nothing stays flat."""
+    summary = tqc.main(flags(
+        tmp_path / "run", data="synthetic:signal?bars=4000&ic=.6&n_states=5&phi=.8", window=4, d_model=16,
+        updates_per_step=4, total_timesteps=3840, eval_interval=1920))
+    test = summary["eval"]["test"]
+    assert min(test["agent"]["score"], test["actor"]["score"]) > 0.95
+    assert summary["audit"]["verdict"] == "healthy"
+
+
 @pytest.mark.parametrize("step, stale, flags, more", [
     (tqc.SCHEDULE - 1, 0, {}, True),
     (tqc.SCHEDULE, 0, {}, False),
@@ -322,11 +325,15 @@ def test_the_end_is_evaluated_and_an_evaluation_that_time_cut_short_chooses_noth
         return latents_of(agent, contexts, rows[:200] if until < math.inf else rows, until)
 
     monkeypatch.setattr(tqc, "latents_of", cut)
-    summary = tqc.main(flags(tmp_path / "run", total_timesteps=448, eval_timeout=1e6))
+    summary = tqc.main(flags(tmp_path / "run", total_timesteps=448, learning_starts=448, eval_timeout=1e6))
     steps = [line["global_step"] for line in records(tmp_path / "run") if "eval/eval/score" in line]
     assert steps == [0, 448]
     assert all(result["partial"] for result in summary["eval"].values())
-    assert summary["best_step"] == 0 and summary["updates"] > 0
+    assert summary["best_step"] == 0 and summary["updates"] == 2
+    # the average has no share of the random start: after the first updates it is the learner
+    last = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    for name, weights in last["agent"].items():
+        torch.testing.assert_close(weights, last["parts"]["learner"][name])
 
 
 def test_a_partial_evaluation_does_not_enter_the_mean_that_chooses(tmp_path, monkeypatch):
@@ -394,9 +401,8 @@ def test_a_refusal_is_one_line_exit_code_2_and_no_folder(tmp_path, refused, monk
     (dict(ent_coef="0.1", ent_coef_min=0.2), ["--ent-coef-min 0.2", "0.1"]),
 ], ids=str)
 def test_contradictions_and_bad_values_are_refused(wrong, words):
-    with pytest.raises(UsageError) as error:
-        tqc.Args(**wrong)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    message = refusal(UsageError, tqc.Args, **wrong)
+    assert all(word in message for word in words)
 
 
 # ------------------------------------------------------------------------------------------- slow
