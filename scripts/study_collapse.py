@@ -116,8 +116,13 @@ EARLIER = {
     "patience": 0,
     "eval_interval": NEVER,
 }
-# The defaults of tqc_film_batch.py; with 256 lanes 64 rows an update are 2.5 a transition, as there
-TODAY = {"batch_size": LANES // 4, "eval_interval": 0.125}  # an evaluation each eighth of the run
+# The defaults of tqc_film_batch.py beside a forecast; with 256 lanes 64 rows an update are 2.5 a
+# transition, as there
+TODAY = {
+    "batch_size": LANES // 4,
+    "eval_interval": 0.125,  # an evaluation each eighth of the run
+    "learning_rate_fusion": 3e-5,
+}
 LARGE = {"num_envs": 1024, "learning_starts": IDLE * 1024}
 TINY = {"window": 8, "d_model": 8, "fusion_width": 16, "hidden": 8, "mae_steps": 2}
 
