@@ -27,6 +27,7 @@ from common.maps import (
 from common.networks import CELL_LENGTH, Network, NetworkError, near, read_text
 
 LAST = 3599.0  # s, of a flow without an end
+OFTEN, LONG = 0.01, 1e6  # s between vehicles, s of a flow: beyond them is a slip
 ODD = KeyError, TypeError, IndexError, AttributeError, ValueError  # of JSON that is something else
 
 
@@ -71,6 +72,8 @@ def missing(error: Exception) -> str:
 
 def cityflow_map(path: Path, net: dict) -> Map:
     roads = {road["id"]: cityflow_road(road) for road in net["roads"]}
+    if len(roads) < len(net["roads"]):
+        raise ValueError("a road's id is there twice")
     links, programs = [], {}
     for node in net["intersections"]:
         signal = ""
@@ -79,7 +82,7 @@ def cityflow_map(path: Path, net: dict) -> Map:
         ways = node.get("roadLinks", [])
         if len(phases) > 1 and not node.get("virtual"):
             signal = node["id"]
-            programs[signal] = cityflow_program(phases, len(ways))
+            programs[signal] = cityflow_program(signal, phases, len(ways))
         for index, way in enumerate(ways):
             for pair in way["laneLinks"]:
                 link = cityflow_link(roads, way, pair)
@@ -92,11 +95,14 @@ def cityflow_road(road: dict) -> Road:
     points = tuple((float(p["x"]), float(p["y"])) for p in road["points"])
     length = sum(map(math.dist, points, points[1:]))
     lanes = road["lanes"]
+    limit = max(lane["maxSpeed"] for lane in lanes)
+    if not limit > 0:
+        raise ValueError(f"{road['id']}: maxSpeed {limit}")
     return Road(
         road["startIntersection"],
         road["endIntersection"],
         length,
-        max(lane["maxSpeed"] for lane in lanes),
+        limit,
         tuple(((lane_id(road["id"], k), length),) for k in range(len(lanes))),
         len(lanes),
         points,
@@ -118,10 +124,13 @@ def cityflow_link(roads: dict, way: dict, pair: dict) -> Link:
     return Link(source, lane, target, lane_id(target, into), speed, "", 0, nobody, nobody)
 
 
-def cityflow_program(light: list, number: int) -> Program:
+def cityflow_program(node: str, light: list, number: int) -> Program:
     """A phase whose links are green in every phase is the pause after each of the others."""
     greens = [set(phase["availableRoadLinks"]) for phase in light]
     seconds = [float(phase["time"]) for phase in light]
+    odd = set().union(*greens) - set(range(number))
+    if odd or not min(seconds) > 0:
+        raise ValueError(f"{node}: lightphases: roadLinks {sorted(odd)}, times {seconds}")
     always = set.intersection(*greens)
     pauses = [s for s, green in zip(seconds, greens) if green == always]
     pause = min(pauses, default=AMBER)
@@ -158,8 +167,11 @@ def read_flow(row: dict, at: str) -> Flow:
         last, route = float(row["endTime"]), list(row["route"])
     except ODD as e:
         raise NetworkError(f"{at}: {missing(e)}") from None
-    if not every > 0 or first < 0:
-        raise NetworkError(f"{at}: interval {every:g} must be > 0, startTime {first:g} >= 0")
+    if not every >= OFTEN or not 0 <= first <= LONG or not last <= LONG:
+        raise NetworkError(
+            f"{at}: interval {every:g} must be >= {OFTEN:g}, startTime {first:g} and "
+            f"endTime {last:g} from 0 (no end: -1) to {LONG:g}"
+        )
     if last < 0:
         last = max(LAST, first)
     count = max(0, int((last - first) // every) + 1)
@@ -191,6 +203,8 @@ def cityflow_route(plan: Map, given: list, at: str) -> tuple:
     for road in given:
         if road not in plan.roads:
             raise NetworkError(f"{at}: no road {road!r}{near(road, plan.roads)}")
+    if not given:
+        raise NetworkError(f"{at}: its route is empty")
     linked = {(link.source, link.target) for link in plan.links}
     edges = list(given[:1])
     for a, b in zip(given, given[1:]):

@@ -442,6 +442,8 @@ def read_net(path: Path, additional=(), notes=None) -> Map:
             allowed = edge.getLanes()[0].getPermissions()
             dropped[min(allowed) if allowed else "nobody"] += 1
             continue
+        if not edge.getSpeed() > 0:
+            raise NetworkError(f"{path}: edge {edge.getID()} has a speed of {edge.getSpeed()} m/s")
         bus_lanes += len(edge.getLanes()) - len(lanes)
         place |= {lane.getID(): k for k, lane in enumerate(lanes)}
         roads[edge.getID()] = Road(

@@ -122,6 +122,7 @@ BROKEN = {
     "a phase without end": ("cross.net.xml", r'(<phase )duration="\d+"', r"\1", "tlLogic J"),
     "programs by the clock": ("cross.net.xml", "</net>", '<WAUT id="night"/></net>', "WAUT night"),
     "flows by measurement": ("cross.net.xml", "</net>", '<calibrator id="c"/></net>', "calibrator c"),
+    "nobody may drive": ("cross.net.xml", 'speed="13.90"', 'speed="0"', "edge EJ"),
     "not in order": ("cross.rou.xml", 'depart="200"', 'depart="150"', "trip t10"),
     "five parts of a time": ("cross.sumocfg", 'value="700"', 'value="0:0:0:0:700"', "0:0:0:0:700"),
     "a state too short": ("cross.net.xml", r'state="\w+"', 'state="G"', "'J'"),
@@ -181,6 +182,9 @@ def vehicles(net) -> np.ndarray:
 def test_vehicles_are_those_that_sumo_inserts(own, case):
     text, (cars, motorcycles) = DEMANDS[case]
     (own / "cross.rou.xml").write_text(f"<routes>{text}</routes>")
+    config = own / "cross.sumocfg"
+    if "cut" in case:
+        config.write_text(config.read_text().replace('<end value="700"/>', ""))
     assert vehicles(maps.read_sumo(own / "cross.sumocfg")) == pytest.approx([motorcycles, cars])
 
 
@@ -216,34 +220,40 @@ def test_a_road_that_closes_sends_vehicles_round(own):
     assert {end for _, end in net.ends} >= {"S"} and "E" not in {end for _, end in net.ends}
 
 
+def change_signal(folder: Path, chars: dict):
+    """Writes {way such as "NJJS": what its link shows in each phase} into the crossing's program."""
+    path = folder / "cross.net.xml"
+    text = path.read_text()
+    index = {a + b: int(k) for a, b, k in re.findall(r'from="(\wJ)" to="(J\w)".*? linkIndex="(\d+)"', text)}
+    for k, phase in enumerate(re.findall(r"<phase .*?/>", text)):
+        state = list(re.search(r'state="(\w+)"', phase)[1])
+        for way, shown in chars.items():
+            state[index[way]] = shown[k]
+        text = text.replace(phase, re.sub(r'state="\w+"', f'state="{"".join(state)}"', phase))
+    path.write_text(text)
+
+
 def test_a_rare_turn_waits_for_the_green_of_the_others(own):
-    """One left turn in forty shares the lane of those who drive on, who never give way."""
+    """One left turn in forty shares the lane of those who drive straight on."""
     trips = "".join(f"<trip id='{k}' depart='{100 + 10 * k}' from='NJ' to='{'JE' if k == 20 else 'JS'}'/>"
                     for k in range(40))
     (own / "cross.rou.xml").write_text(f"<routes>{trips}</routes>")
+    usual = maps.read_sumo(own / "cross.sumocfg")
+    assert usual.green[usual.ids.index("NJ")] == 0b100  # of phases 0, 2 and 4 the last
+    change_signal(own, {"NJJE": "rrGyrr"})
     net = maps.read_sumo(own / "cross.sumocfg")
-    north = [s for s, name in enumerate(net.ids) if name.startswith("NJ")]
-    assert len(north) == 1 and not net.minor[north].any() and net.green[north].any()
+    assert net.green.tolist() == usual.green.tolist()
 
 
 def test_links_that_are_switched_off_are_open(own):
     """O: with priority; o: it gives way, here to those who are green."""
-    text = (own / "cross.net.xml").read_text()
-    links = re.findall(r'from="(\wJ)" to="(J\w)".*? linkIndex="(\d+)"', text)
-    index = {a + b: int(k) for a, b, k in links}
-
-    def off(phase):
-        state = list(phase[2])
-        state[index["NJJS"]], state[index["EJJS"]] = "Oo"
-        return phase[1] + "".join(state)
-
-    (own / "cross.net.xml").write_text(re.sub(r'(<phase .*state=")(\w+)', off, text))
+    change_signal(own, {"NJJS": "O" * 6, "NJJE": "O" * 6, "EJJS": "o" * 6})
     net = maps.read_sumo(own / "cross.sumocfg")
     every = 2 ** net.n_phases[0] - 1
-    north = [s for s, name in enumerate(net.ids) if name.startswith("NJ")]
-    assert (net.green[north] == every).all() and not net.minor[north].any()
+    north = net.ids.index("NJ")
+    assert net.green[north] == every and not net.minor[north]
     left = [s for s, name in enumerate(net.ids) if name.startswith("EJ") and net.minor[s]]
-    assert (net.green[left] == every).all()
+    assert len(left) == 1 and net.green[left] == every
 
 
 def test_barriers_of_rails_are_open_for_cars(tmp_path):
@@ -417,13 +427,27 @@ def test_a_roadnet_of_cityflow(tmp_path):
     assert net.durations.tolist() == [[30, 20]] and net.amber.tolist() == [5]
     assert (net.base.sum((1, 2)) * 60).sum() == pytest.approx(90)
     assert net.saturation[net.signal == 0] * 3600 == pytest.approx(2 * 3600 / (1.5 + maps.REACTION + 7.5 / 11.11))
-    (tmp_path / "flow.json").write_text(json.dumps([flow | {"route": ["WJ", "JX"]}]))
-    with pytest.raises(networks.NetworkError, match="flow 1: no road 'JX'"):
-        maps.read_map(str(tmp_path / "roadnet.json"), [str(tmp_path / "flow.json")])
-    odd = roadnet()
-    odd["intersections"][0]["roadLinks"][0]["laneLinks"][0]["startLaneIndex"] = 2
+    for change, word in (
+            ({"route": ["WJ", "JX"]}, "'JX'"), ({"route": []}, "route"), ({"interval": 1e-9}, "interval 1e-09"),
+            ({"endTime": math.inf}, "endTime inf"), ({"startTime": math.nan}, "startTime nan")):
+        (tmp_path / "flow.json").write_text(json.dumps([flow | change]))
+        with pytest.raises(networks.NetworkError, match=f"flow 1: .*{word}"):
+            maps.read_map(str(tmp_path / "roadnet.json"), [str(tmp_path / "flow.json")])
+
+
+@pytest.mark.parametrize("where, value, word", [
+    (("intersections", 0, "roadLinks", 0, "laneLinks", 0, "startLaneIndex"), 2, "WJ: lane 2"),
+    (("intersections", 0, "trafficLight", "lightphases", 1, "availableRoadLinks"), [-1], r"J: .*\[-1\]"),
+    (("intersections", 0, "trafficLight", "lightphases", 1, "time"), -3, "J: .*-3"),
+    (("roads", 0, "lanes"), [{"width": 3, "maxSpeed": 0}] * 2, "WJ: maxSpeed 0"),
+    (("roads", 0, "id"), "JE", "twice")])
+def test_an_odd_roadnet_is_one_line_that_names_it(tmp_path, where, value, word):
+    odd = part = roadnet()
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
     (tmp_path / "roadnet.json").write_text(json.dumps(odd))
-    with pytest.raises(networks.NetworkError, match="WJ: lane 2"):
+    with pytest.raises(networks.NetworkError, match=word):
         maps.read_map(str(tmp_path / "roadnet.json"))
     for text in ("[" * 100_000, "[]", "{}"):
         (tmp_path / "roadnet.json").write_text(text)
