@@ -418,11 +418,13 @@ class Run:
 
     first = True  # the next run is the first one of this process
     current = None  # the run of this process, for what must happen when main() raises
+    flags = None  # those that exit_with() gave main(): a program without a command line
 
     def __init__(self, cls, argv, schema: int, evaluations: float = 5.0):
         """evaluations: how many evaluations' time the end of the run takes."""
         self.args, given = parse_args(cls, argv)
         self.argv = argv
+        self.is_program = argv is None or argv is Run.flags
         self.script, self.schema = script_of(cls), schema
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -438,7 +440,7 @@ class Run:
         self._sps = {"steps": 0, "seconds": 0.0, "mark": None, "latest": None}
         self._piece = {"work": "", "began": 0.0, "longest": 0.0}
         # a program's first run began with its process, however long its imports took
-        from_start = argv is None and not in_notebook() and Run.first
+        from_start = self.is_program and not in_notebook() and Run.first
         Run.first = False
         self.guard = TimeoutGuard(self.args.timeout, from_process_start=from_start)
         self.guard.mark("setup")
@@ -447,7 +449,7 @@ class Run:
         check_tracking(self.args)
         self._load_state(given)
         self._set_up_device()
-        if self.args.timeout and argv is None:  # a call that hangs: stacks on stderr, exit code 1
+        if self.args.timeout and self.is_program:  # a call that hangs: stacks on stderr, code 1
             late = max(self.guard.remaining(), 0) + max(GRACE, 0.1 * self.args.timeout)
             faulthandler.dump_traceback_later(late, exit=True)
 
@@ -875,7 +877,7 @@ class Run:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
-        if tracked and self.argv is None:  # nor may wandb hang when this program ends
+        if tracked and self.is_program:  # nor may wandb hang when it ends
             faulthandler.dump_traceback_later(LAST_SECONDS, exit=True)
         self.guard.close()
         Run.current = None
@@ -1212,6 +1214,7 @@ def exit_with(main, flags: dict | None = None):
     ends no process: what main() returned is returned.
     """
     sys.stdout, sys.stderr = unbreakable(sys.stdout), unbreakable(sys.stderr)
+    Run.flags = None if in_notebook() else flags
     result = None
     try:
         result = main() if flags is None or own_argv() else main(flags)

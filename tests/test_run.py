@@ -179,6 +179,14 @@ def test_a_start_of_minutes_counts_once(tmp_path, monkeypatch):
     assert toy.main()["wall_seconds"] > 100
     monkeypatch.setattr("sys.argv", ["toy.py", *TINY, "--total-timesteps", "8", "--run-dir", str(tmp_path / "t")])
     assert toy.main()["wall_seconds"] < 100
+    # a bundle has its flags in its text
+    monkeypatch.setattr("sys.argv", ["one_file.py"])
+    monkeypatch.setattr(Run, "first", True)
+    monkeypatch.setattr(Run, "flags", None)
+    flags = {"total_timesteps": 8, "run_dir": str(tmp_path / "b"), "report": False, "cuda": False}
+    with pytest.raises(SystemExit):
+        exit_with(toy.main, flags)
+    assert load_summary(tmp_path / "b")["wall_seconds"] > 100
 
 
 def test_a_run_that_was_killed_before_its_first_line_refuses_no_other(tmp_path):
