@@ -239,6 +239,42 @@ def test_a_strange_file_of_funding_is_refused_in_one_line(market, tmp_path, chan
     assert "strange.csv" in refusal(DataError, load_funding, path, market.bars)
 
 
+@pytest.mark.slow
+def test_drift_mode_is_the_accounting_of_a_back_testing_library(make, market):
+    import vectorbt as vbt
+
+    n, cost = 3, 7e-4
+    start, stop = market.rows["train"]
+    env = make(n, episode_length=10**6, fee_bps=6.0, position_mode="drift", w_cost=0.0)
+    env.reset(seed=1)
+    at(env, start, w_cost=0.0)
+    close = market.bars.close[start : stop + 1]
+    actions = draws(stop - start, n, seed=5)
+    actions[:, 1] = np.abs(actions[:, 1])  # lane 1 is long or flat, lane 2 short or flat, lane 0 both
+    actions[:, 2] = -np.abs(actions[:, 2])
+    equity, units, orders = np.ones((len(close), n)), np.zeros(n), np.zeros((len(close), n))
+    for t, action in enumerate(actions):
+        # shares x that a target of equity after the fee asks for: p + x = a (1 - c |x|)
+        worth, a = equity[t], action[:, 0].astype(float)
+        x = a * worth - units * close[t]
+        x /= np.where(x > 0, 1 + cost * a, 1 - cost * a)
+        orders[t] = x / close[t]
+        units += orders[t]
+        _, _, _, truncated, info = env.step(action)
+        now = info["final_info"]["episode"]["equity"] if truncated.all() else env.state[tqc.EQUITY]
+        equity[t + 1] = now
+    # every bar twice: its equity before the trade, then the trade; a large account, because orders
+    # below 1e-12 shares count as none there
+    price, size, account = np.repeat(close, 2), np.zeros((2 * len(close), n)), 1e6
+    size[1::2] = account * orders
+    for i in range(n):
+        book = vbt.Portfolio.from_orders(
+            price, size[:, i], price=price, fees=cost, init_cash=account, direction="both")
+        assert len(book.orders.records) > 1000
+        np.testing.assert_allclose(book.value().to_numpy()[::2] / account, equity[:, i], rtol=1e-9)
+    assert np.ptp(equity[-1]) > 0.01
+
+
 # ----------------------------------------------------------------------------- cause, effect, time
 def test_an_observation_holds_nothing_after_its_bar(make, market):
     start, stop = market.rows["train"]
