@@ -1064,79 +1064,76 @@ def load_nb(ln, s, first, roads, street):
     return total
 
 
-# obs as a whole in both: a view of a junction's numbers would cost half a step's time
 @fast
-def see_approach_nb(ln, g, s, d, obs, roads, street, rules):
-    """obs[ln, g, d:] <- what a junction sees of approach s, but for d + 7: is it green."""
+def see_approach_nb(lo, hi, g, s, d, most, obs, roads, street, rules):
+    """obs[lo:hi, g, d:] <- what junction g sees of its approach s.
+
+    Of a wide observation also the last columns: of each phase, of `most`, what stands, then what
+    comes.
+    """
     zones = street.zones
     queue = street.queue
-    for z in range(6):
-        obs[ln, g, d + z] = zones[z, s, ln]
     e = roads.entry[s]
-    if e >= 0:
-        obs[ln, g, d + 6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
-    # who may be on the way here
-    for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
-        i = roads.sources[j]
-        share = roads.share[j]
-        far = roads.signal[i]
-        is_open = far >= 0 and (roads.green[i] >> street.phase[far, ln]) & 1
-        obs[ln, g, d + (8 if is_open else 9)] += share * zones[0, i, ln]
-        if rules.wide and far < 0:
-            for z in range(6):
-                obs[ln, g, d + 10 + z] += share * zones[z, i, ln]
-
-
-@fast
-def see_junction_nb(ln, g, most, obs, roads, street, rules):
-    """obs[ln, g] <- what junction g sees; most: phases of the junction that has most."""
-    phase = street.phase[g, ln]
-    age = street.age[g, ln]
-    width = obs.shape[2]
-    for d in range(width):
-        obs[ln, g, d] = ZERO
-    # in a wide observation the last columns: for every phase what stands, then what comes
-    by_phase = width - 2 * most
-    d = 0
-    for a in range(roads.approach.shape[1]):
-        s = roads.approach[g, a]
-        if s >= 0:
-            see_approach_nb(ln, g, s, d, obs, roads, street, rules)
-            obs[ln, g, d + 7] = (roads.green[s] >> phase) & 1
-            if rules.wide:
-                stands = load_nb(ln, s, 3, roads, street) + 10 * obs[ln, g, d + 6]
-                comes = load_nb(ln, s, 0, roads, street)
-                for p in range(roads.n_phases[g]):
-                    if (roads.green[s] >> p) & 1:
-                        obs[ln, g, by_phase + p] += 0.1 * stands
-                        obs[ln, g, by_phase + most + p] += 0.1 * comes
-        d += 16 if rules.wide else 10
-    for a in range(roads.exits.shape[1]):
-        s = roads.exits[g, a]
-        if s >= 0:
-            for z in range(3):
-                obs[ln, g, d + z] = street.zones[z, s, ln]
-        d += 3
-    obs[ln, g, d + phase] = ONE
-    d += most
-    minutes = age / 60.0
-    obs[ln, g, d] = minutes if minutes < 2.0 else 2.0
-    obs[ln, g, d + 1] = ONE if age + SOON >= roads.free[g] else ZERO
-    end = by_phase if rules.wide else width
-    if end > d + 2:
-        obs[ln, g, d + 2 + g] = ONE
+    by_phase = obs.shape[2] - 2 * most
+    for ln in range(lo, hi):
+        for z in range(6):
+            obs[ln, g, d + z] = zones[z, s, ln]
+        if e >= 0:
+            obs[ln, g, d + 6] = 0.1 * (queue[0, e, ln] + queue[1, e, ln])
+        obs[ln, g, d + 7] = (roads.green[s] >> street.phase[g, ln]) & 1
+        # who may be on the way here
+        for j in range(roads.source_ptr[s], roads.source_ptr[s + 1]):
+            i = roads.sources[j]
+            share = roads.share[j]
+            far = roads.signal[i]
+            is_open = far >= 0 and (roads.green[i] >> street.phase[far, ln]) & 1
+            obs[ln, g, d + (8 if is_open else 9)] += share * zones[0, i, ln]
+            if rules.wide and far < 0:
+                for z in range(6):
+                    obs[ln, g, d + 10 + z] += share * zones[z, i, ln]
+        if rules.wide:
+            stands = load_nb(ln, s, 3, roads, street) + 10 * obs[ln, g, d + 6]
+            comes = load_nb(ln, s, 0, roads, street)
+            for p in range(roads.n_phases[g]):
+                if (roads.green[s] >> p) & 1:
+                    obs[ln, g, by_phase + p] += 0.1 * stands
+                    obs[ln, g, by_phase + most + p] += 0.1 * comes
 
 
 @fast
 def observe_nb(lo, hi, obs, roads, street, rules):
     """obs (N, G, D): what each junction sees. Layout: NetworkVectorEnv."""
-    junctions = roads.n_phases.size
+    width = obs.shape[2]
     most = 0
-    for g in range(junctions):
-        most = roads.n_phases[g] if roads.n_phases[g] > most else most
-    for ln in range(lo, hi):
-        for g in range(junctions):
-            see_junction_nb(ln, g, most, obs, roads, street, rules)
+    for n in roads.n_phases:
+        most = n if n > most else most
+    end = width - 2 * most if rules.wide else width
+    for g in range(roads.n_phases.size):
+        for ln in range(lo, hi):
+            for d in range(width):
+                obs[ln, g, d] = ZERO
+        d = 0
+        for a in range(roads.approach.shape[1]):
+            s = roads.approach[g, a]
+            if s >= 0:
+                see_approach_nb(lo, hi, g, s, d, most, obs, roads, street, rules)
+            d += 16 if rules.wide else 10
+        for a in range(roads.exits.shape[1]):
+            s = roads.exits[g, a]
+            if s >= 0:
+                for ln in range(lo, hi):
+                    for z in range(3):
+                        obs[ln, g, d + z] = street.zones[z, s, ln]
+            d += 3
+        after = d + most  # the phase
+        for ln in range(lo, hi):
+            age = street.age[g, ln]
+            minutes = age / 60.0
+            obs[ln, g, d + street.phase[g, ln]] = ONE
+            obs[ln, g, after] = minutes if minutes < 2.0 else 2.0
+            obs[ln, g, after + 1] = ONE if age + SOON >= roads.free[g] else ZERO
+            if end > after + 2:
+                obs[ln, g, after + 2 + g] = ONE
 
 
 @fast
