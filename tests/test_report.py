@@ -328,7 +328,8 @@ def test_curves_carry_the_data(full):
     before, costs, after = (line.get_ydata()[-1] for line in lines)
     assert after == pytest.approx(100 * np.log(frame["equity"].iloc[-1])) and costs < 0
     assert before + costs == pytest.approx(after)
-    names = [t.get_text() for t in report_market.draw_equity(trace, {"agent": trace["equity"]}).axes[0].get_yticklabels()]
+    axes = report_market.draw_equity(trace, {"agent": trace["equity"]}).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
     assert names and all(re.fullmatch(r"(0|[+−][\d,.]{1,3}) %", name) for name in names)  # round, true minus signs
 
 
@@ -460,6 +461,14 @@ def test_cut_last_line_is_left_out_aloud(tmp_path):
     record = report.read_run(run)
     assert len(record.notes) == 1 and len(record.metrics["losses/qf_loss"][0]) == 3
     assert record.notes[0] in page_of(run)
+
+
+def test_an_evaluation_that_time_cut_short_is_marked(tmp_path):
+    run = make_run(tmp_path / "run", points=2)
+    results = json.loads((run / "summary.json").read_text())["eval"]
+    results["test"]["partial"] = True
+    edit(run / "summary.json", eval=results)
+    assert "PARTIAL" in text_of(page_of(run))
 
 
 def test_run_without_traces_or_with_unknown_columns(tmp_path):
