@@ -275,24 +275,6 @@ def test_drift_mode_is_the_accounting_of_a_back_testing_library(make, market):
     assert np.ptp(equity[-1]) > 0.01
 
 
-# ----------------------------------------------------------------------------- cause, effect, time
-def test_an_observation_holds_nothing_after_its_bar(make, market):
-    start, stop = market.rows["train"]
-    action = torch.tensor([0.5, -1.0])
-    for t in (start, stop - 1):
-        table, ret = market.table.copy(), market.ret.copy()
-        table[t + 1 :], ret[t + 1 :] = np.nan, np.nan
-        blind, plain = make(2, table=replace(market, table=table, ret=ret)), make(2)
-        for env in (blind, plain):
-            env.reset(seed=1)
-        same(at(blind, t), at(plain, t))
-        reward = plain.step_lanes(action)[0].clone()
-        assert torch.equal(blind.step_lanes(action)[0], reward)  # needs t's own return only
-        ret[t] += 0.01
-        at(blind, t)
-        assert (blind.step_lanes(action)[0] != reward).all()
-
-
 # --------------------------------------------------------------------------------------- devices
 def check_backends(rtol=1e-9):
     """CPU and CUDA lanes, through the whole environment; run on a device by test_kernels.py."""

@@ -1,4 +1,4 @@
-"""common/run.py and common/lanes.py, with the toy experiment of toy.py."""
+"""common/run.py, with the toy experiment of toy.py."""
 
 import io
 import json
@@ -13,7 +13,6 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -21,10 +20,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import toy
 from common import run as common_run
-from common.lanes import Lanes, OneLane, register
 from common.run import CheckFailed, Run, UsageError, exit_with, flag_groups, load_run, refuse
 from common.timeout_guard import CheckpointError, load_checkpoint
-from runs import SUMMARY, assert_same, last_of, load_summary, records, untimed, wait_until
+from runs import SUMMARY, assert_same, assert_same_run, last_of, load_summary, records, refusal, wait_until
 
 TOY = Path(toy.__file__)
 TINY = ["--no-report", "--torch-threads", "1", "--checkpoint-interval", "0", "--no-cuda"]
@@ -40,24 +38,6 @@ def child(*argv, code=None, **kwargs):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     path = os.pathsep.join([str(TOY.parents[1]), str(TOY.parent)])
     return subprocess.Popen(command, **pipes | kwargs, env=os.environ | {"PYTHONPATH": path})
-
-
-def refused(kind, call, *argv):
-    """The one line of what call(*argv) raises."""
-    with pytest.raises(kind) as error:
-        call(*argv)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def assert_same_run(a, b):
-    """The same weights, optimizer, lanes, random numbers and history to the bit."""
-    x, y = last_of(a), last_of(b)
-    for name in ("agent", "parts", "loop", "config", "data"):
-        assert_same(x[name], y[name], name)
-    for name in ("best", "fired", "log_lines", "rng", "torch_rng"):
-        assert_same(x["run"][name], y["run"][name], name)
-    assert untimed(a) == untimed(b)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +66,7 @@ def whole(tmp_path_factory):
 def test_bad_flags_are_one_line_and_write_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with redirect_stdout(io.StringIO()):  # no UTF-8 there: tyro draws its boxes with dashes
-        message = refused(UsageError, toy.main, argv)
+        message = refusal(UsageError, toy.main, argv)
     assert all(word in message for word in words) and "---" not in message, message
     assert not list(tmp_path.iterdir()) and Run.current is None
 
@@ -142,6 +122,7 @@ def test_exit_codes(ends, code, lines, capsys):
 # ----------------------------------------------------------------------------------- what a run writes
 def test_a_run_writes_what_it_promises(whole):
     folder, result = whole
+    assert not list(folder.rglob("*.tmp")) and list(folder.glob("events.out.tfevents.*"))
     assert {p.name for p in (folder / "checkpoints").glob("*.pt")} >= {"last.pt", "best.pt", "step_200.pt"}
     assert len(list((folder / "checkpoints").glob("step_*.pt"))) == 3  # --keep-checkpoints
     summary = load_summary(folder)
@@ -158,7 +139,9 @@ def test_a_run_writes_what_it_promises(whole):
     assert [row["global_step"] for row in rows] == list(range(40, 201, 40))
     assert all(row["losses/none"] is None and row["losses/nan"] is None for row in rows)
     assert rows[0]["charts/SPS"] is None and rows[-1]["charts/SPS"] > 0
-    assert json.loads((folder / "args.json").read_text())["sizes"] == [1, 2]
+    args = json.loads((folder / "args.json").read_text())
+    assert args["sizes"] == [1, 2] and set(args) == {field.name for field in fields(toy.Args)}
+    assert summary["eval"]["eval"] == result["eval"]["eval"]
     assert not (folder / ".pid").exists() and Run.current is None
 
 
@@ -194,19 +177,19 @@ def test_a_run_that_was_killed_before_its_first_line_refuses_no_other(tmp_path):
     folder.mkdir()
     (folder / "metrics.jsonl").touch()
     assert play(folder, "--total-timesteps", 8)["exit_code"] == 0
-    assert "holds a run" in refused(UsageError, play, folder)
+    assert "holds a run" in refusal(UsageError, play, folder)
 
 
 def test_a_folder_has_one_owner(tmp_path):
     run = Run(toy.Args, [*TINY, "--run-dir", str(tmp_path / "r")], schema=1)
     run.open("toy", {})
     for more in ([], ["--resume", "auto"]):
-        assert str(os.getpid()) in refused(UsageError, play, tmp_path / "r", *more)
+        assert str(os.getpid()) in refusal(UsageError, play, tmp_path / "r", *more)
     run.close()
     play(tmp_path / "r", "--resume", "auto", "--total-timesteps", 8)
-    assert "r holds" in refused(UsageError, play, tmp_path / "r")
+    assert "r holds" in refusal(UsageError, play, tmp_path / "r")
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in refused(UsageError, play, tmp_path / "file" / "r")
+    assert str(tmp_path / "file") in refusal(UsageError, play, tmp_path / "file" / "r")
 
 
 def test_no_iteration_begins_that_would_not_end(tmp_path, monkeypatch):
@@ -323,24 +306,24 @@ def test_refusals_to_resume(tmp_path, whole):
         (["--learning-rate", 0.1, "--kind", "b"], ["--learning-rate 0.01 there, 0.1", "--kind a there"]),
         (["--seed", 2], ["--seed 1 there, 2 here"]),
     ):
-        message = refused(UsageError, play, folder, *resume, *more)
+        message = refusal(UsageError, play, folder, *resume, *more)
         assert all(word in message for word in words), message
     data.write_text("1\n2")  # a row was added
-    assert "sha256" in refused(UsageError, play, folder, *resume)
+    assert "sha256" in refusal(UsageError, play, folder, *resume)
     data.write_text("1")
     assert_same(last_of(folder), state)
     best = folder / "checkpoints" / "best.pt"
-    assert "last.pt" in refused(CheckpointError, play, tmp_path / "n", "--resume", best)
-    assert str(tmp_path / "no.pt") in refused(CheckpointError, play, folder, "--resume", tmp_path / "no.pt")
+    assert "last.pt" in refusal(CheckpointError, play, tmp_path / "n", "--resume", best)
+    assert str(tmp_path / "no.pt") in refusal(CheckpointError, play, folder, "--resume", tmp_path / "no.pt")
     for script, schema, word in ((Path("other.py"), 1, "other.py"), (TOY, 2, "schema 2")):
-        assert word in refused(CheckpointError, load_run, best, script, schema)
+        assert word in refusal(CheckpointError, load_run, best, script, schema)
     early = shutil.copy(folder / "checkpoints" / "last.pt", folder / "checkpoints" / "early.pt")
     below = shutil.copytree(folder, folder / "below") / "checkpoints" / "last.pt"
     free = ["--checkpoint-interval", 5, "--keep-checkpoints", 1, "--total-timesteps", 120]
     assert play(folder, *resume, *free)["global_step"] == 120
     history = (folder / "metrics.jsonl").read_bytes()
     for path, words in ((early, ["80", "120"]), (below, ["r holds"])):  # a run that is further on
-        message = refused(UsageError, play, folder, "--data", data, "--resume", path)
+        message = refusal(UsageError, play, folder, "--data", data, "--resume", path)
         assert all(word in message for word in words), message
     assert (folder / "metrics.jsonl").read_bytes() == history
 
@@ -385,7 +368,7 @@ def test_evaluation_runs_with_the_checkpoints_flags_and_prints_differences(tmp_p
     assert result["eval"] == trained["eval"] and result["global_step"] == trained["best_step"]
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert not list((tmp_path / "e").rglob("*.pt"))
-    assert "holds a run" in refused(UsageError, play, folder, *evaluate)
+    assert "holds a run" in refusal(UsageError, play, folder, *evaluate)
 
 
 # ------------------------------------------------------------------------- signals, streams, watchdog
@@ -440,86 +423,5 @@ def test_wandb_needs_a_key_before_anything_is_written(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is optional")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert "WANDB_API_KEY" in refused(UsageError, play, tmp_path / "r", "--track")
+    assert "WANDB_API_KEY" in refusal(UsageError, play, tmp_path / "r", "--track")
     assert not (tmp_path / "r").exists()
-
-
-# -------------------------------------------------------------------------------------------- lanes
-def test_an_ended_lane_begins_anew_in_the_same_step():
-    envs = toy.ToyLanes(3, seed=5)
-    with pytest.raises(gym.error.ResetNeeded):
-        envs.step(np.zeros((3, 1), np.float32))
-    first, info = envs.reset(seed=5)
-    assert info == {} and first.shape == (3, 1) and first.dtype == np.float32
-    push = np.array([[0.0], [0.9], [0.1]], np.float32)  # lane 1 passes the edge in its third step
-    obs, age = first, np.zeros(3, int)
-    for _ in range(7):
-        want, age = obs + push, age + 1
-        obs, reward, terminated, truncated, info = envs.step(push)
-        done = terminated | truncated
-        assert reward.shape == (3,) and (age[done] == np.where(terminated, 3, 5)[done]).all()
-        assert np.array_equal(terminated, np.abs(want[:, 0]) > toy.EDGE)
-        assert np.array_equal(obs[~done], want[~done])
-        if not done.any():
-            assert info == {}
-            continue
-        for lane in range(3):
-            final = info["final_obs"][lane]
-            assert np.array_equal(final, want[lane]) if done[lane] else final is None
-        assert np.abs(obs[done]).max() <= 0.1  # the next episode's first
-        episode = info["final_info"]["episode"]
-        assert np.array_equal(episode["l"], age * done)
-        for mask in (info["_final_obs"], info["_final_info"], info["final_info"]["_episode"]):
-            assert np.array_equal(mask, done)
-        age[done] = 0
-    assert age.tolist() == [2, 1, 2]
-    again, _ = envs.reset(seed=5)
-    assert np.array_equal(again, first) and not np.array_equal(envs.reset()[0], first)
-    envs.close()
-
-
-def test_lanes_go_on_exactly_from_their_state():
-    rng = np.random.default_rng(0)
-    actions = rng.uniform(-1, 1, (12, 3, 1)).astype(np.float32)
-    one, other = toy.ToyLanes(3, seed=1), toy.ToyLanes(3, seed=9)
-    one.reset(seed=1)
-    results = []
-    for k, action in enumerate(actions):
-        if k == 6:
-            state = one.state_dict()  # a copy, not a view
-        results.append(one.step(action)[:4])
-    other.load_state_dict(state)
-    for action, want in zip(actions[6:], results[6:]):
-        assert all(np.array_equal(a, b) for a, b in zip(other.step(action)[:4], want))
-    assert_same(one.state_dict(), other.state_dict())
-    assert np.shares_memory(one.arrays["x"], one.x.numpy())  # a kernel's array is the loop's tensor
-    before = Lanes.builds
-    for envs in (one, other):
-        envs.close()
-    assert toy.ToyLanes(3).num_envs == 3 and Lanes.builds == before + 1
-
-
-def test_actions_that_are_none():
-    envs = toy.ToyLanes(3)
-    envs.reset()
-    for actions, word in ((np.zeros((3,)), r"\(3, 1\)"), (np.array([[0], [np.nan], [0]]), "lane 1")):
-        with pytest.raises(ValueError, match=word):
-            envs.step(actions.astype(np.float32))
-
-
-def test_one_lane_is_an_ordinary_environment():
-    from gymnasium.utils.env_checker import check_env
-
-    register("Toy-v0", toy.ToyLanes)
-    env = gym.make("Toy-v0", disable_env_checker=True).unwrapped
-    assert isinstance(env, OneLane)
-    check_env(env, skip_render_check=True)
-    obs, _ = env.reset(seed=3)
-    for step in range(1, 6):
-        want = obs + np.float32(0.1)
-        obs, reward, terminated, truncated, info = env.step(np.array([0.1], np.float32))
-        assert np.array_equal(obs, want) and isinstance(reward, float)  # the last one too
-        assert (terminated, truncated) == (False, step == toy.LENGTH)
-    env.close()
-    envs = gym.make_vec("Toy-v0", num_envs=5)
-    assert envs.num_envs == 5 and envs.metadata["autoreset_mode"].name == "SAME_STEP"
