@@ -10,8 +10,6 @@ import time
 from collections import deque
 from importlib.util import find_spec
 
-from common.timeout_guard import process_age
-
 REDRAW = 0.25  # s between two drawings of the line on a terminal
 PLAIN = 10.0  # s between two lines elsewhere
 PACE = 10.0  # s of which the transitions a second are shown
@@ -76,7 +74,7 @@ class Progress:
 
     def __init__(self):
         self.words = None
-        self._thread = None
+        self._began = self._thread = None
         self._over = threading.Event()
 
     def begin(self, words=None):
@@ -84,6 +82,7 @@ class Progress:
         self.words = words or self.words
         if self._thread or os.environ.get("RANK", "0") != "0":
             return
+        self._began = time.monotonic()
         self._over.clear()
         drawn = isinstance(sys.stdout, Unbreakable) and sys.stdout.isatty()
         if drawn and find_spec("tqdm"):
@@ -92,7 +91,9 @@ class Progress:
         self._thread.start()
 
     def say(self) -> str:
-        return self.words() if self.words else f"{clock(process_age())}  loading libraries"
+        # not the age of the process: a notebook's kernel may have been there for hours
+        loading = f"{clock(time.monotonic() - self._began)}  loading libraries"
+        return self.words() if self.words else loading
 
     def _watch(self):
         line = Unbreakable.line
