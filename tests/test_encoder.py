@@ -15,7 +15,8 @@ from cleanrl_crypto import tqc_film_batch as tqc
 from common.data import load_bars
 from common.run import UsageError
 from common.timeout_guard import CheckpointError, TimeoutGuard, load_checkpoint
-from runs import flags_of
+from runs import flags_of, refusal
+from test_leakage import edited
 from test_smoke_tqc_film_batch import TINY as SMOKE
 
 TINY = SMOKE | dict(data="synthetic:regime?bars=2500", dropout=0.2)
@@ -28,18 +29,6 @@ flags = partial(flags_of, TINY)
 
 def same(a: dict, b: dict) -> bool:
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def edited(bars, t, seed):
-    """A copy of bars whose rows after t are other, still valid, bars."""
-    rng = np.random.default_rng(seed)
-    ohlcv = bars.ohlcv.copy()
-    after = ohlcv[0, t + 1 :]
-    moves = rng.normal(0, rng.choice([1e-3, 0.05]), (len(after), 4)) + rng.normal()
-    after[:, :4] = prices = after[:, :4] * np.exp(moves)
-    after[:, 1], after[:, 2] = prices.max(1), prices.min(1)
-    after[:, 4] *= np.exp(rng.normal(0, 1, len(after)))
-    return replace(bars, ohlcv=ohlcv)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +134,8 @@ def test_an_encoder_that_does_not_fit_is_refused_in_one_line(trained, small, tmp
         (other, {}, UsageError, [names[0], state["columns"][0]]),
         (good, {}, UsageError, [state["config"]["trained_until"], "--split"]),
     ):
-        with pytest.raises(error) as refusal:
-            tqc.load_encoder(str(path), CONFIG | config, market)
-        line = str(refusal.value)
-        assert "\n" not in line and all(word in line for word in words)
+        line = refusal(error, tqc.load_encoder, str(path), CONFIG | config, market)
+        assert all(word in line for word in words)
 
 
 def test_a_good_encoder_is_used_instead_of_pre_training_with_this_run_s_recency(trained, tmp_path):
