@@ -78,7 +78,7 @@ SHORT_NAMES = {"n": "net-file", "net": "net-file", "r": "route-files", "a": "add
 SHORT_NAMES |= {"b": "begin", "e": "end"}  # of a configuration
 # what a configuration may ask that moves routes or departures
 ROUTING = ("scale", "junction-taz", "ignore-route-errors", "time-to-teleport", "step-length")
-ROUTING += ("device.rerouting.", "routing-algorithm", "weight")
+ROUTING += ("device.rerouting.", "routing-algorithm")
 
 
 class Road(NamedTuple):
