@@ -199,7 +199,7 @@ def draw_positions(trace: dict, bars: int):
     part = {k: v[-bars:] for k, v in trace.items()}
     x = time_of(part, "position")
     position = part["position"]
-    fig, (top, low) = canvas(10.4, 3.9, 2, sharex=True, height_ratios=(1.5, 1))
+    fig, (top, low) = canvas(10.4, 3.9, 2, left=0.85, sharex=True, height_ratios=(1.5, 1))
     if "close" in part:
         top.plot(x, part["close"], color=INK, lw=1.1, label="close")
     regime = part.get("regime", np.zeros(len(x)))
