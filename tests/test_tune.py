@@ -77,6 +77,21 @@ def test_show_makes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("size, name", [(1, "journal.log"), (20_600, "ledger.jsonl")])
+def test_a_disk_that_is_full_names_the_file(tmp_path, size, name):
+    resource = pytest.importorskip("resource", reason="Unix: files of a limited size")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ledger = Ledger(tmp_path / "results" / "ledger.jsonl")
+    ledger.add({"data": "x" * 20_000, "trial": "y"})  # the next line does not fit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            tune.main(argv_of(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(next((tmp_path / "results").rglob(name)))
+
+
 def test_test_rows_are_the_eval_rows():
     bars = load_bars("synthetic:regime?bars=2000")
     split = "0.7/0.15/0.15"
