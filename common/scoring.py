@@ -231,7 +231,7 @@ def lasso_path_of(level: np.ndarray, sums: Sums, penalties=None, adaptive=False)
     y = np.zeros(n)
     y[0] = math.sqrt(product[k, k])
     products = dict(precompute=gram, Xy=rhs, check_input=False)
-    path = lasso_path(x, y, alphas=penalties, max_iter=10_000, **products)
+    path = lasso_path(x, y, alphas=penalties, max_iter=100_000, **products)
     return penalties, level + mean[:k], path[1] / scale[:, None]
 
 
