@@ -34,6 +34,8 @@ def test_exact_solutions_satisfy_the_equations(left, right, gamma):
         assert v - gamma * c * rho**gamma == pytest.approx(s, abs=1e-12)
         assert v + c * rho**gamma == pytest.approx(np.full(99, found["w"]), abs=1e-12)
         assert found["vacuum"] == (right[1] > found["w"])
+        edges = found["rho"](np.array([head + 1e-9, tail - 1e-9]))  # the fan joins both states
+        assert edges == pytest.approx([left[0], found["rho*"]], abs=1e-4)
     s = np.linspace(-2, 2, 400_001)
     steps = (s[1:] + s[:-1]) / 2
     assert found["mass"](2.0) - found["mass"](-2.0) == pytest.approx(found["rho"](steps).sum() * 1e-5, abs=1e-5)
