@@ -21,7 +21,7 @@ import torch
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.run import UsageError
 from common.timeout_guard import load_checkpoint
-from runs import assert_same, flags_of, last_of, wait_until
+from runs import assert_same, assert_same_run, flags_of, last_of, wait_until
 from test_smoke_tqc_film_batch import TINY as SMOKE
 from test_smoke_tqc_film_batch import write_bars
 
@@ -58,27 +58,15 @@ def kill(child):
 
 
 def lines(run_dir) -> list[dict]:
-    """metrics.jsonl without what depends on the clock; a torn last line is left out."""
+    """metrics.jsonl of a run that writes it; a torn last line is left out."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text().split("\n")[:-1] if path.exists() else []
-    clock = ("wall", "charts/SPS")
-    return [{k: v for k, v in json.loads(line).items() if k not in clock and not k.startswith("time/")}
-            for line in text]
+    return [json.loads(line) for line in text]
 
 
-def assert_same_run(a, b):
-    """Two run directories hold the same agent, learner, optimisers, lanes, replay and metrics."""
-    for name in ("last.pt", "best.pt"):
-        one, two = (load_checkpoint(x / "checkpoints" / name) for x in (a, b))
-        for state in (one, two):
-            del state["args"]  # the run directory's name, --resume
-            state.get("run", {}).pop("id", None)
-        assert_same(one, two, name)
+def assert_same_encoder_too(a, b):
+    assert_same_run(a, b)
     assert_same(*(load_checkpoint(x / "encoder.pt") for x in (a, b)), "encoder.pt")
-    assert lines(a) == lines(b)
-    one, two = (json.loads((x / "summary.json").read_text()) for x in (a, b))
-    for key in ("status", "global_step", "updates", "best_step", "eval", "audit"):
-        assert one[key] == two[key], key
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +91,6 @@ def grid(whole):
     return whole("grid")
 
 
-@pytest.fixture
-def copy(grid, run_dir):
-    """A copy of the default run's directory."""
-    shutil.copytree(grid[0], run_dir)
-    return run_dir
-
-
 # -------------------------------------------------------------------------------- killed, resumed
 @POSIX
 def test_killed_twice_and_resumed_it_has_the_bits_of_the_uninterrupted_run(grid, run_dir):
@@ -129,7 +110,7 @@ def test_killed_twice_and_resumed_it_has_the_bits_of_the_uninterrupted_run(grid,
         f.write(json.dumps({"global_step": 2000, "wall": 1.0, "losses/qf_loss": 123.0}) + "\n")
         f.write('{"global_step": 2048, "wall": 1.2, "losses/qf_l')
     assert run_to_its_end(run_dir, resume="auto")["status"] == "finished"
-    assert_same_run(grid[0], run_dir)
+    assert_same_encoder_too(grid[0], run_dir)
     assert not list(run_dir.rglob("*.tmp"))
 
 
@@ -148,43 +129,19 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_same_bits(whole, run_d
     assert (summary["status"], summary["global_step"]) == ("interrupted", loop["global_step"])
     tqc.load_policy(run_dir / "checkpoints" / "best.pt")
     run_to_its_end(run_dir, **RUNS[name], resume="auto")
-    assert_same_run(whole(name)[0], run_dir)
+    assert_same_encoder_too(whole(name)[0], run_dir)
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is_or_goes_on(grid, copy, tmp_path):
-    tqc.main(flags(copy, resume="auto"))
-    assert_same_run(grid[0], copy)
+def test_a_finished_run_that_is_resumed_stays_as_it_is_or_goes_on(grid, run_dir, tmp_path):
+    shutil.copytree(grid[0], run_dir)
+    tqc.main(flags(run_dir, resume="auto"))
+    assert_same_encoder_too(grid[0], run_dir)
     other = tmp_path / "other"  # resumed from a path into a directory of its own
-    summary = tqc.main(flags(other, resume=copy / "checkpoints" / "last.pt", total_timesteps=2560))
+    summary = tqc.main(flags(other, resume=run_dir / "checkpoints" / "last.pt", total_timesteps=2560))
     assert summary["global_step"] == 2560 and summary["updates"] == grid[1]["updates"] + 16
-    steps = [line["global_step"] for line in lines(other)]
-    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 2560
 
 
 # ---------------------------------------------------------------------------------------- refusals
-OTHER = dict(
-    split="0.6/0.2/0.2",
-    hmm=False,
-    num_envs=32,
-    funding_bps=0.1,
-    policy="actor",
-    ent_coef="auto_0.2",
-    eval_w_cost=0.5,
-    encoder="other.pt",
-    patience=1,
-)
-
-
-def test_a_flag_that_shapes_the_agent_is_refused_at_resume_with_both_values(copy):
-    there = last_of(copy)["args"]
-    for key, value in OTHER.items():
-        with pytest.raises(UsageError) as error:
-            tqc.main(flags(copy, **{key: value}, resume="auto"))
-        line = str(error.value)
-        assert f"--{key.replace('_', '-')} {there[key]} there, {value} here" in line
-        assert "\n" not in line
-
-
 def test_a_run_whose_bars_were_replaced_or_extended_is_not_resumed(tmp_path):
     path, run_dir = tmp_path / "AAA.parquet", tmp_path / "run"
     write_bars(path, "synthetic:regime?bars=3200", 3000)
