@@ -1254,7 +1254,7 @@ def end_nb(lo, hi, roads, cells, scratch, street, result, rules):
                     result.final_obs[ln, g, d] = result.obs[ln, g, d]
             street.episode_id[ln] += 1
             start_nb(ln, roads, cells, street, result.totals, rules)
-            behind = ln + np.uint64(1)
+            behind = np.uint64(ln) + np.uint64(1)
             zones_nb(ln, behind, roads, cells, scratch.total, street, result.totals)
             observe_nb(ln, behind, result.obs, roads, street, rules)
 
