@@ -144,6 +144,13 @@ class PeerCritic(policies.Critic):
         return quantiles + (linear + self.reward_scale * paid)[..., None]
 
 
+class SoftLimit(nn.Module):
+    """Of the actor's mean, as ours."""
+
+    def forward(self, mean):
+        return tqc.MEAN_LIMIT * (mean / tqc.MEAN_LIMIT).tanh()
+
+
 class PeerPolicy(policies.TQCPolicy):
     """SB3's policy with our agent's weights. As in ours, the critic's loss alone trains the market
     encoding."""
@@ -180,6 +187,7 @@ class PeerPolicy(policies.TQCPolicy):
         copy_weights(features.fusion, ours.actor.fusion)
         copy_weights(self.actor.latent_pi, ours.actor.latent)
         copy_weights(self.actor.mu[0], ours.actor.mu)
+        self.actor.mu[1] = SoftLimit()
         self.actor.log_std.data.copy_(ours.actor.log_std.data[:, None])
         self.critic_target.set_training_mode(False)
         market = set(map(id, features.market.parameters()))
@@ -269,7 +277,7 @@ def make_peer(agent, encoder, env, batch_size: int, buffer=DictReplayBuffer):
         "net_arch": [c["hidden"]] * 2,
         "activation_fn": nn.ReLU,
         "log_std_init": c["log_std_init"],
-        "clip_mean": tqc.MEAN_LIMIT,
+        "clip_mean": tqc.MEAN_LIMIT,  # SB3's is hard: PeerPolicy makes it soft
         "n_quantiles": c["n_quantiles"],
         "n_critics": c["n_critics"],
     }
