@@ -172,8 +172,9 @@ def main(argv: list[str] | None = None) -> dict:
     if not SATURATION[0] <= flow <= SATURATION[1]:
         failed.append(f"saturation flow {flow:.0f} veh/h, expected {SATURATION}")
     for case, delay in delays.items():
-        # what actuated control does depends on its detectors, and they on the cells
-        if case.startswith("fixed") and not np.allclose(delay, delay[-1], rtol=SETTLED):
+        # 25 m smear the end of a queue over the 50 m that the detectors of actuated control see
+        fine_enough = delay if case.startswith("fixed") else delay[1:]
+        if not np.allclose(fine_enough, delay[-1], rtol=SETTLED):
             failed.append(f"delays of {case} do not settle: {np.round(delay).tolist()}")
     if failed:
         raise CheckFailed("; ".join(failed))
