@@ -212,6 +212,13 @@ def test_files_that_are_mentioned_exist(page):
             assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_mentioned_exist(page):
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    for name in re.findall(r"`(test_\w+)`", PAGES[page]):
+        assert name in files or any(f"def {name}(" in text for text in files.values()), name
+
+
 def test_nothing_private_is_left():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     words = re.compile(r"\b(?:ances" r"tor|DOM" r"AIN)\b|/wo" r"rk/", re.I)

@@ -258,6 +258,16 @@ def test_rewards_are_those_of_the_kernels(drift):
         assert float(held) == pytest.approx(after, rel=1e-12)
 
 
+def test_what_ent_coef_changes():
+    """Nothing in the greedy policy's targets; under policy actor it enters them, as in TQC."""
+    for policy, moved in (("critic_grid", False), ("actor", True)):
+        targets = []
+        for alpha in (0.5, 0.01):
+            agent = make_agent(policy=policy, alpha=alpha)
+            targets.append(losses(agent, make_batch(agent), normal(64, 1), 0, normal(64, 1))["target"])
+        assert torch.equal(*targets) != moved, policy
+
+
 def test_the_slope_of_q_in_the_cost_of_the_trade_is_1():
     agent = make_agent(policy="critic_grid")
     latents, w, after = normal(64, 25), torch.rand(64, 1), agent.grid.expand(64, -1)
