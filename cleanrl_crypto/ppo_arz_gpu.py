@@ -1870,12 +1870,7 @@ def agent_config(run: Run, envs) -> dict:
         "log_std_init": args.log_std_init,
         "obs_scale": envs.obs_scale,
     }
-    saved = run.state["config"] if run.state else config
-    unlike = []
-    for key, value in config.items():
-        if saved.get(key) != value:
-            unlike.append(f"{key} {saved.get(key)} there, {value} here")
-    refuse((unlike, f"{run.source} does not fit these flags: {'; '.join(unlike)}"))
+    run.check_config(config)
     return config
 
 

@@ -2418,12 +2418,7 @@ def agent_config(run: Run, envs) -> dict:
         "hidden": run.args.hidden,
         "phase_at": envs.phase_at,
     }
-    saved = run.state["config"] if run.state else config
-    unlike = []
-    for key, value in config.items():
-        if saved.get(key) != value:
-            unlike.append(f"{key} {saved.get(key)} there, {value} here")
-    refuse((unlike, f"{run.source} does not fit these flags: {'; '.join(unlike)}"))
+    run.check_config(config)
     return config
 
 

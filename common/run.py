@@ -814,6 +814,15 @@ class Run:
             more = {"parts": parts, "run": own, "by_rank": by_rank}
             self._save("last.pt", asdict(loop), self.policy_state(), **more)
 
+    def check_config(self, config: dict):
+        """UsageError where a checkpoint's config differs from this one."""
+        saved = self.state["config"] if self.state else config
+        unlike = []
+        for key, value in config.items():
+            if saved.get(key) != value:
+                unlike.append(f"{key} {saved.get(key)} there, {value} here")
+        refuse((unlike, f"{self.source} does not fit these flags: {'; '.join(unlike)}"))
+
     def checkpoint(self, loop):
         """Every --checkpoint-interval: last.pt and a rotated copy of the agent."""
         if self.world == 1:
