@@ -172,6 +172,7 @@ RULES = ("leverage", "episode_length")  # flags of the environment itself
 EPISODE = ("r", "l", "drawdown", "turnover", "sharpe_ratio", "max_drawdown")  # rows of `stats`
 
 MODULE = "cleanrl_crypto.dqn_forex_subproc"  # what workers import
+PROBE_FROM = 30.0  # s that are left: with fewer, auto starts no workers, which costs seconds
 ATTEMPTS = 3  # restarts of a worker without a step between them
 START_SECONDS = 60.0  # for a worker to import this file and to build its environments
 
@@ -1240,6 +1241,9 @@ def build_lanes(run, pairs):
         make = partial(ForexVectorEnv, pairs, "train", args.lanes, backend=backend, **kwargs)
     modes = candidates(args, pairs, backend)
     table = []
+    if pairs and len(modes) > 2 and run.guard.remaining() < PROBE_FROM:
+        print("vec-mode auto: no time to try worker processes")
+        modes = modes[:2]
     if len(modes) > 1:
         table = probe(make, modes, min(0.25, 0.01 * max(run.guard.remaining(), 1.0)))
         best = max(table, key=lambda row: row["steps_per_s"])

@@ -1,6 +1,5 @@
 """No feature or HMM column sees the future: random edits of later rows, for transform and for fit."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import load_bars
-from common.features import WARMUP, asset_views, fit_columns, fit_features, forward_filter
+from common.features import WARMUP, asset_views, fit_columns, fit_features
 
 ROWS, STOP = 1600, 1100
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
@@ -135,31 +134,3 @@ def test_the_last_train_row_does_move_what_is_fitted(fitted):
     assert other.state_dict() != model.state_dict()
     late = lambda b: fit_features(b, min(STOP + 1, len(b.timestamp)))  # noqa: E731
     assert refits(late, bars, STOP, 0)
-
-
-# ------------------------------------------------------------------------------------------- filter
-def chain(states, seed):
-    rng = np.random.default_rng(seed)
-    trans, start = rng.dirichlet(np.ones(states), states), rng.dirichlet(np.ones(states))
-    return rng.normal(0, 1.5, states), rng.uniform(0.2, 2, states), trans, start
-
-
-def enumerated(x, mean, var, trans, start):
-    """P(state_t | x_0 .. x_t) by summing over every path of states."""
-    density = np.exp(-((x[:, None] - mean) ** 2) / (2 * var)) / np.sqrt(2 * np.pi * var)
-    out = np.zeros((len(x), len(mean)))
-    for t in range(len(x)):
-        for path in itertools.product(range(len(mean)), repeat=t + 1):
-            p = start[path[0]] * density[0, path[0]]
-            for u in range(1, t + 1):
-                p *= trans[path[u - 1], path[u]] * density[u, path[u]]
-            out[t, path[-1]] += p
-    return out / out.sum(1, keepdims=True)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_filter_equals_enumeration_of_all_paths(seed):
-    parameters = chain(3, seed)
-    x = np.random.default_rng(seed + 100).normal(0, 2, 7)
-    found = forward_filter(x, *parameters)
-    np.testing.assert_allclose(found, enumerated(x, *parameters), rtol=1e-12, atol=1e-15)
