@@ -194,14 +194,14 @@ def growth_ticks(low: float, high: float) -> tuple[np.ndarray, list[str]]:
     return np.log1p(returns), names
 
 
-def draw_positions(trace: dict, bars: int):
+def draw_positions(trace: dict, bars: int, above: str = "price"):
     """Price over position for the last bars, the regime (if known) as a tint."""
     part = {k: v[-bars:] for k, v in trace.items()}
     x = time_of(part, "position")
     position = part["position"]
     fig, (top, low) = canvas(10.4, 3.9, 2, left=0.85, sharex=True, height_ratios=(1.5, 1))
     if "close" in part:
-        top.plot(x, part["close"], color=INK, lw=1.1, label="close")
+        top.plot(x, part["close"], color=INK, lw=1.1, label=above)
     regime = part.get("regime", np.zeros(len(x)))
     for value in np.unique(regime[np.isfinite(regime)])[1:]:
         tint = dict(
@@ -229,7 +229,7 @@ def draw_positions(trace: dict, bars: int):
             label="optimum",
         )
     top.margins(x=0)
-    top.set_ylabel("price")
+    top.set_ylabel(above)
     low.set_ylabel("position")
     return fig
 
@@ -320,7 +320,7 @@ def bin_means(where: np.ndarray, y: np.ndarray, n: int) -> np.ndarray:
 
 
 def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
-    """Mean position in bins of x (n,), a colour a regime (if known), the optimum dashed."""
+    """Mean position in bins of x (n,), a colour a regime if there are several; optimum dashed."""
     regime = trace.get("regime", np.zeros(len(x)))
     ok = np.isfinite(x) & np.isfinite(regime)
     cuts = np.unique(np.quantile(x[ok], np.linspace(0, 1, bins + 1)))
@@ -332,13 +332,16 @@ def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
         tag = f", regime {value:g}" if len(values) > 1 else ""
         # a bin lies at the mean of its x: the few states of a chain stay where they are
         middle = bin_means(where[rows], x[rows], len(cuts))
-        for who, dash in (("position", "-"), ("position_optimum", "--")):
+        for who, name, dash in (
+            ("position", "agent", "-"),
+            ("position_optimum", "optimum", "--"),
+        ):
             if who in trace:
                 mean = bin_means(where[rows], trace[who][rows], len(cuts))
+                color = REGIMES[i] if len(values) > 1 else COLORS[name]
                 style = dict(
-                    color=REGIMES[i], ls=dash, lw=1.9 if dash == "-" else 1.2
+                    color=color, ls=dash, lw=1.9 if dash == "-" else 1.2
                 )
-                name = "agent" if dash == "-" else "optimum"
                 ax.plot(
                     middle[middle == middle],
                     mean[middle == middle],
@@ -501,8 +504,11 @@ def add_positions(page: Page, run: Record, traces: dict):
     page.section("positions", "What it holds, and when")
     page.add('<div class="grid">')
     bars = min(LAST, len(trace["position"]))
-    fig = draw_positions(trace, bars)
-    title = f"{split}: positions under price, the last {bars} bars"
+    what, above = "positions under price", "price"
+    if pairs:  # their account's close is the equity of holding them all
+        what, above = "mean position of the pairs under buy and hold of them all", "equity"
+    fig = draw_positions(trace, bars, above)
+    title = f"{split}: {what}, the last {bars} bars"
     page.plot("positions", title, fig, wide=True, metric=EVAL + "exposure")
     times = time_of(trace, "position")
     policies = policies_of(trace, "position")

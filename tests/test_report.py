@@ -321,6 +321,10 @@ def test_curves_carry_the_data(full):
         line = lines[f"{who}, regime 1"]
         at = list(line.get_xdata()).index(1.0)
         assert line.get_ydata()[at] == pytest.approx(frame[column][rows].mean())
+    one = {k: v for k, v in trace.items() if k != "regime"}
+    lines = report_market.draw_response(one, one["signal"], "signal").axes[0].lines
+    for line in lines:  # a colour is a policy: the optimum was in the agent's blue
+        assert line.get_color() == report.COLORS[line.get_label()]
     bars = report_market.draw_histogram({"test": trace}).axes[0].patches
     assert sum(bar.get_height() for bar in bars) == pytest.approx(100)
     assert bars[20].get_height() == pytest.approx(100 * (frame["position"] == 1.0).mean())
