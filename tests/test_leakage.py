@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import load_bars
-from common.features import WARMUP, asset_views, fit_columns, fit_features
+from common.features import WARMUP, asset_views, context, fit_columns, fit_features
 
 ROWS, STOP = 1600, 1100
 HOUR = np.timedelta64(3_600_000_000_000, "ns")
@@ -104,6 +104,13 @@ def smoothed(x, hmm):
     m.startprob_, m.transmat_ = np.array(hmm["start"]), np.array(hmm["trans"])
     m.means_, m.covars_ = np.array(hmm["mean"])[:, None], np.array(hmm["var"])[:, None]
     return m.predict_proba(x[:, None])
+
+
+def test_a_row_of_the_filter_is_the_last_one_of_the_library_s_smoother(single):
+    bars, model = single
+    x = hmm_input(bars, model)[:50]
+    for t, row in enumerate(context(x, model.hmm)):
+        np.testing.assert_allclose(row[:4], smoothed(x[: t + 1], model.hmm)[-1], atol=1e-9)
 
 
 CHEATS = {
