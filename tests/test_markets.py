@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 from sklearn.linear_model import lasso_path
 
-from common import scoring
+from common import markets, scoring
 from common.features import Products, with_products
-from common.markets import ACTIONS, Law, generate, mean_reward, optimum, optimum_path, parse_law, rouwenhorst, stationary
+from common.markets import ACTIONS, Law, generate, mean_reward, optimum, optimum_path, parse_law, rouwenhorst
 from runs import refusal
 
 SIGMA = 0.006
@@ -131,7 +131,7 @@ def test_rouwenhorst_moments_are_exact(n_states, phi):
     values, rows, weights = rouwenhorst(n_states, phi)
     assert rows.min() >= 0 and rows.sum(1) == pytest.approx(np.ones(n_states), abs=1e-12)
     assert weights @ rows == pytest.approx(weights, abs=1e-12)
-    assert stationary(rows) == pytest.approx(weights, abs=1e-10)
+    assert markets.stationary(rows) == pytest.approx(weights, abs=1e-10)
     assert weights @ values == pytest.approx(0, abs=1e-12)
     assert weights @ values**2 == pytest.approx(1, abs=1e-12)
     assert rows @ values == pytest.approx(phi * values, abs=1e-12)  # hence every autocorrelation
@@ -264,9 +264,10 @@ def test_nothing_is_earned_by_not_holding_a_constant_that_turned_wrong():
 
     series = scoring.Series(None, ret, {"train": (0, 400), "eval": (400, 800)}, walk, True)
     assert scoring.best_constant(series, ACTIONS) == -1
-    for held, edge in ((0, 0), (1, 10)):
-        found = scoring.edge_over_constant([series], [np.full(400, held)], "eval", ACTIONS)[0]
-        assert found == pytest.approx(edge, rel=0.01)
+    paths = {"agent": [np.zeros(400)], "sparse_linear": [np.full(400, 0.5)], "optimum": [np.ones(400)]}
+    audit = scoring.edges([series], paths, ACTIONS, 8766.0)
+    found = [audit[f"{who}edge_bps"] for who in ("", "rival_", "optimum_")]
+    assert found == pytest.approx([0, 5, 10], rel=0.01)
 
 
 def test_standard_error_and_usual_limit():
