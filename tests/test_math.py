@@ -10,8 +10,7 @@ import pytest
 import torch
 from sb3_contrib import TQC
 from torch import nn
-from torch.distributions import Normal, TransformedDistribution
-from torch.distributions.transforms import TanhTransform
+from torch.distributions import Normal, TanhTransform
 
 from cleanrl_crypto import tqc_film_batch as tqc
 from common.run import UsageError
@@ -104,18 +103,13 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 # ------------------------------------------------------------------------------- squashed Gaussian
 def test_squashed_log_prob_equals_torch_distributions():
-    mean, std, xi = normal(3, 1000, dtype=torch.float64)
-    std = 0.1 + std.abs()
-    u = (mean + std * xi).clamp(-6, 6)
-    law = TransformedDistribution(Normal(mean, std), [TanhTransform()])
-    ours = tqc.squashed_log_prob(mean, std, u)
-    torch.testing.assert_close(ours, law.log_prob(u.tanh()), rtol=1e-8, atol=1e-8)
-    # tanh(20) is 1 in float32: from the action there is no way back, from the sample there is
-    u = torch.tensor([-20.0, -9.0, 9.0, 20.0])
-    gaussian = -0.5 * ((u.double() - 3) / 2) ** 2 - math.log(2) - 0.5 * math.log(2 * math.pi)
-    expected = gaussian + 2 * torch.log(torch.cosh(u.double()))  # -log(1 - tanh^2)
-    ours = tqc.squashed_log_prob(torch.full((4,), 3.0), torch.full((4,), 2.0), u)
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+    """Also where tanh is 1: from the action there is no way back, from the sample there is."""
+    mean, xi = 3 * normal(2, 1000)
+    std = 0.1 + mean.abs()
+    u = (mean + std * xi).clamp(-20, 20)
+    expected = Normal(mean, std).log_prob(u) - TanhTransform().log_abs_det_jacobian(u, u.tanh())
+    assert (u.tanh().abs() == 1).sum() > 100
+    torch.testing.assert_close(tqc.squashed_log_prob(mean, std, u), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_sample_action_takes_one_noise_a_row():
@@ -232,29 +226,25 @@ def test_the_greedy_target_is_the_best_grid_exposure_with_its_trade_paid(drift):
     scale = agent.reward_scale
     atoms, log_prob = tqc.greedy_next(agent, batch.following, held, batch.w_cost, scale)
     assert atoms.shape == (48, 2, 5) and not log_prob.any()
-    for i in range(16):
-        for k in range(3):
-            candidates = []
-            for a in agent.grid:
-                row = slice(i, i + 1)
-                z = agent.target(batch.following[row], a[None, None], batch.w_cost[row])[0, 0]
-                candidates.append(z + scale * agent.trade_reward(held[i, k], a, batch.w_cost[i]))
-            best = max(candidates, key=lambda z: float(z.mean()))
-            torch.testing.assert_close(atoms[3 * i + k], best, rtol=1e-4, atol=1e-5)
+    for n, found in enumerate(atoms):
+        i, k = divmod(n, 3)
+        row, candidates = slice(i, i + 1), []
+        for a in agent.grid:
+            z = agent.target(batch.following[row], a[None, None], batch.w_cost[row])[0, 0]
+            candidates.append(z + scale * agent.trade_reward(held[i, k], a, batch.w_cost[i]))
+        best = max(candidates, key=lambda z: float(z.mean()))
+        torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5)
 
 
 @MODES
 def test_rewards_are_those_of_the_kernels(drift):
-    rng = np.random.default_rng(0)
-    agent = tqc.Agent(CONFIG | {"costs": (5e-3, drift), "penalty": 2e-3})
-    for _ in range(200):
-        p, a, w = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform()
-        r, f = rng.normal(0, 0.2), rng.normal(0, 1e-3)
-        growth, after = tqc.trade_nb(p, a, r, f, agent.costs)
-        position, target, ret, funding = torch.tensor([p, a, r, f], dtype=torch.float64)
+    agent = tqc.Agent(CONFIG | {"costs": (5e-3, drift)})
+    for position, target, ret, funding in 0.3 * normal(200, 4, dtype=torch.float64):
+        growth, after = tqc.trade_nb(*map(float, (position, target, ret, funding)), agent.costs)
         ours, held = tqc.hold(target, ret, funding, drift)
-        reward = ours.log() + agent.trade_reward(position, target, w)
-        assert float(reward) == pytest.approx(math.log(growth) - 2e-3 * w * abs(a - p), rel=1e-10)
+        reward = ours.log() + agent.trade_reward(position, target, 0.7)
+        penalty = CONFIG["penalty"] * 0.7 * float((target - position).abs())
+        assert float(reward) == pytest.approx(math.log(growth) - penalty, rel=1e-10)
         assert float(held) == pytest.approx(after, rel=1e-12)
 
 
@@ -289,21 +279,14 @@ def test_reward_scale_is_one_over_the_standard_deviation_and_no_bad_tick_s():
     for part in rewards:
         agent.watch_rewards(part)
     assert float(agent.reward_scale) == pytest.approx(1 / float(rewards.std(correction=0)), rel=1e-6)
-    other = tqc.Agent(CONFIG)
-    other.load_state_dict(agent.state_dict())
-    assert other.reward_scale == agent.reward_scale
-    other.config = CONFIG | {"reward_scaling": False}
-    assert float(other.reward_scale) == 1.0
-    contexts, scales = make_contexts(), []
+    agent.config = CONFIG | {"reward_scaling": False}
+    assert float(agent.reward_scale) == 1.0
+    contexts, agent = make_contexts(), tqc.Agent(CONFIG)
     ret = np.random.default_rng(0).normal(0, 0.01, ROWS)
-    spoiled = ret.copy()
-    spoiled[100:102] = 99.0, -0.99
-    for x in (ret, spoiled):
-        market = replace(contexts.market, ret=x)
-        agent = tqc.Agent(CONFIG)
-        agent.watch_rewards(tqc.Contexts(contexts.encoder, market, CPU, keep=False).full_reward)
-        scales.append(float(agent.reward_scale))
-    assert scales[1] == pytest.approx(scales[0], rel=0.3)  # a hundredth, if it were taken as it is
+    ret[100:102] = 99.0, -0.99
+    market = replace(contexts.market, ret=ret)
+    agent.watch_rewards(tqc.Contexts(contexts.encoder, market, CPU, keep=False).full_reward)
+    assert float(agent.reward_scale) == pytest.approx(100, rel=0.3)  # 1, if they were taken as they are
 
 
 def test_replay_gives_stretches_of_a_lane_back_and_survives_its_ring():
@@ -325,13 +308,6 @@ def test_replay_gives_stretches_of_a_lane_back_and_survives_its_ring():
     stop = int(rows[:, -1].max()) - 3
     torch.manual_seed(0)
     assert rb.sample(400, 5, 2, stop)[0].max() == stop  # the next row at most
-    twin = tqc.Replay(50, 4, CPU)
-    twin.load_state_dict(rb.state_dict())
-    torch.manual_seed(3)
-    one = rb.sample(20, 5, 2, 10**6)
-    torch.manual_seed(3)
-    two = twin.sample(20, 5, 2, 10**6)
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
 def test_stretches_encode_every_row_once_and_next_rows_without_gradient():
@@ -348,17 +324,11 @@ def test_stretches_encode_every_row_once_and_next_rows_without_gradient():
 def test_averages_keep_no_graph():
     """A follower of weights that learn is a leaf, and the average that its formula says."""
     agent, average = make_agent(), make_agent(1).requires_grad_(False)
-    optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-    expected = average.critic.nets[0][0].weight.clone()
-    for k in range(10):
-        agent.critic(normal(4, 25, seed=k), torch.zeros(4, 1), torch.zeros(4, 1)).mean().backward()
-        optimizer.step()
-        tqc.move(average, agent, 0.1)
-        tqc.move(agent.target, agent.critic, 0.05)
-        expected = 0.9 * expected + 0.1 * agent.critic.nets[0][0].weight.detach()
-    for p in [*average.parameters(), *agent.target.parameters()]:
-        assert p.grad_fn is None and not p.requires_grad
-    torch.testing.assert_close(average.critic.nets[0][0].weight, expected, rtol=1e-5, atol=1e-6)
+    weight, other = average.critic.nets[0][0].weight, agent.critic.nets[0][0].weight
+    expected = 0.9 * weight + 0.1 * other.detach()
+    tqc.move(average, agent, 0.1)
+    assert all(p.grad_fn is None and not p.requires_grad for p in average.parameters())
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("total", [None, 100_000])
@@ -372,44 +342,37 @@ def test_learning_rates_warm_up_and_fall_to_their_end(total):
 def test_ent_coef_is_read_as_stable_baselines3_reads_it():
     good = {"auto": 1.0, "auto_0.5": 0.5, "0.2": 0.2, "0": 0.0}
     assert {text: tqc.initial_alpha(text) for text in good} == good
-    for text in ("auto_0", "auto_-1", "-0.1", "automatic", "nan", "inf", "0,5", "", "auto_"):
+    for text in ("auto_0", "-0.1", "automatic", "inf", ""):
         assert "--ent-coef" in refusal(UsageError, tqc.Args, ent_coef=text)
 
 
 # ----------------------------------------------------------------------------------- FiLM and fusion
 def test_split_fusion_equals_one_linear_layer_over_market_and_scalars():
-    torch.manual_seed(0)
     extractor, fusion = tqc.FoundationFeatureExtractor(16, 64, 48, 0.1).eval(), tqc.Fusion(48)
     perturb(extractor.film, 0.3, 0)
     perturb(fusion.norm, 0.3, 1)
-    z, hmm = torch.randn(8, 16, 64), torch.randn(8, tqc.HMM_COLUMNS)
-    position, w_cost, forecast = torch.rand(8, 3) * 2 - 1, torch.rand(8, 1), torch.randn(8, 1)
-    one = nn.Linear(1027, 48)
-    with torch.no_grad():
-        one.weight.copy_(torch.cat([extractor.market.weight, fusion.scalars.weight], 1))
-        one.bias.copy_(extractor.market.bias)
-        gamma, beta = extractor.film(hmm)[:, None].chunk(2, -1)
-        flat = ((1 + gamma) * z + beta).flatten(1)
-        for k in range(3):
-            x = one(torch.cat([flat, position[:, k : k + 1], w_cost, forecast], 1))
-            whole = nn.functional.leaky_relu(fusion.norm(x))
-            split = fusion(extractor(z, hmm, forecast), position, w_cost)[:, k]
-            torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
+    z, hmm, forecast = normal(8, 16, 64), normal(8, tqc.HMM_COLUMNS), normal(8, 1)
+    position, w_cost = normal(8, 3, seed=1), normal(8, 1, seed=2)
+    gamma, beta = extractor.film(hmm)[:, None].chunk(2, -1)
+    flat = ((1 + gamma) * z + beta).flatten(1)
+    weight = torch.cat([extractor.market.weight, fusion.scalars.weight], 1)
+    split = fusion(extractor(z, hmm, forecast), position, w_cost)
+    for k in range(3):
+        x = torch.cat([flat, position[:, k : k + 1], w_cost, forecast], 1)
+        x = nn.functional.linear(x, weight, extractor.market.bias)
+        whole = nn.functional.leaky_relu(fusion.norm(x))
+        torch.testing.assert_close(split[:, k], whole, rtol=0, atol=1e-5)
 
 
 def test_dropout_takes_whole_channels_and_only_while_training():
-    torch.manual_seed(0)
     extractor = tqc.FoundationFeatureExtractor(WINDOW, 16, WINDOW * 16, 0.5)
-    with torch.no_grad():
-        extractor.market.weight.copy_(torch.eye(WINDOW * 16))
-        extractor.market.bias.zero_()
-    z, hmm = torch.ones(64, WINDOW, 16), torch.zeros(64, tqc.HMM_COLUMNS)
-    forecast = torch.zeros(64, 1)
-    shown = extractor.train()(z, hmm, forecast)[:, :-1].view(64, WINDOW, 16)
+    extractor.market = nn.Identity()
+    z, hmm, forecast = torch.ones(64, WINDOW, 16), torch.zeros(64, tqc.HMM_COLUMNS), torch.zeros(64, 1)
+    shown = extractor.train()(z, hmm, forecast)[:, :-1].view(z.shape)
     assert torch.equal(shown, shown[:, :1].expand_as(shown))
     assert set(shown.unique().tolist()) == {0.0, 2.0}
     assert 0.4 < float((shown == 0).float().mean()) < 0.6
-    assert torch.equal(extractor.eval()(z, hmm, forecast)[:, :-1].reshape(z.shape), z)
+    assert torch.equal(extractor.eval()(z, hmm, forecast)[:, :-1].view(z.shape), z)
 
 
 def test_entropy_calls_an_actor_back_from_its_limit():
