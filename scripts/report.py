@@ -1021,7 +1021,8 @@ def series_row(key: str, x: np.ndarray, y: np.ndarray) -> tuple:
         return key, strip(x, y), show(y[-1], "int"), f"{share} % of log points"
     # each with digits of its own: a loss that fell by decades did not end at 0.0000
     last, low, high = map(show, (y[-1], ok.min(), ok.max()))
-    return key, spark(x, y), last, f"{low} to {high}" if low != high else ""
+    drawn = spark(x, y) if len(ok) > 1 else ""
+    return key, drawn, last, f"{low} to {high}" if low != high else ""
 
 
 def add_health(page: Page, run: Record, curves: dict):

@@ -182,10 +182,13 @@ def growth_ticks(low: float, high: float) -> tuple[np.ndarray, list[str]]:
     """Ticks between two log growths at round returns, and what to call them."""
     from matplotlib.ticker import MaxNLocator
 
-    returns = np.expm1(MaxNLocator(5).tick_values(low, high))
-    # 60 %, not 64.9 %
-    size = 10.0 ** np.floor(np.log10(np.maximum(np.abs(returns), 1e-3)))
-    returns = np.unique(np.round(returns / size, int(high - low < 0.3)) * size)
+    locator = MaxNLocator(5)
+    if high - low < 0.3:  # nearly linear: returns at even distances
+        returns = locator.tick_values(np.expm1(low), np.expm1(high))
+    else:  # 60 %, not 64.9 %
+        returns = np.expm1(locator.tick_values(low, high))
+        size = 10.0 ** np.floor(np.log10(np.maximum(np.abs(returns), 1e-3)))
+        returns = np.unique(np.round(returns / size) * size)
     returns = returns[(returns > np.expm1(low)) & (returns < np.expm1(high))]
     names = []
     for x in 100 * returns:
