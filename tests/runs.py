@@ -64,12 +64,13 @@ def load_summary(run_dir) -> dict:
     return json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
 
 
-def refusal(kind, call, *args, **kwargs) -> str:
-    """What the exception of that kind says, which the call must raise: one line."""
+def refusal(kind, call, *args, words=(), **kwargs) -> str:
+    """What the exception of that kind says, which the call must raise: one line, with these words."""
     with pytest.raises(kind) as error:
         call(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
 
 
 def uniform(seed, lane, episode, draw=0) -> float:
