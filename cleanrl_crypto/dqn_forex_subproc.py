@@ -186,7 +186,7 @@ class Args(RunArgs):
 
     # data
     data: str = "synthetic:signal"
-    """synthetic:{signal,regime,square,noise,drift}[?bars=N&seed=K&...], a folder of
+    """synthetic:{signal,regime,square,square_regime,noise,drift}[?bars=N&seed=K&...], a folder of
     {SYMBOL}*.parquet or .csv, or files separated by commas, one a pair"""
     symbols: tuple[str, ...] = ("EURUSD", "GBPUSD", "USDJPY", "USDCHF")
     """pairs with the dollar on one side; on synthetic markets names of independent paths"""

@@ -148,8 +148,8 @@ class Args(RunArgs):
 
     # data
     data: str = "synthetic:regime"
-    """synthetic:{regime,signal,square,noise,drift}[?bars=N&seed=K&...] or files of bars,
-    comma-separated, the first traded"""
+    """synthetic:{regime,signal,square,square_regime,noise,drift}[?bars=N&seed=K&...] or files of
+    bars, comma-separated, the first traded"""
     split: str = "0.70/0.15/0.15"
     """train/eval/test as fractions of the rows, or the first days of eval and test:
     2023-01-01/2024-01-01"""

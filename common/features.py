@@ -609,9 +609,10 @@ def newey_west_t(x, y) -> np.ndarray:
 
 
 def least_t(t, share) -> float:
-    """The |t| from which on at most `share` of what passes is expected to be chance, inf if none.
+    """The |t| from which on at most `share` of what passes is expected to be chance.
 
-    Benjamini and Yekutieli 2001: it holds however the columns depend on each other.
+    Benjamini and Yekutieli 2001: it holds however the columns depend on each other. Where none
+    passes, what the strongest would need.
     """
     from scipy.stats import norm
 
@@ -619,23 +620,31 @@ def least_t(t, share) -> float:
     rank = np.arange(1, size.size + 1)
     bound = share * rank / (size.size * (1 / rank).sum())
     passing = np.flatnonzero(2 * norm.sf(size) <= bound)
-    return float(size[passing[-1]]) if passing.size else math.inf
+    return float(size[passing[-1]] if passing.size else norm.isf(bound[0] / 2))
 
 
-def screen_columns(tech, hmm, ret) -> tuple[list[float], float]:
-    """Evidence that technical columns (T, K) say something about the next return (T,).
+def centred_square(x) -> np.ndarray:
+    """(T, K): with its mean a square times a context would mostly be the context."""
+    square = x**2
+    return square - square.mean(0)
 
-    Largest |t| of each, alone, squared and times each context column (T, 5), (K,); and the one
-    needed.
+
+def screen_columns(tech, hmm, ret) -> list[float]:
+    """Evidence that technical columns (T, K) say something about the next return (T,): (K,).
+
+    |t| over what is needed, the largest of a column's: of it and of its square, alone and times
+    each context column (T, 5). Columns and squares are judged apart: a rule for both would ask more
+    of the columns.
     """
     pieces = [tech[:, k : k + PIECE] for k in range(0, tech.shape[1], PIECE)]
-    t = [[newey_west_t(piece, ret) for piece in pieces]]
-    t.append([newey_west_t(piece**2, ret) for piece in pieces])
-    for context in hmm.T[:, :, None]:
-        t.append([newey_west_t(piece * context, ret) for piece in pieces])
-    t = [np.concatenate(row) for row in t]
-    least = least_t(np.array(t), FALSE_DISCOVERIES)
-    return np.abs(t).max(0).tolist(), least
+    evidence = []
+    for shape in (np.asarray, centred_square):
+        t = []
+        for context in (1.0, *hmm.T[:, :, None]):
+            t.append([newey_west_t(shape(piece) * context, ret) for piece in pieces])
+        t = np.abs([np.concatenate(row) for row in t])
+        evidence.append(t.max(0) / least_t(t, FALSE_DISCOVERIES))
+    return np.max(evidence, 0).tolist()
 
 
 def with_products(table, n_tech: int) -> np.ndarray:
@@ -685,7 +694,7 @@ class FeatureModel(Fitted):
     center, scale  (n_tech,) train median and IQR/1.349 of the raw columns
     hmm      mean, var, start (4,), trans (4, 4) of the log Garman-Klass volatility of a bar
     train_dates    open time of the first and of the last bar that was fitted on, ISO with Z
-    evidence (n_tech,) |t| of each technical column with the next train return, see screen_columns
+    evidence (n_tech,) of each technical column about the next train return, see screen_columns
     least_evidence   columns below it are 0 in `transform`; 0: no screen
     linear   a lasso on with_products(), see scoring.fit_linear; empty: none
     """
@@ -725,7 +734,7 @@ class FeatureModel(Fitted):
 
     @property
     def screen(self) -> dict:
-        """Evidence of every technical column, and how much was needed (None: none has enough)."""
+        """Evidence of every technical column, and how much was needed."""
         evidence = dict(zip(self.columns, self.evidence))
         return {"evidence": evidence, "least": self.least_evidence}
 
@@ -738,8 +747,7 @@ class FeatureModel(Fitted):
         what = f"{len(order)} of {self.n_tech} technical columns show evidence on train rows"
         strongest = "so not trading may well be the right answer"
         if names:
-            strongest = f"the strongest, with |t| (at least {self.least_evidence:.1f})"
-            strongest = f"{strongest}: {', '.join(names)}"
+            strongest = f"the strongest, with |t| over what is needed: {', '.join(names)}"
             if self.linear and not any(self.linear["weights"]):
                 strongest = f"{strongest}\nno linear forecast: the lasso keeps none of them"
         return f"screen: {what}\n{strongest}"
@@ -838,8 +846,8 @@ def fit_features(
         hmm = context(traded.lg, model.hmm)[rows]
         ret = bars.next_return[rows]
         limit = usual_limit(ret)
-        found = screen_columns(tech, hmm, ret.clip(-limit, limit))
-        model.evidence, model.least_evidence = found
+        model.evidence = screen_columns(tech, hmm, ret.clip(-limit, limit))
+        model.least_evidence = 1.0
     return model
 
 

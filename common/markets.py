@@ -7,8 +7,9 @@ return:
 
 Bar t shows s[t] in its volume and regime[t] in its range: a policy reads both at its close and
 earns bar t+1. Markets: `regime` (the signal's sign flips in the storm), `signal`, `square` (what counts
-is the signal's square, which a line through a column does not see), `noise` (ic 0: do not trade) and
-`drift` (constant mean: hold +1). h(s) is s; on `square` it is (s^2 - 1) / sqrt(2).
+is the signal's square, which a line through a column does not see), `square_regime` (both: the
+square's sign flips in the storm), `noise` (ic 0: do not trade) and `drift` (constant mean: hold
++1). h(s) is s; on the squares it is (s^2 - 1) / sqrt(2).
 
     law = parse_law("synthetic:regime?bars=20000&seed=3")
     timestamps, ohlcv, truth = generate(law)
@@ -45,6 +46,13 @@ MARKETS = {
     },
     "signal": {"ic": 0.1},
     "square": {"ic": 0.1},
+    "square_regime": {
+        "ic": 0.14,
+        "phi": 0.9,
+        "sigma": (0.005, 0.012),
+        "sign": (1, -1),
+        "regime_transition": ((0.995, 0.005), (0.010, 0.990)),
+    },
     "noise": {"ic": 0.0},
     "drift": {"ic": 0.0},
 }
@@ -63,6 +71,7 @@ MARKET_KEYS = {
     "regime": (*KEYS, "ic"),
     "signal": (*KEYS, "ic"),
     "square": (*KEYS, "ic"),
+    "square_regime": (*KEYS, "ic"),
     "noise": KEYS,
     "drift": (*KEYS, "drift"),
 }
@@ -211,7 +220,7 @@ def expected_return(law: Law) -> np.ndarray:
     The floor on returns is left out: it is 79 sigma away at the defaults.
     """
     values = rouwenhorst(law.n_states, law.phi)[0]
-    if law.name == "square":
+    if law.name.startswith("square"):
         values = (values**2 - 1) / math.sqrt(2)  # mean 0, variance 1 - 1 / (n_states - 1)
     slope = np.multiply(law.sigma, law.sign) * law.ic
     return np.outer(slope, values) + law.drift

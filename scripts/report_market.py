@@ -377,7 +377,7 @@ def draw_spread(metrics: dict):
 
 
 def draw_screen(evidence: dict, least: float | None):
-    """|t| of columns with the next return, the strongest on top; dashed: what is needed."""
+    """Evidence of columns, the strongest on top; dashed: what is needed."""
     names, sizes = list(evidence), list(evidence.values())
     least_size = np.inf if least is None else least
     colors = [LONG if size >= least_size else "#b4bdc9" for size in sizes]
@@ -391,7 +391,7 @@ def draw_screen(evidence: dict, least: float | None):
     ax.set_yticks(range(len(names)), names, color=INK)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(False, axis="y")
-    ax.set_xlabel("|t|")
+    ax.set_xlabel("evidence")
     return fig
 
 
@@ -597,7 +597,10 @@ def add_screen(page: Page, screen: dict):
     lead = f"{len(strong)} of {len(order)} technical columns show evidence; the others are 0."
     page.section("screen", "Screen of columns", lead)
     fig = draw_screen({k: evidence[k] for k in order[:MOST]}, least)
-    caption = "Largest |t| with the next return, alone and times a column of the HMM."
+    caption = (
+        "Largest |t| of a column or its square with the next return, alone and times a column of "
+        "the HMM, over what is needed."
+    )
     if not strong:
         caption += " No column has enough: the false-discovery rule lets none through."
     if len(order) > MOST:
