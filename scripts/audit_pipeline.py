@@ -45,6 +45,7 @@ answer_help(__name__, __file__)
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -53,7 +54,7 @@ from common import features  # noqa: E402
 from common.features import FeatureModel, asset_views, forward_filter, with_products  # noqa: E402
 from common.scoring import BP, STILL, edges, fit_linear, verdict  # noqa: E402
 from common.timeout_guard import write_json_atomic  # noqa: E402
-from scripts.report import CYCLE, RC, Page, canvas, esc, write_figures  # noqa: E402
+from scripts.report import CYCLE, RC, Page, canvas, esc, texts, write_figures  # noqa: E402
 
 MODES = ("hmm", "mae", "tqc", "film", "all")
 TITLES = {"hmm": "HMM", "mae": "Encoder", "film": "FiLM", "tqc": "Agent"}
@@ -630,7 +631,7 @@ def context_value(run: Subject) -> dict:
 def draw_states(run, part):
     a, b = run.rows["eval"]
     a = max(a, b - POINTS)
-    fig, (ax,) = canvas(9.4, 2.6)
+    fig, (ax,) = canvas(9.4, 2.6, bottom=0.42)
     at = np.arange(a, b)
     p = run.posteriors[a:b]
     truth = run.market.bars.truth
@@ -824,7 +825,7 @@ def correlation(x, y) -> float:
 
 def draw_columns(part, errors, names):
     height = max(2.2, 0.19 * len(names) + 0.6)
-    fig, (ax,) = canvas(9.4, height, left=1.6, bottom=0.4)
+    fig, (ax,) = canvas(9.4, height, left=1.6, bottom=0.42)
     at = np.arange(len(names))
     for i, (who, error) in enumerate(errors.items()):
         color = CYCLE[i]
@@ -832,7 +833,9 @@ def draw_columns(part, errors, names):
         ax.plot(mean, at, "o", color=color, ms=4, label=who)
     ax.set_yticks(at, names)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
     ax.set_xlabel("squared error at hidden bars")
     title = "Reconstruction by column, eval rows"
     part.figures.append(("mae_columns", title, fig, "Left is better."))
@@ -1318,7 +1321,7 @@ def check_w_cost(run, part):
 
 
 def draw_pit(part, places):
-    fig, (ax,) = canvas(9.4, 2.4)
+    fig, (ax,) = canvas(9.4, 2.4, bottom=0.42)
     for i, name in enumerate(("step", "return")):
         label = {"step": "next step", "return": "discounted return"}[name]
         color = CYCLE[i]
@@ -1333,7 +1336,7 @@ def draw_pit(part, places):
 
 def draw_path(run, part):
     at = np.arange(*run.rows["test"])
-    fig, axes = canvas(9.4, 3.6, 2, sharex=True)
+    fig, axes = canvas(9.4, 3.6, 2, bottom=0.42, sharex=True)
     for i, (name, path) in enumerate(beside(run, "test").items()):
         total = np.cumsum(run.earned(path, "test")) / 100
         label = name.replace("_", " ")
@@ -1391,14 +1394,25 @@ def build(folder: Path, parts: list[Part], command: str) -> Page:
     return page
 
 
+def column_texts(column) -> list[str]:
+    """Numbers with the same decimals, a dash for none; a column that holds a text cell by cell."""
+    if any(isinstance(x, str) for x in column):
+        return [cell(x) for x in column]
+    return texts([None if x is None else float(x) for x in column])
+
+
 def html_table(head, rows) -> str:
+    first, *others = map(esc, head)
+    top = f'<th style="text-align:left">{first}</th>'
+    top += "".join(f"<th>{name}</th>" for name in others)
     body = ""
-    for row in [head, *rows]:
-        kind = "td" if row is not head else "th"
-        first, *cells = (esc(cell(x)) for x in row)
-        cells = "".join(f"<{kind}>{x}</{kind}>" for x in cells)
-        body += f'<tr><th style="text-align:left">{first}</th>{cells}</tr>'
-    return f'<div class="scroll"><table>{body}</table></div>'
+    for first, *cells in zip(*map(column_texts, zip(*rows))):
+        cells = "".join(f"<td>{esc(x)}</td>" for x in cells)
+        body += f"<tr><th>{esc(first)}</th>{cells}</tr>"
+    return (
+        f'<div class="scroll"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def write(folder: Path, parts: list[Part], command: str):
