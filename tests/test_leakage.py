@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from common.data import load_bars
 from common.features import WARMUP, asset_views, context, fit_columns, fit_features
+from scripts import leak_audit
 
 ROWS, STOP = 1600, 1100
-HOUR = np.timedelta64(3_600_000_000_000, "ns")
 EDITS = settings(max_examples=25, deadline=None, derandomize=True)
 rows = st.one_of(st.integers(0, ROWS - 2), st.integers(WARMUP - 2, ROWS - 2))
 seeds = st.integers(0, 2**32 - 1)
@@ -29,37 +29,22 @@ def market(assets):
     return replace(several[0], names=names, ohlcv=ohlcv, filled=ohlcv[..., 4] == 0, truth=None)
 
 
-def edited(bars, t, seed):
-    """A copy whose rows after t are other, still valid, bars: prices, volumes, scale and times."""
-    rng = np.random.default_rng(seed)
-    ohlcv, timestamp = bars.ohlcv.copy(), bars.timestamp.copy()
-    after = ohlcv[:, t + 1 :]
-    wild = np.exp(rng.normal(0, rng.choice([1e-4, 0.05, 1.0]), after.shape[:2] + (4,)))
-    scale = np.exp(rng.normal(0, rng.choice([0.0, 3.0]), (len(after), 1, 1)))
-    prices = after[..., :4] * wild * scale
-    after[..., :4] = prices
-    after[..., 1], after[..., 2] = prices.max(-1), prices.min(-1)
-    after[..., 4] *= rng.choice([0.0, 0.5, 1.5, 1e3], after.shape[:2])
-    timestamp[t + 1 :] += HOUR * rng.integers(0, 200)
-    return replace(bars, ohlcv=ohlcv, timestamp=timestamp)
-
-
-def prefix(bars, n):
-    cut = {"ohlcv": bars.ohlcv[:, :n], "timestamp": bars.timestamp[:n], "filled": bars.filled[:, :n]}
-    return replace(bars, **cut)
+def edited(bars, t, seed, kind="rows"):
+    """A copy whose rows after t are other, still valid, bars, or (kind "length") are not there."""
+    return leak_audit.edited(bars, t, kind, np.random.default_rng(seed))
 
 
 def leaks(columns, bars, t, seed):
     """Whether an edit of the rows after t, or their absence, moves a bit of columns at rows <= t."""
     before = columns(bars)[: t + 1].tobytes()
-    after, cut = columns(edited(bars, t, seed)), columns(prefix(bars, t + 1))
+    after, cut = (columns(edited(bars, t, seed, kind)) for kind in ("rows", "length"))
     return before != after[: t + 1].tobytes() or before != cut.tobytes()
 
 
 def refits(fit, bars, stop, seed):
     """Whether an edit of the rows from stop on, or their absence, moves anything that was fitted."""
     before = fit(bars).state_dict()
-    after, cut = fit(edited(bars, stop - 1, seed)), fit(prefix(bars, stop))
+    after, cut = (fit(edited(bars, stop - 1, seed, kind)) for kind in ("rows", "length"))
     return before != after.state_dict() or before != cut.state_dict()
 
 
@@ -78,7 +63,6 @@ def single():
 NAMES = ["rsi_7", "vwap_20", "atr_9", "close_z_50", "macd", "frac_diff", "volume_ratio_5", "ret_3"]
 
 
-# ---------------------------------------------------------------------------------------- transform
 @EDITS
 @given(t=rows, seed=seeds)
 def test_rows_up_to_t_keep_their_bits_when_later_rows_change(fitted, t, seed):
@@ -94,7 +78,6 @@ def test_row_t_does_see_bar_t(fitted, t):
     assert moved[max(WARMUP - t, 0) :].all()
 
 
-# ------------------------------------------------------------------------------ the checker goes red
 def hmm_input(bars, model):
     return asset_views(bars.ohlcv[0], bars.timestamp, model.assets[0]).lg
 
@@ -127,7 +110,6 @@ def test_the_checker_catches(single, cheat):
     assert all(leaks(columns, bars, t, t) for t in range(1000, 1500, 100))
 
 
-# ---------------------------------------------------------------------------------------------- fit
 def test_nothing_fitted_changes_when_rows_after_train_change(fitted):
     bars, _ = fitted
     seed = 1
