@@ -13,8 +13,6 @@ from runs import refusal
 from scripts import validate_arz as val
 
 
-# name -> rho*, v*, edges of the first wave, contact, flux at the jump
-# --------------------------------------------------------------------------------------------- exact solutions
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("left, right", [((0.3, 0.6), (0.5, 0.2)), ((0.7, 0.2), (0.2, 0.5)), ((0.4, 0.2), (0.3, 0.95))])
 def test_exact_solutions_satisfy_the_equations(left, right, gamma):
@@ -41,7 +39,6 @@ def test_exact_solutions_satisfy_the_equations(left, right, gamma):
     assert found["mass"](2.0) - found["mass"](-2.0) == pytest.approx(found["rho"](steps).sum() * 1e-5, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the kernels
 def test_a_wrong_number_is_reported(monkeypatch, tmp_path):
     left, right, gamma, t, known = val.CASES["shock, contact"]
     monkeypatch.setattr(val, "CASES", {"shock, contact": (left, right, gamma, t, (5.54e-3, *known[1:]))})
@@ -53,7 +50,6 @@ def test_a_wrong_number_is_reported(monkeypatch, tmp_path):
     assert "FAILED" in (tmp_path / "out" / "validate_arz.html").read_text()
 
 
-# -------------------------------------------------------------------------------------------------- the record
 CURVE = (20.0, 60.0, 1.0)  # w, c, gamma of v = w - c rho
 CELLS, BINS, DX, DT = 30, 160, 10.0, 5.0
 
@@ -93,21 +89,6 @@ def test_errors_are_fan_and_seibolds(record):
     assert found["E"] == pytest.approx(0.01 / np.ptp(rho) + 0.5 / np.ptp(v), rel=1e-9)
     assert (found["rho"], found["v"]) == pytest.approx((0.01, 0.5), rel=1e-9)
     assert val.errors(rho, half["q"], half, data)["E"] < 1e-14
-
-
-def test_the_road_between_the_detectors_is_conserved_and_close_to_its_record(record):
-    data = prepared(record(traffic(False)))
-    for scheme, limit in (("godunov", 0.9), ("muscl", 0.45)):
-        rho, q, ledger = val.predict("ARZ, no relaxation", (CURVE, (0.0, 1.0, val.FAR)), data["halves"][1], data,
-                                     scheme=scheme)
-        start, into, out, end, added, courant = ledger
-        assert start + into + added - out == pytest.approx(end, rel=1e-13) and added == 0
-        assert 0.5 * limit < courant <= limit
-        # the fluxes at the ends are those of the detectors' states, near the record's own flow there
-        assert q[0].mean() == pytest.approx(data["halves"][1]["q"][0].mean(), rel=0.02)
-    lwr = val.predict("LWR", (CURVE, (0.0, 1.0, 0.0)), data["halves"][1], data)
-    below = CURVE[0] - CURVE[1] * lwr[0] - lwr[1] / lwr[0]  # a bin's mean of a concave flow lies below its curve
-    assert -1e-9 < below.min() and below.max() < 0.2
 
 
 @pytest.mark.parametrize("scheme", val.SCHEMES)
@@ -165,23 +146,16 @@ def test_calibration_sees_the_first_part_only(record):
     assert found[0] == found[1]
 
 
-def test_a_ramp_ends_the_stretch():
-    flow = np.r_[1.5, np.full(20, 2.2), np.full(40, 2.35), np.full(30, 2.25)]
-    first, last = val.no_ramp(flow + 0.01 * np.sin(np.arange(91)))
-    assert 21 <= first <= 27 and 54 <= last <= 60
-
-
-def test_a_growing_jam_is_no_ramp():
+def test_a_ramp_ends_the_stretch_and_a_growing_jam_is_no_ramp():
     """On a short record a jam stores 8 % of the flow; with what was stored the stretch is one again."""
     cells, bins, dx, dt = 60, 90, 10.0, 5.0
-    growth = np.where((np.arange(cells) >= 25) & (np.arange(cells) < 35), 0.0018, 0.0)  # veh/m/s
+    growth = np.where((np.arange(cells) >= 20) & (np.arange(cells) < 30), 0.0018, 0.0)  # veh/m/s
     rho = 0.1 + growth[:, None] * dt * np.arange(bins)
     stored = np.cumsum(growth) * dx - growth * dx / 2
     q = np.repeat((2.2 - stored)[:, None], bins, 1)
-    assert np.ptp(q.mean(1)) > 0.08 * 2.2
     flow = val.conserved_flow(rho, q, dx, dt)
     assert flow == pytest.approx(2.2, rel=1e-6)
-    assert val.no_ramp(q.mean(1)) != val.no_ramp(flow) == (6, 53)
+    assert (val.no_ramp(q.mean(1)), val.no_ramp(flow)) == ((31, 56), (6, 53))
 
 
 def test_a_stretch_too_short_to_tell_models_apart_is_said(record, capsys):
@@ -192,7 +166,6 @@ def test_a_stretch_too_short_to_tell_models_apart_is_said(record, capsys):
         assert words in err and bool(words) == bool(err)
 
 
-# ------------------------------------------------------------------------------------------------ command line
 @pytest.mark.parametrize("change, words", [
     (lambda a: a["speed_m_per_s"].__setitem__((3, 7), np.nan), r"speed_m_per_s, row 3 .* column 7 .*: nan"),
     (lambda a: a["density_veh_per_m"].__setitem__((0, 39), -1), r"density_veh_per_m, row 0 .* column 39 .*: -1"),
@@ -227,17 +200,14 @@ def test_nobody_there_has_no_speed(record):
 
 def test_refusals_of_the_command(repo, refusal_of, record, tmp_path):
     path = record(traffic(True))
-    broken = {"text": b"x,t,density", "cut": path.read_bytes()[:5000]}
     np.save(tmp_path / "one.npy", np.ones(3))
-    broken["one"] = (tmp_path / "one.npy").read_bytes()
     np.savez_compressed(tmp_path / "bits.npz", **traffic(True))
-    bits = bytearray((tmp_path / "bits.npz").read_bytes())
-    bits[20_000:20_100] = bytes(100)
-    broken["bits"] = bits
-    for name, data in broken.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(UsageError, match=f"{name}: not a readable .npz file"):
-            val.load_record(tmp_path / name)
+    bits = (tmp_path / "bits.npz").read_bytes()
+    (tmp_path / "bits.npz").write_bytes(bits[:20_000] + bytes(100) + bits[20_100:])
+    (tmp_path / "cut.npz").write_bytes(bits[:5000])
+    (tmp_path / "text.npz").write_text("x,t,density")
+    for name in ("one.npy", "bits.npz", "cut.npz", "text.npz"):
+        refusal(UsageError, val.load_record, tmp_path / name, words=[f"{name}: not a readable .npz file"])
     for argv, words in (
         (["--ngsim", "no.npz"], "no.npz: no such file"), (["--parts", "weather"], "--parts weather"),
         (["--parts", "record"], "--ngsim"), (["--split", 2], "--split"),
