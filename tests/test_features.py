@@ -1,7 +1,6 @@
 """Columns of the market table: names, values by hand, scaling, degenerate bars, the HMM's findings."""
 
 import json
-import math
 import re
 import warnings
 from dataclasses import replace
@@ -81,7 +80,6 @@ def test_columns_by_number_of_assets(assets, tech):
     assert loaded == model and loaded.transform(bars).tobytes() == x.tobytes()
 
 
-# ------------------------------------------------------------------ values, from independent formulas
 T = 1234
 
 
@@ -160,7 +158,6 @@ def test_order_is_the_smallest_that_passes():
     assert features.frac_order(np.zeros(4000)) == features.ORDERS[-1]
 
 
-# ------------------------------------------------------------------------------------------ scaling
 def test_a_bad_tick_in_the_train_rows_moves_little():
     """One close 100 times its neighbours: rows that do not look back to it stay where they were."""
     bars = table(walk(rows=9000))
@@ -174,7 +171,6 @@ def test_a_bad_tick_in_the_train_rows_moves_little():
     assert np.abs(np.subtract(model.hmm["mean"], spoiled.hmm["mean"])).max() < 0.05
 
 
-# ----------------------------------------------------------------------------------- degenerate bars
 def degenerate(kind):
     ohlcv = walk()
     if kind == "constant":
@@ -206,7 +202,6 @@ def test_degenerate_bars_stay_finite(kind):
         assert model.scale[k] == 1.0 and (x[:, k] == 0).all()
 
 
-# ----------------------------------------------------------------------------------------- refusals
 def test_refusals_name_the_file_the_numbers_and_the_way_out(one):
     bars, model = one
     pair, ohlcv = market(2), bars.ohlcv.copy()
@@ -303,7 +298,6 @@ def test_a_known_chain_is_recovered_calm_first_and_made_sticky(monkeypatch):
     np.testing.assert_allclose(hmm["trans"], 0.9 * MOVES + 0.1 * np.eye(4), atol=0.04)
 
 
-# ------------------------------------------------------------------------------------ long histories
 @pytest.mark.parametrize("argv, signum, code", [(["--timeout", 1], None, 2), ([], 15, 143), ([], None, 0)])
 def test_a_long_history_asks_the_deadline(argv, signum, code, monkeypatch):
     """Without time, or after a signal, one line ends the run; a short history is worked through."""
