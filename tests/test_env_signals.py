@@ -176,15 +176,6 @@ def one_plan(envs, name, **constants):
     return arz.controller(envs, name, [constants] * envs.num_envs)
 
 
-def test_fixed_cycle_keeps_its_times():
-    envs = make(1, interval=5.0, seconds=300.0)
-    act, asked = one_plan(envs, "fixed_cycle", cycle=60.0, skew=0.0, speed=0.0), []
-    for _ in range(24):
-        asked.append(int(act(None)[0, 0]))
-        envs.step_lanes(act(None))
-    assert asked == ([0] * 6 + [1] * 6) * 2
-
-
 def test_actuated_leaves_an_empty_street():
     envs = make(1, interval=5.0, seconds=300.0, fill=0.0)
     act = one_plan(envs, "actuated", gap=0.1, longest=40.0)
@@ -198,20 +189,22 @@ def test_actuated_leaves_an_empty_street():
     assert act(None).tolist() == [[0, 1, 0, 0, 0]]
 
 
-def test_a_lane_gets_the_constants_of_its_demand():
+def test_a_fixed_cycle_keeps_its_times_and_a_lane_gets_the_constants_of_its_demand():
     """Two levels in one environment ask for what each would ask for alone."""
     tuned = {1.0: {"cycle": 40.0, "skew": 0.0, "speed": 0.0}, 1.3: {"cycle": 80.0, "skew": 2.0, "speed": 14.0}}
     envs = arz.NetworkVectorEnv(10, cases="eval", level=arz.LEVELS, interval=5.0, seconds=300.0)
     envs.reset(seed=1)
     mixed = arz.tuned_controller(envs, "fixed_cycle", tuned)
     alone = [one_plan(envs, "fixed_cycle", **row) for row in tuned.values()]
-    high, different = (envs.level[0] == 1.3)[:, None], 0
+    high, different, first = (envs.level[0] == 1.3)[:, None], 0, []
     for _ in range(30):
         asked, low_plan, high_plan = (act(None) for act in (mixed, *alone))
         assert torch.equal(asked, torch.where(high, high_plan, low_plan))
         different += int((low_plan != high_plan).sum())
+        first.append(int(low_plan[0, 0]))
         envs.step_lanes(asked)
     assert different > 100 and 0 < high.sum() < 10
+    assert first[:24] == ([0] * 4 + [1] * 4) * 3
 
 
 # ---------------------------------------------------------------------------------------------------------- agent
