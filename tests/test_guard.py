@@ -3,13 +3,11 @@
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -94,13 +92,7 @@ def test_the_first_signal_ends_the_loop_cleanly(repo, tmp_path):
         assert child.communicate(timeout=LIMIT) == ("", "") and child.returncode == 0
 
 
-@POSIX
-def test_handlers_are_given_back():
-    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError), TimeoutGuard(None) as guard:
-        assert guard.handles_signals and signal.getsignal(signal.SIGTERM) != old[1]
-        raise RuntimeError
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == old
+def test_a_thread_handles_no_signals():
     found = []
     thread = threading.Thread(target=lambda: found.append(TimeoutGuard(None).handles_signals))
     thread.start()
@@ -132,35 +124,11 @@ def test_phases_are_exclusive_and_add_up(monkeypatch):
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-def test_checkpoint_round_trip(tmp_path):
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    state = {
-        "agent": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "args": {"lr": 1e-3, 3: None},
-        "rng": np.random.default_rng(0).bit_generator.state,
-        "order": OrderedDict(a=(1, [2.5, True])),
-        "bf16": torch.ones(2, dtype=torch.bfloat16),
-        "raw": b"\0x",
-    }
-    save_atomic(state, tmp_path / "new" / "checkpoints" / "last.pt")
-    loaded = load_checkpoint(timeout_guard.find_last(tmp_path / "new"))
-    assert torch.equal(loaded["agent"]["weight"], model.weight) and loaded["args"] == state["args"]
-    assert loaded["rng"] == state["rng"] and loaded["order"] == state["order"]
-    optimizer.load_state_dict(loaded["optimizer"])
-    assert timeout_guard.find_last(tmp_path) is None
-    assert [p.name for p in (tmp_path / "new" / "checkpoints").iterdir()] == ["last.pt"]
-
-
-@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), {1, 2}, torch.nn.Linear(1, 1)])
-def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     save_atomic({"good": 1}, tmp_path / "last.pt")
-    for bad, where in (({"a": [0, value]}, r"\['a'\]\[1\]"), ({np.int64(3): 0}, "numpy.int64")):
-        with pytest.raises(CheckpointError, match=where):
-            save_atomic(bad, tmp_path / "last.pt")
+    for value in (np.float64(1), np.zeros(2), torch.nn.Linear(1, 1)):
+        for bad, where in (({"a": [0, value]}, "['a'][1]"), ({np.int64(3): 0}, "numpy.int64")):
+            assert where in refusal(CheckpointError, save_atomic, bad, tmp_path / "last.pt")
     assert load_checkpoint(tmp_path / "last.pt") == {"good": 1}
 
 
@@ -168,6 +136,7 @@ FULL_DISK = """
 import resource, torch
 path = sys.argv[1]
 save_atomic({"step": 1}, path)
+open(os.path.join(os.path.dirname(path), ".last.pt.1.tmp"), "w").close()  # of a process that was killed
 for size in (1, 1000, 399_000):  # the checkpoint has 400 kB and a little
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
@@ -182,31 +151,6 @@ for size in (1, 1000, 399_000):  # the checkpoint has 400 kB and a little
 def test_a_full_disk_leaves_the_old_file(repo, tmp_path):
     out = run(repo, tmp_path, FULL_DISK, tmp_path / "ck" / "last.pt")
     assert out[:6] == ["True True", "{'step': 1} ['last.pt']"] * 3
-
-
-@POSIX
-def test_kill_during_saves_always_leaves_a_loadable_file(repo, tmp_path):
-    code = """
-import torch
-step = 0
-while True:
-    step += 1
-    save_atomic({"step": step, "a": torch.full((200_000,), step)}, sys.argv[1])
-    print(step)
-"""
-    path, rng = tmp_path / "ck" / "last.pt", random.Random(0)
-    for _ in range(2):
-        with start(repo, tmp_path, code, path) as child:
-            for _ in range(3):  # it is in the middle of saving by now
-                reported = int(child.stdout.readline())
-            time.sleep(rng.uniform(0, 0.05))
-            child.kill()
-            out, _ = child.communicate()
-        reported = max([reported] + [int(line) for line in out.split("\n")[:-1]])
-        state = load_checkpoint(path)
-        assert state["step"] >= reported and bool((state["a"] == state["step"]).all())
-    save_atomic({"step": 0}, path)
-    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]  # nothing is left of the killed
 
 
 def test_errors_on_loading_are_one_line_that_names_the_file(tmp_path):
@@ -233,16 +177,6 @@ def test_json_holds_numbers_or_null(tmp_path):
     with pytest.raises(TypeError):
         timeout_guard.write_json_atomic({"f": json}, path)
     assert path.read_text() == written and list(path.parent.iterdir()) == [path]
-
-
-def test_rotation_keeps_the_highest_numbers_and_never_touches_last_and_best(tmp_path):
-    names = ("step_9.pt", "step_10.pt", "step_100.pt", "step_2.pt", "last.pt", "best.pt", "note_1.txt")
-    for name in names:
-        (tmp_path / name).touch()
-    assert [p.name for p in timeout_guard.rotate(tmp_path, 2)] == ["step_2.pt", "step_9.pt"]
-    assert timeout_guard.rotate(tmp_path, 2) == []
-    assert [p.name for p in timeout_guard.rotate(tmp_path, 0, "*.pt")] == ["step_10.pt", "step_100.pt"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "note_1.txt"]
 
 
 @POSIX
