@@ -20,16 +20,17 @@ JAM = networks.RHO_JAM
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def street(limit=18.0, length=200.0, flow=360.0, dx=5.0, links=("A", "J", "B")):
-    """A road in sections with a signal at every inner node: phase 1 serves the road, phase 2 an empty side street."""
-    rows, plan = [], {"signals": {}, "demand": {links[0]: {"car": flow}}, "turns": {}} | NO_WAIT
+def street():
+    """A road in three sections with signals between: phase 1 serves the road, phase 2 an empty side street."""
+    links, rows = ("A", "J1", "J2", "B"), []
+    plan = {"signals": {}, "demand": {"A": {"car": 900}}} | NO_WAIT
     for a, b in zip(links, links[1:]):
-        rows.append({"from": a, "to": b, "length_m": length, "class": "residential", "lanes": 1, "limit": limit})
+        rows.append({"from": a, "to": b, "length_m": 150.0, "class": "residential", "lanes": 1, "limit": 36.0})
     for a, node in zip(links, links[1:-1]):
         rows.append(rows[0] | {"from": f"X{node}", "to": node, "length_m": 50.0})
         plan["signals"][node] = [[a], [f"X{node}"]]
         plan["demand"][f"X{node}"] = {}
-    return networks.build_network("street", rows, plan, dx)
+    return networks.build_network("street", rows, plan, 5.0)
 
 
 def play(envs, phases, seconds):
@@ -51,32 +52,19 @@ def p_of(x, k):
     return np.maximum(k + WAVE - WAVE / np.maximum(x, 1e-9), 0.0)
 
 
-@pytest.mark.parametrize("left, right, flux", [
-    (0.2, 0.1, 0.2 * 10.0),
-    (0.2, 0.9, WAVE * 0.1),
-    (0.8, 0.1, 10 * WAVE / (10 + WAVE)),
-    (0.5, 0.7, WAVE * 0.3),
-    (0.7, 1.0, 0.0),
-])
-def test_one_class_is_the_exact_godunov_flux(left, right, flux):
-    """The smaller of demand and supply of LWR with a triangular diagram, where w is the limit, 10 m/s."""
-    behind, ahead = (10.0 - p_of(x, 10.0) for x in (left, right))
-    all_cars = arz.interface_nb(left, 0.0, behind, 10.0, ahead, 1.0, 1.0, 10.0)
-    quarter = arz.interface_nb(left / 4, 3 * left / 4, behind, 10.0, ahead, 1.0, 1.0, 10.0)
-    assert all_cars == pytest.approx(flux, abs=1e-6)
-    assert quarter == pytest.approx(flux / 4, abs=1e-6)
-
-
-def test_demand_and_supply_are_the_extrema_of_the_flux():
+def test_a_flux_is_the_smaller_of_demand_and_supply_the_extrema_of_the_diagram():
+    """Found on a grid; a quarter of the vehicles carries a quarter of it."""
     rng, grid = np.random.default_rng(0), np.linspace(1e-6, 1.0, 300_001)
     for _ in range(50):
         k, x = rng.uniform(5, 20), rng.uniform(0.01, 1.0)
         w, ahead = rng.uniform(0.5, 1.0) * k, rng.uniform(0, k)
         flux = grid * (w - p_of(grid, k))
         v = w - float(p_of(x, k))
-        assert arz.demand_nb(x, v, w, k) == pytest.approx(flux[grid <= x].max(), abs=2e-3)
         star = grid[p_of(grid, k) <= max(w - ahead, 0.0)][-1]  # where those behind drive as fast as those ahead
-        assert arz.supply_nb(w, ahead, k) == pytest.approx(flux[grid >= star - 1e-5].max(), abs=2e-3)
+        expected = min(flux[grid <= x].max(), flux[grid >= star - 1e-5].max())
+        for part in (1.0, 0.25):
+            own = arz.interface_nb(part * x, (1 - part) * x, v, w, ahead, 1.0, 1.0, k)
+            assert own == pytest.approx(part * expected, abs=2e-3)
 
 
 def test_relaxation_is_exact_and_never_speeds_up_what_stands_overfilled():
@@ -98,14 +86,14 @@ def crossing(turns, limits=None, to="CD", lanes=(1, 1, 1, 1)):
     return networks.build_network("x", rows, plan)
 
 
-def fluxes(net, density, w, gate=(1, 1, 1, 1)):
+def fluxes(net, density, w):
     """Fluxes of cars over all ends and starts: density over jam density and w by segment, uniform on it."""
     envs = arz.NetworkVectorEnv(1, net, 5.0, 50.0, **STEADY)
     for s in range(len(net.ends)):
         cells = slice(net.first[s], net.first[s + 1])
         envs.rho_c[cells], envs.w_c[cells] = density[s] * net.jam[s], w[s]
         envs.v_c[cells] = w[s] - p_of(density[s], net.limit[1, s])
-        envs.gate[s] = gate[s]
+    envs.gate.fill_(1.0)
     envs.dt.fill_(1.0)
     cells, scratch, street_, result = envs.records
     lo, hi = np.uint64(0), np.uint64(1)
@@ -141,16 +129,6 @@ def test_w_is_carried_into_an_equal_road_and_capped_by_a_lower_limit():
     assert mom[2] / flow[2] == pytest.approx(5.0)
 
 
-def test_a_red_stop_line_lets_exactly_nothing_through():
-    net = crossing({"A": {"C": 1.0}, "B": {"D": 1.0}})
-    out, flow, mom = fluxes(net, [0.5, 0.5, 0.0, 0.0], [10.0] * 4, [0, 1, 1, 1])
-    assert out[0] == flow[2] == mom[2] == 0.0 and flow[3] > 2 * JAM
-    envs = arz.NetworkVectorEnv(1, street(), 5.0, 100.0, **STEADY)
-    envs.reset(seed=0)
-    play(envs, [1], 95)
-    assert inside(envs, ("J", "B")) == 0.0 and inside(envs, ("A", "J")) > 8.0
-
-
 # ------------------------------------------------------------------------------------------- formulas of traffic
 def test_known_answers_of_traffic():
     """A smooth wave, one red, a green's discharge, and a corridor's delay on finer cells: the program checks them."""
@@ -165,9 +143,8 @@ def test_known_answers_of_traffic():
         assert coarse == pytest.approx(fine, rel=0.05)
 
 
-def test_spill_back_fills_the_road_behind_and_the_queue_outside():
-    net = street(links=("A", "J1", "J2", "B"), limit=36.0, flow=900.0, length=150.0)
-    envs = arz.NetworkVectorEnv(1, net, 5.0, 1000.0, **STEADY)
+def test_a_red_lets_nothing_through_and_fills_the_road_behind_and_the_queue_outside():
+    envs = arz.NetworkVectorEnv(1, street(), 5.0, 1000.0, **STEADY)
     envs.reset(seed=0)
     play(envs, [0, 1], 60)
     assert inside(envs, ("J1", "J2")) < 20 and envs.queue.sum() < 1e-4
@@ -180,7 +157,7 @@ def test_spill_back_fills_the_road_behind_and_the_queue_outside():
 
 # ----------------------------------------------------------------------------------------- conservation, positivity
 def corridor(**change):
-    return arz.NetworkVectorEnv(3, "corridor", level=(1.5, 1.5), **change)
+    return arz.NetworkVectorEnv(4, "corridor", level=(2.5, 2.5), fill=0.5, **change)
 
 
 def town(**change):
@@ -198,12 +175,19 @@ def laid(**change):
 @pytest.mark.parametrize("make", [corridor, town, laid])
 def test_vehicles_are_conserved(make, dtype, limit):
     envs = make(dtype=dtype)
+    assert make is not town or (len(envs.network.ends), envs.agents, envs.network.notes) == (24, 4, ())
     envs.reset(seed=3)
-    generator, phases = torch.Generator().manual_seed(0), int(envs.n_phases.max())
+    net, generator, phases = envs.network, torch.Generator().manual_seed(0), int(envs.n_phases.max())
+    top, jam, metres = (torch.as_tensor(np.repeat(x, np.diff(net.first))) for x in (net.limit[1], net.jam, net.dx))
+    most = 0.0
     for _ in range(envs.length - 1):
         envs.step_lanes(torch.randint(0, phases, (envs.num_envs, envs.agents), generator=generator))
-        assert (envs.rho_m >= 0).all() and (envs.rho_c >= 0).all() and torch.isfinite(envs.rho_c).all()
-    metres = torch.as_tensor(np.repeat(envs.network.dx, np.diff(envs.network.first)))
+        for rho, mom in ((envs.rho_m, envs.mom_m), (envs.rho_c, envs.mom_c)):
+            assert (rho >= 0).all() and torch.isfinite(rho).all()
+            assert (mom <= rho * (top[:, None] + arz.CREEP) * 1.001)[rho > 1e-4].all()
+        assert (torch.maximum(envs.rho_m + 0.6 * envs.rho_c, envs.rho_c) < 1.1 * jam[:, None]).all()
+        most = max(most, float(((envs.rho_m + envs.rho_c) / jam[:, None]).max()))
+    assert most > 1.1 or make is not corridor  # motorcycles stand between cars
     for k, rho in enumerate((envs.rho_m, envs.rho_c)):  # counted anew, not by the kernel
         stored = metres @ rho.double() + envs.queue[k].sum(0)
         came = envs.totals[arz.STARTED + k] + envs.totals[arz.ARRIVED + k]
@@ -228,21 +212,6 @@ def test_every_episode_has_turns_and_saturation_flows_of_its_own():
     assert share.std(1).max() > 0.02
     factor = (envs.saturation.double() / torch.as_tensor(net.capacity)[:, None]).numpy()
     assert 0.8 < factor.min() and factor.max() < 1.2 and factor.std() > 0.05
-
-
-def test_w_and_density_stay_within_their_bounds():
-    envs = arz.NetworkVectorEnv(4, "corridor", 15.0, 900.0, level=(2.5, 2.5), fill=0.5)
-    envs.reset(seed=1)
-    net, generator = envs.network, torch.Generator().manual_seed(0)
-    dense = False
-    top, jam = (torch.as_tensor(np.repeat(x, np.diff(net.first)))[:, None] for x in (net.limit[1], net.jam))
-    for _ in range(envs.length - 1):
-        envs.step_lanes(torch.randint(0, 2, (4, 5), generator=generator))
-        for rho, mom in ((envs.rho_m, envs.mom_m), (envs.rho_c, envs.mom_c)):
-            assert (mom <= rho * (top + arz.CREEP) * 1.001)[rho > 1e-4].all()
-        assert (envs.rho_m + 0.6 * envs.rho_c < 1.1 * jam).all() and (envs.rho_c < 1.1 * jam).all()
-        dense = dense or bool((envs.rho_m + envs.rho_c > 1.1 * jam).any())
-    assert dense  # motorcycles stand between cars
 
 
 # ------------------------------------------------------------------------------------------- lanes, threads, CUDA
@@ -319,38 +288,25 @@ def test_a_network_from_files(tmp_path):
     assert net.jam.tolist() == [0.3, 0.15, 0.3]
     assert net.signal.tolist() == [0, 0, -1]
     assert net.green.tolist() == [1, 2, 0]  # bits of the phases
-    assert net.entry.tolist() == [0, 1, -1]
-    motorcycles, cars = 3600 * net.base[0]
-    assert motorcycles == pytest.approx([300, 0]) and cars == pytest.approx([600, 200])
     assert (net.all_red, net.min_green, net.amber) == ([2], [5], [0])
     assert (net.notes, net.shapes) == ((), ((), (), ()))
-
-
-def test_demand_over_time(tmp_path):
-    net = networks.load_network(write_network(tmp_path, TABLE, PLAN | {"demand": OVER_TIME}))
-    assert net.change_at.tolist() == [0, 120, 210]
-    table = 3600 * net.demand_table(50.0, 6)  # (decisions, classes, entries)
-    cars = [600, 600, 0.4 * 600 + 0.6 * 1200, 1200, 0.2 * 1200 + 0.8 * 100, 100]
-    assert table[:, 1, 0] == pytest.approx(cars)
-    assert table[:, 0, 0] == pytest.approx(300) and table[:, 1, 1] == pytest.approx(200)
-    mean = (600 * 120 + 1200 * 90 + 100 * 190) / 400
-    assert 3600 * net.demand_table(400.0, 1)[0, 1, 0] == pytest.approx(mean)
 
 
 def test_what_arrives_follows_the_demand_over_time(tmp_path):
     """Vehicles are conserved too, and the plans are those of the mean demand."""
     path = write_network(tmp_path, TABLE, PLAN | {"demand": OVER_TIME})
-    envs = arz.NetworkVectorEnv(2, path, 30.0, 270.0, **STEADY)
+    envs = arz.NetworkVectorEnv(2, path, 50.0, 350.0, **STEADY)
     envs.reset(seed=0)
     came = []
-    for t in range(8):
+    for t in range(6):
         envs.step_lanes(torch.full((2, 1), t % 2))
-        came.append(float(envs.totals[arz.ARRIVED + 1, 0]))
-    cars = np.array([600] * 4 + [1200] * 3 + [100]) + 200
-    assert came == pytest.approx((cars * 30 / 3600).cumsum(), rel=1e-5)
+        came.append(envs.totals[arz.ARRIVED :, 0][:2].tolist())
+    cars = np.array([600, 600, 0.4 * 600 + 0.6 * 1200, 1200, 0.2 * 1200 + 0.8 * 100, 100]) + 200
+    hourly = np.column_stack([np.full(6, 300), cars])
+    np.testing.assert_allclose(came, (hourly * 50 / 3600).cumsum(0), rtol=1e-5)
     envs.step_lanes(torch.zeros(2, 1))
     assert envs.stats("finals")["mass_error"].max() < 1e-5
-    mean = (600 * 120 + 1200 * 90 + 100 * 60) / 270 + 300
+    mean = (600 * 120 + 1200 * 90 + 100 * 140) / 350 + 300
     capacity = 3600 * envs.network.capacity
     assert arz.flow_ratios(envs)[0] == pytest.approx([mean / capacity[0], 200 / capacity[1]])
 
@@ -372,7 +328,6 @@ BAD_TABLES = [  # what is written instead of what, and the words of the refusal
     ("from,", "# roads of A\nfrom,", "'# roads of A'"),
     ("200,secondary,2,\n", "long,secondary,2,\n", "line 2: length_m: 'long' is not a number"),
     ("150,", "-150,", "line 3: length_m: -150"),
-    (",1,30", ",1,0.5", "line 3: limit: 0.5"),
     ("secondary,2,\n", "lane,2,\n", "line 2: class: unknown 'lane'"),
     ("2,50\n", "2,50\nA,A,10,secondary,1,\n", "line 5: from and to are both 'A'"),
     ("2,50\n", "2,50\nA,J,10,secondary,1,\n", "line 5: A > J is there twice"),
@@ -381,7 +336,6 @@ BAD_TABLES = [  # what is written instead of what, and the words of the refusal
 ]
 BAD_PLANS = [  # keys of the plan, and the words
     ({"signal": {}}, "unknown key 'signal'"),
-    ({"all_red": "two"}, "all_red: 'two' must be a number >= 0"),
     ({"nodes": {"J": [0, "north"]}}, "nodes: J: [0, 'north'] must be [x, y]"),
     ({"nodes": {"K": [0, 1]}}, "nodes: no segment touches node 'K'"),
     ({"lines": {"A": {"C": [[0, 1], [1, 1]]}}}, "lines: A: C: no segment A > C"),
@@ -390,7 +344,6 @@ BAD_PLANS = [  # keys of the plan, and the words
     ({"signals": {"J": [["A"]]}}, "signals: J: 1 phases"),
     ({"signals": {"J": [["A", "B"], []]}}, "signals: J: phase 2 is empty"),
     ({"signals": {"J": ["A", "B"]}}, "signals: J: 1: 'A' must be a list"),
-    ({"signals": {"J": [[1], ["B"]]}}, "signals: J: 1: 1: 1 must be a node's name"),
     ({"signals": {"J": [["A"], ["A"]]}}, "B > J is green in no phase"),
     ({"turns": {"J": {"A": {"C": 0.9}}}}, "turns: J: A: the shares add up to 0.9"),
     ({"turns": {"J": {"A": {"D": 1}}}}, "turns: J: A: no segment J > D"),
@@ -425,8 +378,8 @@ BAD_FILES = [
 
 @pytest.mark.parametrize("table, plan, words", BAD_FILES, ids=[words for *_, words in BAD_FILES])
 def test_a_wrong_file_is_named_in_one_line(tmp_path, table, plan, words):
-    message = refusal(networks.NetworkError, networks.load_network, write_network(tmp_path, table, plan))
-    assert words in message and str(tmp_path) in message and len(message) < 600
+    path = write_network(tmp_path, table, plan)
+    assert len(refusal(networks.NetworkError, networks.load_network, path, words=(words, str(tmp_path)))) < 600
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -453,14 +406,6 @@ def test_classes_shares_and_links_as_they_come(tmp_path):
     net = networks.load_network(write_network(tmp_path, table, plan))
     assert net.limit[1, 3] * 3.6 == pytest.approx(networks.ROADS["trunk"])
     assert net.share[:3] == pytest.approx([1 / 3] * 3)
-
-
-def test_town():
-    net = networks.find_network("town4")
-    assert (len(net.ends), len(net.n_phases), net.notes) == (80, 16, ())
-    assert (net.entry >= 0).sum() == (~net.leads_on()).sum() == 16
-    shares = np.bincount(net.move_from, net.share, minlength=80)
-    assert shares[net.leads_on()] == pytest.approx(1.0)
 
 
 # ------------------------------------------------------------------------------------------- parts, turns, signals
@@ -543,16 +488,10 @@ def test_parts_with_names_of_their_own():
     assert net.shapes[1] == ((0, 0), (50, 0))
     assert of_parts(net, net.leave) == {"east": 1, "west": 0.2, "out": 1}
     assert net.capacity[1] == pytest.approx(2 / 3)
-    assert of_parts(net, net.green) == {"through": 3, "left": 3, "against": 1, "side": 4}  # bits of the phases
-    assert of_parts(net, net.minor) == {"left": 1}
-    assert set(of_parts(net, net.entry >= 0)) == {"up", "against", "side", "main", "minor"}
-    assert (net.change, net.offset) == ([4], [7])
-    assert net.gap[[2, 8]] == pytest.approx([4.5 - 2.5 / 2, 5 - 3 / 2]) and net.follow[8] == pytest.approx(1 / 3)
     first, second = net.owners().T
     assert (second == -1).all()  # one signal alone
     # a road's delay belongs to the signal that it leads to, else to the one behind it
     assert of_parts(net, first < 0) == {"minor": True}
-    assert net.around()[0].tolist() == [[1, 2, 3, 4]]
     assert net.pieces(5.0).tolist() == [1, 2, 1, 1] and net.horizon(20.0) == 60.0
     west, main, _, out = (3600 * net.mean_flows(net.base[0]))[6:]
     assert west == pytest.approx(740)
@@ -566,7 +505,6 @@ def light(**change):
 BAD_LAYS = [
     (dict(part="left", id="through"), "part 'through': its id"),
     (dict(part="left", length=-1), "part 'left': length -1 must be"),
-    (dict(part="left", saturation=math.nan), "part 'left': saturation nan"),
     (dict(turns=TURNS[1:]), "turns of part 'up' add up to 0.3"),
     (dict(turns=[*TURNS, ("east", "est", 1)]), "no part 'est', did you mean west?"),
     (dict(turns=[*TURNS, TURNS[0]]), "turn 'up' > 'through': is there twice"),
@@ -586,8 +524,7 @@ BAD_LAYS = [
 
 @pytest.mark.parametrize("change, words", BAD_LAYS, ids=[words for _, words in BAD_LAYS])
 def test_what_cannot_be_assembled_is_named(change, words):
-    message = refusal(networks.NetworkError, lay, **change)
-    assert message.startswith("laid: ") and words in message
+    refusal(networks.NetworkError, lay, words=("laid: ", words), **change)
 
 
 def lanes_of(net, seconds=60.0, n=1, interval=1.0, **kwargs):
@@ -692,15 +629,6 @@ def test_webster():
     assert cycle == pytest.approx(20.0) and green == pytest.approx([5.0, 5.0])
     with pytest.raises(ValueError, match="no cycle serves"):
         arz.webster_plan([0.3, 0.25], 0.5, 10.0)
-
-
-def test_mean_flows_follow_the_turns():
-    net = networks.corridor_network()
-    flow = net.mean_flows(net.base[0])
-    assert flow[~net.leads_on()].sum() == pytest.approx(net.base.sum())
-    into = net.ends.index(("J1", "J2"))
-    w, n, s = (net.base[0, :, net.entry[net.ends.index((a, "J1"))]].sum() for a in ("W", "N1", "S1"))
-    assert flow[into] == pytest.approx(0.8 * w + 0.3 * n + 0.3 * s)
 
 
 def test_max_pressure_is_varaiyas():
