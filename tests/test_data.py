@@ -139,8 +139,7 @@ BAD = [  # an edit of 40 bars -> what the refusal names
     (cell(7, "close", 1e-3), ["row 7, column 'close', 2024-01-01T07:00:00Z: 0.001 "]),
     (cell(2, "volume", np.nan), ["row 2, column 'volume', 2024-01-01T02:00:00Z: "]),
     (lambda f: f.assign(close="n/a"), ["column 'close'"]),
-    (text("2024-01-01 03:00:00"), ["row 3,", "2024-01-01T03:00:00Z", "MetaTrader"]),
-    (text("2024-01-01"), ["row 3,", "2024-01-01T00:00Z", "MetaTrader", "import_bars.py --tz"]),
+    (text("2024-01-01 03:00:00"), ["row 3,", "2024-01-01T03:00:00Z", "MetaTrader", "import_bars.py --tz"]),
     (text("1704078000000"), ["row 3,", "--unit ms"]),
     (text("9999-01-01T03:00Z"), ["row 3,", "1678 .. 2261"]),
     (text("2024-01-01T03:00 CET"), ["row 3,", "CET"]),
@@ -155,9 +154,7 @@ BAD = [  # an edit of 40 bars -> what the refusal names
 @pytest.mark.parametrize("edit, words", BAD)
 def test_bars_that_cannot_be_are_refused(tmp_path, kind, edit, words):
     path = save(edit(make_frame()), tmp_path / f"bad.{kind}")
-    message = refusal(load_bars, path)
-    assert message.startswith(f"{path}: ")
-    assert all(word in message for word in words), message
+    assert refusal(load_bars, path, words=words).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,10 +187,9 @@ def test_a_folder_gives_one_file_of_either_kind(tmp_path):
         (tmp_path / name).touch()
     assert data.find_file(tmp_path, "EURUSD") == tmp_path / "EURUSD_1h.csv"
     assert data.find_file(tmp_path, "USDJPY_1h") == tmp_path / "USDJPY_1h.parquet"
-    message = refusal(data.find_file, tmp_path, "USDJPY")
-    assert "USDJPY_1h.parquet" in message and "USDJPY_4h.csv" in message
-    assert "GBPUSD" in refusal(data.find_file, tmp_path, "GBPUSD")
-    assert str(tmp_path / "no") in refusal(data.find_file, tmp_path / "no", "EURUSD")
+    refusal(data.find_file, tmp_path, "USDJPY", words=["USDJPY_1h.parquet", "USDJPY_4h.csv"])
+    refusal(data.find_file, tmp_path, "GBPUSD", words=["GBPUSD"])
+    refusal(data.find_file, tmp_path / "no", "EURUSD", words=[str(tmp_path / "no")])
 
 
 # ----------------------------------------------------------------------------------- gaps and facts
@@ -248,12 +244,10 @@ def test_the_fill_limit_is_exact(tmp_path):
     b = make_frame(60, seed=1).drop(index=range(20, 25))
     spec = write_two(tmp_path, make_frame(60), b)
     assert load_bars(spec, fill_limit=5).filled[1].sum() == 5
-    message = refusal(load_bars, spec, 4)
-    assert message.startswith(str(tmp_path / "B_1h.csv"))
-    for word in ("2024-01-02T00:00:00Z", "row 24", "5 bars", "2024-01-01T19:00:00Z", "--fill-limit 5"):
-        assert word in message
-    assert "4 more rows" in refusal(load_bars, spec, 0)
-    assert "--fill-limit -1" in refusal(load_bars, spec, -1)
+    words = "B_1h.csv: ", "2024-01-02T00:00:00Z", "row 24", "5 bars", "2024-01-01T19:00:00Z", "--fill-limit 5"
+    refusal(load_bars, spec, 4, words=words)
+    refusal(load_bars, spec, 0, words=["4 more rows"])
+    refusal(load_bars, spec, -1, words=["--fill-limit -1"])
 
 
 DROPS = st.sets(st.integers(1, 59), max_size=12)
@@ -290,8 +284,7 @@ def test_files_that_cannot_be_aligned(tmp_path):
         (make_frame(800, start="2023-12-31", freq="5min"), ["00:05:00", "01:00:00"]),
         (make_frame(90, start="2023-12-31T00:30"), ["no bar opens"]),
     ):
-        message = refusal(load_bars, write_two(tmp_path, make_frame(60), second))
-        assert "B_1h.csv" in message and all(word in message for word in words), message
+        refusal(load_bars, write_two(tmp_path, make_frame(60), second), words=["B_1h.csv", *words])
     # half of the hours are missing, the median step is two hours: the bars are hourly all the same
     b = make_frame(61, seed=1).drop(index=[i for i in range(61) if i % 6 in (2, 4, 5)])
     assert load_bars(write_two(tmp_path, make_frame(60), b)).filled[1].sum() == 30
@@ -371,9 +364,6 @@ def test_one_calendar_border_for_pairs_of_unequal_history(tmp_path, split):
 
 
 def test_series_that_cannot_share_a_border(tmp_path):
-    late = make_frame(60, seed=1, start="2024-01-19")
-    message = refusal(split_series, series(tmp_path, make_frame(480), late), SHARES, 5)
-    assert message.startswith("P1: ") and "train has 0 of 60" in message
-    other = make_frame(300, seed=1, freq="4h")
-    message = refusal(split_series, series(tmp_path, make_frame(480), other), SHARES, 5)
-    assert message.startswith("P1: ") and "04:00:00" in message
+    late, longer = make_frame(60, start="2024-01-19"), make_frame(300, freq="4h")
+    for other, word in ((late, "train has 0 of 60"), (longer, "04:00:00")):
+        refusal(split_series, series(tmp_path, make_frame(480), other), SHARES, 5, words=["P1: ", word])
