@@ -13,14 +13,6 @@ PUBLISHED = {"waves": np.array(arz.WAVE)[:, None]}
 SCHEMES = ["richtmyer", "godunov", "muscl"]
 
 
-def lanes(n=3, seconds=4, **kwargs):
-    return FreewayVectorEnv(n, episode_seconds=seconds, **kwargs)
-
-
-def still(env):
-    return torch.zeros(env.num_envs, env.actions)
-
-
 def total(env, make, options=PUBLISHED):
     """Statistics of lane 0's episode."""
     env.reset(seed=0, options=options)
@@ -34,7 +26,6 @@ def total(env, make, options=PUBLISHED):
     return stats
 
 
-# --------------------------------------------------------------------------- published numbers
 @pytest.mark.parametrize("make, interval, want", [
     (Constant, 1.0, -382.4993), (Backstepping, 0.25, -263.1681),
     (partial(LinearController, kp=5.9), 1.0, -108.3205),
@@ -51,30 +42,29 @@ def test_the_published_scheme_gives_the_published_returns(make, interval, want):
 
 
 def test_the_published_loop_step_by_step():
-    """A NumPy oracle of the scheme, one node array, written from the paper's formulas."""
-    dx, dt, tau, star = arz.DX, arz.SAMPLE, arz.RELAX, arz.RHO_STAR
-    big_v = lambda rho: arz.V_MAX * (1 - rho / arz.RHO_MAX)  # noqa: E731
-    rho = star * (1 + 0.1 * np.sin(3 * np.pi * np.arange(51) * dx / arz.LENGTH))
-    y = 1.2 - rho * big_v(rho)
-    env = lanes(1, 10, control="both", decision_interval=0.25, precision="float64")
+    """A NumPy oracle of the scheme, one node array of u = (rho, y), written from the paper's formulas."""
+    dx, dt, relax = arz.DX, arz.SAMPLE, np.array([[0], [arz.SAMPLE / arz.RELAX]])
+
+    def free(rho):
+        return arz.V_MAX * (1 - rho / arz.RHO_MAX)
+
+    def change(u):
+        return dt / dx * np.diff(u * (u[1] / u[0] + free(u[0])))
+
+    rho = arz.RHO_STAR * (1 + 0.1 * np.sin(3 * np.pi * np.arange(51) * dx / arz.LENGTH))
+    u = np.stack([rho, 1.2 - rho * free(rho)])
+    env = FreewayVectorEnv(1, episode_seconds=10, control="both", decision_interval=0.25, precision="float64")
     env.reset(seed=0, options=PUBLISHED)
-    rng = np.random.default_rng(1)
-    for k in range(39):
-        out, into = rng.uniform(-1, 1, 2)
-        rho[0], rho[-1] = rho[1], rho[-2]
-        y[0] = 1.2 * (1 + 0.2 * into) - rho[0] * big_v(rho[0])
-        y[-1] = 1.2 * (1 + 0.2 * out) - rho[-1] * big_v(rho[-1])
-        f, g = y + rho * big_v(rho), y * (y / rho + big_v(rho))
-        half = (rho[1:] + rho[:-1]) / 2 - dt / 2 / dx * np.diff(f)
-        half_y = (y[1:] + y[:-1]) / 2 * (1 - dt / 2 / tau) - dt / 2 / dx * np.diff(g)
-        f, g = half_y + half * big_v(half), half_y * (half_y / half + big_v(half))
-        rho[1:-1] -= dt / dx * np.diff(f)
-        y[1:-1] += -dt / dx * np.diff(g) - dt / tau * (half_y[1:] + half_y[:-1]) / 2
+    for out, into in np.random.default_rng(1).uniform(-1, 1, (39, 2)):
+        for end, near, action in ((0, 1, into), (-1, -2, out)):
+            u[:, end] = u[0, near], 1.2 * (1 + 0.2 * action) - u[0, near] * free(u[0, near])
+        half = (u[:, 1:] + u[:, :-1]) / 2 * (1 - relax / 2) - change(u) / 2
+        u[:, 1:-1] -= change(half) + relax * (half[:, 1:] + half[:, :-1]) / 2
         reward, _, _ = env.step_lanes(torch.tensor([[out, into]]))
-        v = y / rho + big_v(rho)
-        want = -np.linalg.norm(v / 10 - 1) - np.linalg.norm(rho / star - 1)
-        assert float(reward[0]) == pytest.approx(want, abs=1e-10), k
-    np.testing.assert_allclose(env.rows("u")[..., 0], [rho, y], atol=1e-12)
+        v = u[1] / u[0] + free(u[0])
+        want = -np.linalg.norm(v / 10 - 1) - np.linalg.norm(u[0] / arz.RHO_STAR - 1)
+        assert float(reward[0]) == pytest.approx(want, abs=1e-10)
+    np.testing.assert_allclose(env.rows("u")[..., 0], u, atol=1e-12)
 
 
 @pytest.mark.parametrize("scheme, constant, backstepping", [
@@ -87,17 +77,15 @@ def test_finite_volumes_agree_with_the_known_range(scheme, constant, backsteppin
         assert make is Backstepping or stats["throughput_veh"] == pytest.approx(1.2 * 240, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------ actions, waves
 @pytest.mark.parametrize("action, control, want", [  # seconds of q* that entered and left
     ([9.0], "outlet", (1.0, 1.2)), ([-0.5], "outlet", (1.0, 0.9)), ([1.0], "inlet", (1.2, 1.0)),
     ([-1.0, 0.5], "both", (1.1, 0.8))])
 def test_actions_are_clipped_and_reach_their_end(action, control, want):
-    env = lanes(1, control=control, scheme="godunov")
+    env = FreewayVectorEnv(1, episode_seconds=4, control=control, scheme="godunov")
     env.reset(seed=1)
     env.step_lanes(torch.tensor([action]))
-    sums, lane = arz.Totals(*env.rows("totals")), arz.Lane(*env.rows("lane"))
-    flows = [float(x / lane.q_star) for x in (sums.entered, sums.left)]
-    assert flows == pytest.approx(want, rel=1e-5)
+    sums, q_star = arz.Totals(*env.rows("totals")), env.rows("lane")[AT.q_star]
+    assert [float(x / q_star) for x in (sums.entered, sums.left)] == pytest.approx(want, rel=1e-5)
 
 
 def test_training_waves_fill_their_range_and_are_no_evaluation_waves():
@@ -117,21 +105,20 @@ def test_training_waves_fill_their_range_and_are_no_evaluation_waves():
 
 
 def test_a_broken_lane_terminates_alone_and_starts_again():
-    env = lanes(4, 10, scheme="godunov")
+    env = FreewayVectorEnv(4, episode_seconds=10, scheme="godunov")
     env.reset(seed=1)
     env.rows("u")[0, 7, 2] = float("nan")  # one block: a view
-    reward, terminated, truncated = env.step_lanes(still(env))
+    reward, terminated, truncated = env.step_lanes(torch.zeros(4, 1))
     assert terminated.tolist() == [False, False, True, False] and not truncated.any()
     assert reward[2] == arz.BROKEN and torch.isfinite(reward).all()
     assert torch.isfinite(env.observe()).all() and torch.isnan(env.last_observations()[2]).any()
     assert env.stats("finals")["episode_length"].tolist() == [0, 0, 1, 0]
 
 
-# ------------------------------------------------------------------------------------- accounting
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["random", "opposite"])
 def test_no_action_leaves_the_physical_range_or_loses_a_vehicle(scheme, kind):
-    env = lanes(16, 120, control="both", scheme=scheme)
+    env = FreewayVectorEnv(16, episode_seconds=120, control="both", scheme=scheme)
     env.reset(seed=2)
     draws = torch.Generator().manual_seed(0)
     sign = 1 - 2 * (torch.arange(16) % 2)
@@ -145,7 +132,7 @@ def test_no_action_leaves_the_physical_range_or_loses_a_vehicle(scheme, kind):
         lane, obs = arz.Lane(*env.rows("lane")[..., None]), env.observe()
         densest = max(densest, float((lane.rho_star * (1 + obs[:, :51])).max()))
         slowest = min(slowest, float((lane.v_star * (1 + obs[:, 51:])).min()))
-    waiting = arz.Lane(*env.rows("lane")).waiting.clone()
+    waiting = env.rows("lane")[AT.waiting].clone()
     env.step_lanes(action)
     stats = env.stats("finals")
     assert densest <= arz.RHO_MAX * 1.005 and slowest >= -1e-3
@@ -156,7 +143,6 @@ def test_no_action_leaves_the_physical_range_or_loses_a_vehicle(scheme, kind):
     assert (float(stats["floor_veh"].max()) > 1) == (scheme == "richtmyer" and kind == "opposite")
 
 
-# -------------------------------------------------------------------------- baselines, evaluation
 def test_controllers_are_tuned_on_training_waves_and_order_as_known():
     train, test = FreewayVectorEnv(256), FreewayVectorEnv(cases="eval")
     makers = arz.make_controllers(train, 1e9)
@@ -177,11 +163,10 @@ def test_controllers_are_tuned_on_training_waves_and_order_as_known():
 
 
 def test_what_has_no_time_ends_with_what_it_has():
-    search = arz.GainSearch(lanes(16, 10), 0.0)
+    search = arz.GainSearch(FreewayVectorEnv(16, episode_seconds=10), 0.0)
     assert search.best([(k, 0.0, 0.0) for k in range(9)]) == (0, 0.0, 0.0) and not search.complete
     env = FreewayVectorEnv(cases="eval")
     result, rows, cut = arz.evaluate(Constant, env, seconds=1e-9, trace=True)
     assert cut and len(rows) == 1 and result["heldout"]["episode_return"] < 0
     assert result["heldout"]["episode_length"] == 1 and np.isnan(result["heldout"]["mass_error"])  # they were 0 and 1
     assert {"time_s", "rho_0", "v_50", "action_0", "reward"} <= set(rows[0])
-
