@@ -1,6 +1,6 @@
 """common/gpu_pool.py on the CPU, on CUDA's simulator, and (marked gpu) on a device."""
 
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 
 import numpy as np
 import pytest
@@ -20,9 +20,8 @@ def test_a_released_buffer_comes_back_zeroed_and_nothing_is_allocated():
     counts = {"allocations": 1, "acquires": 2, "bytes": 48, "bytes_in_use": 48, "in_use": 1}
     assert pool.stats() == counts | {"static_builds": 0}
     pool.release(second)
-    for other in (dict(shape=(4, 3)), dict(shape=12), dict(dtype=np.int32)):
-        key = {"shape": (3, 4), "dtype": np.float32} | other
-        assert pool.acquire(**key).dtype == key["dtype"]
+    for shape, dtype in (((4, 3), np.float32), (12, np.float32), ((3, 4), np.int32)):
+        assert pool.acquire(shape, dtype).dtype == dtype
     assert pool.stats()["allocations"] == 4
 
 
@@ -57,28 +56,20 @@ def test_a_lease_gives_everything_back():
         lease.acquire(2, np.float32)
 
 
-@dataclass
-class Network:
-    length: np.ndarray
-    lanes: tuple
-    name: str
-
-
 def test_static_data_is_built_once_and_cannot_be_written():
-    pool, builds = Pool(), []
+    pool = Pool()
+    Network = make_dataclass("Network", ["length", "lanes"])
 
     def build():
-        builds.append(1)
-        return {"net": Network(np.ones(3), (np.arange(4), [np.zeros(2)]), "a"), "n": 3}
+        return {"net": Network(np.ones(3), (np.arange(4), [np.zeros(2)])), "n": 3}
 
     train, evaluation = pool.static(("net", 1), build), pool.static(("net", 1), build)
-    assert train is evaluation and len(builds) == 1
+    assert train is evaluation and pool.stats()["static_builds"] == 1
     net = train["net"]
     for array in (net.length, net.lanes[0], net.lanes[1][0]):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 5
-    pool.static(("net", 2), build)
-    assert len(builds) == 2 == pool.stats()["static_builds"]
+    assert pool.static(("net", 2), build) is not train and pool.stats()["static_builds"] == 2
     with pytest.raises(ValueError, match="view"):
         pool.static("view", lambda: np.zeros(4)[:2])
     with pytest.raises(ZeroDivisionError):
@@ -112,12 +103,6 @@ for lease in (train, evaluation):
     lease.close()
 lease, c = environment()  # zeroed again: the sum would be 30 otherwise
 assert c is a or c is b
-try:
-    pool.release(a if c is b else b)
-except ValueError as e:
-    assert "not in use" in str(e)
-else:
-    raise AssertionError("a released device array was released again")
 lease.close()
 for shape in ((), (0,), (2, 3, 4)):
     assert not pool.acquire(shape, np.int64, "cuda").copy_to_host().any()
