@@ -54,12 +54,6 @@ def fitted(request):
     return bars, fit_features(bars, STOP)
 
 
-@pytest.fixture(scope="module")
-def single():
-    bars = market(1)
-    return bars, fit_features(bars, STOP)
-
-
 NAMES = ["rsi_7", "vwap_20", "atr_9", "close_z_50", "macd", "frac_diff", "volume_ratio_5", "ret_3"]
 
 
@@ -89,8 +83,8 @@ def smoothed(x, hmm):
     return m.predict_proba(x[:, None])
 
 
-def test_a_row_of_the_filter_is_the_last_one_of_the_library_s_smoother(single):
-    bars, model = single
+def test_a_row_of_the_filter_is_the_last_one_of_the_library_s_smoother(fitted):
+    bars, model = fitted
     x = hmm_input(bars, model)[:50]
     for t, row in enumerate(context(x, model.hmm)):
         np.testing.assert_allclose(row[:4], smoothed(x[: t + 1], model.hmm)[-1], atol=1e-9)
@@ -104,8 +98,8 @@ CHEATS = {
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_the_checker_catches(single, cheat):
-    bars, model = single
+def test_the_checker_catches(fitted, cheat):
+    bars, model = fitted
     columns = lambda b: CHEATS[cheat](hmm_input(b, model), model.hmm)  # noqa: E731
     assert all(leaks(columns, bars, t, t) for t in range(1000, 1500, 100))
 
