@@ -12,7 +12,6 @@ CROSS = [  # a junction of four roads and four phases, one for each
     {"from": a, "to": b, "length_m": 100.0, "class": "secondary", "lanes": 1, "limit": None}
     for node in "NESW" for a, b in ((node, "J"), ("J", node))]
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -48,7 +47,6 @@ def test_what_does_not_fit_is_refused(change, words):
         arz.NetworkVectorEnv(**(SHORT | change))
 
 
-# --------------------------------------------------------------------------------------------- reward and sight
 def test_reward_is_minus_the_delay_of_all_junctions():
     envs, total = make(3), torch.zeros(3)
     for t in range(envs.length):
@@ -88,7 +86,6 @@ def test_a_number_that_is_not_finite_ends_the_lane():
     assert terminated.tolist() == [False, True] and not truncated.any() and torch.isfinite(reward).all()
 
 
-# ----------------------------------------------------------------------------------------------- signals, demand
 @pytest.mark.parametrize("plan, shortest", [({}, 10), ({"all_red": 2.0, "min_green": 3.0}, 5)])
 def test_minimum_green_and_all_red_of_the_plan_hold(plan, shortest):
     envs = make(1, network=crossing(**plan), interval=1.0, seconds=120.0)
@@ -127,7 +124,6 @@ def test_evaluation_cases_are_fixed_paired_and_apart_from_training():
     assert not (obs[envs.splits["eval"], None] == others[None]).all((2, 3)).any()
 
 
-# ----------------------------------------------------------------------------------------------------- baselines
 @pytest.fixture(scope="module")
 def delays():
     """Total delay of every controller on the crossing of four phases, and of one that never switches."""
@@ -207,7 +203,6 @@ def test_a_fixed_cycle_keeps_its_times_and_a_lane_gets_the_constants_of_its_dema
     assert first[:24] == ([0] * 4 + [1] * 4) * 3
 
 
-# ---------------------------------------------------------------------------------------------------------- agent
 def test_where_no_request_counts_the_agent_keeps_the_phase_and_learns_nothing():
     envs = make(8, interval=5.0)
     torch.manual_seed(0)
