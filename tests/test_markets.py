@@ -128,8 +128,8 @@ def test_path_follows_the_table_from_flat_and_earns_what_the_law_says(regime):
 
 def test_generated_chains_move_by_their_law(market):
     law, _, _, truth = market
-    values, rows, _ = rouwenhorst(law.n_states, law.phi)
-    assert (truth.signal == values[truth.s]).all()
+    values, rows, weights = rouwenhorst(law.n_states, law.phi)
+    assert (truth.signal == values[truth.s]).all() and weights @ rows == pytest.approx(weights, abs=1e-12)
     for chain, table in ((truth.s, rows), (truth.regime, law.regime_transition)):
         moves = np.zeros_like(table)
         np.add.at(moves, (chain[:-1], chain[1:]), 1)
