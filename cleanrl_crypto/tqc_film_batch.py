@@ -264,8 +264,9 @@ class Args(RunArgs):
     # evaluation
     eval_interval: int = 4_096
     """transitions between evaluations on the eval split"""
-    patience: int = 8
-    """evaluations without a better one after which training stops (0: never)"""
+    patience: int = 16
+    """evaluations without a better one after which training stops (0: never): with fewer than the
+    schedule has, an agent that begins to learn late is given up"""
 
     # runtime
     precision: str = "auto"

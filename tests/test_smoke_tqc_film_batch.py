@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -31,16 +30,8 @@ TINY = dict(
     total_timesteps=1024, learning_starts=256, eval_interval=512, updates_per_step=2,
     fusion_width=32, hidden=32, episode_length=8, fee_bps=0.5, slippage_bps=0.0, report=False,
     torch_threads=1, cuda=False)
-METRICS = set(tqc.TABLE.split()) - {"score", "mean_expected_bps"} | {"total_return"}
 BASELINES = {"flat", "buy_and_hold", "best_constant", "sparse_linear", "random_same_turnover"}
 flags = partial(flags_of, TINY)
-
-
-def command(run_dir, **changes):
-    """The script as a process of its own: (exit code, stdout, stderr)."""
-    argv = [sys.executable, str(SCRIPT), *flags(run_dir, **changes)]
-    done = subprocess.run(argv, cwd=run_dir.parent, capture_output=True, text=True, timeout=600)
-    return done.returncode, done.stdout, done.stderr
 
 
 def write_bars(path, spec, rows=None):
@@ -60,9 +51,8 @@ def check_summary(summary, synthetic=True):
     for split, result in summary["eval"].items():
         assert set(result["baselines"]) == BASELINES | ({"optimum"} if synthetic else set())
         assert ("score" in result["agent"]) == ("mean_expected_bps" in result["agent"]) == synthetic
-        for who, metrics in {"agent": result["agent"], **result["baselines"]}.items():
-            assert METRICS <= set(metrics), (split, who)
-            assert all(v is None or math.isfinite(v) for v in metrics.values()), (split, who)
+        for metrics in (result["agent"], *result["baselines"].values()):
+            assert all(v is None or math.isfinite(v) for v in metrics.values())
             assert -1 <= metrics["max_drawdown"] <= 0 and 0 <= metrics["turnover"] <= 2
             assert -1 <= metrics["exposure"] <= 1
         assert all(v == 0 for v in result["baselines"]["flat"].values())
@@ -80,9 +70,10 @@ def check_summary(summary, synthetic=True):
 def base(tmp_path_factory):
     """The command line once, with the report: its run directory and what it printed."""
     run_dir = tmp_path_factory.mktemp("base") / "run"
-    code, out, err = command(run_dir, total_timesteps=1536, report=True)
-    assert code == 0 and "Traceback" not in err, err
-    return run_dir, out
+    argv = [sys.executable, str(SCRIPT), *flags(run_dir, total_timesteps=1536, report=True)]
+    done = subprocess.run(argv, cwd=run_dir.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return run_dir, done.stdout
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -190,13 +181,10 @@ def test_main_twice_in_one_process_learns_the_same_and_the_loop_never_waits_for_
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, f=original, **k: (refuse(), f(self, *a, **k))[1])
     builds, results = Lanes.builds, []
     for name in ("a", "b"):
-        began, reads = time.monotonic(), HostReads()
-        with reads:
+        with HostReads() as reads:
             summary = tqc.main(flags(tmp_path / name))
-        assert summary["wall_seconds"] <= time.monotonic() - began  # this call's own clock
         assert "rollout" not in reads.found
         assert reads.found["learn"] == 2  # is the loss finite? at the two log points
-        assert {k for k in summary if k not in ("run_dir", "exit_code")} == set(load_summary(tmp_path / name))
         results.append(summary)
     first, second = results
     assert Lanes.builds == builds + 2 and second["buffer_allocations"] in (0, first["buffer_allocations"])
@@ -219,26 +207,13 @@ def test_a_clear_signal_is_learned_by_the_critic_and_by_the_actor(tmp_path):
     (tqc.SCHEDULE - 1, 0, {}, True),
     (tqc.SCHEDULE, 0, {}, False),
     (10 * tqc.SCHEDULE, 0, {"timeout": 1800}, True),  # time given is time used,
-    (10 * tqc.SCHEDULE, 8, {"timeout": 1800}, False),  # until patience is over
-    (10 * tqc.SCHEDULE, 8, {"timeout": 1800, "patience": 0}, True),
+    (10 * tqc.SCHEDULE, 16, {"timeout": 1800}, False),  # until patience is over
+    (10 * tqc.SCHEDULE, 16, {"timeout": 1800, "patience": 0}, True),
     (512, 0, {"timeout": 1800, "total_timesteps": 512}, False),
 ], ids=str)
 def test_what_ends_a_training(step, stale, flags, more):
     run = SimpleNamespace(args=tqc.Args(**flags), out_of_time=lambda: False)
     assert tqc.go_on(run, tqc.Loop(global_step=step, stale=stale)) == more
-
-
-@pytest.mark.slow
-def test_patience_stops_early_and_a_resumed_run_stays_stopped(tmp_path):
-    # nothing learns, so the first evaluation after an update stays the best
-    changes = dict(
-        patience=1, total_timesteps=10**6, learning_rate=0, learning_rate_fusion=0, learning_rate_film=0,
-        reward_scaling=False)
-    summary = tqc.main(flags(tmp_path / "run", **changes))
-    assert summary["global_step"] == 1024 and summary["best_step"] == 512
-    assert summary["status"] == "finished" and summary["exit_code"] == 0
-    again = tqc.main(flags(tmp_path / "run", **changes, resume="auto"))
-    assert again["global_step"] == 1024 and again["updates"] == summary["updates"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path, monkeypatch):
@@ -276,15 +251,12 @@ def test_files_of_bars_blind_to_the_hmm_are_judged_by_whole_evaluations_of_train
              for seed, name in enumerate(("AAA", "BBB"))]
     scores, keep_best, latents_of, limited = [], Run.keep_best, tqc.latents_of, []
 
-    def noted(self, score, loop):
-        scores.append(score)
-        return keep_best(self, score, loop)
-
     def cut(agent, contexts, rows, until=math.inf):
         limited.extend([1] * (until < math.inf))
         return latents_of(agent, contexts, rows[:200] if len(limited) == 3 else rows, until)
 
-    monkeypatch.setattr(Run, "keep_best", noted)
+    monkeypatch.setattr(Run, "keep_best", lambda self, score, loop: (
+        scores.append(score), keep_best(self, score, loop))[1])
     monkeypatch.setattr(tqc, "latents_of", cut)
     changes = dict(hmm=False, total_timesteps=1536, eval_timeout=1e6)
     summary = tqc.main(flags(tmp_path / "run", data=",".join(map(str, paths)), **changes))
@@ -314,11 +286,11 @@ def test_the_end_is_evaluated_and_an_evaluation_that_time_cut_short_chooses_noth
     assert summary["best_step"] == 0 and summary["updates"] == 2
     # the average has no share of the random start: after the first updates it is the learner
     last = last_of(tmp_path / "run")
+    assert last["loop"]["stale"] == 1
     for name, weights in last["agent"].items():
         torch.testing.assert_close(weights, last["parts"]["learner"][name])
 
 
-# --------------------------------------------------------------------------------------- eval-only
 def test_eval_only_takes_everything_from_the_checkpoint(base, tmp_path, capsys):
     best, trained = base[0] / "checkpoints" / "best.pt", load_summary(base[0])
     plain = dict(eval_only=True, checkpoint=best, report=False, torch_threads=1, cuda=False)
@@ -336,21 +308,16 @@ def test_eval_only_takes_everything_from_the_checkpoint(base, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------- refusals
-@pytest.fixture
-def refused(refusal_of):
-    return refusal_of(SCRIPT)
-
-
 @pytest.mark.parametrize("argv, words", [
     (["--data", "synthetic:regimes"], ["regimes", "regime"]),
     (["--funding", "nowhere.csv"], ["nowhere.csv"]),
     (["--encoder", "nowhere.pt"], ["nowhere.pt"]),
     (["--compile", "--cudagraphs"], ["--cudagraphs"]),
 ])
-def test_a_refusal_is_one_line_exit_code_2_and_no_folder(tmp_path, refused, monkeypatch, argv, words):
+def test_a_refusal_is_one_line_exit_code_2_and_no_folder(tmp_path, refusal_of, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     given = argv[0].removeprefix("--").replace("-", "_")
-    err = refused([*flags(tmp_path / "run", **{given: None} if given in TINY else {}), *argv])
+    err = refusal_of(SCRIPT)([*flags(tmp_path / "run", **{given: None} if given in TINY else {}), *argv])
     assert all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
 
