@@ -28,7 +28,7 @@ import numpy as np
 from numba import njit
 
 from common.data import DataError, iso
-from common.run import LONG, ask_deadline, need
+from common.run import LONG, UsageError, ask_deadline, need
 from common.scoring import usual_limit
 
 if TYPE_CHECKING:
@@ -414,10 +414,13 @@ def stack(names, b):
         formula = find_column(name)
         try:
             columns.append(formula(b))
-        except ModuleNotFoundError:
+        except ImportError as error:
             lacking.append(name)
+            failure = error
     if lacking:
-        need("talib", why=f"features {', '.join(lacking)} need TA-Lib")
+        why = f"features {', '.join(lacking)} need TA-Lib"
+        need("talib", why=why)
+        raise UsageError(f"{why}, which does not load: {failure}")
     return np.column_stack(columns)
 
 

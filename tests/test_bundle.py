@@ -160,7 +160,7 @@ def test_flags_as_keywords_need_no_tyro(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "r" / "args.json").read_text())["sizes"] == [1, 2]
 
 
-def test_columns_that_need_a_missing_package_are_named(monkeypatch):
+def test_columns_that_need_a_missing_package_are_named(monkeypatch, tmp_path):
     from common.data import load_bars
     from common.features import fit_columns
 
@@ -169,6 +169,12 @@ def test_columns_that_need_a_missing_package_are_named(monkeypatch):
     with pytest.raises(UsageError, match="rsi_14, adx_14 .*pip install TA-Lib"):
         fit_columns(bars, ("ret_1", "rsi_14", "log_range", "adx_14"), 700)
     assert fit_columns(bars, ("ret_1", "log_range"), 700).columns == ("ret_1", "log_range")
+    # there, and broken: the columns were left out in silence
+    (tmp_path / "talib.py").write_text("import no_such_library\n")
+    monkeypatch.delitem(sys.modules, "talib")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="rsi_14 .*no_such_library"):
+        fit_columns(bars, ("ret_1", "rsi_14"), 700)
 
 
 @pytest.mark.slow
