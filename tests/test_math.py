@@ -142,7 +142,6 @@ def test_rollouts_keep_a_noise_matrix_a_lane_until_it_is_drawn_again():
     assert float(kept.std()) == pytest.approx(math.exp(-2), rel=0.4)
 
 
-# --------------------------------------------------------- every loss against sb3-contrib's train()
 class PeerCritic:
     """What TQC.train() asks of a critic: our heads, and the cost of the trade."""
 
@@ -160,17 +159,6 @@ class PeerCritic:
 
     def parameters(self):
         return self.heads.parameters()
-
-
-class PeerActor:
-    def __init__(self, agent, noises):
-        self.agent, self.noises = agent, list(noises)
-        self.optimizer = SimpleNamespace(zero_grad=agent.actor.zero_grad, step=lambda: None)
-
-    def action_log_prob(self, obs):
-        pi, log_prob, _ = tqc.sample_action(
-            self.agent.actor, obs["market"].detach(), obs["position"], obs["w_cost"], self.noises.pop(0))
-        return pi, log_prob[:, 0]
 
 
 @pytest.mark.parametrize("drop, drift", [(0, False), (2, True)])
@@ -191,12 +179,19 @@ def test_losses_equal_sb3_contrib_s(drop, drift):
     data = SimpleNamespace(
         observations=obs, actions=batch.after, next_observations=next_obs, rewards=reward, dones=done,
         discounts=None)
-    logged = {}
-    alpha = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    logged, noises = {}, [noise, next_noise]
+    idle = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+
+    def action_log_prob(obs):
+        where = obs["market"].detach(), obs["position"], obs["w_cost"]
+        pi, log_prob, _ = tqc.sample_action(agent.actor, *where, noises.pop(0))
+        return pi, log_prob[:, 0]
+
     peer = SimpleNamespace(
         policy=SimpleNamespace(set_training_mode=lambda mode: None), _n_updates=0, use_sde=False,
-        actor=PeerActor(agent, (noise, next_noise)), critic=PeerCritic(agent, agent.critic),
-        critic_target=PeerCritic(agent, agent.target), ent_coef_optimizer=alpha,
+        actor=SimpleNamespace(optimizer=idle, action_log_prob=action_log_prob),
+        critic=PeerCritic(agent, agent.critic),
+        critic_target=PeerCritic(agent, agent.target), ent_coef_optimizer=idle,
         log_ent_coef=agent.log_alpha, target_entropy=-1.0, gamma=agent.config["gamma"], tau=0.0,
         top_quantiles_to_drop_per_net=drop, target_update_interval=10, batch_norm_stats=[],
         batch_norm_stats_target=[], _update_learning_rate=lambda optimizers: None, _vec_normalize_env=None,
