@@ -134,7 +134,7 @@ def draw_whole(ax, net: Network, lines: list):
 
     scale = plt.Normalize(0, 4)
     bar = plt.cm.ScalarMappable(scale, colours)
-    plt.colorbar(bar, ax=ax, label="lanes", shrink=0.6)
+    plt.colorbar(bar, ax=ax, label="lanes", shrink=0.6, ticks=range(5))
     ax.legend(fontsize=7, loc="lower right")
     size = f"{len(lines)} segments, {len(signals)} signals"
     ax.set_title(f"{net.name}: {size}", fontsize=10)
@@ -187,6 +187,7 @@ def draw(net: Network, out: Path):
         row, column = divmod(k, 3)
         ax = figure.add_subplot(grid[row, 3 + column])
         draw_phase(ax, net, lines, g, p)
+        ax.locator_params(nbins=4)
         axes.append(ax)
     for ax in axes:
         ax.set_aspect("equal", "datalim")

@@ -549,6 +549,7 @@ def print_table(rows: list[dict], title: str):
 def draw(runs: pd.DataFrame, rows: list[dict], title: str, path: Path):
     """A line a controller: every seed, the mean and its interval."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     fig, ax = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
     for y, row in enumerate(rows):
@@ -559,8 +560,9 @@ def draw(runs: pd.DataFrame, rows: list[dict], title: str, path: Path):
     ax.set_yticks(range(len(rows)), [row["controller"] for row in rows])
     ax.invert_yaxis()
     ax.set_xscale("log")
-    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        axis("{x:g}")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
     ax.set_xlabel("time loss and departure delay, s a vehicle (dots: seeds; bars: 95 %)")
     ax.set_title(title)
     ax.grid(axis="x", alpha=0.3)
