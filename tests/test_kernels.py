@@ -10,9 +10,9 @@ from runs import assert_compiles_for_a_gpu, run_code, uniform
 
 MODES = pytest.mark.parametrize("drift", [False, True], ids=["rebalance", "drift"])
 START, STOP, LENGTH, SEED, LANES = 20, 280, 17, 5, 37
+RULES = START, STOP, LENGTH, 0.9, 7e-4, SEED
 
 
-# ----------------------------------------------------------------------------------------- oracles
 def trade(position, target, ret, funding, costs):
     """The same decision on a balance sheet: equity 1 before it, a holding, cash, and a fee."""
     cost, drift = costs
@@ -35,10 +35,6 @@ def payments(rows=300):
     return paid
 
 
-def rules_of(w_max=0.9, penalty=7e-4):
-    return START, STOP, LENGTH, w_max, penalty, SEED
-
-
 def returns(rows=300):
     """Bars with three more than doublings, which ruin a short."""
     ret = np.random.default_rng(0).normal(0.0, 0.02, rows)
@@ -54,7 +50,7 @@ def begin_all(rules, state):
 def fresh(n=LANES):
     """Arrays of n lanes in their first episode, as the environment keeps them."""
     state = np.zeros((8, n))
-    begin_all(rules_of(), state)
+    begin_all(RULES, state)
     state[tqc.CLOCK] = np.arange(n) % LENGTH  # staggered: some lane ends at every step
     return state, state * 0, np.zeros(n), np.zeros((2, n), np.bool_)
 
@@ -65,18 +61,6 @@ def actions(steps, n=LANES):
     return a
 
 
-# --------------------------------------------------------------------------------------- one trade
-@MODES
-def test_ruin_is_a_floor_under_the_bar_s_growth(drift):
-    costs = 5e-4, drift
-    for r in (1.0, 1.0 - 1e-7, 1.5, 50.0):
-        assert tqc.trade_nb(-1.0, -1.0, r, 0.0, costs)[0] == tqc.RUIN
-        assert (1.0 - 1e-3) * tqc.RUIN <= tqc.trade_nb(0.5, -1.0, r, 0.0, costs)[0] < tqc.RUIN
-    assert tqc.trade_nb(-1.0, -1.0, 1.0 - 2e-6, 0.0, costs)[0] == pytest.approx(2e-6, rel=1e-9)
-    assert tqc.trade_nb(1.0, 1.0, -0.99, 0.0, costs)[0] == pytest.approx(0.01, rel=1e-12)
-
-
-# ---------------------------------------------------------------------------------- random numbers
 @pytest.mark.parametrize("seed, number", [(SEED, 0), (SEED, 63), (2**31, 10**9)])
 def test_an_episode_s_row_and_w_cost_are_those_of_its_own_counters(seed, number):
     state = np.ones((8, 200))
@@ -92,7 +76,6 @@ def test_an_episode_s_row_and_w_cost_are_those_of_its_own_counters(seed, number)
     assert (state[tqc.EQUITY] == 1).all()
 
 
-# ---------------------------------------------------------------------------------------- one step
 @MODES
 @pytest.mark.parametrize("after", [-0.01, 0.01])
 def test_what_a_ruined_lane_owes_ends_its_episode(drift, after):
@@ -105,7 +88,7 @@ def test_what_a_ruined_lane_owes_ends_its_episode(drift, after):
         state[:2, 0] = 100, 0
         for action in (-1.0, 1.0, 1.0):
             lost = drift and 5e-4 * (action - state[tqc.POSITION, 0]) / (1 + 5e-4 * action) >= 1
-            tqc.step_cpu(np.array([action]), ret, 0 * ret, costs, rules_of(), lanes)
+            tqc.step_cpu(np.array([action]), ret, 0 * ret, costs, RULES, lanes)
             assert np.isfinite(reward).all() and np.isfinite(state).all(), (action, rise)
             if lost or rise >= 1.0:
                 assert flags[:, 0].tolist() == [True, False], (action, rise)
@@ -115,7 +98,6 @@ def test_what_a_ruined_lane_owes_ends_its_episode(drift, after):
         assert flags.any() == (rise >= (0.9999 if drift else 1.0))
 
 
-# ------------------------------------------------------------------------------------------- walks
 @MODES
 def test_walk_is_plain_python(drift):
     rng = np.random.default_rng(4)
@@ -169,7 +151,6 @@ def test_greedy_walk_keeps_the_nearest_of_equals():
         assert path.tolist() == [0.5, 0.5, 0.5]
 
 
-# -------------------------------------------------------------------------------------------- CUDA
 CUDA = """
 import sys, warnings
 import numpy as np
@@ -184,19 +165,15 @@ for drift in (False, True):
     if not config.ENABLE_CUDASIM:
         device = tuple(map(cuda.to_device, device))
     for action in k.actions(40):
-        tqc.step_cpu(action, *bars, (8e-4, drift), k.rules_of(), host)
+        tqc.step_cpu(action, *bars, (8e-4, drift), k.RULES, host)
         kernel[(k.LANES + threads - 1) // threads, threads](
-            cuda.to_device(action), *map(cuda.to_device, bars), (8e-4, drift), k.rules_of(), device)
+            cuda.to_device(action), *map(cuda.to_device, bars), (8e-4, drift), k.RULES, device)
         for x, y in zip(host, device):
             np.testing.assert_allclose(x, np.asarray(y), rtol=rtol, atol=rtol)
     assert host[0][tqc.EPISODE].min() >= 2
 print("same")
 """
-DEVICE = """
-import test_env_market as e
-e.check_backends()
-print("same")
-"""
+DEVICE = "import test_env_market; test_env_market.check_backends(); print('same')"
 
 
 def test_cuda_on_the_simulator_is_the_cpu_bit_for_bit(repo):
