@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import toy
 from common import run as common_run
 from common.run import CheckFailed, Run, UsageError, exit_with, flag_groups, load_run, refuse
 from common.timeout_guard import CheckpointError, load_checkpoint
-from runs import SUMMARY, assert_same, assert_same_run, last_of, load_summary, records, refusal, wait_until
+from runs import SUMMARY, assert_same, assert_same_run, last_of, load_summary, records, refusal
 
 TOY = Path(toy.__file__)
 TINY = ["--no-report", "--torch-threads", "1", "--checkpoint-interval", "0", "--no-cuda"]
@@ -52,12 +51,10 @@ def whole(tmp_path_factory):
     (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
     (["--learning_rate", "7"], ["--learning-rate 7", "1e-09", "1"]),
     (["--learning-rate", "nan"], ["--learning-rate nan"]),
-    (["--seed", "x"], ["--seed"]),
     (["--seed", "2147483648"], ["--seed 2147483648", "2147483647"]),
     (["--kind", "c"], ["--kind c", "a, b"]),
     (["--sizes"], ["--sizes"]),
     (["surplus"], ["surplus"]),
-    (["--no-seed"], ["--no-seed"]),
     (["--eval-only"], ["--eval-only", "--checkpoint"]),
     (["--eval-only", "--checkpoint", "a.pt", "--resume", "b.pt"], ["--eval-only", "--resume"]),
     (["--resume", "auto"], ["--run-dir"]),
@@ -66,8 +63,7 @@ def whole(tmp_path_factory):
 def test_bad_flags_are_one_line_and_write_nothing(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with redirect_stdout(io.StringIO()):  # no UTF-8 there: tyro draws its boxes with dashes
-        message = refusal(UsageError, toy.main, argv)
-    assert all(word in message for word in words) and "---" not in message, message
+        assert "---" not in refusal(UsageError, toy.main, argv, words=words)
     assert not list(tmp_path.iterdir()) and Run.current is None
 
 
@@ -123,8 +119,8 @@ def test_exit_codes(ends, code, lines, capsys):
 def test_a_run_writes_what_it_promises(whole):
     folder, result = whole
     assert not list(folder.rglob("*.tmp")) and list(folder.glob("events.out.tfevents.*"))
-    assert {p.name for p in (folder / "checkpoints").glob("*.pt")} >= {"last.pt", "best.pt", "step_200.pt"}
-    assert len(list((folder / "checkpoints").glob("step_*.pt"))) == 3  # --keep-checkpoints
+    steps = {f"step_{step}.pt" for step in (192, 196, 200)}  # --keep-checkpoints 3
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"} | steps
     summary = load_summary(folder)
     assert SUMMARY <= set(summary) and result["exit_code"] == 0
     assert (summary["status"], summary["global_step"], summary["updates"]) == ("finished", 200, 50)
@@ -227,22 +223,6 @@ def test_the_table_fits_the_terminal(monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------- resume
-def test_killed_and_resumed_nobody_can_tell(tmp_path, whole):
-    folder = tmp_path / "killed"
-    argv = [*TINY, "--total-timesteps", 10**9, "--run-dir", folder]
-    log = folder / "metrics.jsonl"
-    with child(*argv, stdout=subprocess.DEVNULL) as process:
-        wait_until(process, lambda: log.exists() and log.read_text().count("\n") > 1)
-        process.kill()
-    step = last_of(folder)["loop"]["global_step"]
-    total = 200 if step < 200 else step + 40
-    reference = whole[0] if total == 200 else tmp_path / "reference"
-    if total != 200:
-        play(reference, "--total-timesteps", total)
-    assert play(folder, "--resume", "auto", "--total-timesteps", total)["global_step"] == total
-    assert_same_run(folder, reference)
-
-
 def tensorboard_steps(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -306,8 +286,7 @@ def test_refusals_to_resume(tmp_path, whole):
         (["--learning-rate", 0.1, "--kind", "b"], ["--learning-rate 0.01 there, 0.1", "--kind a there"]),
         (["--seed", 2], ["--seed 1 there, 2 here"]),
     ):
-        message = refusal(UsageError, play, folder, *resume, *more)
-        assert all(word in message for word in words), message
+        refusal(UsageError, play, folder, *resume, *more, words=words)
     data.write_text("1\n2")  # a row was added
     assert "sha256" in refusal(UsageError, play, folder, *resume)
     data.write_text("1")
@@ -323,30 +302,8 @@ def test_refusals_to_resume(tmp_path, whole):
     assert play(folder, *resume, *free)["global_step"] == 120
     history = (folder / "metrics.jsonl").read_bytes()
     for path, words in ((early, ["80", "120"]), (below, ["r holds"])):  # a run that is further on
-        message = refusal(UsageError, play, folder, "--data", data, "--resume", path)
-        assert all(word in message for word in words), message
+        refusal(UsageError, play, folder, "--data", data, "--resume", path, words=words)
     assert (folder / "metrics.jsonl").read_bytes() == history
-
-
-def test_auto_starts_a_run_where_there_is_none(tmp_path, whole):
-    play(tmp_path / "r", "--resume", "auto")
-    assert_same_run(tmp_path / "r", whole[0])
-    assert play(tmp_path / "r", "--resume", "auto")["updates"] == 50  # finished: nothing is added
-    assert_same_run(tmp_path / "r", whole[0])
-
-
-@pytest.mark.slow
-def test_two_processes_of_torchrun_share_a_run_and_its_resume(tmp_path):
-    folder = tmp_path / "r"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOY)]
-    for total, more in ((80, []), (160, ["--resume", "auto"])):
-        argv = [*TINY, "--run-dir", str(folder), "--total-timesteps", str(total), *more]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *launch, *argv], env=env, check=True, capture_output=True)
-    state = last_of(folder)
-    assert state["by_rank"] == ["envs"] and len(state["parts"]["envs"]) == 2
-    assert state["loop"]["global_step"] == 160
-    assert [row["global_step"] for row in records(folder)] == [40, 80, 120, 160]
 
 
 # ---------------------------------------------------------------------------------------- eval only
@@ -372,19 +329,6 @@ def test_evaluation_runs_with_the_checkpoints_flags_and_prints_differences(tmp_p
 
 
 # ------------------------------------------------------------------------- signals, streams, watchdog
-def test_sigterm_ends_with_a_checkpoint_a_summary_and_143(tmp_path):
-    folder = tmp_path / "r"
-    argv = [*TINY, "--total-timesteps", 10**9, "--run-dir", folder]
-    with child(*argv, stdout=subprocess.DEVNULL) as process:
-        wait_until(process, lambda: (folder / "checkpoints" / "last.pt").exists())
-        process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=300)[1]
-    assert process.returncode == 143 and "Traceback" not in err
-    summary = load_summary(folder)
-    assert summary["status"] == "interrupted"
-    assert last_of(folder)["loop"]["global_step"] == summary["global_step"]
-
-
 def test_a_closed_stdout_does_not_end_a_run(tmp_path):
     read, write = os.pipe()
     os.close(read)
