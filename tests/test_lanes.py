@@ -137,13 +137,11 @@ def test_one_lane_of_gymnasium_is_lane_0_without_autoreset(make, case):
 
 
 WRONG = {
-    "market_shape": (np.zeros(3), r"\(3, 1\)"),
     "freeway_nan": ([[0], [np.nan], [0]], "lane 1"),
     "forex_high": ([0, 1, 3], "lane 2"),
     "forex_low": ([0, -1, 1], "lane 1"),
     "signals_shape": (np.zeros((3, 4), int), r"\(3, 5\)"),
     "signals_float": (np.zeros((3, 5)), "integers"),
-    "signals_high": (np.full((3, 5), 2), "lane 0"),
 }
 
 
