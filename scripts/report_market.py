@@ -358,6 +358,8 @@ def draw_response(trace: dict, x: np.ndarray, label: str, bins: int = 21):
 
 def draw_spread(metrics: dict):
     """q_action_spread beside alpha and alpha * |entropy|, log scale."""
+    from matplotlib.ticker import LogLocator
+
     lines = {
         "value/q_action_spread": ("spread of Q over actions", LONG),
         "policy/alpha": ("alpha", "#8a94a1"),
@@ -371,7 +373,11 @@ def draw_spread(metrics: dict):
         least = 1e-5 * np.nan_to_num(y).max(initial=0)
         curve(ax, x, np.where(y > least, y, np.nan), color=color, label=label)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    low, high = ax.get_ylim()
+    between = (1, 2, 5) if high < 100 * low else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=between))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     step_axis(ax)
     return fig
 

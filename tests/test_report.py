@@ -322,6 +322,10 @@ def test_curves_carry_the_data(full):
     before, costs, after = (line.get_ydata()[-1] for line in lines)
     assert after == pytest.approx(100 * np.log(frame["equity"].iloc[-1])) and costs < 0
     assert before + costs == pytest.approx(after)
+    # within a decade the ticks between were the source of TeX
+    fig = report_market.draw_spread({"policy/alpha": (np.arange(9.0), np.linspace(0.2, 0.8, 9))})
+    assert {label.get_text() for label in fig.axes[0].get_yticklabels(which="both")} >= {"0.2", "0.5", ""}
+    assert not [label for label in fig.axes[0].get_yticklabels(which="both") if "$" in label.get_text()]
     for power in (1, 10, 20):
         axes = report_market.draw_equity(trace, {"agent": trace["equity"] ** power}).axes[0]
         names = [label.get_text() for label in axes.get_yticklabels()]
