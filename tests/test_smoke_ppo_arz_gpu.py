@@ -18,16 +18,12 @@ from cleanrl_crypto import ppo_arz_gpu as ppo
 from common.lanes import SimulatedLanes
 from common.run import UsageError
 from common.timeout_guard import load_checkpoint
-from runs import assert_same, assert_same_run, flags_of, last_of, records, wait_until
+from runs import assert_same_run, flags_of, last_of, records, wait_until
 
 SCRIPT = Path(ppo.__file__)
 TINY = dict(
     num_envs=16, num_steps=8, num_minibatches=2, update_epochs=2, hidden=16, episode_seconds=10,
     total_timesteps=512, eval_interval=256, report=False, torch_threads=1, cuda=False)
-STATS = {
-    "episode_return", "delay_veh_s", "throughput_veh", "mean_speed", "switches", "mass_error",
-    "max_cfl", "floor_veh", "queue_veh"}
-
 flags = partial(flags_of, TINY)
 
 
@@ -45,10 +41,8 @@ def check_run(run_dir, summary):
     for result in summary["eval"].values():
         assert {"constant", "p", "pi"} <= set(result["baselines"])
         for metrics in (result["agent"], *result["baselines"].values()):
-            assert STATS <= set(metrics) and all(math.isfinite(x) for x in metrics.values())
+            assert all(math.isfinite(x) for x in metrics.values())
             assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 1 + 1e-6
-    splits = {f"eval/{split}/episode_return" for split in summary["eval"]}
-    assert splits <= {key for record in records(run_dir) for key in record}
     trace = pd.read_parquet(run_dir / "traces" / "freeway.parquet")
     assert {"time_s", "action_0", "reward", "rho_0", "v_50"} <= set(trace) and len(trace) == 10
 
@@ -62,7 +56,6 @@ def whole(tmp_path_factory):
     return run_dir, out
 
 
-# --------------------------------------------------------------------------------- whole runs
 def test_the_command_line(whole):
     run_dir, out = whole
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -77,12 +70,8 @@ def test_the_command_line(whole):
     dict(control="both", scheme="godunov", target_kl=0.01, ent_coef=0.01),
     pytest.param(dict(scheme="muscl", pressure="singular", control="inlet", anneal_lr=False),
                  marks=pytest.mark.slow)])
-def test_two_runs_in_one_process_have_the_same_bits(tmp_path, changes):
-    results = [ppo.main(flags(tmp_path / name, **changes)) for name in "ab"]
-    for name, summary in zip("ab", results):
-        check_run(tmp_path / name, summary)
-    assert results[0]["eval"] == results[1]["eval"]
-    assert_same(last_of(tmp_path / "a")["agent"], last_of(tmp_path / "b")["agent"])
+def test_other_controls_schemes_and_losses(tmp_path, changes):
+    check_run(tmp_path / "run", ppo.main(flags(tmp_path / "run", **changes)))
 
 
 def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(whole, tmp_path):
@@ -100,7 +89,7 @@ def test_killed_and_resumed_it_has_the_bits_of_the_uninterrupted_run(whole, tmp_
     assert_same_run(whole[0], tmp_path / "parts")
 
 
-def test_a_policy_from_its_file_alone_acts_as_evaluated(whole, tmp_path, capsys):
+def test_a_policy_from_its_file_alone_acts_as_evaluated(whole, tmp_path):
     best = whole[0] / "checkpoints" / "best.pt"
     policy = ppo.load_policy(best)
     env = ppo.FreewayVectorEnv(cases="eval", episode_seconds=10)
@@ -111,23 +100,13 @@ def test_a_policy_from_its_file_alone_acts_as_evaluated(whole, tmp_path, capsys)
     assert again["eval"]["heldout"]["agent"] == result["heldout"]  # its own 10 s, not the default
     trained = load_checkpoint(best)["loop"]
     assert again["updates"] == trained["updates"]
-    assert "other flags" not in capsys.readouterr().out
-    other = ["--eval-only", "--checkpoint", str(best), "--scheme", "godunov"]
-    ppo.main([*other, "--run-dir", str(tmp_path / "other")])
-    assert "--scheme richtmyer there, godunov here" in capsys.readouterr().out
     with pytest.raises(UsageError, match="actions 1 there, 2 here"):
-        ppo.main([*other, "--control", "both", "--run-dir", str(tmp_path / "both")])
-
-
-def test_a_timeout_ends_cleanly(tmp_path):
-    summary = ppo.main(flags(tmp_path / "run", total_timesteps=10**9, timeout=12))
-    assert summary["status"] == "timeout" and summary["exit_code"] == 0
-    ppo.load_policy(tmp_path / "run" / "checkpoints" / "best.pt")
+        ppo.main(["--eval-only", "--checkpoint", str(best), "--control", "both", "--run-dir", str(tmp_path / "both")])
 
 
 def test_a_slow_simulation_call_stops_the_run_and_the_compiler_does_not(tmp_path):
     summary = ppo.main(flags(tmp_path / "run", sim_timeout=1e-6, total_timesteps=10**6))
-    assert summary["status"] == "timeout" and summary["global_step"] == 128
+    assert (summary["status"], summary["exit_code"], summary["global_step"]) == ("timeout", 0, 128)
     env = ppo.FreewayVectorEnv(2, episode_seconds=10)
     env.longest_call = 99.0
     ppo.check_road(SimpleNamespace(args=ppo.Args(), eval_limit=lambda share: 99.0), env)
@@ -160,27 +139,26 @@ class Target(SimulatedLanes):
     def __init__(self, num_envs: int, **splits):
         box = gym.spaces.Box(-1, 1, (1,), np.float32)
         super().__init__(num_envs, box, box)
-        self.splits, self.draws = splits, torch.Generator()
+        self.splits = splits
 
     def draw(self):
-        return 2 * torch.rand(self.num_envs, 1, generator=self.draws) - 1
+        self.asked = 2 * torch.rand(self.num_envs, 1, generator=self.draws) - 1
 
     def reset_lanes(self, first, options):
         if first:
-            self.draws.manual_seed(self.seed)
-        self.asked = self.last = self.draw()
+            self.draws = torch.Generator().manual_seed(self.seed)
+        self.draw()
         self.totals, self.finals = torch.zeros(2, 2, self.num_envs)
 
     def observe(self):
         return self.asked
 
-    def last_observations(self):
-        return self.last
+    last_observations = observe  # what is asked for tells nothing of what comes next
 
     def step_lanes(self, action):
         reward = -((action - self.asked) ** 2).flatten()
+        self.draw()
         self.totals += torch.stack([reward, torch.ones(self.num_envs)])
-        self.last, self.asked = self.asked, self.draw()
         over = self.totals[1] == self.length
         self.finals = torch.where(over, self.totals, self.finals)
         self.totals = torch.where(over, 0.0, self.totals)
@@ -225,7 +203,6 @@ def losses_of(run_dir) -> list[list[float]]:
     return [[r[name] for name in names] for r in records(run_dir) if names[0] in r]
 
 
-# ---------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("changes, words", [
     (dict(num_envs=0), "--num-envs"), (dict(gamma=1.5), "--gamma"), (dict(scheme="upwind"), "--scheme"),
     (dict(decision_interval=0.3), "--decision-interval"), (dict(episode_seconds=10.5), "--episode-seconds"),

@@ -1,7 +1,6 @@
 """cleanrl_crypto/ppo_arz_signals.py through its command line, at tiny sizes: runs, resume, refusals, processes."""
 
 import math
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -27,7 +26,6 @@ PROGRAM = f"import sys; sys.path.insert(0, {str(SCRIPT.parents[1])!r}); " \
 
 flags = partial(flags_of, TINY)
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -38,7 +36,6 @@ def finished(tmp_path_factory):
     return run_dir, arz.main(flags(run_dir))
 
 
-# ----------------------------------------------------------------------------------------------------- whole runs
 def test_a_run_and_what_it_leaves(finished):
     run_dir, summary = finished
     assert summary["status"] == "finished" and summary["global_step"] == 120
@@ -49,8 +46,6 @@ def test_a_run_and_what_it_leaves(finished):
         for metrics in (result["agent"], *result["baselines"].values()):
             assert all(math.isfinite(v) for v in metrics.values()) and metrics["delay_veh_s"] > 0
             assert metrics["mass_error"] < 1e-5 and metrics["max_cfl"] <= 0.9 + 1e-6
-    splits = {f"eval/{split}/delay_veh_s" for split in summary["eval"]}
-    assert splits <= {key for record in records(run_dir) for key in record}
     assert (run_dir / "traces" / "town1.parquet").stat().st_size > 500
 
 
@@ -78,7 +73,6 @@ def test_a_network_that_breaks_ends_in_one_line(tmp_path):
         arz.main(flags(tmp_path / "run"), envs=envs)
 
 
-# ------------------------------------------------------------------------------------------------ resume, policies
 @pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_it_has_the_bits_of_the_uninterrupted_run(tmp_path, kill):
     steps = 2000 if kill else 120
@@ -129,9 +123,7 @@ def test_it_learns_which_road_has_the_traffic_and_resumes_on_no_other_network(tm
         arz.main(flags(tmp_path / "run", **changes, resume="auto"))
 
 
-# ------------------------------------------------------------------------------------------------------- refusals
 def test_refusals_are_one_line_with_exit_code_2(refusal_of, tmp_path):
-    refusal = refusal_of(SCRIPT)
     for changes, words in (
             (dict(num_minibatches=3), "--num-minibatches 3"), (dict(decision_interval=7), "--decision-interval 7"),
             (dict(gamma=1.0), "--gamma 1.0"),
@@ -139,7 +131,7 @@ def test_refusals_are_one_line_with_exit_code_2(refusal_of, tmp_path):
             (dict(levels=(1.3, 1.0)), "--levels 1.3 1.0"), (dict(demand="a.rou.xml"), "--demand"),
             (dict(network="a.net.xml"), "--network a.net.xml and --scenario"),
             (dict(scenario=tmp_path / "none.csv"), "none.csv: no such file"), (dict(seed=2**31), "--seed")):
-        assert words in refusal(flags(tmp_path / "run", **changes))
+        assert words in refusal_of(SCRIPT)(flags(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -151,41 +143,21 @@ def test_a_large_town_keeps_a_short_deadline(tmp_path):
     assert summary["wall_seconds"] < 60
 
 
-# ------------------------------------------------------------------------------------------------------ processes
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_two_processes_follow_one_and_resume_with_lanes_of_their_own(tmp_path):
     def together(**changes):
-        port, children = free_port(), []
-        for rank in "01":
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            argv = ["env", *(f"{k}={v}" for k, v in env.items()), sys.executable, "-c", PROGRAM,
-                    *flags(tmp_path / "two", **changes)]
-            children.append(subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
-        for child in children:
-            assert child.wait(timeout=600) == 0, child.stderr.read()[-2000:]
+        argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
+        subprocess.run([sys.executable, *argv, *flags(tmp_path / "two", **changes)], check=True, timeout=600)
 
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
     arz.main(flags(tmp_path / "one", anneal_lr=False))
     together(total_timesteps=60, anneal_lr=False)
     together(resume="auto", anneal_lr=False)
     one, two = ([r for r in records(tmp_path / name) if "losses/entropy" in r] for name in ("one", "two"))
-    for a, b in zip(one, two):
+    for a, b in zip(one, two, strict=True):
         for key in ("losses/policy_loss", "losses/value_loss", "losses/entropy"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
     parts = last_of(tmp_path / "two")["parts"]
     assert [p["lane_id"].tolist() for p in parts["envs"]] == [[0, 1], [2, 3]]
     assert not torch.equal(parts["scale"][0]["running"], parts["scale"][1]["running"])
-
-
-@pytest.mark.slow
-def test_the_program_itself(tmp_path):
-    """Compiles anew: the kernels of a program are not those of an imported module."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags(tmp_path / "run", report=None)], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
