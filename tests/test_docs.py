@@ -21,17 +21,6 @@ PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
          for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 FOREIGN = {"--logdir", "--index-url", "--nproc-per-node", "--help", "--standalone", "--nproc_per_node"}
 PREFIXES = ("charts", "losses", "policy", "value", "env", "eval", "alarm", "time")
-SMALL = dict(num_envs=64, checkpoint_interval=0, report=False, torch_threads=1, cuda=False)
-TINY = {
-    "tqc_film_batch": dict(
-        data="synthetic:regime?bars=4000", window=16, d_model=32, fusion_width=32, hidden=32, updates_per_step=2,
-        mae_steps=5, total_timesteps=2048, learning_starts=256, batch_size=64, episode_length=16, eval_interval=512),
-    "dqn_forex_subproc": dict(
-        data="synthetic:signal?bars=1500", symbols=("EURUSD", "USDJPY"), vec_mode="single", hidden=8,
-        total_timesteps=2048, learning_starts=256, batch_size=64, episode_length=16, eval_interval=512),
-    "ppo_arz_gpu": dict(num_steps=4, episode_seconds=8, hidden=8, total_timesteps=1024, eval_interval=512),
-    "ppo_arz_signals": dict(num_steps=4, episode_seconds=60, hidden=8, total_timesteps=1024, eval_interval=512),
-}
 
 
 def module(script: str):
@@ -128,14 +117,13 @@ def test_every_flag_has_a_group_and_a_text(script):
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     """script -> the folder of a real run at tiny sizes, made when first asked for."""
-    folders = {}
+    root = tmp_path_factory.mktemp("docs")
 
+    @cache
     def run(script: str) -> Path:
-        if script not in folders:
-            folders[script] = tmp_path_factory.mktemp("docs") / script
-            argv = flags_of(SMALL | TINY[script], folders[script])
-            assert module(script).main(argv)["exit_code"] == 0
-        return folders[script]
+        argv = flags_of(import_module(f"test_smoke_{script}").TINY, root / script, checkpoint_interval=0)
+        assert module(script).main(argv)["exit_code"] == 0
+        return root / script
 
     return run
 
@@ -182,7 +170,7 @@ def test_the_readme_s_snippet_runs(script, tiny_run):
     code = next(b for b in blocks(PAGES["README.md"], "python") if "load_policy" in b)
     best = tiny_run(script) / "checkpoints" / "best.pt"
     code = code.replace("runs/seed1/checkpoints/best.pt", str(best))
-    code = code.replace('synthetic:regime"', 'synthetic:regime?bars=4000", window=16')
+    code = code.replace('synthetic:regime"', 'synthetic:regime?bars=3000", window=16')
     names = {}
     exec(code, names)
     assert names["reward"].shape == (8,)
