@@ -9,14 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from stable_baselines3 import DQN
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from runs import flags_of
-from test_env_forex import COLUMNS, make_pairs, put_on
+from test_env_forex import COLUMNS, make_pairs
 
 CONFIG = {"inputs": COLUMNS + 1, "actions": 3, "hidden": 16, "start": 0, "scale": 1.0, "reward_scale": 250.0}
 CPU = torch.device("cpu")
@@ -50,14 +48,8 @@ def test_schedules():
 def test_averages_grow_no_graph():
     """The follower of a network that learns is an average of its weights, and hangs on nothing."""
     leader, follower = network(0), network(1).requires_grad_(False)
-    optimizer = torch.optim.SGD(leader.parameters(), 0.1)
-    expected = [p.clone() for p in follower.parameters()]
-    for _ in range(20):
-        optimizer.zero_grad()
-        leader(torch.ones(4, COLUMNS + 1)).square().mean().backward()
-        optimizer.step()
-        dqn.move_towards(follower, leader, 0.1)
-        expected = [0.9 * p + 0.1 * q.detach() for p, q in zip(expected, leader.parameters())]
+    expected = [0.9 * p + 0.1 * q.detach() for p, q in zip(follower.parameters(), leader.parameters())]
+    dqn.move_towards(follower, leader, 0.1)
     for p, q in zip(follower.parameters(), expected, strict=True):
         assert p.grad_fn is None and not p.requires_grad
         torch.testing.assert_close(p, q)
@@ -84,46 +76,19 @@ def test_reward_scale_is_the_train_rows_and_survives_a_bad_tick():
 
 
 # ------------------------------------------------------------------------------------------- replay
-def fill(rb, steps, seed=0):
-    """`steps` vector steps of random transitions, as two halves write them; what each step held."""
-    rng, held = np.random.default_rng(seed), []
-    for t in range(steps):
-        most = {torch.bool: 2}
-        held.append({name: torch.from_numpy(rng.integers(0, most.get(x.dtype, 99), x.shape)).to(x.dtype)
-                     for name, x in rb.at(t).items()})
-        for name, x in rb.at(t).items():
-            for half in (slice(0, rb.lanes // 2), slice(rb.lanes // 2, rb.lanes)):
-                x[half] = held[-1][name][half]
-        rb.total = t + 1
-    return held
-
-
 @pytest.mark.parametrize("total", [5, 8, 21], ids=["filling", "full", "wrapped"])
 def test_sample_draws_every_kept_transition_and_no_other(total):
     lanes, table = 4, torch.arange(300.0).view(100, 3)
     rb = dqn.Replay(8 * lanes, lanes, 1, table, CPU)
-    held = fill(rb, total)
-    rb.at(total)["reward"][:] = -1.0  # the step in flight
+    for t in range(total + 1):  # the last one is in flight
+        rb.total = t
+        rb.at(t)["row"][:] = torch.arange(lanes) + 4 * t
+        rb.at(t)["reward"][:] = t
     obs, action, reward, next_obs, done = rb.sample(np.random.default_rng(0), 4000)
-    rows = set()
-    for k in range(4000):
-        rows.add((*obs[k].tolist(), float(reward[k])))
-        torch.testing.assert_close(next_obs[k, :3], obs[k, :3] + 3)  # the next row
-    expected = {(*table[step["row"][i]].tolist(), float(step["own"][i]), float(step["reward"][i]))
-                for step in held[-8:] for i in range(lanes)}
-    assert rows == expected and action.dtype == torch.int64 and set(done.tolist()) <= {0.0, 1.0}
-
-
-@pytest.mark.parametrize("total", [3, 13], ids=["filling", "wrapped"])
-def test_replay_state_continues_exactly(total):
-    a, b = (dqn.Replay(40, 5, 2, None, CPU) for _ in range(2))
-    fill(a, total)
-    fill(b, 6, seed=9)  # what it held before is gone
-    b.load_state_dict(a.state_dict())
-    for x, y in zip(a.sample(np.random.default_rng(1), 300), b.sample(np.random.default_rng(1), 300)):
-        assert torch.equal(x, y)
-    for x, y in zip(a.at(total).values(), b.at(total).values()):
-        assert x.shape == y.shape
+    torch.testing.assert_close(next_obs[:, :3], obs[:, :3] + 3)  # the next row
+    drawn = set(zip((obs[:, 0] / 3).tolist(), reward.tolist()))
+    assert drawn == {(4.0 * t + i, t) for t in range(max(total - 8, 0), total) for i in range(lanes)}
+    assert action.dtype == torch.int64 and not done.any()
 
 
 def test_a_buffer_that_does_not_fit_is_refused():
@@ -131,95 +96,64 @@ def test_a_buffer_that_does_not_fit_is_refused():
         dqn.Replay(10**9, 8, 3 * 210 * 160, None, CPU)
 
 
-class Spaces(gym.Env):
-    """Spaces for SB3, which is never asked to step."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (COLUMNS + 1,), np.float32)
-    action_space = gym.spaces.Discrete(3)
-
-
-class Quiet:
-    """A monitor nobody reads."""
-
-    def add(self, done, stats):
-        pass
-
-
-class InOrder(ReplayBuffer):
-    """sample() is every stored transition, in order: a batch that the other side can be given too."""
-
-    def sample(self, batch_size, env=None):
-        return self._get_samples(np.arange(self.size()))
-
-
 def test_loss_and_gradient_equal_sb3s():
     """Real lanes through the collector, and into SB3's buffer as any environment's."""
     pairs, steps, gamma = make_pairs(sigma=2e-2), 300, 0.9
     env = dqn.ForexVectorEnv(pairs, "train", 1, leverage=40.0, episode_length=9)
     rb = dqn.Replay(steps, 1, 1, torch.from_numpy(pairs.table), CPU)
-    collector = dqn.Collector(env, rb, Quiet())
+    collector = dqn.Collector(env, rb, SimpleNamespace(add=lambda done, stats: None))
     q_network, target_network, scale = network(0), network(1), CONFIG["reward_scale"]
-    peer = DQN("MlpPolicy", DummyVecEnv([Spaces]), buffer_size=steps, gamma=gamma, max_grad_norm=1e9, seed=1,
-               learning_rate=1e-3, replay_buffer_class=InOrder, device="cpu",
-               policy_kwargs={"net_arch": [16, 16], "activation_fn": nn.ReLU})
+    spaces = gym.make("cleanrl_crypto/Forex-v0", pairs=pairs)
+    layers = {"net_arch": [16, 16], "activation_fn": nn.ReLU}
+    peer = DQN("MlpPolicy", spaces, buffer_size=steps, gamma=gamma, max_grad_norm=1e9, policy_kwargs=layers)
     for theirs, ours in ((peer.q_net, q_network), (peer.q_net_target, target_network)):
-        for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
-            p.data.copy_(q.data)
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(ours.parameters()), theirs.parameters())
     env.reset(seed=3)
-    rng, ruined = np.random.default_rng(0), 0
+    buffer, rng = peer.replay_buffer, np.random.default_rng(0)
     for _ in range(steps):
         obs, action = env.obs.clone(), torch.from_numpy(rng.integers(0, 3, 1))
         collector.send(0, obs, action)
         collector.land()
         done = env.terminated | env.truncated
         after = torch.where(done[:, None], env.final_obs, env.obs)
-        ruined += int(env.terminated[0])
-        peer.replay_buffer.add(obs.numpy(), after.numpy(), action.numpy()[:, None], scale * env.reward.numpy(),
-                               done.numpy(), [{"TimeLimit.truncated": bool(env.truncated[0])}])
+        buffer.add(obs.numpy(), after.numpy(), action.numpy()[:, None], scale * env.reward.numpy(),
+                   done.numpy(), [{"TimeLimit.truncated": bool(env.truncated[0])}])
     env.close()
-    assert ruined >= 1 and peer.replay_buffer.timeouts.sum() > 5
+    assert buffer.dones.sum() > buffer.timeouts.sum() > 5
+    # every transition, in the order of their draw
+    every = SimpleNamespace(integers=lambda low, high, n: np.arange(n) % high)
+    buffer.sample = lambda n, env: buffer._get_samples(np.arange(n))
     gradient = []
     peer.policy.optimizer.step = lambda *args: gradient.extend(p.grad.clone() for p in peer.q_net.parameters())
-    logger = Logger(None, [])
-    peer.set_logger(logger)
+    peer.set_logger(Logger(None, []))
     peer.train(1, steps)
 
-    class Every:
-        """A generator that draws every transition in order."""
-
-        def integers(self, low, high, n):
-            return np.arange(n) if high == steps else np.zeros(n, np.int64)
-
-    obs, action, reward, next_obs, done = rb.sample(Every(), steps)
+    obs, action, reward, next_obs, done = rb.sample(every, steps)
+    goes_on = done == 0
+    torch.testing.assert_close(next_obs[goes_on], buffer.sample(steps, None).next_observations[goes_on])
     with torch.no_grad():  # SB3's DQN is not double
         value = target_network(next_obs)
         target = dqn.td_target(scale * reward, done, gamma, value, value)
     loss = nn.functional.smooth_l1_loss(q_network(obs).gather(1, action[:, None])[:, 0], target)
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(logger.name_to_value["train/loss"]), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(peer.logger.name_to_value["train/loss"]), rel=1e-5)
     for p, theirs in zip(q_network.parameters(), gradient, strict=True):
         torch.testing.assert_close(p.grad, theirs, rtol=1e-4, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- walks
-def test_greedy_paths_are_the_networks_in_the_environment():
-    """A real lane, put on the split's first row, takes the same positions; flat where it must."""
+def test_greedy_paths_follow_the_network_and_are_flat_where_they_must():
+    """What is best at a row depends on the position that the row before left."""
     pairs, net = make_pairs((1300, 1200), sigma=2e-2), network()
-    paths = judge_of(pairs, net).greedy("test")
-    first = pairs.rows["test"][:, 0]
-    env = dqn.ForexVectorEnv(pairs, "test", 2, episode_length=10**6)
-    env.reset(seed=0)
-    put_on(env, first)
-    for t in range(500):
+    for rows, (path, value) in zip(pairs.rows["test"], judge_of(pairs, net).greedy("test"), strict=True):
+        at = slice(*rows)
+        before = np.append(0.0, path[:-1])
         with torch.no_grad():
-            q = net(env.obs)
-        for k, (path, value) in enumerate(paths):
-            flat = pairs.bars[first[k] + t, dqn.FLAT] != 0
-            assert path[t] == (0 if flat else int(q[k].argmax()) - 1)
-            assert value[t] == pytest.approx(float(q[k].max()), abs=1e-4)
-        env.step_lanes(q.argmax(1))
-    assert len(set(paths[0][0])) > 1
-    env.close()
+            q = net(torch.tensor(np.column_stack([pairs.table[at], before]), dtype=torch.float32))
+        best = np.where(pairs.bars[at, dqn.FLAT] != 0, 0, q.argmax(1) - 1)
+        np.testing.assert_array_equal(path, best)
+        np.testing.assert_allclose(value, q.max(1).values, atol=1e-4)
+        assert len(set(path)) > 1
 
 
 def test_an_evaluation_sees_the_rows_that_fit_its_time():
@@ -230,35 +164,12 @@ def test_an_evaluation_sees_the_rows_that_fit_its_time():
         np.testing.assert_array_equal(a[:10], b)
 
 
-class Ledger:
-    """An account in dollars that holds units of the foreign currency; prices as quoted."""
-
-    def __init__(self, inverse, leverage):
-        self.inverse, self.leverage = inverse, leverage
-        self.cash, self.units, self.last = 100_000.0, 0.0, 0.0
-
-    def dollars(self, price):  # of one unit of foreign currency
-        return 1 / price if self.inverse else price
-
-    def equity(self, price):
-        return self.cash + self.units * self.dollars(price)
-
-    def step(self, aim, price, after, cost, long, short):
-        worth, equity = self.dollars(price), self.equity(price)
-        side = -1.0 if self.inverse else 1.0  # long USDJPY is short yen
-        left = equity * (1 - cost * self.leverage * abs(aim - self.last))  # rebalanced for free
-        self.units = side * aim * self.leverage * left / worth
-        self.cash = left - self.units * worth
-        bought = self.units * side > 0
-        self.cash -= abs(self.units * worth) * (long if bought else short)
-        self.last = aim
-        return self.equity(after)
-
-
-@pytest.mark.parametrize("kind", ["EURUSD", "USDJPY"])
-def test_walk_equals_an_independent_ledger(kind):
+@pytest.mark.parametrize("kind, side", [("EURUSD", 1.0), ("USDJPY", -1.0)])
+def test_walk_equals_an_independent_ledger(kind, side):
+    """Of dollars and units of the foreign currency; long USDJPY is short yen."""
     n, leverage, rng = 300, 3.0, np.random.default_rng(5)
-    price = (1.1 if kind == "EURUSD" else 150.0) * np.exp(np.cumsum(rng.normal(0, 0.01, n + 1)))
+    price = np.exp(np.cumsum(rng.normal(0, 0.01, n + 1)))
+    worth = price**side  # dollars of a foreign unit
     bars = np.zeros((n + 1, 8))
     bars[:, dqn.RET] = dqn.account_return(kind, price)
     bars[:, dqn.COST] = rng.uniform(1e-5, 5e-4, n + 1)
@@ -266,15 +177,19 @@ def test_walk_equals_an_independent_ledger(kind):
     bars[23::24, dqn.FLAT] = 1
     target = np.repeat(rng.integers(-1, 2, n // 5), 5) * 1.0
     reward, mean, change, held = dqn.walk_nb(target, bars[:n], np.full(n, np.nan), leverage)
-    book, path = Ledger(kind == "USDJPY", leverage), []
     now = np.where(bars[:n, dqn.FLAT] != 0, 0, target)
-    for t in range(n):
-        costs = bars[t, [dqn.COST, dqn.SWAP_LONG, dqn.SWAP_SHORT]]
-        path.append(book.step(now[t], price[t], price[t + 1], *costs))
-    np.testing.assert_allclose(np.cumsum(reward), np.log(np.array(path) / 1e5), atol=1e-10)
-    assert np.isnan(mean).all()
     np.testing.assert_array_equal(held, now)
     np.testing.assert_array_equal(change, np.abs(np.diff(now, prepend=0)))
+    equity, path = 100_000.0, []
+    for t in range(n):
+        equity *= 1 - bars[t, dqn.COST] * leverage * change[t]
+        units = side * now[t] * leverage * equity / worth[t]  # rebalanced for free
+        cash = equity - units * worth[t]
+        night = bars[t, dqn.SWAP_LONG if now[t] > 0 else dqn.SWAP_SHORT]
+        equity = cash - abs(units * worth[t]) * night + units * worth[t + 1]
+        path.append(equity)
+    np.testing.assert_allclose(np.cumsum(reward), np.log(np.array(path) / 1e5), atol=1e-10)
+    assert np.isnan(mean).all()
 
 
 def test_expected_reward_is_the_mean_of_the_realised_one():
