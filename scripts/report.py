@@ -1075,7 +1075,7 @@ def add_pairs(page: Page, title: str, pairs: list[tuple[str, object]]):
     page.add(f'<details><summary>{esc(title)}</summary><table class="kv">')
     for key, value in pairs:
         if isinstance(value, float):
-            value = show(value)
+            value = f"{value:.6g}"  # a flag has the digits that one gave it
         text = "–" if value is None else value
         page.add(f"<tr><th>{esc(key)}</th><td>{esc(text)}</td></tr>")
     page.add("</table></details>")
