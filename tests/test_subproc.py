@@ -127,6 +127,17 @@ def test_a_dead_or_hanging_worker_is_noticed_and_named(make, name, worker, why):
 
 
 @linux
+def test_workers_leave_signals_to_their_parent(make):
+    env = make()
+    env.reset(seed=1)
+    for pid in pids(env):
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(pid, name)
+    time.sleep(0.2)
+    env.step_lanes(ONES)
+
+
+@linux
 @pytest.mark.parametrize("name, halves", [("SIGKILL", True), ("SIGSTOP", False)])
 def test_restart_truncates_the_lanes_of_the_dead_and_no_other(make, name, halves):
     env = make(halves=halves, on_worker_death="restart", worker_timeout=1.0)
