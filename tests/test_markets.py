@@ -63,10 +63,10 @@ def test_reference_values_of_the_signal_market(gamma, cost, best, turnover, sign
     ("regime", 7.79, 0.060, 0.54), ("square_regime", 5.75, 0.221, 0.16)])
 def test_reference_values_of_the_markets_with_two_regimes(name, best, change, best_blind):
     law = parse_law(f"synthetic:{name}")
-    for gamma in (0.95, 0.99, 0.999):
+    for gamma in gammas:
         reward, turnover = mean_reward(law, 5 * BP, optimum(law, 5 * BP, gamma))
-        assert reward / BP == pytest.approx(best, abs=0.02)
-        assert turnover == pytest.approx(change, abs=0.002)
+        assert reward / BP == pytest.approx(best, abs=0.005)
+        assert turnover == pytest.approx(change, abs=0.0005)
     # a policy blind to the regime earns its mean, so its problem has one regime with that mean
     mean = 1 / 3 * 0.012 - 2 / 3 * 0.005
     blind = optimum(Law(name, ic=law.ic, phi=law.phi, sigma=(mean,), sign=(-1,)), 5 * BP)
