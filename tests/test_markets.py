@@ -59,9 +59,9 @@ def test_reference_values_of_the_signal_market(gamma, cost, best, turnover, sign
     assert mean_reward(law, cost * SIGMA, SIGN)[0] / SIGMA == pytest.approx(sign, abs=6e-6)
 
 
-@pytest.mark.parametrize("name, best, change, best_blind", [
-    ("regime", 7.79, 0.060, 0.54), ("square_regime", 5.75, 0.221, 0.16)])
-def test_reference_values_of_the_markets_with_two_regimes(name, best, change, best_blind):
+@pytest.mark.parametrize("name, gammas, best, change, best_blind", [
+    ("regime", (0.95, 0.99, 0.999), 7.79, 0.060, 0.54), ("square_regime", (0.99,), 5.75, 0.2214, 0.16)])
+def test_reference_values_of_the_markets_with_two_regimes(name, gammas, best, change, best_blind):
     law = parse_law(f"synthetic:{name}")
     for gamma in gammas:
         reward, turnover = mean_reward(law, 5 * BP, optimum(law, 5 * BP, gamma))
