@@ -20,7 +20,7 @@ import runs
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.run import CheckFailed
 from common.timeout_guard import load_checkpoint
-from runs import flags_of, load_summary, records, wait_until
+from runs import flags_of, load_summary, records, shared_memory, wait_until
 from test_data_forex import forex_hours, frame_of
 
 SCRIPT = Path(dqn.__file__)
@@ -48,10 +48,6 @@ def start(run_dir, **changes):
 
 def family(child) -> list[psutil.Process]:
     return psutil.Process(child.pid).children(recursive=True)
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
 @pytest.fixture

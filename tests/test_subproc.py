@@ -20,7 +20,7 @@ import torch
 
 from cleanrl_crypto import dqn_forex_subproc as dqn
 from common.run import UsageError
-from runs import refusal
+from runs import refusal, shared_memory
 from test_env_forex import assert_equal, draws, make_pairs
 
 RULES = dict(leverage=3.0, episode_length=9)
@@ -194,7 +194,7 @@ if __name__ == "__main__":
     pytest.param("hangs_in_c", "kill", marks=pytest.mark.slow),
 ])
 def test_nothing_survives_the_parent(tmp_path, repo, env_fn, how):
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     (tmp_path / "parent.py").write_text(PARENT)
     path = os.pathsep.join([str(repo), str(repo / "tests"), *sys.path])
     parent = subprocess.Popen(
@@ -209,7 +209,7 @@ def test_nothing_survives_the_parent(tmp_path, repo, env_fn, how):
         parent.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
         parent.wait(60)
         assert all_gone(family)
-        assert not set(os.listdir("/dev/shm")) - before
+        assert not shared_memory() - before
     finally:
         parent.kill()
         parent.wait()
