@@ -607,7 +607,7 @@ def newey_west_t(x, y) -> np.ndarray:
     for lag in range(1, lags + 1):
         ask_deadline("the screen of columns", rows)
         weight = 1 - lag / (lags + 1)
-        variance += 2 * weight * (u[lag:] * u[:-lag]).sum(0) / rows
+        variance += 2 * weight * np.einsum("tk,tk->k", u[lag:], u[:-lag]) / rows
     return mean / np.sqrt(np.maximum(variance, 1e-300) / rows)
 
 
