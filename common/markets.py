@@ -36,23 +36,17 @@ MIN_BARS, MAX_BARS = (
 )  # datetime64[ns] ends in 2262, 2.1 million hours after START_TIME
 ACTIONS = np.arange(-10, 11) / 10  # linspace(-1, 1, 21) without its rounding: 0 and +-.1 are exact
 
+CALM_AND_STORM = {
+    "ic": 0.14,
+    "sigma": (0.005, 0.012),
+    "sign": (1, -1),
+    "regime_transition": ((0.995, 0.005), (0.010, 0.990)),
+}
 MARKETS = {
-    "regime": {
-        "ic": 0.14,
-        "phi": 0.97,
-        "sigma": (0.005, 0.012),  # calm, storm
-        "sign": (1, -1),
-        "regime_transition": ((0.995, 0.005), (0.010, 0.990)),
-    },
+    "regime": CALM_AND_STORM | {"phi": 0.97},
     "signal": {"ic": 0.1},
     "square": {"ic": 0.1},
-    "square_regime": {
-        "ic": 0.14,
-        "phi": 0.9,
-        "sigma": (0.005, 0.012),
-        "sign": (1, -1),
-        "regime_transition": ((0.995, 0.005), (0.010, 0.990)),
-    },
+    "square_regime": CALM_AND_STORM | {"phi": 0.9},
     "noise": {"ic": 0.0},
     "drift": {"ic": 0.0},
 }
